@@ -1,0 +1,164 @@
+"""The ``"sentinel"`` block of a DeepSpeed config: one strict model whose defaults need no tuning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deepspeed_sentinel.attacks import attack_names, build_attack
+from deepspeed_sentinel.mesh import Mesh
+
+BLOCK = "sentinel"
+
+
+class Injection(BaseModel):
+    """One fault of a red-team run or drill. Arguments of the attack stand beside the other keys."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    stage: int = Field(ge=0, description="stage of the worker at fault")
+    replica: int = Field(ge=0, description="replica of the worker at fault")
+    direction: Literal["forward", "backward"] = Field("forward", description="which message is altered")
+    where: Literal["compute", "transit", "report"] = Field(
+        "compute",
+        description="compute: the worker's own result is wrong; transit: altered after its report on what it "
+        "sent; report: it lies about what it received",
+    )
+    attack: str = Field(description="name of a registered attack")
+    start_step: int = Field(0, ge=0, description="first global step at which it acts")
+    stop_step: int | None = Field(None, ge=0, description="first global step at which it no longer acts")
+    probability: float = Field(1.0, ge=0.0, le=1.0, description="chance that it acts on a message")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _attack_can_be_built(self) -> Injection:
+        if self.attack not in attack_names():
+            raise ValueError(f"attack {self.attack!r} is unknown; allowed: {', '.join(attack_names())}")
+        build_attack(self.attack, self.arguments)
+        if self.stop_step is not None and self.stop_step <= self.start_step:
+            raise ValueError(f"stop_step ({self.stop_step}) must be greater than start_step ({self.start_step})")
+        return self
+
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raise ValueError when the worker is not in ``mesh`` or has no such message there."""
+        if self.stage >= mesh.stages or self.replica >= mesh.replicas:
+            raise ValueError(
+                f"inject: stage {self.stage}, replica {self.replica} is not in the mesh; allowed are stages "
+                f"0 to {mesh.stages - 1} and replicas 0 to {mesh.replicas - 1}."
+            )
+        sends_forward = (self.direction == "forward") == (self.where != "report")
+        edge = mesh.stages - 1 if sends_forward else 0
+        if self.stage == edge:
+            verb = "receives" if self.where == "report" else "sends"
+            raise ValueError(
+                f"inject: stage {self.stage} {verb} no {self.direction} message, so where={self.where!r} with "
+                f"direction={self.direction!r} cannot act there; choose another stage or direction."
+            )
+
+
+class SentinelConfig(BaseModel):
+    """Everything that can be set in ``"sentinel": {...}``. ``{"enabled": true}`` is enough."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    enabled: bool = Field(False, description="switch; false leaves the engine untouched")
+    action: Literal["observe", "exclude", "quarantine", "halt"] = Field(
+        "exclude",
+        description="observe: report only; exclude: leave an alarmed column out of this step; quarantine: also "
+        "leave a convicted worker's column out until its probation ends; halt: exclude, and stop all ranks with "
+        "a checkpoint at the first conviction or lasting dispute",
+    )
+    warmup_steps: int = Field(
+        20, ge=2, description="clean steps the fences learn from before statistics can raise an alarm"
+    )
+    activation_decay: float = Field(0.9, gt=0.0, lt=1.0, description="EMA decay of activation baselines")
+    gradient_decay: float = Field(0.8, gt=0.0, lt=1.0, description="EMA decay of gradient baselines")
+    fence_window: int = Field(64, ge=8, le=4096, description="recent clean steps the fences are built from")
+    fence_multiplier: float = Field(
+        3.0, ge=1.0, description="smallest distance of a fence from the quartiles, in inter-quartile ranges"
+    )
+    target_false_positive_rate: float = Field(
+        0.005, gt=0.0, lt=0.1, description="share of clean messages that may be alarms; widens the fences"
+    )
+    strikes: int = Field(3, ge=1, description="strikes that convict a worker")
+    strike_window: int = Field(20, ge=1, description="steps within which those strikes must fall")
+    probation_steps: int = Field(
+        200, ge=1, description="steps without a strike after which a conviction is lifted, on probation"
+    )
+    max_skipped_steps: int = Field(
+        10, ge=1, description="successive steps without any column left after which training stops"
+    )
+    output_dir: str = Field("sentinel_logs", min_length=1, description="folder of events.jsonl")
+    events: Literal["none", "alarms", "steps"] = Field(
+        "alarms", description="what events.jsonl holds; steps adds one line a step with every worker's score"
+    )
+    seed: int = Field(0, ge=0, description="seed of projections and of injected faults")
+    inject: tuple[Injection, ...] = Field(
+        (), strict=False, description="faults to inject: for red-team runs and drills only"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_from_json(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and isinstance(values.get("inject"), list):
+            return {**values, "inject": tuple(values["inject"])}
+        return values
+
+    @model_validator(mode="after")
+    def _possible(self) -> SentinelConfig:
+        if self.strikes > self.strike_window:
+            raise ValueError(
+                f"strikes ({self.strikes}) must not exceed strike_window ({self.strike_window}): a step gives a "
+                "worker one strike at most"
+            )
+        if self.warmup_steps > self.fence_window:
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must not exceed fence_window ({self.fence_window}): older "
+                "steps would be forgotten before they are used"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, block: Any) -> SentinelConfig:
+        """Validate a config block.
+
+        Raises:
+            ValueError: one line per mistake with its key, the value got and what is allowed.
+        """
+        if isinstance(block, cls):
+            return block
+        if not isinstance(block, Mapping):
+            raise ValueError(f'"{BLOCK}" must be an object such as {{"enabled": true}}, got {block!r}.')
+        try:
+            return cls.model_validate(dict(block))
+        except ValidationError as error:
+            raise ValueError(_explain(error, cls)) from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    lines = [f'Invalid "{BLOCK}" block in the DeepSpeed config:']
+    for mistake in error.errors(include_url=False):
+        key = ".".join(str(part) for part in (BLOCK, *mistake["loc"]))
+        if mistake["type"] == "extra_forbidden":
+            lines.append(f"  {key}: unknown key (value {mistake['input']!r}); allowed: {', '.join(model.model_fields)}")
+        elif mistake["type"] == "value_error":
+            lines.append(f"  {key}: {mistake['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(f"  {key}: got {mistake['input']!r}; {mistake['msg']}")
+    return "\n".join(lines)
+
+
+def load_block(config: Any) -> dict[str, Any] | None:
+    """The ``"sentinel"`` block of a DeepSpeed config given as a dict or as a path to a JSON file; None if absent."""
+    if config is None:
+        return None
+    if isinstance(config, (str, Path)):
+        config = json.loads(Path(config).read_text(encoding="utf-8"))
+    return config.get(BLOCK)

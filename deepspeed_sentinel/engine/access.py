@@ -1,0 +1,108 @@
+"""Where DeepSpeed's pipeline engine keeps what we need: plain functions on an engine, verified on 0.19.8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from deepspeed_sentinel.mesh import Mesh, Worker
+
+_LARGEST_FP16 = 65504.0
+
+
+def check_supported(engine: object) -> None:
+    """Raise ValueError for engines whose messages or gradients Sentinel cannot watch."""
+    if not isinstance(engine, PipelineEngine):
+        raise ValueError(
+            f"sentinel watches DeepSpeed's PipelineEngine, got {type(engine).__name__}: pass a PipelineModule to "
+            'deepspeed.initialize, or set "sentinel": {"enabled": false}.'
+        )
+    if isinstance(engine, DualPipeVEngine):
+        raise ValueError(
+            "sentinel does not support DualPipeV yet: its two phases share ranks. Use a PipelineModule, or set "
+            '"sentinel": {"enabled": false}.'
+        )
+    if engine.grid.model_parallel_size > 1:
+        raise ValueError(
+            f"sentinel does not support tensor-parallel shards yet: model parallel size is "
+            f'{engine.grid.model_parallel_size}, allowed is 1. Set "sentinel": {{"enabled": false}}.'
+        )
+    if engine.has_moe_layers:
+        raise ValueError(
+            "sentinel does not support deepspeed.moe layers yet: expert parallelism mixes columns, so none could "
+            'be excluded. Set "sentinel": {"enabled": false}.'
+        )
+
+
+def mesh_of(engine: PipelineEngine) -> Mesh:
+    return Mesh(engine.grid.pipe_parallel_size, engine.grid.data_parallel_size)
+
+
+def worker_of(engine: PipelineEngine) -> Worker:
+    return Worker(engine.grid.get_stage_id(), engine.grid.get_data_parallel_id())
+
+
+def ranks_of(engine: PipelineEngine) -> np.ndarray:
+    """Global rank of each worker, int [S, R]."""
+    mesh, topology = mesh_of(engine), engine.grid.topology()
+    return np.array(
+        [[topology.get_rank(pipe=s, data=r) for r in range(mesh.replicas)] for s in range(mesh.stages)]
+    )
+
+
+def gradients(engine: PipelineEngine) -> Iterator[torch.Tensor]:
+    """Every tensor that the reductions of this step read, after backward and before they start."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "get_grads_for_reduction"):  # BF16_Optimizer, with or without ZeRO-1: flat buffers
+        dense, _ = optimizer.get_grads_for_reduction()
+        yield from dense
+        return
+    for parameter in engine.module.parameters():
+        if parameter.grad is not None:
+            yield parameter.grad
+        accumulated = getattr(parameter, "grad_accum", None)  # ZeRO-1 with its own accumulation dtype
+        if accumulated is not None and accumulated is not parameter.grad:
+            yield accumulated
+
+
+def gradient_scale(engine: PipelineEngine) -> float:
+    """What a gradient message must be multiplied by to be the gradient of its micro-batch's mean loss."""
+    return engine.gradient_accumulation_steps() / loss_scale(engine)
+
+
+def loss_scale(engine: PipelineEngine) -> float:
+    return float(engine._get_optimizer_loss_scale() or 1.0) if engine.fp16_enabled() else 1.0
+
+
+def overflow_limit(engine: PipelineEngine) -> float:
+    """Unscaled magnitude above which a gradient overflows fp16 while the loss scale is still sought; or inf."""
+    dynamic = engine.fp16_enabled() and engine.dynamic_loss_scale()
+    return _LARGEST_FP16 * gradient_scale(engine) if dynamic else float("inf")
+
+
+def skip_step(engine: PipelineEngine) -> None:
+    """Count a step without touching the weights, as DeepSpeed does after an overflow."""
+    if hasattr(engine.optimizer, "clear_hp_grads"):
+        engine.optimizer.clear_hp_grads()
+        engine.optimizer.clear_lp_grads()
+    elif engine.zero_optimization() or engine.fp16_enabled():
+        engine.optimizer.zero_grad()
+    else:
+        engine.zero_grad()
+    engine._step_applied = False
+    engine.skipped_steps += 1
+    engine.global_steps += 1
+    engine.global_samples += engine.train_batch_size()
+
+
+def floating(tensors: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]) -> list[torch.Tensor]:
+    """The floating-point tensors of a message, in order; these are the ones that have gradients."""
+    return [tensor for tensor in as_tuple(tensors) if tensor.is_floating_point()]
+
+
+def as_tuple(tensors: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)

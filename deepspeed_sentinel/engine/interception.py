@@ -1,0 +1,97 @@
+"""The four wrapped instructions: every message is read, and tampered with where faults are injected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+
+from deepspeed_sentinel.engine.access import as_tuple, floating
+from deepspeed_sentinel.attacks.faults import Faults
+from deepspeed_sentinel.evidence.probe import Probe, judged_index
+from deepspeed_sentinel.evidence.table import RECEIVED, SENT
+from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD
+
+Tensors = Sequence[torch.Tensor]
+
+
+class Interception:
+    """Reads each message at once where DeepSpeed has it in hand, since it reuses the buffers.
+
+    Only training schedules are watched: ``eval_batch`` runs the same instructions, but passes through.
+    """
+
+    def __init__(self, engine: PipelineEngine, probe: Probe, faults: Faults) -> None:
+        self._engine = engine
+        self._probe = probe
+        self._faults = faults
+        self.watching = False
+        self._original = dict(type(engine)._INSTRUCTION_MAP)
+
+    def instructions(self) -> dict[type, Callable[..., Any]]:
+        """Wrapped entries for an engine's ``_INSTRUCTION_MAP``."""
+        return {
+            schedule.SendActivation: self._send_activation,
+            schedule.RecvActivation: self._receive_activation,
+            schedule.SendGrad: self._send_gradient,
+            schedule.RecvGrad: self._receive_gradient,
+        }
+
+    def run_original(self, instruction: type, **kwargs: Any) -> None:
+        MethodType(self._original[instruction], self._engine)(**kwargs)
+
+    def _send_activation(self, engine: PipelineEngine, buffer_id: int) -> None:
+        outputs = engine.pipe_buffers["outputs"]
+        if not self.watching:
+            return self.run_original(schedule.SendActivation, buffer_id=buffer_id)
+        kept = outputs[buffer_id]
+        wire = self._observe_sent(FORWARD, as_tuple(kept))
+        # The graph keeps the true output; only what crosses the link is tampered with.
+        outputs[buffer_id] = wire[0] if isinstance(kept, torch.Tensor) else tuple(wire)
+        try:
+            self.run_original(schedule.SendActivation, buffer_id=buffer_id)
+        finally:
+            outputs[buffer_id] = kept
+
+    def _receive_activation(self, engine: PipelineEngine, buffer_id: int) -> None:
+        self.run_original(schedule.RecvActivation, buffer_id=buffer_id)
+        if self.watching:
+            self._observe_received(FORWARD, as_tuple(engine.pipe_buffers["inputs"][buffer_id]))
+
+    def _send_gradient(self, engine: PipelineEngine, buffer_id: int) -> None:
+        if self.watching:
+            inputs = floating(engine.pipe_buffers["inputs"][buffer_id])
+            wire = self._observe_sent(BACKWARD, [tensor.grad for tensor in inputs])
+            for tensor, gradient in zip(inputs, wire, strict=True):
+                if gradient is not tensor.grad:
+                    tensor.grad = gradient
+        self.run_original(schedule.SendGrad, buffer_id=buffer_id)
+
+    def _receive_gradient(self, engine: PipelineEngine, buffer_id: int) -> None:
+        self.run_original(schedule.RecvGrad, buffer_id=buffer_id)
+        if self.watching:
+            self._observe_received(BACKWARD, as_tuple(engine.grad_layer))
+
+    def _observe_sent(self, direction: int, message: Tensors) -> Tensors:
+        end = (direction, SENT)
+        micro_batch = self._probe.next_micro_batch(end)
+        message = self._tamper("compute", direction, micro_batch, message)
+        self._probe.observe(end, micro_batch, message)
+        return self._tamper("transit", direction, micro_batch, message)
+
+    def _observe_received(self, direction: int, message: Tensors) -> None:
+        end = (direction, RECEIVED)
+        micro_batch = self._probe.next_micro_batch(end)
+        self._probe.observe(end, micro_batch, self._tamper("report", direction, micro_batch, message))
+
+    def _tamper(self, where: str, direction: int, micro_batch: int, message: Tensors) -> Tensors:
+        index = judged_index(message)
+        if not self._faults or index is None:
+            return message
+        step = self._engine.global_steps
+        tampered = self._faults.apply(where, DIRECTIONS[direction], step, micro_batch, message[index])
+        return [tampered if position == index else tensor for position, tensor in enumerate(message)]

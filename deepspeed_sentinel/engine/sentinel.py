@@ -1,0 +1,283 @@
+"""The handle on a watched engine: wraps its instructions, judges between backward and reduction, acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import logger
+
+from deepspeed_sentinel.engine import checkpoint
+from deepspeed_sentinel.engine import access
+from deepspeed_sentinel.engine.interception import Interception
+from deepspeed_sentinel.engine.liveness import Liveness
+from deepspeed_sentinel.attacks.faults import Faults
+from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
+from deepspeed_sentinel.evidence.baseline import Baselines
+from deepspeed_sentinel.evidence.exchange import Exchange, build_report
+from deepspeed_sentinel.evidence.probe import Probe
+from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
+from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.mesh import BACKWARD
+from deepspeed_sentinel.response.gate import Share
+from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
+
+_WRAPPED = ("_exec_schedule", "_aggregate_total_loss", "save_checkpoint", "load_checkpoint")
+
+
+class Sentinel:
+    """Watches one PipelineEngine until ``detach()``.
+
+    Attributes:
+        config: the effective settings.
+        mesh: stages and replicas.
+        last_verdict: of the last training step, or None.
+        counts: judged_messages, alarms (messages blamed on a worker), disputes, skipped_steps,
+            excluded_column_steps since attaching.
+    """
+
+    def __init__(self, engine: PipelineEngine, config: SentinelConfig) -> None:
+        access.check_supported(engine)
+        if hasattr(engine, "sentinel"):
+            raise ValueError("this engine already has a sentinel attached; detach it first: engine.sentinel.detach()")
+        self.engine, self.config = engine, config
+        self.mesh = access.mesh_of(engine)
+        self.worker = access.worker_of(engine)
+        for injection in config.inject:
+            injection.check_mesh(self.mesh)
+        self.last_verdict: Verdict | None = None
+        self.counts = dict.fromkeys(
+            ("judged_messages", "alarms", "disputes", "skipped_steps", "excluded_column_steps"), 0
+        )
+        self._control = dist.new_group(backend="gloo")
+        self._events = self._open_events()
+        self._probe = Probe(self.mesh, self.worker.stage, torch.device(engine.device), config.seed)
+        self._exchange = Exchange(self.mesh, access.ranks_of(engine), engine.mpu.get_data_parallel_group())
+        self._interception = Interception(engine, self._probe, Faults(config.inject, self.worker, config.seed))
+        self._originals = {name: getattr(engine, name) for name in _WRAPPED}
+        self.reset()
+        self._liveness = Liveness(self.mesh, access.ranks_of(engine))
+        self._wrap()
+        self._announce()
+
+    def detach(self) -> None:
+        """Give the engine back as it was: no wrapped instruction remains."""
+        if getattr(self.engine, "sentinel", None) is not self:
+            return
+        for name in ("_INSTRUCTION_MAP", "sentinel", *_WRAPPED):
+            delattr(self.engine, name)
+        self._liveness.stop()
+        if self._events:
+            self._events.close()
+
+    def reset(self) -> None:
+        """Forget baselines, fences and record; warm up again."""
+        fields = JudgeSettings.__dataclass_fields__
+        settings = JudgeSettings(**{name: getattr(self.config, name) for name in fields})
+        self._judge = Judge(self.mesh, settings)
+        self._baselines = Baselines(self.config.activation_decay, self.config.gradient_decay)
+        self._share = Share(included=True, factor=1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later verdicts depend on; the same on all replicas of a stage."""
+        return {
+            "mesh": (self.mesh.stages, self.mesh.replicas),
+            "judge": checkpoint.to_tensors(self._judge.state_dict()),
+            "baselines": self._baselines.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._judge.load_state_dict(checkpoint.to_arrays(state["judge"]))
+        self._baselines.load_state_dict(state["baselines"], torch.device(self.engine.device))
+
+    def _wrap(self) -> None:
+        engine = self.engine
+        engine._INSTRUCTION_MAP = {
+            **type(engine)._INSTRUCTION_MAP,
+            **self._interception.instructions(),
+            schedule.ReduceTiedGrads: self._reduce_tied_gradients,
+            schedule.ReduceGrads: self._reduce_gradients,
+            schedule.OptimizerStep: self._optimizer_step,
+        }
+        engine._exec_schedule = self._exec_schedule
+        engine._aggregate_total_loss = self._aggregate_total_loss
+        engine.save_checkpoint = checkpoint.saver(self._originals["save_checkpoint"], self)
+        engine.load_checkpoint = checkpoint.loader(self._originals["load_checkpoint"], self)
+        engine.sentinel = self
+
+    def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
+        if not isinstance(pipe_schedule, schedule.TrainSchedule):
+            self._originals["_exec_schedule"](pipe_schedule)
+            return
+        self._probe.begin_step(self.engine.micro_batches)
+        self._interception.watching = True
+        with self._liveness.watch(lambda: getattr(self.engine, "_exec_instr", None)):
+            self._originals["_exec_schedule"](pipe_schedule)
+        self._interception.watching = False
+        if self.last_verdict and self.last_verdict.halt:
+            self._halt(self.last_verdict.halt)
+
+    def _reduce_tied_gradients(self, engine: PipelineEngine) -> None:
+        self._pass_gate()
+        self._unless_skipped(schedule.ReduceTiedGrads)
+
+    def _reduce_gradients(self, engine: PipelineEngine) -> None:
+        self._unless_skipped(schedule.ReduceGrads)
+
+    def _optimizer_step(self, engine: PipelineEngine, **kwargs: Any) -> None:
+        assert self.last_verdict is not None
+        if self.last_verdict.skip:
+            access.skip_step(engine)
+        else:
+            self._interception.run_original(schedule.OptimizerStep, **kwargs)
+
+    def _unless_skipped(self, instruction: type) -> None:
+        assert self.last_verdict is not None
+        if not self.last_verdict.skip:
+            self._interception.run_original(instruction)
+
+    @torch.no_grad()
+    def _pass_gate(self) -> None:
+        """Evidence, verdict, exclusion: all that happens between backward and reduction."""
+        step = self.engine.global_steps
+        unscale = access.gradient_scale(self.engine)
+        statistics = {
+            end: self._probe.end_statistics(end, unscale if end[0] == BACKWARD else 1.0) for end in self._probe.ends
+        }
+        report = build_report(self._probe, self._baselines, statistics)
+        verdict = self._judge.step(self._exchange.gather_reports(report, step), access.overflow_limit(self.engine))
+        self._agree(verdict)
+        self._learn(statistics, self._judge.clean_columns)
+        self._share = Share.of(verdict.excluded, self.worker.replica)
+        if not verdict.skip:
+            self._share.apply_(access.gradients(self.engine))
+        self.last_verdict = verdict
+        self._tell(verdict)
+
+    def _agree(self, verdict: Verdict) -> None:
+        """Stop all ranks unless they came to the same verdict."""
+        mine = torch.tensor([verdict.digest()])
+        everyone = torch.empty(self.mesh.stages * self.mesh.replicas, dtype=mine.dtype)
+        dist.all_gather_into_tensor(everyone, mine, group=self._control)
+        values, counts = everyone.unique(return_counts=True)
+        if len(values) > 1:
+            common = values[counts.argmax()]
+            odd = [self._liveness.name(rank) for rank in torch.nonzero(everyone != common).flatten().tolist()]
+            raise VerdictMismatch(
+                f"verdicts differ at step {verdict.step}: {', '.join(odd)} came to another one than the other "
+                f"{int(counts.max())} ranks from the same evidence. No gradient of this step was applied. Their "
+                "memory, software versions or state differ; resume from the last checkpoint without them."
+            )
+
+    def _learn(self, statistics: dict[Any, Any], clean: np.ndarray) -> None:
+        """Baselines learn from clean columns; one small gather among the replicas of a stage."""
+        summaries = [self._baselines.summary(rows) for rows in statistics.values()]
+        gathered = self._exchange.gather_summaries(torch.cat(summaries))
+        parts = gathered.split([summary.numel() for summary in summaries], dim=1)
+        for end, part in zip(statistics, parts, strict=True):
+            self._baselines.learn(end, part, clean)
+
+    def _aggregate_total_loss(self) -> torch.Tensor:
+        """The engine's mean loss over the columns that took part; NaN when none did."""
+        engine, share = self.engine, self._share
+        verdict = self.last_verdict
+        original: Callable[[], torch.Tensor] = self._originals["_aggregate_total_loss"]
+        if verdict is None or not verdict.excluded.any():
+            return original()
+        own = engine.total_loss
+        if engine.is_last_stage():
+            share.apply_(_tensors([engine.total_loss, *(engine.total_additional_losses or {}).values()]))
+        mean = original()
+        if own is not None and share.included:
+            engine.dp_group_loss /= share.factor
+        return torch.full_like(mean, float("nan")) if verdict.skip else mean
+
+    def _halt(self, reason: str) -> None:
+        folder = f"{self.config.output_dir}/halt_checkpoint"
+        self.engine.save_checkpoint(folder)
+        raise SentinelHalt(
+            f"training stopped after step {self.engine.global_steps}: {reason}. Checkpoint without the excluded "
+            f"contributions: {folder}. See {self.config.output_dir}/events.jsonl."
+        )
+
+    def _tell(self, verdict: Verdict) -> None:
+        self.counts["judged_messages"] += verdict.judged
+        self.counts["alarms"] += sum(len(finding.micro_batches) for finding in verdict.findings)
+        self.counts["disputes"] += len(verdict.disputed)
+        self.counts["skipped_steps"] += verdict.skip
+        self.counts["excluded_column_steps"] += int(np.count_nonzero(verdict.excluded))
+        if dist.get_rank() != 0:
+            return
+        if self._events:
+            for event in verdict_events(verdict, every_step=self.config.events == "steps"):
+                self._events.write(verdict.step, event)
+        for worker in verdict.newly_convicted:
+            logger.warning(f"[sentinel] step {verdict.step}: {worker} CONVICTED")
+        for worker in verdict.released:
+            logger.info(f"[sentinel] step {verdict.step}: {worker} released, on probation")
+        for told in (*verdict.findings, *verdict.disputed):
+            logger.warning(f"[sentinel] step {verdict.step}: {told}")
+        if verdict.skip:
+            logger.warning(f"[sentinel] step {verdict.step}: every column excluded, step skipped")
+
+    def _open_events(self) -> EventLog | None:
+        """Only rank 0 writes, but all ranks must fail together when it cannot."""
+        log, problem = None, [None]
+        if dist.get_rank() == 0 and self.config.events != "none":
+            try:
+                log = EventLog(self.config.output_dir)
+            except OSError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0, group=self._control)
+        if problem[0]:
+            raise ValueError(
+                f"sentinel.output_dir: cannot write to {self.config.output_dir!r}: {problem[0]}. Name a folder that "
+                'rank 0 can write to, or set "events": "none".'
+            )
+        return log
+
+    def _announce(self) -> None:
+        if self._events:
+            self._events.write(
+                self.engine.global_steps,
+                {
+                    "kind": "start",
+                    "mesh": {"stages": self.mesh.stages, "replicas": self.mesh.replicas},
+                    "config": self.config.model_dump(mode="json"),
+                    "injecting": bool(self.config.inject),
+                },
+            )
+        if dist.get_rank() != 0:
+            return
+        logger.info(
+            f"[sentinel] watching {self.mesh.stages} stages x {self.mesh.replicas} replicas, action "
+            f"{self.config.action!r}"
+        )
+        if self.mesh.replicas < 3:
+            logger.warning(f"[sentinel] {_FEW_REPLICAS[self.mesh.replicas]}")
+        for injection in self.config.inject:
+            logger.warning(
+                f"[sentinel] !!! FAULT INJECTION IS ON !!! stage {injection.stage}, replica {injection.replica}: "
+                f"{injection.attack} {injection.arguments or ''} on {injection.direction} messages ({injection.where}) "
+                f"from step {injection.start_step}. Never do this in a run whose weights you need."
+            )
+
+
+_FEW_REPLICAS = {
+    1: "1 replica: messages are compared with their own recent past only, and excluding the one column skips the step",
+    2: "2 replicas: no majority in a step, so messages are compared with the recent past; a change that both "
+    "replicas share cannot be told from an attack, and slow drift by one cannot be seen",
+}
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    if not tensors:
+        raise SentinelError("the last stage has no tensor loss to average over the included columns")
+    return tensors

@@ -1,0 +1,17 @@
+"""Errors that end a run, named so that launch scripts and schedulers can tell them apart."""
+
+
+class SentinelError(RuntimeError):
+    """Base of the errors below."""
+
+
+class SentinelHalt(SentinelError):
+    """Training was stopped on purpose: ``action="halt"`` met a conviction, or too many steps were skipped."""
+
+
+class VerdictMismatch(SentinelError):
+    """Ranks came to different verdicts from what should be the same evidence."""
+
+
+class LostWorker(SentinelError):
+    """Another rank is gone or has failed; the text names its stage and replica."""

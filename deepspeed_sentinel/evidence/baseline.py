@@ -1,0 +1,82 @@
+"""The EMA baselines of one worker's link ends, shared by the replicas of its stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from deepspeed_sentinel.evidence.probe import ENDS, End, EndStatistics
+from deepspeed_sentinel.kernels.baseline_distances import DISTANCES, baseline_distances
+from deepspeed_sentinel.mesh import FORWARD
+
+
+class Baselines:
+    """Per end of a link: EMA of the token mean and of the projected quantiles, bias-corrected.
+
+    Each step adds the median over the clean replicas of their mean over micro-batches, so that an attacker not
+    yet found cannot move it beyond what honest replicas sent. Both ends of a link see the same clean messages, so
+    their baselines agree without being compared.
+
+    Args:
+        activation_decay, gradient_decay: EMA decays of the two directions.
+    """
+
+    def __init__(self, activation_decay: float, gradient_decay: float) -> None:
+        self._decays = (activation_decay, gradient_decay)
+        self._averages: dict[End, torch.Tensor] = {}
+        self._counts: dict[End, int] = {}
+
+    def distances(self, end: End, statistics: EndStatistics) -> torch.Tensor:
+        """float32 [M, 4], see ``baseline_distances``; NaN before the first clean step."""
+        hidden = statistics.means_MD.shape[1]
+        if self._counts.get(end, 0) == 0 or self._averages[end].numel() != hidden + statistics.quantiles_MQ.shape[1]:
+            return statistics.means_MD.new_full((len(statistics.means_MD), len(DISTANCES)), float("nan"))
+        corrected = self._averages[end] / (1.0 - self._decay(end) ** self._counts[end])
+        return baseline_distances(
+            statistics.means_MD, statistics.quantiles_MQ, corrected[:hidden], corrected[hidden:]
+        )
+
+    @staticmethod
+    def summary(statistics: EndStatistics) -> torch.Tensor:
+        """What one replica contributes: float32 [D + Q], mean over its micro-batches."""
+        return torch.cat([statistics.means_MD.mean(0), statistics.quantiles_MQ.mean(0)])
+
+    def learn(self, end: End, summaries_RV: torch.Tensor, clean_R: np.ndarray) -> None:
+        """Add one step.
+
+        Args:
+            end: which baseline.
+            summaries_RV: float32 [replicas, D + Q], every replica's ``summary``.
+            clean_R: bool [replicas], whose to learn from; with none nothing is learnt.
+        """
+        rows = np.flatnonzero(clean_R).tolist()
+        if not rows:
+            return
+        ordered = summaries_RV[rows].sort(dim=0).values
+        median = (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
+        average = self._averages.get(end)
+        if average is None or average.shape != median.shape:
+            average, self._counts[end] = torch.zeros_like(median), 0
+        decay = self._decay(end)
+        self._averages[end] = decay * average + (1.0 - decay) * median
+        self._counts[end] += 1
+
+    def state_dict(self) -> dict[str, torch.Tensor | int]:
+        state: dict[str, torch.Tensor | int] = {}
+        for end, average in self._averages.items():
+            state[f"average_{end[0]}_{end[1]}"] = average.cpu().clone()
+            state[f"count_{end[0]}_{end[1]}"] = self._counts[end]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor | int], device: torch.device) -> None:
+        self._averages, self._counts = {}, {}
+        for end in ENDS:
+            average = state.get(f"average_{end[0]}_{end[1]}")
+            if isinstance(average, torch.Tensor):
+                self._averages[end] = average.to(device)
+                self._counts[end] = int(state[f"count_{end[0]}_{end[1]}"])
+
+    def _decay(self, end: End) -> float:
+        return self._decays[0] if end[0] == FORWARD else self._decays[1]

@@ -1,0 +1,160 @@
+"""The probe: reads each message once where it passes and keeps its row on the device until the step's end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT
+from deepspeed_sentinel.kernels.message_statistics import DIGEST_WORDS, message_statistics, tensor_digest
+from deepspeed_sentinel.kernels.sliced_quantiles import (
+    DIRECTIONS as PROJECTIONS,
+)
+from deepspeed_sentinel.kernels.sliced_quantiles import ROWS, project_rows, quantiles, unit_directions
+from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD, Mesh
+
+ENDS = ((FORWARD, SENT), (FORWARD, RECEIVED), (BACKWARD, SENT), (BACKWARD, RECEIVED))
+End = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class EndStatistics:
+    """All messages of a step at one end of a link, in the unit of an unscaled mean-loss gradient or activation.
+
+    Attributes:
+        means_MD: float32, mean over the tokens.
+        quantiles_MQ: float32, projected quantiles.
+        scalars_M3: float32, mean square, largest magnitude, non-finite count.
+        digest_M2: int32, of the bits as they were sent.
+    """
+
+    means_MD: torch.Tensor
+    quantiles_MQ: torch.Tensor
+    scalars_M3: torch.Tensor
+    digest_M2: torch.Tensor
+
+
+class _Buffers:
+    def __init__(self, micro_batches: int, hidden: int, directions_DP: torch.Tensor) -> None:
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=directions_DP.device)
+
+        self.hidden = hidden
+        self.directions_DP = directions_DP
+        self.column_sums_MD = empty(micro_batches, hidden)
+        self.scalars_M3 = empty(micro_batches, 3)
+        self.digest_M2 = empty(micro_batches, DIGEST_WORDS, dtype=torch.int32)
+        self.projected_MRP = empty(micro_batches, ROWS, PROJECTIONS)
+        self.tokens = [0] * micro_batches
+
+
+def judged_index(tensors: Sequence[torch.Tensor]) -> int | None:
+    """Which tensor of a message is judged: the first floating-point one, the hidden state by convention."""
+    return next((index for index, tensor in enumerate(tensors) if tensor.is_floating_point()), None)
+
+
+class Probe:
+    """Statistics of the messages that one worker sends and receives in a step.
+
+    Args:
+        mesh: the mesh.
+        stage: the stage of this worker.
+        device: where messages live.
+        seed: of the projections; the same on all ranks.
+    """
+
+    def __init__(self, mesh: Mesh, stage: int, device: torch.device, seed: int) -> None:
+        self._device = device
+        self._seed = seed
+        self._stage = stage
+        self._buffers: dict[End, _Buffers] = {}
+        self.micro_batches = 0
+        first, last = stage == 0, stage == mesh.stages - 1
+        absent = {(FORWARD, RECEIVED): first, (BACKWARD, SENT): first, (FORWARD, SENT): last, (BACKWARD, RECEIVED): last}
+        self.ends = tuple(end for end in ENDS if not absent[end])
+        self._next = dict.fromkeys(ENDS, 0)
+
+    def begin_step(self, micro_batches: int) -> None:
+        """Start a step of so many micro-batches; rows of the step before are forgotten."""
+        if micro_batches != self.micro_batches:
+            self._buffers.clear()
+            self.micro_batches = micro_batches
+        self._next = dict.fromkeys(ENDS, 0)
+
+    def next_micro_batch(self, end: End) -> int:
+        """Identity of the message about to pass: the n-th of its kind in a step is micro-batch n."""
+        index = self._next[end]
+        assert index < self.micro_batches, (end, index, self.micro_batches)
+        self._next[end] = index + 1
+        return index
+
+    def observe(self, end: End, micro_batch: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Read one message. Nothing waits for the device.
+
+        Args:
+            end: direction, and SENT or RECEIVED.
+            micro_batch: row to write.
+            tensors: all tensors of the message; the first floating-point one is judged, the others are
+                compared by checksum.
+
+        Raises:
+            ValueError: no floating-point tensor, no token, or another hidden size than before.
+        """
+        index = judged_index(tensors)
+        if index is None:
+            kinds = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
+            raise ValueError(
+                f"{self._name(end)} has no floating-point tensor, got ({kinds}): sentinel judges the hidden state, "
+                "so a message must carry one. Let the stages pass it, not token ids alone."
+            )
+        message = tensors[index]
+        x_TD = message.reshape(-1, message.shape[-1]) if message.dim() > 1 else message.reshape(-1, 1)
+        if x_TD.numel() == 0:
+            raise ValueError(
+                f"{self._name(end)}, micro-batch {micro_batch}, has zero tokens: its shape is "
+                f"{tuple(message.shape)}. Drop empty batches before they enter the pipeline."
+            )
+        buffers = self._buffers_of(end, x_TD)
+        buffers.tokens[micro_batch] = x_TD.shape[0]
+        message_statistics(
+            x_TD, buffers.column_sums_MD[micro_batch], buffers.scalars_M3[micro_batch], buffers.digest_M2[micro_batch]
+        )
+        project_rows(x_TD, buffers.directions_DP, buffers.projected_MRP[micro_batch])
+        for position, other in enumerate(tensors):
+            if position != index and other.numel():
+                buffers.digest_M2[micro_batch].mul_(31).add_(tensor_digest(other))
+
+    def end_statistics(self, end: End, scale: float) -> EndStatistics:
+        """The rows of one end; ``scale`` undoes gradient accumulation and loss scaling."""
+        buffers = self._buffers[end]
+        assert self._next[end] == self.micro_batches, (end, self._next[end], self.micro_batches)
+        tokens_M1 = torch.tensor(buffers.tokens, dtype=torch.float32).to(self._device, non_blocking=True)[:, None]
+        energy, max_abs, non_finite = buffers.scalars_M3.unbind(1)
+        mean_square = energy / (tokens_M1[:, 0] * buffers.hidden) * scale**2
+        return EndStatistics(
+            means_MD=buffers.column_sums_MD / tokens_M1 * scale,
+            quantiles_MQ=quantiles(buffers.projected_MRP) * scale,
+            scalars_M3=torch.stack([mean_square, max_abs * scale, non_finite], dim=1),
+            digest_M2=buffers.digest_M2,
+        )
+
+    def _buffers_of(self, end: End, x_TD: torch.Tensor) -> _Buffers:
+        hidden = x_TD.shape[1]
+        if end not in self._buffers:
+            directions_DP = unit_directions(hidden, self._seed, self._device)
+            self._buffers[end] = _Buffers(self.micro_batches, hidden, directions_DP)
+        if self._buffers[end].hidden != hidden:
+            raise ValueError(
+                f"{self._name(end)} changed its hidden size from {self._buffers[end].hidden} to {hidden}: the number "
+                "of tokens may change between messages, the hidden size may not."
+            )
+        return self._buffers[end]
+
+    def _name(self, end: End) -> str:
+        verb = "sent" if end[1] == SENT else "received"
+        return f"the {DIRECTIONS[end[0]]} message {verb} by stage {self._stage}"
+
+
+assert NAMES[4:] == ("energy", "max_abs", "non_finite"), "scalars_M3 follows the order of the table"

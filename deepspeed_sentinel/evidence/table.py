@@ -1,0 +1,83 @@
+"""The statistics table and the evidence of a step: numpy only, so that judgement needs nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepspeed_sentinel.mesh import Mesh
+
+SENT, RECEIVED = 0, 1
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One row of the table.
+
+    Attributes:
+        name: as in events.
+        formula: for one message, with xbar its mean over tokens and m the EMA baseline.
+        source: where the method comes from.
+        log: compare logarithms, so that the growth of activations and the decay of gradients cancel out.
+        floor: smallest inter-quartile range assumed, in the unit that is compared; below it a difference is
+            rounding, not behaviour.
+        hard: no fence; any value above zero is an alarm.
+    """
+
+    name: str
+    formula: str
+    source: str
+    log: bool = False
+    floor: float = 1e-3
+    hard: bool = False
+
+
+_PAPER = "arXiv 2603.03592"
+
+TABLE: tuple[Statistic, ...] = (
+    Statistic("mean_abs", "mean_d |xbar_d - m_d|", _PAPER, log=True),
+    Statistic("l2_rel", "||xbar - m|| / ||m||", _PAPER, log=True),
+    Statistic("sign_flip", "mean_d [sign xbar_d != sign m_d]", _PAPER),
+    Statistic("sliced_wasserstein", "mean |projected quantiles - EMA of projected quantiles|", _PAPER, log=True),
+    Statistic("energy", "mean_td x_td^2", "ours", log=True),
+    Statistic("max_abs", "max_td |x_td|", "ours", log=True),
+    Statistic("non_finite", "number of NaN and infinite elements", "ours", hard=True),
+)
+NAMES = tuple(row.name for row in TABLE)
+HARD = np.array([row.hard for row in TABLE])
+FLOORS = np.array([row.floor for row in TABLE])
+_LOG = np.array([row.log for row in TABLE])
+_TINY = float(np.finfo(np.float32).tiny)
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def comparable(statistics: np.ndarray) -> np.ndarray:
+    """Statistics [..., K] in the unit that fences compare; NaN (not available) stays NaN."""
+    finite = np.where(np.isinf(statistics), np.copysign(_LARGEST, statistics), statistics)
+    with np.errstate(invalid="ignore"):
+        return np.where(_LOG, np.log(np.maximum(finite, _TINY)), finite)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What both ends of every link report on every message of one step.
+
+    Attributes:
+        mesh: the workers it is about.
+        step: the engine's global step.
+        statistics: float64 [2 ends, 2 directions, links, columns, micro-batches, len(TABLE)]; NaN where a
+            statistic is not available yet. Ends are SENT and RECEIVED.
+        digests: int64 [2 ends, 2 directions, links, columns, micro-batches].
+    """
+
+    mesh: Mesh
+    step: int
+    statistics: np.ndarray
+    digests: np.ndarray
+
+    def __post_init__(self) -> None:
+        shape = (2, 2, self.mesh.links, self.mesh.replicas)
+        assert self.statistics.shape[:4] == shape, (self.statistics.shape, shape)
+        assert self.statistics.shape[5] == len(TABLE), self.statistics.shape
+        assert self.digests.shape == self.statistics.shape[:5], self.digests.shape

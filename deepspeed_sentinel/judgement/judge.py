@@ -1,0 +1,261 @@
+"""The judge: evidence of a step in, verdict out. The same evidence and state give the same verdict, bit for bit.
+
+The combination rule: a message is an alarm if any one of its statistics lies outside that statistic's own fence;
+the statistics share the permitted rate of false alarms equally.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from deepspeed_sentinel.evidence.table import HARD, NAMES, RECEIVED, SENT, Evidence, comparable
+from deepspeed_sentinel.judgement.blame import first_events
+from deepspeed_sentinel.judgement.fences import Fences
+from deepspeed_sentinel.judgement.record import Record
+from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+
+_MAX_ABS = NAMES.index("max_abs")
+# Overflow inside a stage can start this far below the largest gradient that crosses its links.
+_OVERFLOW_HEADROOM = 2.0**-10
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """How to judge; the fields are those of the config block with the same names."""
+
+    action: Literal["observe", "exclude", "quarantine", "halt"]
+    warmup_steps: int
+    fence_window: int
+    fence_multiplier: float
+    target_false_positive_rate: float
+    strikes: int
+    strike_window: int
+    probation_steps: int
+    max_skipped_steps: int
+    seed: int
+
+
+class Judge:
+    """Turns the evidence of successive steps into verdicts and learns from what was clean.
+
+    Attributes:
+        clean_columns: bool [C], the columns of the last step that baselines may learn from.
+    """
+
+    def __init__(self, mesh: Mesh, settings: JudgeSettings) -> None:
+        self.mesh = mesh
+        self.settings = settings
+        self.fences = Fences(
+            mesh,
+            settings.fence_window,
+            settings.fence_multiplier,
+            settings.target_false_positive_rate,
+            settings.seed,
+        )
+        self.record = Record(mesh, settings.strikes, settings.strike_window, settings.probation_steps)
+        self.skipped_in_a_row = 0
+        self.clean_columns = np.zeros(mesh.replicas, bool)
+
+    @property
+    def warming_up(self) -> bool:
+        return self.fences.learnt_steps < self.settings.warmup_steps
+
+    def step(self, evidence: Evidence, overflow_limit: float = float("inf")) -> Verdict:
+        """Judge one step.
+
+        Args:
+            evidence: reports of both ends on every message.
+            overflow_limit: the magnitude at which an honest gradient overflows under dynamic loss scaling, in
+                the unit of the evidence; infinite without such scaling.
+        """
+        warming_up = self.warming_up
+        hard = np.nan_to_num(evidence.statistics[..., HARD]).any(-1)
+        values = evidence.statistics[RECEIVED]
+        compared = comparable(evidence.statistics)
+        disputes = self._disputes(evidence, compared, hard, warming_up)
+        broken = disputes | hard[RECEIVED] | self._columns_convicted()[None, None, :, None]
+        residuals = self.fences.residuals(compared[RECEIVED], self._eligible(~broken))
+        per_statistic = np.where(HARD & (values > 0), np.inf, 0.0)
+        if not warming_up:
+            per_statistic = np.where(HARD, per_statistic, np.nan_to_num(self.fences.scores(residuals), nan=0.0))
+        scores = per_statistic.max(-1)
+        alarms = scores > 1.0
+        overflow, shared = self._overflow(values, hard[RECEIVED], overflow_limit)
+        judged = np.ones_like(alarms)
+        if shared:
+            judged[BACKWARD] = False
+            alarms[BACKWARD] = disputes[BACKWARD] = False
+            scores = np.where(judged, scores, 0.0)
+
+        first = first_events(alarms | disputes)
+        findings = self._findings(first & alarms & ~disputes, scores, per_statistic, values, residuals, overflow)
+        disputed = self._list_disputes(first & disputes)
+        newly, released = self._enter(findings, first & disputes)
+
+        suspected = (alarms | disputes).any(axis=(0, 1, 3))
+        convicted_columns = self._columns_convicted()
+        excluded = np.zeros_like(suspected)
+        if self.settings.action != "observe":
+            excluded |= suspected
+        if self.settings.action == "quarantine":
+            excluded |= convicted_columns
+        skip = bool(excluded.all())
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
+
+        clean = ~suspected & ~convicted_columns
+        if not clean.any():
+            clean = ~suspected
+        self.clean_columns = clean & (not shared)
+        if self.clean_columns.any():
+            clean_messages = np.broadcast_to(clean[None, None, :, None], alarms.shape)
+            self.fences.learn(compared[RECEIVED], residuals, clean_messages, evidence.step)
+
+        return Verdict(
+            step=evidence.step,
+            warming_up=warming_up,
+            judged=0 if warming_up else int(np.count_nonzero(judged)),
+            scores=scores,
+            alarms=alarms,
+            disputes=disputes,
+            worker_scores=self._worker_scores(scores),
+            suspected=suspected,
+            excluded=excluded,
+            convicted=self.record.convicted.copy(),
+            findings=findings,
+            disputed=disputed,
+            newly_convicted=_workers(newly),
+            released=_workers(released),
+            skip=skip,
+            halt=self._halt_reason(newly),
+        )
+
+    def state_dict(self) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
+        return {
+            "fences": self.fences.state_dict(),
+            "record": self.record.state_dict(),
+            "skipped_in_a_row": np.array(self.skipped_in_a_row),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.fences.load_state_dict(state["fences"])
+        self.record.load_state_dict(state["record"])
+        self.skipped_in_a_row = int(state["skipped_in_a_row"])
+
+    def _disputes(self, evidence: Evidence, compared: np.ndarray, hard: np.ndarray, warming_up: bool) -> np.ndarray:
+        """Messages whose ends report different bits, or statistics further apart than an inter-quartile range.
+
+        Statistics get that room because each end measures against its own copy of the baseline, and a liar among
+        the replicas that hold one copy must not be able to set honest neighbours at odds.
+        """
+        differ = (evidence.digests[SENT] != evidence.digests[RECEIVED]) | (hard[SENT] != hard[RECEIVED])
+        if warming_up:
+            return differ
+        room = self.fences.iqr[:, :, None, None, :]
+        sent, received = compared[SENT], compared[RECEIVED]
+        one_missing = np.isnan(sent) != np.isnan(received)
+        with np.errstate(invalid="ignore"):
+            apart = (np.abs(sent - received) > room) | one_missing
+        return differ | (apart & ~HARD).any(-1)
+
+    def _eligible(self, sound: np.ndarray) -> np.ndarray:
+        """Where no message of a link is sound, let all set the centre rather than none."""
+        return np.where(sound.any(axis=(2, 3), keepdims=True), sound, True)
+
+    def _overflow(self, values: np.ndarray, non_finite: np.ndarray, limit: float) -> tuple[np.ndarray, bool]:
+        """Non-finite gradients that loss scaling may explain: bool [links], and whether most columns have them."""
+        if not np.isfinite(limit):
+            return np.zeros(self.mesh.links, bool), False
+        largest = np.where(non_finite, 0.0, values[..., _MAX_ABS])[BACKWARD].max(axis=(1, 2))
+        columns = non_finite[BACKWARD].any(axis=(0, 2))
+        shared = 2 * np.count_nonzero(columns) >= len(columns) > 0 and columns.any()
+        return largest > limit * _OVERFLOW_HEADROOM, bool(shared)
+
+    def _columns_convicted(self) -> np.ndarray:
+        return self.record.convicted.any(0)
+
+    def _worker_scores(self, scores: np.ndarray) -> np.ndarray:
+        per_link = scores.max(axis=3)
+        result = np.zeros((self.mesh.stages, self.mesh.replicas))
+        result[:-1] = per_link[FORWARD]
+        result[1:] = np.maximum(result[1:], per_link[BACKWARD])
+        return result
+
+    def _findings(
+        self,
+        blamed: np.ndarray,
+        scores: np.ndarray,
+        per_statistic: np.ndarray,
+        values: np.ndarray,
+        residuals: np.ndarray,
+        overflow: np.ndarray,
+    ) -> tuple[Finding, ...]:
+        findings = []
+        for direction, link, column in np.argwhere(blamed.any(3)).tolist():
+            where = (direction, link, column)
+            micro_batches = np.flatnonzero(blamed[where])
+            worst = int(micro_batches[np.argmax(scores[where][micro_batches])])
+            statistic = int(np.argmax(per_statistic[where][worst]))
+            stage = self.mesh.sender_stage(direction, link)
+            low, high = (0.0, 0.0) if HARD[statistic] else self.fences.bounds(direction, link, statistic)
+            findings.append(
+                Finding(
+                    worker=Worker(stage, column),
+                    direction=direction,
+                    link=link,
+                    column=column,
+                    micro_batches=tuple(micro_batches.tolist()),
+                    micro_batch=worst,
+                    statistic=NAMES[statistic],
+                    value=float(values[where][worst, statistic]),
+                    residual=float(residuals[where][worst, statistic]),
+                    low=low,
+                    high=high,
+                    score=float(scores[where][worst]),
+                    trusted=self.mesh.is_trusted(stage),
+                    overflow=bool(HARD[statistic] and direction == BACKWARD and overflow[link]),
+                )
+            )
+        return tuple(sorted(findings, key=lambda finding: (-finding.score, finding.worker)))
+
+    def _list_disputes(self, first: np.ndarray) -> tuple[Dispute, ...]:
+        return tuple(
+            Dispute(
+                direction=direction,
+                link=link,
+                column=column,
+                sender=Worker(self.mesh.sender_stage(direction, link), column),
+                receiver=Worker(self.mesh.receiver_stage(direction, link), column),
+                micro_batches=tuple(np.flatnonzero(first[direction, link, column]).tolist()),
+            )
+            for direction, link, column in np.argwhere(first.any(3)).tolist()
+        )
+
+    def _enter(self, findings: tuple[Finding, ...], disputes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        struck = np.zeros((self.mesh.stages, self.mesh.replicas), bool)
+        for finding in findings:
+            if not finding.overflow:
+                struck[finding.worker] = True
+        return self.record.update(struck, disputes.any(axis=(0, 3)))
+
+    def _halt_reason(self, newly: np.ndarray) -> str | None:
+        if self.skipped_in_a_row >= self.settings.max_skipped_steps:
+            return (
+                f"{self.skipped_in_a_row} steps in a row were skipped because every column was excluded "
+                f'("max_skipped_steps": {self.settings.max_skipped_steps})'
+            )
+        if self.settings.action != "halt":
+            return None
+        if newly.any():
+            return f'{", ".join(map(str, _workers(newly)))} convicted ("action": "halt")'
+        if self.record.lasting_disputes.any():
+            links = [f"link {link}, column {column}" for link, column in np.argwhere(self.record.lasting_disputes)]
+            return f'lasting dispute over {"; ".join(links)} ("action": "halt")'
+        return None
+
+
+def _workers(mask: np.ndarray) -> tuple[Worker, ...]:
+    return tuple(Worker(stage, replica) for stage, replica in np.argwhere(mask).tolist())

@@ -1,0 +1,115 @@
+"""What a step's judgement says."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepspeed_sentinel.mesh import DIRECTIONS, Worker
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A suspect of this step: the worker that the blame rule points at, and the worst of its alarms.
+
+    Attributes:
+        worker: who produced the messages.
+        direction, link, column: where they crossed.
+        micro_batches: which of its messages are alarms and first on their micro-batch's way.
+        micro_batch: the worst of them.
+        statistic: the row of the table that is furthest outside.
+        value: that statistic as reported, in its own unit.
+        residual, low, high: what was compared and its fences, in the compared unit.
+        score: distance from the nearer quartile over the fence's; above 1 is outside. Infinite for a hard row.
+        trusted: the worker is in the first or last stage, so it gets no strike: suspect hardware or data.
+        overflow: a non-finite gradient that fp16 loss scaling may explain, so it gets no strike.
+    """
+
+    worker: Worker
+    direction: int
+    link: int
+    column: int
+    micro_batches: tuple[int, ...]
+    micro_batch: int
+    statistic: str
+    value: float
+    residual: float
+    low: float
+    high: float
+    score: float
+    trusted: bool
+    overflow: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.worker} sent {DIRECTIONS[self.direction]} messages outside the fences over link {self.link}: "
+            f"{self.statistic} = {self.value:.6g}, score {self.score:.3g} (1 is on the fence), "
+            f"micro-batches {list(self.micro_batches)}"
+        )
+
+
+@dataclass(frozen=True)
+class Dispute:
+    """The two ends of a link report different things about messages of one column."""
+
+    direction: int
+    link: int
+    column: int
+    sender: Worker
+    receiver: Worker
+    micro_batches: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.sender} and {self.receiver} report different things about {DIRECTIONS[self.direction]} "
+            f"messages over link {self.link}, micro-batches {list(self.micro_batches)}: corrupted in transit, "
+            "or one of the two lies"
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of one step. Arrays follow the axes [direction, link, column, micro-batch].
+
+    Attributes:
+        step: the engine's global step.
+        warming_up: the fences are still learning; only non-finite messages and disputes count.
+        judged: number of messages held against the fences.
+        scores: float64, a message's largest score over its statistics; 1 is on the fence.
+        alarms: bool, messages outside the fences, the cascade included.
+        disputes: bool, messages whose two ends disagree.
+        worker_scores: float64 [S, R], the largest score of what each worker sent.
+        suspected: bool [C], columns with an alarm or a dispute in this step.
+        excluded: bool [C], columns to leave out of this step's reduction.
+        convicted: bool [S, R], after this step.
+        findings, disputed: who is to blame for what, worst first.
+        newly_convicted, released: changes of the record in this step.
+        skip: no column is left; the optimizer must not step.
+        halt: why training must stop, or None.
+    """
+
+    step: int
+    warming_up: bool
+    judged: int
+    scores: np.ndarray
+    alarms: np.ndarray
+    disputes: np.ndarray
+    worker_scores: np.ndarray
+    suspected: np.ndarray
+    excluded: np.ndarray
+    convicted: np.ndarray
+    findings: tuple[Finding, ...]
+    disputed: tuple[Dispute, ...]
+    newly_convicted: tuple[Worker, ...]
+    released: tuple[Worker, ...]
+    skip: bool
+    halt: str | None
+
+    def digest(self) -> int:
+        """A checksum of everything that ranks must agree on."""
+        crc = zlib.crc32(f"{self.step} {self.warming_up} {self.skip} {self.halt}".encode())
+        for array in (self.scores, self.alarms, self.disputes, self.excluded, self.convicted):
+            crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
+        return crc

@@ -1,0 +1,83 @@
+"""Events: one JSON object a line in ``events.jsonl``, written by rank 0."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.mesh import DIRECTIONS
+
+
+def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any]]:
+    """The events of one step, most important last."""
+    if every_step:
+        yield {
+            "kind": "step",
+            "scores": np.round(np.nan_to_num(verdict.worker_scores, posinf=1e9), 4).tolist(),
+            "excluded": np.flatnonzero(verdict.excluded).tolist(),
+            "warming_up": verdict.warming_up,
+        }
+    for finding in verdict.findings:
+        yield {
+            "kind": "alarm",
+            "stage": finding.worker.stage,
+            "replica": finding.worker.replica,
+            "direction": DIRECTIONS[finding.direction],
+            "link": finding.link,
+            "micro_batches": list(finding.micro_batches),
+            "statistic": finding.statistic,
+            "value": finding.value,
+            "residual": finding.residual,
+            "low": finding.low,
+            "high": finding.high,
+            "score": min(finding.score, 1e9),
+            "trusted": finding.trusted,
+            "overflow": finding.overflow,
+        }
+    for dispute in verdict.disputed:
+        yield {
+            "kind": "dispute",
+            "link": dispute.link,
+            "direction": DIRECTIONS[dispute.direction],
+            "column": dispute.column,
+            "sender": list(dispute.sender),
+            "receiver": list(dispute.receiver),
+            "micro_batches": list(dispute.micro_batches),
+        }
+    if verdict.excluded.any():
+        yield {"kind": "excluded", "columns": np.flatnonzero(verdict.excluded).tolist()}
+    for worker in verdict.newly_convicted:
+        yield {"kind": "conviction", "stage": worker.stage, "replica": worker.replica}
+    for worker in verdict.released:
+        yield {"kind": "release", "stage": worker.stage, "replica": worker.replica}
+    if verdict.skip:
+        yield {"kind": "skipped"}
+    if verdict.halt:
+        yield {"kind": "halt", "reason": verdict.halt}
+
+
+class EventLog:
+    """Appends events to ``folder/events.jsonl``.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str) -> None:
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        self._file = (path / "events.jsonl").open("a", encoding="utf-8")
+
+    def write(self, step: int, event: dict[str, Any]) -> None:
+        record = {"kind": event["kind"], "step": step, "time": round(time.time(), 3), **event}
+        self._file.write(json.dumps(record, allow_nan=True) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,1 @@
+"""What is computed on a message. One operation a file; the torch reference is its definition."""
