@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -19,7 +20,8 @@ class Statistic:
         name: as in events.
         formula: for one message, with xbar its mean over tokens and m the EMA baseline.
         source: where the method comes from.
-        log: compare logarithms, so that the growth of activations and the decay of gradients cancel out.
+        scale: the unit that is compared. "log" cancels the growth of activations and the decay of gradients;
+            "arcsine" gives a share of counts the same spread everywhere; "count" is compared as it is.
         floor: smallest inter-quartile range assumed, in the unit that is compared; below it a difference is
             rounding, not behaviour.
         hard: no fence; any value above zero is an alarm.
@@ -28,7 +30,7 @@ class Statistic:
     name: str
     formula: str
     source: str
-    log: bool = False
+    scale: Literal["log", "arcsine", "count"] = "log"
     floor: float = 1e-3
     hard: bool = False
 
@@ -36,18 +38,18 @@ class Statistic:
 _PAPER = "arXiv 2603.03592"
 
 TABLE: tuple[Statistic, ...] = (
-    Statistic("mean_abs", "mean_d |xbar_d - m_d|", _PAPER, log=True),
-    Statistic("l2_rel", "||xbar - m|| / ||m||", _PAPER, log=True),
-    Statistic("sign_flip", "mean_d [sign xbar_d != sign m_d]", _PAPER),
-    Statistic("sliced_wasserstein", "mean |projected quantiles - EMA of projected quantiles|", _PAPER, log=True),
-    Statistic("energy", "mean_td x_td^2", "ours", log=True),
-    Statistic("max_abs", "max_td |x_td|", "ours", log=True),
-    Statistic("non_finite", "number of NaN and infinite elements", "ours", hard=True),
+    Statistic("mean_abs", "mean_d |xbar_d - m_d|", _PAPER),
+    Statistic("l2_rel", "||xbar - m|| / ||m||", _PAPER),
+    Statistic("sign_flip", "mean_d [sign xbar_d != sign m_d]", _PAPER, scale="arcsine"),
+    Statistic("sliced_wasserstein", "mean |projected quantiles - EMA of projected quantiles|", _PAPER),
+    Statistic("energy", "mean_td x_td^2", "ours"),
+    Statistic("max_abs", "max_td |x_td|", "ours"),
+    Statistic("non_finite", "number of NaN and infinite elements", "ours", scale="count", hard=True),
 )
 NAMES = tuple(row.name for row in TABLE)
 HARD = np.array([row.hard for row in TABLE])
 FLOORS = np.array([row.floor for row in TABLE])
-_LOG = np.array([row.log for row in TABLE])
+_LOG, _ARCSINE = (np.array([row.scale == scale for row in TABLE]) for scale in ("log", "arcsine"))
 _TINY = float(np.finfo(np.float32).tiny)
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -56,7 +58,9 @@ def comparable(statistics: np.ndarray) -> np.ndarray:
     """Statistics [..., K] in the unit that fences compare; NaN (not available) stays NaN."""
     finite = np.where(np.isinf(statistics), np.copysign(_LARGEST, statistics), statistics)
     with np.errstate(invalid="ignore"):
-        return np.where(_LOG, np.log(np.maximum(finite, _TINY)), finite)
+        logarithm = np.log(np.maximum(finite, _TINY))
+        arcsine = np.arcsin(np.sqrt(np.clip(finite, 0.0, 1.0)))
+    return np.where(_LOG, logarithm, np.where(_ARCSINE, arcsine, finite))
 
 
 @dataclass(frozen=True)

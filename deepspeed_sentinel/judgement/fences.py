@@ -4,7 +4,7 @@ A residual is a statistic minus the median over all replicas' messages of that l
 With fewer than three replicas there is no majority in a step, so it is minus the running median of recent steps.
 
     score = distance beyond the nearer quartile / (k * IQR)            1 = on the fence
-    k     = max(multiplier, MARGIN * the clean score that the target rate of false alarms allows)
+    k     = max(multiplier, margin * the clean score that the target rate of false alarms allows)
 
 Tukey's fences (1977) with the multiplier k learnt from the tail of clean traffic, as arXiv 2603.03592 adapts its
 thresholds to a false-positive rate.
@@ -20,6 +20,9 @@ from deepspeed_sentinel.mesh import Mesh
 
 # Clean scores are heavy-tailed: in our measurements the largest of 1,000 lay 1.6 times above their 99.5th percentile.
 MARGIN = 1.6
+# Messages of one step share the drift of training, so the tail is known only as well as the number of steps allows:
+# after n steps the margin is widened by 1 + STEP_DOUBT / sqrt(n).
+STEP_DOUBT = 4.0
 _SAMPLES = 2048
 _MAJORITY = 3
 
@@ -125,5 +128,6 @@ class Fences:
         seen = np.maximum(np.count_nonzero(~np.isnan(samples), axis=-1), 2)
         # With fewer samples than 1 / rate the tail is extended as if scores fell off exponentially.
         stretch = np.maximum(1.0, np.log(self._rate) / np.log(1.0 / seen))
-        k = np.maximum(self.multiplier, MARGIN * stretch * tail)
+        doubt = 1.0 + STEP_DOUBT / np.sqrt(min(self.learnt_steps, self.window))
+        k = np.maximum(self.multiplier, MARGIN * doubt * stretch * tail)
         self.reach = k * self.iqr

@@ -1,0 +1,57 @@
+"""Made-up evidence: lognormal statistics, so that tests can say exactly what is clean and what is not."""
+
+import numpy as np
+
+from deepspeed_sentinel.evidence.table import NAMES, Evidence
+from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
+from deepspeed_sentinel.mesh import Mesh
+
+MICRO_BATCHES = 4
+
+
+def settings(**changes) -> JudgeSettings:
+    defaults = {
+        "action": "exclude",
+        "warmup_steps": 20,
+        "fence_window": 64,
+        "fence_multiplier": 3.0,
+        "target_false_positive_rate": 0.005,
+        "strikes": 3,
+        "strike_window": 20,
+        "probation_steps": 30,
+        "max_skipped_steps": 5,
+        "seed": 0,
+    }
+    return JudgeSettings(**{**defaults, **changes})
+
+
+class World:
+    """Evidence of a mesh in which everybody is honest until a test changes the arrays."""
+
+    def __init__(self, stages=4, replicas=3, seed=0, **changes):
+        self.mesh = Mesh(stages, replicas)
+        self.judge = Judge(self.mesh, settings(**changes))
+        self.generator = np.random.default_rng(seed)
+        self.time = 0
+
+    def statistics(self):
+        """[2 ends, 2, L, C, M, K], both ends alike."""
+        shape = (2, self.mesh.links, self.mesh.replicas, MICRO_BATCHES, len(NAMES))
+        values = np.exp(0.1 * self.generator.standard_normal(shape) + 0.01 * self.time)
+        values[..., NAMES.index("sign_flip")] = np.clip(0.2 + 0.02 * self.generator.standard_normal(shape[:-1]), 0, 1)
+        values[..., NAMES.index("non_finite")] = 0
+        return np.stack([values, values])
+
+    def step(self, change=None, digests=None, overflow_limit=np.inf):
+        values = self.statistics()
+        marks = np.zeros(values.shape[:5], np.int64)
+        if change:
+            change(values)
+        if digests:
+            digests(marks)
+        verdict = self.judge.step(Evidence(self.mesh, self.time, values, marks), overflow_limit)
+        self.time += 1
+        return verdict
+
+    def warm_up(self, steps=30):
+        return [self.step() for _ in range(steps)]

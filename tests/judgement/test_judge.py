@@ -1,0 +1,217 @@
+import numpy as np
+import pytest
+from synthetic import World
+
+from deepspeed_sentinel.evidence.table import NAMES
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
+
+NON_FINITE, ENERGY, MAX_ABS = (NAMES.index(name) for name in ("non_finite", "energy", "max_abs"))
+
+
+def louder(direction, link, column, factor=30.0, micro_batches=slice(None)):
+    def change(values):
+        values[:, direction, link, column, micro_batches, ENERGY] *= factor
+
+    return change
+
+
+def test_clean_traffic_raises_no_alarm_and_convicts_nobody():
+    world = World(seed=7)
+    verdicts = world.warm_up(400)
+    judged = sum(verdict.judged for verdict in verdicts)
+    assert judged >= 20_000
+    assert sum(verdict.alarms.sum() for verdict in verdicts) <= 0.001 * judged
+    assert not verdicts[-1].convicted.any()
+
+
+@pytest.mark.parametrize("factor", [30.0, 1 / 30.0])
+@pytest.mark.parametrize(("direction", "link", "stage"), [(FORWARD, 1, 1), (BACKWARD, 1, 2), (BACKWARD, 0, 1)])
+def test_the_sender_of_an_outlier_is_blamed_excluded_and_convicted(direction, link, stage, factor):
+    world = World()
+    world.warm_up()
+    for strike in range(3):
+        verdict = world.step(louder(direction, link, 2, factor))
+        assert [finding.worker for finding in verdict.findings] == [Worker(stage, 2)]
+        assert verdict.findings[0].statistic == "energy"
+        assert verdict.excluded.tolist() == [False, False, True]
+        assert bool(verdict.newly_convicted) == (strike == 2)
+    assert verdict.newly_convicted == (Worker(stage, 2),)
+
+
+def test_the_cascade_is_neither_counted_nor_learnt():
+    def tampered(values):
+        for direction, link in ((FORWARD, 1), (FORWARD, 2), (BACKWARD, 2), (BACKWARD, 1), (BACKWARD, 0)):
+            louder(direction, link, 0)(values)
+
+    world = World()
+    world.warm_up()
+    before = world.judge.fences.reach.copy()
+    for _ in range(50):
+        verdict = world.step(tampered)
+        assert {finding.worker for finding in verdict.findings} == {Worker(1, 0)}
+    assert verdict.convicted.sum() == 1
+    assert (world.judge.fences.reach <= before * 1.5).all()
+
+
+def test_trusted_stages_are_excluded_but_never_convicted():
+    world = World()
+    world.warm_up()
+    for _ in range(10):
+        verdict = world.step(louder(FORWARD, 0, 1))
+        assert verdict.findings[0].trusted and verdict.excluded[1]
+    assert not verdict.convicted.any()
+
+
+def test_non_finite_counts_even_while_warming_up():
+    def nan(values):
+        values[:, FORWARD, 1, 1, 2, NON_FINITE] = 5
+
+    verdict = World().step(nan)
+    assert verdict.warming_up and verdict.excluded.tolist() == [False, True, False]
+    assert verdict.findings[0].worker == Worker(1, 1) and verdict.findings[0].micro_batches == (2,)
+
+
+def test_different_digests_are_a_dispute_that_convicts_nobody():
+    def differ(marks):
+        marks[0, FORWARD, 1, 2, :] = 99
+
+    world = World()
+    world.warm_up()
+    for _ in range(10):
+        verdict = world.step(digests=differ)
+        assert verdict.excluded.tolist() == [False, False, True]
+        assert not verdict.findings and not verdict.convicted.any()
+        (dispute,) = verdict.disputed
+        assert (dispute.sender, dispute.receiver) == (Worker(1, 2), Worker(2, 2))
+
+
+def test_a_receiver_that_lies_about_a_statistic_makes_a_dispute_not_an_alarm():
+    def frame(values):
+        values[1, FORWARD, 0, 1, :, ENERGY] *= 100
+
+    world = World()
+    world.warm_up()
+    for _ in range(5):
+        verdict = world.step(frame)
+        assert verdict.disputed and not verdict.findings and not verdict.convicted.any()
+        assert verdict.excluded.tolist() == [False, True, False]
+
+
+def test_slightly_different_baselines_at_the_two_ends_are_no_dispute():
+    def shift(values):
+        values[1, :, :, :, :, 0] *= 1.02
+
+    world = World()
+    world.warm_up()
+    assert not world.step(shift).disputed
+
+
+def test_everybody_out_skips_and_too_many_skips_halt():
+    def all_bad(values):
+        values[:, FORWARD, 1, :, :, NON_FINITE] = 1
+
+    world = World()
+    world.warm_up()
+    for _ in range(4):
+        verdict = world.step(all_bad)
+        assert verdict.skip and verdict.excluded.all() and not verdict.halt
+    assert "max_skipped_steps" in world.step(all_bad).halt
+
+
+def test_observe_excludes_nobody():
+    world = World(action="observe")
+    world.warm_up()
+    verdict = world.step(louder(FORWARD, 1, 0))
+    assert verdict.findings and verdict.suspected[0] and not verdict.excluded.any()
+
+
+def test_quarantine_lasts_until_probation_ends_and_one_strike_brings_it_back():
+    world = World(action="quarantine")
+    world.warm_up()
+    for _ in range(3):
+        world.step(louder(FORWARD, 1, 2))
+    quiet = [world.step() for _ in range(30)]
+    assert all(verdict.excluded.tolist() == [False, False, True] for verdict in quiet[:29])
+    assert quiet[29].released == (Worker(1, 2),)
+    assert not world.step().excluded.any()
+    assert world.step(louder(FORWARD, 1, 2)).newly_convicted == (Worker(1, 2),)
+
+
+def test_halt_names_the_worker():
+    world = World(action="halt")
+    world.warm_up()
+    verdicts = [world.step(louder(FORWARD, 1, 2)) for _ in range(3)]
+    assert [bool(verdict.halt) for verdict in verdicts] == [False, False, True]
+    assert "worker (stage 1, replica 2)" in verdicts[-1].halt
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_few_replicas_are_compared_with_the_recent_past(replicas):
+    world = World(replicas=replicas)
+    world.warm_up(60)
+    verdict = world.step(louder(FORWARD, 1, replicas - 1))
+    assert [finding.worker for finding in verdict.findings] == [Worker(1, replicas - 1)]
+    assert verdict.skip == (replicas == 1)
+
+
+def test_an_overflow_of_most_columns_is_left_to_loss_scaling():
+    def overflow(values):
+        values[:, BACKWARD, :, :2, :, NON_FINITE] = 3
+
+    world = World()
+    world.warm_up()
+    verdict = world.step(overflow, overflow_limit=10.0)
+    assert not verdict.excluded.any() and not verdict.findings
+    assert world.step(overflow).excluded[:2].all()
+
+
+def test_an_overflow_of_one_column_is_excluded_without_a_strike_when_it_is_plausible():
+    def overflow(values):
+        values[:, BACKWARD, 1, 0, :, NON_FINITE] = 3
+
+    world = World()
+    world.warm_up()
+    for _ in range(5):
+        verdict = world.step(overflow, overflow_limit=10.0)
+        assert verdict.excluded[0] and verdict.findings[0].overflow and not verdict.convicted.any()
+    for _ in range(3):
+        verdict = world.step(overflow, overflow_limit=1e9)
+    assert verdict.newly_convicted == (Worker(2, 0),)
+
+
+def test_state_round_trip_gives_the_same_verdicts():
+    one = World(seed=3)
+    one.warm_up(40)
+    one.step(louder(FORWARD, 1, 2))
+    other = World(seed=3)
+    other.judge.load_state_dict(one.judge.state_dict())
+    other.generator.bit_generator.state = one.generator.bit_generator.state
+    other.time = one.time
+    for _ in range(5):
+        first, second = one.step(louder(FORWARD, 1, 2)), other.step(louder(FORWARD, 1, 2))
+        assert first.digest() == second.digest()
+        assert first.newly_convicted == second.newly_convicted
+
+
+def test_digest_differs_when_any_verdict_differs():
+    one, other = World(seed=3), World(seed=3)
+    assert [v.digest() for v in one.warm_up(25)] == [v.digest() for v in other.warm_up(25)]
+    assert one.step(louder(FORWARD, 1, 2)).digest() != other.step(louder(FORWARD, 1, 1)).digest()
+
+
+def test_growing_activations_are_no_alarm():
+    world = World(seed=5)
+    world.warm_up()
+
+    def grown(values):
+        values[..., [0, 3, ENERGY, MAX_ABS]] *= 50.0
+
+    assert not world.step(grown).findings
+
+
+def test_a_thousand_workers():
+    world = World(stages=8, replicas=128)
+    world.warm_up(24)
+    verdict = world.step(louder(FORWARD, 3, 100))
+    assert Worker(3, 100) in [finding.worker for finding in verdict.findings]
+    assert np.count_nonzero(verdict.excluded) <= 4

@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from deepspeed_sentinel.judgement.blame import first_events
+from deepspeed_sentinel.judgement.record import Record
+from deepspeed_sentinel.judgement.robust import quantiles
+from deepspeed_sentinel.mesh import Mesh
+
+
+@given(
+    hnp.arrays(np.float64, (3, 9), elements=st.floats(-1e6, 1e6) | st.just(np.nan)),
+    st.floats(0, 1),
+)
+def test_quantiles_equal_numpy_on_what_is_there(values, probability):
+    (ours,) = quantiles(values, (probability,))
+    for row, result in zip(values, ours, strict=True):
+        there = row[~np.isnan(row)]
+        if there.size:
+            assert result == pytest.approx(np.quantile(there, probability), rel=1e-9, abs=1e-6)
+        else:
+            assert np.isnan(result)
+
+
+@given(hnp.arrays(bool, (2, 3, 2, 4)))
+def test_first_events_by_walking_each_micro_batch(events):
+    expected = np.zeros_like(events)
+    way = [(0, link) for link in range(3)] + [(1, link) for link in (2, 1, 0)]
+    for column in range(2):
+        for micro_batch in range(4):
+            for direction, link in way:
+                if events[direction, link, column, micro_batch]:
+                    expected[direction, link, column, micro_batch] = True
+                    break
+    assert (first_events(events) == expected).all()
+
+
+def test_strikes_must_fall_within_the_window():
+    mesh = Mesh(3, 1)
+    record = Record(mesh, strikes=2, window=3, probation=100)
+    strike, none = np.array([[False], [True], [False]]), np.zeros((3, 1), bool)
+    quiet = np.zeros((2, 1), bool)
+    for struck in (strike, none, none, strike, none, none):
+        newly, _ = record.update(struck, quiet)
+        assert not newly.any()
+    record.update(strike, quiet)
+    newly, _ = record.update(strike, quiet)
+    assert newly[1, 0]
