@@ -1,0 +1,118 @@
+import numpy as np
+import pytest
+import torch
+
+from deepspeed_sentinel.evidence.baseline import Baselines
+from deepspeed_sentinel.evidence.exchange import Exchange, build_report
+from deepspeed_sentinel.evidence.probe import ENDS, Probe
+from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
+
+CPU = torch.device("cpu")
+
+
+def probe(stage=1, micro_batches=2, mesh=None):
+    made = Probe(mesh or Mesh(3, 2), stage, CPU, seed=0)
+    made.begin_step(micro_batches)
+    return made
+
+
+def test_first_and_last_stage_have_two_ends_each():
+    assert probe(0).ends == ((FORWARD, SENT), (BACKWARD, RECEIVED))
+    assert probe(1).ends == ENDS
+    assert probe(2).ends == ((FORWARD, RECEIVED), (BACKWARD, SENT))
+
+
+def test_both_ends_of_a_message_report_the_same_bits():
+    message = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0))
+    sender, receiver = probe(0), probe(1)
+    for end, one in (((FORWARD, SENT), sender), ((FORWARD, RECEIVED), receiver)):
+        for micro_batch in range(2):
+            one.observe(end, one.next_micro_batch(end), (message, torch.arange(4)))
+    sent = sender.end_statistics((FORWARD, SENT), 1.0)
+    received = receiver.end_statistics((FORWARD, RECEIVED), 1.0)
+    for name in ("means_MD", "quantiles_MQ", "scalars_M3", "digest_M2"):
+        assert torch.equal(getattr(sent, name), getattr(received, name))
+    torch.testing.assert_close(sent.means_MD[0], message.mean((0, 1)))
+
+
+def test_scale_is_undone():
+    gradient = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    plain, scaled = probe(micro_batches=1), probe(micro_batches=1)
+    plain.observe((BACKWARD, SENT), plain.next_micro_batch((BACKWARD, SENT)), (gradient,))
+    scaled.observe((BACKWARD, SENT), scaled.next_micro_batch((BACKWARD, SENT)), (gradient * 1024,))
+    one = plain.end_statistics((BACKWARD, SENT), 1.0)
+    other = scaled.end_statistics((BACKWARD, SENT), 1 / 1024)
+    for name in ("means_MD", "quantiles_MQ", "scalars_M3"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name))
+
+
+def test_a_changed_mask_changes_the_digest():
+    hidden, mask = torch.ones(4, 3), torch.ones(4, 4, dtype=torch.bool)
+    one = probe()
+    one.observe((FORWARD, SENT), 0, (hidden, mask))
+    mask[3, 2] = False
+    one.observe((FORWARD, SENT), 1, (hidden, mask))
+    digests = one._buffers[(FORWARD, SENT)].digest_M2
+    assert not torch.equal(digests[0], digests[1])
+
+
+def test_number_of_tokens_may_change_hidden_size_may_not():
+    one = probe()
+    one.observe((FORWARD, SENT), 0, (torch.ones(4, 3),))
+    one.observe((FORWARD, SENT), 1, (torch.ones(9, 3),))
+    with pytest.raises(ValueError, match="changed its hidden size from 3 to 5"):
+        one.observe((FORWARD, SENT), 1, (torch.ones(4, 5),))
+
+
+def test_zero_tokens_and_integer_only_messages_are_refused():
+    with pytest.raises(ValueError, match=r"zero tokens: its shape is \(2, 0, 8\)"):
+        probe().observe((FORWARD, SENT), 0, (torch.ones(2, 0, 8),))
+    with pytest.raises(ValueError, match=r"no floating-point tensor, got \(int64\[2, 3\]\)"):
+        probe().observe((FORWARD, SENT), 0, (torch.ones(2, 3, dtype=torch.int64),))
+
+
+def test_reports_become_evidence_of_the_right_workers():
+    mesh = Mesh(3, 2)
+    reports = np.zeros((3, 2, 4, 2, len(NAMES) + 2), np.int32)
+    for stage in range(3):
+        for replica in range(2):
+            for index, _ in enumerate(ENDS):
+                reports[stage, replica, index, :, -2] = 100 * stage + 10 * replica + index
+    exchange = Exchange(mesh, np.arange(6).reshape(3, 2), replica_group=None)
+    digests = exchange.assemble(reports, step=5).digests & 0xFFFFFFFF
+    for link in range(2):
+        for column in range(2):
+            assert digests[SENT, FORWARD, link, column, 0] == 100 * link + 10 * column + 0
+            assert digests[RECEIVED, FORWARD, link, column, 1] == 100 * (link + 1) + 10 * column + 1
+            assert digests[SENT, BACKWARD, link, column, 0] == 100 * (link + 1) + 10 * column + 2
+            assert digests[RECEIVED, BACKWARD, link, column, 0] == 100 * link + 10 * column + 3
+
+
+def test_baseline_is_the_bias_corrected_ema_of_the_clean_median():
+    one = probe(micro_batches=1)
+    baselines, end = Baselines(0.9, 0.8), (FORWARD, SENT)
+    one.observe(end, 0, (torch.full((4, 3), 2.0),))
+    one._next[end] = 1
+    rows = one.end_statistics(end, 1.0)
+    assert torch.isnan(baselines.distances(end, rows)).all()
+    summary = baselines.summary(rows)
+    for _ in range(3):
+        baselines.learn(end, torch.stack([summary, summary, summary * -50]), np.array([True, True, False]))
+    torch.testing.assert_close(baselines.distances(end, rows), torch.zeros(1, 4), atol=1e-5, rtol=0)
+    restored = Baselines(0.9, 0.8)
+    restored.load_state_dict(baselines.state_dict(), CPU)
+    assert torch.equal(restored.distances(end, rows), baselines.distances(end, rows))
+    baselines.learn(end, torch.stack([summary] * 3), np.zeros(3, bool))
+    assert torch.equal(restored.distances(end, rows), baselines.distances(end, rows))
+
+
+def test_report_packs_statistics_by_their_bits():
+    one = probe(0, micro_batches=1)
+    for end in one.ends:
+        one.observe(end, one.next_micro_batch(end), (torch.full((4, 3), 2.0),))
+    rows = {end: one.end_statistics(end, 1.0) for end in one.ends}
+    report = build_report(one, Baselines(0.9, 0.8), rows)
+    values = report[0, 0, : len(NAMES)].view(torch.float32)
+    assert values[NAMES.index("energy")] == 4.0 and values[NAMES.index("max_abs")] == 2.0
+    assert (report[1] == 0).all() and (report[2] == 0).all()

@@ -1,0 +1,25 @@
+import numpy as np
+
+from deepspeed_sentinel.evidence.table import NAMES, TABLE, comparable
+
+
+def row(**values):
+    return np.array([values.get(name, 1.0) for name in NAMES])
+
+
+def test_names_are_unique_and_every_row_has_a_formula_and_a_source():
+    assert len(set(NAMES)) == len(TABLE)
+    assert all(entry.formula and entry.source for entry in TABLE)
+
+
+def test_comparable_is_finite_for_all_but_missing_values():
+    for value in (0.0, np.inf, 1e-45, 3e38):
+        assert np.isfinite(comparable(np.full(len(NAMES), value))).all()
+    assert np.isnan(comparable(np.full(len(NAMES), np.nan))).all()
+
+
+def test_scales():
+    unit = comparable(row(mean_abs=np.e, sign_flip=1.0, non_finite=7.0))
+    assert unit[NAMES.index("mean_abs")] == 1.0
+    np.testing.assert_allclose(unit[NAMES.index("sign_flip")], np.pi / 2)
+    assert unit[NAMES.index("non_finite")] == 7.0

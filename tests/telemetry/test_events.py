@@ -1,0 +1,46 @@
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
+from synthetic import World
+
+from deepspeed_sentinel.evidence.table import NAMES
+from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
+
+
+def attacked():
+    world = World()
+    world.warm_up()
+
+    def change(values):
+        values[:, 0, 1, 2, :, NAMES.index("energy")] *= 50
+
+    return [world.step(change) for _ in range(3)]
+
+
+def test_events_tell_the_story_and_are_json(tmp_path):
+    log = EventLog(str(tmp_path / "new" / "folder"))
+    for verdict in attacked():
+        for event in verdict_events(verdict, every_step=True):
+            log.write(verdict.step, event)
+    log.close()
+    events = [json.loads(line) for line in (tmp_path / "new" / "folder" / "events.jsonl").read_text().splitlines()]
+    assert [event["kind"] for event in events] == ["step", "alarm", "excluded"] * 3 + ["conviction"]
+    assert events[1]["stage"] == 1 and events[1]["replica"] == 2 and events[1]["statistic"] == "energy"
+    assert np.argmax(np.max(events[0]["scores"], axis=0)) == 2
+    assert events[-1] == {**events[-1], "stage": 1, "replica": 2, "step": 32}
+
+
+def test_alarms_only():
+    kinds = [event["kind"] for event in verdict_events(attacked()[0], every_step=False)]
+    assert kinds == ["alarm", "excluded"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        EventLog(str(tmp_path / "file" / "below"))

@@ -1,0 +1,126 @@
+import json
+
+import pytest
+
+from deepspeed_sentinel.__main__ import main
+from deepspeed_sentinel.config import SentinelConfig, load_block
+from deepspeed_sentinel.mesh import Mesh
+
+FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1}
+
+
+def test_enabled_is_enough_and_the_default_is_off():
+    assert not SentinelConfig.parse({}).enabled
+    config = SentinelConfig.parse({"enabled": True})
+    assert (config.action, config.activation_decay, config.gradient_decay) == ("exclude", 0.9, 0.8)
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"warmup": 5}, ["sentinel.warmup", "unknown key", "warmup_steps"]),
+        ({"enabled": "yes"}, ["sentinel.enabled", "'yes'", "boolean"]),
+        ({"action": "ban"}, ["sentinel.action", "'ban'", "'observe', 'exclude', 'quarantine' or 'halt'"]),
+        ({"warmup_steps": 1}, ["sentinel.warmup_steps", "1", "greater than or equal to 2"]),
+        ({"warmup_steps": 5.5}, ["sentinel.warmup_steps", "5.5", "integer"]),
+        ({"activation_decay": 1.0}, ["sentinel.activation_decay", "1.0", "less than 1"]),
+        ({"gradient_decay": 0.0}, ["sentinel.gradient_decay", "0.0", "greater than 0"]),
+        ({"fence_window": 4}, ["sentinel.fence_window", "4", "greater than or equal to 8"]),
+        ({"fence_multiplier": 0.5}, ["sentinel.fence_multiplier", "0.5"]),
+        ({"target_false_positive_rate": 0.5}, ["sentinel.target_false_positive_rate", "0.5", "less than 0.1"]),
+        ({"strikes": 0}, ["sentinel.strikes", "0"]),
+        ({"strikes": 9, "strike_window": 4}, ["strikes (9)", "strike_window (4)"]),
+        ({"warmup_steps": 99}, ["warmup_steps (99)", "fence_window (64)"]),
+        ({"probation_steps": 0}, ["sentinel.probation_steps", "0"]),
+        ({"max_skipped_steps": 0}, ["sentinel.max_skipped_steps", "0"]),
+        ({"output_dir": ""}, ["sentinel.output_dir"]),
+        ({"events": "all"}, ["sentinel.events", "'all'", "'none', 'alarms' or 'steps'"]),
+        ({"seed": -1}, ["sentinel.seed", "-1"]),
+        ({"inject": [{**FAULT, "attack": "magic"}]}, ["sentinel.inject.0", "'magic'", "bit_flip", "scaling"]),
+        ({"inject": [{**FAULT, "power": 3}]}, ["sentinel.inject.0", "'power'", "factor"]),
+        ({"inject": [{**FAULT, "factor": "big"}]}, ["sentinel.inject.0", "factor", "'big'"]),
+        ({"inject": [{**FAULT, "direction": "up"}]}, ["sentinel.inject.0.direction", "'up'", "'forward' or 'backward'"]),
+        ({"inject": [{**FAULT, "where": "wire"}]}, ["sentinel.inject.0.where", "'compute', 'transit' or 'report'"]),
+        ({"inject": [{**FAULT, "probability": 2.0}]}, ["sentinel.inject.0.probability", "2.0"]),
+        ({"inject": [{**FAULT, "start_step": 9, "stop_step": 9}]}, ["sentinel.inject.0", "stop_step (9)", "start_step (9)"]),
+        ({"inject": [{"stage": 0}]}, ["sentinel.inject.0.attack", "required"]),
+        ("on", ['"sentinel" must be an object', "'on'"]),
+    ],
+)
+def test_mistakes_name_key_value_and_what_is_allowed(block, said):
+    with pytest.raises(ValueError) as error:
+        SentinelConfig.parse(block)
+    for part in said:
+        assert part in str(error.value)
+
+
+def test_every_mistake_is_listed_at_once():
+    with pytest.raises(ValueError) as error:
+        SentinelConfig.parse({"action": "ban", "strikes": 0, "typo": 1})
+    assert all(key in str(error.value) for key in ("action", "strikes", "typo"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"stage": 7, "replica": 0}, "stages 0 to 3 and replicas 0 to 2"),
+        ({"stage": 0, "replica": 3}, "stages 0 to 3 and replicas 0 to 2"),
+        ({"stage": 3, "replica": 0, "direction": "forward"}, "stage 3 sends no forward message"),
+        ({"stage": 0, "replica": 0, "direction": "backward"}, "stage 0 sends no backward message"),
+        ({"stage": 0, "replica": 0, "direction": "forward", "where": "report"}, "stage 0 receives no forward message"),
+        ({"stage": 3, "replica": 0, "direction": "backward", "where": "report"}, "stage 3 receives no backward message"),
+    ],
+)
+def test_faults_outside_the_mesh_are_refused(fault, said):
+    config = SentinelConfig.parse({"inject": [{"attack": "nan", **fault}]})
+    with pytest.raises(ValueError, match=said):
+        config.inject[0].check_mesh(Mesh(4, 3))
+
+
+def test_one_stage_is_refused():
+    with pytest.raises(ValueError, match="at least 2 pipeline stages, got 1"):
+        Mesh(1, 4)
+
+
+def test_check_prints_effective_settings(tmp_path, capsys):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"train_batch_size": 8, "sentinel": {"enabled": True, "strikes": 5}}))
+    assert main(["check", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "* strikes = 5" in out and "  warmup_steps = 20" in out
+    assert load_block(str(path)) == {"enabled": True, "strikes": 5}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [('{"sentinel": {"strikes": 0}}', "sentinel.strikes"), ("{", "Expecting"), (None, "No such file")],
+)
+def test_check_fails_with_the_reason(tmp_path, capsys, content, said):
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_text(content)
+    assert main(["check", str(path)]) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_check_says_when_there_is_no_block(tmp_path, capsys):
+    path = tmp_path / "ds.json"
+    path.write_text("{}")
+    assert main(["check", str(path)]) == 0
+    assert "stays off" in capsys.readouterr().out
+
+
+def test_run_gives_the_script_its_arguments(tmp_path, capsys):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, deepspeed, helper\nprint(sys.argv[1:], deepspeed.initialize.__globals__['__name__'], helper.HERE)\n"
+    )
+    (tmp_path / "helper.py").write_text("HERE = True\n")
+    import deepspeed
+
+    before = deepspeed.initialize
+    try:
+        assert main(["--local_rank=0", "run", str(script), "--lr", "3"]) == 0
+    finally:
+        deepspeed.initialize = before
+    assert "['--local_rank=0', '--lr', '3'] deepspeed_sentinel.engine.launch True" in capsys.readouterr().out
