@@ -56,8 +56,10 @@ def prepare(folder: Path, tokenizer: str, vocabulary: int) -> dict[str, int]:
         return {key: int(value) for key, value in facts.items()}
     root = Path(sysconfig.get_path("stdlib"))
     files = source_files(root)
-    texts = {name: b"".join(path.read_bytes() for path in part) for name, part in zip(
-        ("train", "held_out"), split(files, root), strict=True)}
+    texts = {
+        name: b"".join(path.read_bytes() for path in part)
+        for name, part in zip(("train", "held_out"), split(files, root), strict=True)
+    }
     if len(texts["train"]) < _SMALLEST:
         raise ValueError(
             f"Found {len(texts['train'])} bytes of Python source under {root}; the demo learns the standard "

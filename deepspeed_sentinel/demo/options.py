@@ -21,7 +21,7 @@ class DemoOptions:
 
     stages: int = 4
     replicas: int = 3
-    steps: int = 100
+    steps: int = 80
     seed: int = 0
     device: str = "cpu"
     out: str = "demo_out"
@@ -109,7 +109,11 @@ class DemoOptions:
         "attacked" injects and only observes, so nothing protects the weights; "guarded" injects the same and
         leaves Sentinel its default action; "overhead" has no attack and otherwise what "guarded" has.
         """
-        block: dict[str, Any] = {"enabled": True, "output_dir": str(self.sentinel_folder(run)), "events": "steps"}
+        block: dict[str, Any] = {
+            "enabled": True,
+            "output_dir": str(self.sentinel_folder(run)),
+            "events": "steps",
+        }
         if run == "attacked":
             block |= {"action": "observe", "events": "none", "inject": [self.injection()]}
         elif run == "guarded":

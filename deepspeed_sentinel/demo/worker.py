@@ -114,7 +114,11 @@ class Trainer:
 
         for _ in range(self.options.overhead_rounds):
             for guarded in (True, False):
-                handle = deepspeed_sentinel.attach(engine, self.options.sentinel_block("overhead")) if guarded else None
+                handle = (
+                    deepspeed_sentinel.attach(engine, self.options.sentinel_block("overhead"))
+                    if guarded
+                    else None
+                )
                 for index in range(self.options.overhead_block + 1):
                     _, seconds = self.step(engine, data)
                     if index:

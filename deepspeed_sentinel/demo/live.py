@@ -1,0 +1,229 @@
+"""What the terminal shows while the job runs: a live picture, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from deepspeed_sentinel.demo.options import RUNS, DemoOptions
+from deepspeed_sentinel.demo.progress import DemoState, RunState
+
+TITLES = {
+    "clean": "1 clean, plain DeepSpeed",
+    "attacked": "2 attacked, no guard",
+    "guarded": "3 attacked, guarded",
+}
+_COLOURS = {"clean": "green", "attacked": "red", "guarded": "blue"}
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+def sparkline(losses: list[float | None], width: int) -> str:
+    """Losses as a row of blocks, oldest left; steps that share a place are averaged, "!" is not finite."""
+    if not losses:
+        return ""
+    width = min(width, len(losses))
+    known = [loss for loss in losses if loss is not None]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    marks = []
+    for place in range(width):
+        part = losses[place * len(losses) // width : (place + 1) * len(losses) // width]
+        values = [loss for loss in part if loss is not None]
+        if not values:
+            marks.append("!")
+            continue
+        height = (sum(values) / len(values) - low) / ((high - low) or 1.0)
+        marks.append(_BLOCKS[1 + round(height * (len(_BLOCKS) - 2))])
+    return "".join(marks)
+
+
+def guard_totals(run: RunState) -> dict[str, Any]:
+    """Running totals of the guarded run: steps with an alarm, steps with a column left out, who is convicted."""
+    guards = [guard for guard in run.step_guard if guard]
+    return {
+        "alarmed_steps": sum(bool(guard["blamed"]) for guard in guards),
+        "excluded_steps": sum(bool(guard["excluded"]) for guard in guards),
+        "skipped": sum(guard["skip"] for guard in guards),
+        "convicted": guards[-1]["convicted"] if guards else [],
+        "last": guards[-1] if guards else None,
+    }
+
+
+class PlainView:
+    """One line whenever something worth reading happened; for logs and pipes."""
+
+    def __init__(self, options: DemoOptions, every: int = 10) -> None:
+        self.options, self.every = options, every
+        self._message, self._shown, self._ended, self._guards = "", dict.fromkeys(RUNS, 0), set[str](), 0
+        self._convicted: list[list[int]] = []
+
+    def __enter__(self) -> PlainView:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def update(self, state: DemoState) -> None:
+        """Print what is new in ``state``."""
+        if state.message != self._message:
+            self._message = state.message
+            print(self._message, flush=True)
+        for name, run in state.runs.items():
+            while self._shown[name] + self.every <= len(run.losses):
+                self._shown[name] += self.every
+                loss = run.losses[self._shown[name] - 1]
+                shown = "not finite" if loss is None else f"{loss:.3f}"
+                print(
+                    f"{TITLES[name]}: step {self._shown[name]}/{self.options.steps}, loss {shown}", flush=True
+                )
+            if run.ended and name not in self._ended:
+                self._ended.add(name)
+                shown = "not finite" if run.final_loss is None else f"{run.final_loss:.3f}"
+                print(f"{TITLES[name]}: held-out loss {shown}", flush=True)
+        self._guard(state.runs["guarded"])
+
+    def _guard(self, run: RunState) -> None:
+        for guard in run.step_guard[self._guards :]:
+            if guard.get("blamed"):
+                workers = ", ".join(f"stage {stage} replica {replica}" for stage, replica in guard["blamed"])
+                print(
+                    f"  step {guard['step']}: ALARM {workers}; columns left out: {guard['excluded']}",
+                    flush=True,
+                )
+            for worker in guard.get("convicted", []):
+                if worker not in self._convicted:
+                    self._convicted.append(worker)
+                    print(
+                        f"  step {guard['step']}: CONVICTED stage {worker[0]} replica {worker[1]}", flush=True
+                    )
+        self._guards = len(run.step_guard)
+
+
+class LiveView:
+    """The picture: a progress bar and loss curve for each run, the mesh as Sentinel sees it, and totals."""
+
+    def __init__(self, options: DemoOptions) -> None:
+        from rich.live import Live
+
+        self.options = options
+        self._begin = time.monotonic()
+        self._state = DemoState()
+        self._live = Live(get_renderable=self.render, refresh_per_second=5)
+
+    def __enter__(self) -> LiveView:
+        self._live.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._live.__exit__(*error)
+
+    def update(self, state: DemoState) -> None:
+        """Show ``state`` from the next refresh on."""
+        self._state = state
+
+    def render(self) -> Any:
+        """The whole picture."""
+        from rich.console import Group
+        from rich.panel import Panel
+
+        seconds = int(time.monotonic() - self._begin)
+        options = self.options
+        head = (
+            f"a Llama learns Python's source on {options.stages} stages x {options.replicas} replicas = "
+            f"{options.workers} processes ({options.device})"
+        )
+        return Panel(
+            Group(self._runs(), "", self._guard()),
+            title=f"[bold]deepspeed-sentinel demo[/]  {head}",
+            subtitle=f"{self._state.message}   {seconds // 60}:{seconds % 60:02d}",
+            padding=(1, 2),
+        )
+
+    def _runs(self) -> Any:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+        for column in ("run", "progress", "step", "loss", "loss so far", "held-out"):
+            table.add_column(
+                column, no_wrap=True, justify="right" if column in ("step", "loss", "held-out") else "left"
+            )
+        for name, run in self._state.runs.items():
+            colour = _COLOURS[name] if run.started else "dim"
+            done = len(run.losses)
+            loss = "" if not done else "NaN" if run.losses[-1] is None else f"{run.losses[-1]:.3f}"
+            final = "" if not run.ended else "NaN" if run.final_loss is None else f"{run.final_loss:.3f}"
+            table.add_row(
+                f"[{colour}]{TITLES[name]}[/]",
+                ProgressBar(total=self.options.steps, completed=done, width=20, complete_style=_COLOURS[name],
+                            finished_style=_COLOURS[name]),
+                f"{done}/{self.options.steps}", loss, f"[{colour}]{sparkline(run.losses, 24)}[/]", f"[bold]{final}[/]",
+            )  # fmt: skip
+        return table
+
+    def _guard(self) -> Any:
+        from rich.table import Table
+
+        totals = guard_totals(self._state.runs["guarded"])
+        grid = Table(box=None, pad_edge=False, padding=(0, 4, 0, 0), show_header=False)
+        grid.add_row(self._mesh(totals["last"], totals["convicted"]), self._facts(totals))
+        return grid
+
+    def _mesh(self, guard: dict[str, Any] | None, convicted: list[list[int]]) -> Any:
+        from rich.table import Table
+
+        mesh = Table(title="worst score of each worker, 1 = fence", title_style="dim", title_justify="left", box=None,
+                     header_style="dim", pad_edge=False)  # fmt: skip
+        mesh.add_column("")
+        for replica in range(self.options.replicas):
+            mesh.add_column(f"replica {replica}", justify="center", min_width=11)
+        for stage in range(self.options.stages):
+            mesh.add_row(
+                f"[dim]stage {stage}[/]",
+                *(_cell(guard, convicted, stage, replica) for replica in range(self.options.replicas)),
+            )
+        return mesh
+
+    def _facts(self, totals: dict[str, Any]) -> Any:
+        from rich.table import Table
+
+        options, guard = self.options, totals["last"]
+        arguments = " ".join(f"{key}={value}" for key, value in options.attack_arguments.items())
+        convicted = ", ".join(f"stage {stage} replica {replica}" for stage, replica in totals["convicted"])
+        facts = Table(box=None, show_header=False, pad_edge=False)
+        facts.add_row("[dim]attack (the guard does not know)[/]",
+            f"stage {options.attacker[0]} replica {options.attacker[1]}: {options.attack} {arguments}, "
+            f"{options.direction}, from step {options.start_step}")  # fmt: skip
+        if guard is None:
+            facts.add_row("[dim]guard[/]", "starts with run 3")
+            return facts
+        facts.add_row(
+            "[dim]guard[/]", "[yellow]warming up[/]" if guard["warming_up"] else "[green]watching[/]"
+        )
+        facts.add_row("[dim]steps with an alarm[/]", str(totals["alarmed_steps"]))
+        facts.add_row(
+            "[dim]column left out of this step[/]", ", ".join(map(str, guard["excluded"])) or "none"
+        )
+        facts.add_row("[dim]steps with a column left out[/]", str(totals["excluded_steps"]))
+        facts.add_row("[dim]convicted[/]", f"[bold red]{convicted}[/]" if convicted else "nobody")
+        return facts
+
+
+def _cell(guard: dict[str, Any] | None, convicted: list[list[int]], stage: int, replica: int) -> str:
+    if guard is None:
+        return "[dim]·[/]"
+    score = guard["scores"][stage][replica]
+    shown = "!" if score is None else f"{min(score, 99.9):.1f}"
+    if [stage, replica] in convicted:
+        return f"[bold white on red] {shown} CONV. [/]"
+    if [stage, replica] in [list(worker) for worker in guard["blamed"]]:
+        return f"[bold black on yellow] {shown} ALARM [/]"
+    if replica in guard["excluded"]:
+        return f"[dim]{shown} out[/]"
+    return f"[green]{shown}[/]"
+
+
+def view(options: DemoOptions) -> LiveView | PlainView:
+    """The live picture on a terminal, else plain lines."""
+    from rich.console import Console
+
+    return LiveView(options) if Console().is_terminal else PlainView(options)

@@ -1,0 +1,115 @@
+"""summary.json from a recorded stream: every number is checked against what the stream says."""
+
+import json
+
+import pytest
+
+from deepspeed_sentinel.demo import report, summary
+from deepspeed_sentinel.demo.options import DemoOptions
+from deepspeed_sentinel.demo.progress import Reader, Writer, fold
+
+OPTIONS = DemoOptions(steps=60, start_step=40)
+
+
+def alarm(step, stage, replica, micro_batches=(0, 1, 2, 3)):
+    return {"kind": "alarm", "step": step, "stage": stage, "replica": replica, "micro_batches": list(micro_batches)}
+
+
+def conviction(step, stage, replica):
+    return {"kind": "conviction", "step": step, "stage": stage, "replica": replica, "strikes": 3}
+
+
+def scores(step, hot=()):
+    rows = [[5.0 if (stage, replica) in hot else 0.4 for replica in range(3)] for stage in range(4)]
+    return {"kind": "step", "step": step, "scores": rows, "excluded": [], "warming_up": step < 20}
+
+
+@pytest.fixture
+def lines():
+    stream = [{"kind": "message", "text": "hello"}]
+    for name, final in (("clean", 2.5), ("attacked", None), ("guarded", 2.6)):
+        stream.append({"kind": "run_start", "run": name})
+        stream += [
+            {"kind": "step", "run": name, "step": step, "loss": 5.0 - step / 30, "seconds": 0.5} for step in range(60)
+        ]
+        counts = {} if name == "clean" else {"judged_messages": 4320, "skipped_steps": 1}
+        stream.append({"kind": "run_end", "run": name, "final_loss": final, "counts": counts})
+    stream += [{"kind": "overhead", "guarded": False, "seconds": seconds} for seconds in (0.5, 0.5, 9.0)]
+    stream += [{"kind": "overhead", "guarded": True, "seconds": seconds} for seconds in (0.6, 0.6, 0.1)]
+    return [*stream, {"kind": "done"}]
+
+
+EVENTS = [
+    *(scores(step, hot={(1, 2), (2, 2)} if step >= 40 else ()) for step in range(60)),
+    alarm(30, 1, 2, [1]),  # the later attacker, but before it attacks: false
+    alarm(41, 1, 2),
+    alarm(42, 1, 2),
+    alarm(43, 1, 2),
+    alarm(45, 2, 0, [0, 3]),  # an honest worker: false, two messages
+    conviction(43, 1, 2),
+    conviction(50, 2, 0),
+]
+
+
+def test_numbers_follow_from_the_stream(lines):
+    result = summary.summarise(OPTIONS, fold(lines), EVENTS)
+    assert set(result) == {"mesh", "steps", "attack", "clean", "attacked", "guarded", "overhead"}
+    assert result["mesh"] == {"stages": 4, "replicas": 3}
+    assert result["attack"]["factor"] == -1
+    assert result["clean"] == {"final_loss": 2.5, "steps_per_s": pytest.approx(2.0)}
+    assert result["attacked"] == {"final_loss": None}
+    assert result["overhead"] == pytest.approx(1.2)
+    assert result["guarded"] == {
+        "final_loss": 2.6,
+        "steps_per_s": pytest.approx(2.0),
+        "attack_start_step": 40,
+        "first_alarm_step": 41,
+        "convicted": [[1, 2], [2, 0]],
+        "false_convictions": 1,
+        "false_alarms": 3,
+        "judged_messages": 4320,
+        "skipped_steps": 1,
+    }
+    json.dumps(result, allow_nan=False)
+
+
+def test_convicting_the_attacker_before_it_attacks_is_false_too(lines):
+    result = summary.summarise(OPTIONS, fold(lines), [conviction(12, 1, 2)])
+    assert result["guarded"]["false_convictions"] == 1
+    assert result["guarded"]["first_alarm_step"] is None
+
+
+def test_overhead_that_was_not_measured_is_null():
+    assert summary.overhead([], [0.5]) is None
+
+
+def test_report_writes_all_files(lines, tmp_path, capsys):
+    options = DemoOptions(steps=60, start_step=40, out=str(tmp_path))
+    folder = options.sentinel_folder("guarded")
+    folder.mkdir()
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
+    report.write(options, fold(lines))
+    for name in ("summary.json", "events.jsonl", "loss.png", "evidence.png"):
+        assert (tmp_path / name).stat().st_size > 100
+    assert "not finite" in capsys.readouterr().out
+
+
+def test_writer_and_reader_hand_over_whole_lines_only(tmp_path):
+    path = tmp_path / "progress.jsonl"
+    read = Reader(path)
+    assert read() == []
+    write = Writer(path, active=True)
+    write("message", text="one")
+    with path.open("a") as file:
+        file.write('{"kind": "mess')
+    assert read() == [{"kind": "message", "text": "one"}]
+    with path.open("a") as file:
+        file.write('age", "text": "two"}\n')
+    assert read() == [{"kind": "message", "text": "two"}]
+    Writer(tmp_path / "other", active=False)("message", text="nothing")
+    assert not (tmp_path / "other").exists()
+
+
+def test_unknown_line_is_an_error():
+    with pytest.raises(ValueError, match="surprise"):
+        fold([{"kind": "surprise"}])
