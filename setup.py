@@ -1,36 +1,70 @@
-"""Metadata and extras; tool settings are in pyproject.toml."""
+"""Metadata and extras of deepspeed-sentinel; the tools are configured in pyproject.toml."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Bounds are what the code needs: DeepSpeed's pipeline internals are verified on 0.19.8 alone.
-RUNTIME = [
-    "deepspeed>=0.19.8,<0.20",
-    "torch>=2.6",
-    "numpy>=1.26",
-    "pydantic>=2.7",
-    'triton>=3.2; platform_system == "Linux"',
+ROOT = Path(__file__).parent
+
+TRANSFORMERS = ["transformers>=5.23", "accelerate>=1.15", "tokenizers>=0.23", "safetensors>=0.8"]
+REPORT = ["rich>=15.0", "matplotlib>=3.11"]
+DEV = [
+    "pytest>=9.0",
+    "hypothesis>=6.170",
+    "ruff>=0.17",
+    "mypy>=2.4",
+    "import-linter>=2.16",
+    "setuptools>=77.0.3",  # make lint builds the installed layout with it
 ]
-TRANSFORMERS = ["transformers>=5.0", "accelerate>=1.10", "tokenizers>=0.22", "safetensors>=0.5"]
-REPORT = ["rich>=13", "matplotlib>=3.8"]
-DEV = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "import-linter>=2.1"]
+
+
+def readme() -> str:
+    path = ROOT / "README.md"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+# kernels/ stands at the top of the repository but is installed below the package only: a top-level module named
+# `kernels` would shadow a known library of that name.
+KERNELS = find_packages(where="kernels")
+PACKAGES = [
+    *find_packages(include=["deepspeed_sentinel", "deepspeed_sentinel.*"]),
+    "deepspeed_sentinel.kernels",
+    *(f"deepspeed_sentinel.kernels.{name}" for name in KERNELS),
+]
 
 setup(
     name="deepspeed-sentinel",
     version="0.1.0",
-    description="Finds the worker that poisons a DeepSpeed pipeline, and keeps it out of the weights",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    description="Keeps tampered and silently corrupted workers out of DeepSpeed pipeline training",
+    long_description=readme(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
-    packages=[*find_packages(include=["deepspeed_sentinel", "deepspeed_sentinel.*"]), "deepspeed_sentinel.kernels"],
-    # A top-level package named "kernels" would shadow the library of that name.
-    package_dir={"deepspeed_sentinel.kernels": "kernels"},
-    install_requires=RUNTIME,
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=PACKAGES,
+    package_dir={"deepspeed_sentinel": "deepspeed_sentinel", "deepspeed_sentinel.kernels": "kernels"},
+    package_data={"deepspeed_sentinel": ["py.typed"]},
+    # Lower bounds are what has been run. The upper one is there because deepspeed_sentinel.engine reaches into the pipeline
+    # engine's internals, which DeepSpeed may change in any minor release.
+    install_requires=[
+        "deepspeed>=0.19.8,<0.20",
+        "torch>=2.13",
+        "numpy>=2.4",
+        "pydantic>=2.14",
+        # torch for CUDA brings its own triton (2.13.0 pins 3.7.1), torch for CPU brings none
+        'triton>=3.7.1; platform_system == "Linux" and (platform_machine == "x86_64" '
+        'or platform_machine == "aarch64")',
+    ],
     extras_require={
         "transformers": TRANSFORMERS,
         "report": REPORT,
         "dev": [*DEV, *TRANSFORMERS, *REPORT],
     },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
 )

@@ -1,0 +1,54 @@
+# `make demo` and `make test` do all set-up themselves.
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+PIP     = $(PY) -m pip --disable-pip-version-check
+STAMP   = $(VENV)/.installed
+
+# Without a GPU DeepSpeed has to be told so, and one thread a process is fastest: the processes share the cores.
+ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
+CPU_ENV = DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+endif
+
+.PHONY: help venv demo test lint format bench clean
+
+help:
+	@echo "make demo | test | lint | format | bench | venv | clean"
+
+venv: $(STAMP)
+
+# torch first: DeepSpeed's build looks for it, and no other package may choose its version.
+# DeepSpeed is built from source against the torch in the venv, hence without isolation.
+$(STAMP): requirements.txt requirements-dev.txt setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$$(grep '^torch==' requirements.txt)" "$$(grep '^setuptools==' requirements-dev.txt)"
+	$(PIP) install --quiet --no-build-isolation -r requirements-dev.txt
+	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	$(PIP) check
+	touch $@
+
+demo: venv
+	$(CPU_ENV) $(PY) -m deepspeed_sentinel demo
+
+test: venv
+	$(CPU_ENV) $(PY) -m pytest
+
+# Types and layers are checked on the installed layout, where kernels/ is deepspeed_sentinel.kernels.
+LAYOUT = build/layout
+lint: venv
+	$(PY) -m ruff check .
+	rm -rf $(LAYOUT) build/lib
+	$(PY) setup.py --quiet build_py --build-lib $(LAYOUT) 2>/dev/null
+	cd $(LAYOUT) && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p deepspeed_sentinel
+	cd $(LAYOUT) && $(abspath $(VENV))/bin/lint-imports --config $(CURDIR)/pyproject.toml
+
+format: venv
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: venv
+	$(CPU_ENV) $(PY) benchmarks/engine_overhead.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
