@@ -1,4 +1,4 @@
-"""``python -m deepspeed_sentinel demo``: prepares, starts the job, shows it live, and writes what came out."""
+"""``python -m deepspeed_sentinel demo``: prepares, starts the job, shows it live, writes the results."""
 
 from __future__ import annotations
 
@@ -163,8 +163,8 @@ def _prepare(options: DemoOptions) -> Path:
         shutil.rmtree(options.sentinel_folder(name), ignore_errors=True)
     facts = corpus.prepare(options.corpus_folder, options.tokenizer, options.vocabulary)
     print(
-        f"Text: {facts['files']} source files of Python's standard library, {facts['train_tokens']:,} tokens to "
-        f"learn and {facts['held_out_tokens']:,} held out."
+        f"Text: {facts['files']} source files of Python's standard library, {facts['train_tokens']:,} tokens "
+        f"to learn and {facts['held_out_tokens']:,} held out."
     )
     options_file = out / "options.json"
     options.save(options_file)
@@ -195,8 +195,8 @@ def _run(options: DemoOptions) -> int:
                 time.sleep(0.2)
     if process.returncode != 0 or not state.done:
         print(error_tail(options.job_log), file=sys.stderr)
-        print(f"demo: the job failed (exit status {process.returncode}); all of its output: {options.job_log}",
-              file=sys.stderr)  # fmt: skip
+        status = f"exit status {process.returncode}"
+        print(f"demo: the job failed ({status}); all of its output: {options.job_log}", file=sys.stderr)
         return 1
     report.write(options, state)
     return 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ _SMALLEST = 1_000_000
 
 
 def source_files(root: Path | None = None) -> list[Path]:
-    """The standard library's source files in sorted order, without its tests and what was installed into it."""
+    """The standard library's source files, sorted, without its tests and what was installed into it."""
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     return sorted(
         path for path in root.rglob("*.py") if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
@@ -80,7 +80,7 @@ def _byte_tokens(text: bytes) -> np.ndarray:
     return np.frombuffer(text, dtype=np.uint8)
 
 
-def _train_bpe(text: bytes, folder: Path, vocabulary: int):  # type: ignore[no-untyped-def]
+def _train_bpe(text: bytes, folder: Path, vocabulary: int) -> Callable[[bytes], np.ndarray]:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -109,9 +109,9 @@ def load(folder: Path, tokenizer: str, name: str) -> np.ndarray:
 def batches(
     tokens: np.ndarray, *, seed: int, replica: int, size: int, sequence: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless micro-batches of one replica, the same for the same arguments: (inputs, labels), [size, sequence].
+    """Endless micro-batches of one replica: (inputs, labels), [size, sequence]; same arguments, same batches.
 
-    The corpus is dealt to the replicas by chance: each draws its own windows. Labels are the inputs' next tokens.
+    Each replica draws its own windows of the corpus by chance. Labels are the inputs' next tokens.
     """
     generator = np.random.default_rng([seed, replica])
     while True:

@@ -1,11 +1,11 @@
-"""Starts the demo's one job through torchrun and makes sure that it ends with the parent, whatever happens."""
+"""Starts the demo's one job through torchrun and makes sure that it ends with the parent."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         _quietly(worker.kill)
 
 
-def _quietly(kill) -> None:  # type: ignore[no-untyped-def]
+def _quietly(kill: Callable[[], None]) -> None:
     import psutil
 
     try:

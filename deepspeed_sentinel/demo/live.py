@@ -37,7 +37,7 @@ def sparkline(losses: list[float | None], width: int) -> str:
 
 
 def guard_totals(run: RunState) -> dict[str, Any]:
-    """Running totals of the guarded run: steps with an alarm, steps with a column left out, who is convicted."""
+    """Running totals of the guarded run: steps with an alarm or a column left out, who is convicted."""
     guards = [guard for guard in run.step_guard if guard]
     return {
         "alarmed_steps": sum(bool(guard["blamed"]) for guard in guards),
@@ -156,7 +156,8 @@ class LiveView:
                 f"[{colour}]{TITLES[name]}[/]",
                 ProgressBar(total=self.options.steps, completed=done, width=20, complete_style=_COLOURS[name],
                             finished_style=_COLOURS[name]),
-                f"{done}/{self.options.steps}", loss, f"[{colour}]{sparkline(run.losses, 24)}[/]", f"[bold]{final}[/]",
+                f"{done}/{self.options.steps}", loss, f"[{colour}]{sparkline(run.losses, 24)}[/]",
+                f"[bold]{final}[/]",
             )  # fmt: skip
         return table
 
@@ -171,8 +172,8 @@ class LiveView:
     def _mesh(self, guard: dict[str, Any] | None, convicted: list[list[int]]) -> Any:
         from rich.table import Table
 
-        mesh = Table(title="worst score of each worker, 1 = fence", title_style="dim", title_justify="left", box=None,
-                     header_style="dim", pad_edge=False)  # fmt: skip
+        mesh = Table(title="worst score of each worker, 1 = fence", title_style="dim", title_justify="left",
+                     box=None, header_style="dim", pad_edge=False)  # fmt: skip
         mesh.add_column("")
         for replica in range(self.options.replicas):
             mesh.add_column(f"replica {replica}", justify="center", min_width=11)

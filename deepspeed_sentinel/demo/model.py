@@ -1,7 +1,7 @@
 """The Llama of transformers, module by module, as layers of a DeepSpeed pipeline.
 
-Composed in order, the layers compute what ``LlamaForCausalLM`` computes with the same weights. Only the hidden
-state [batch, tokens, hidden] crosses a link.
+Composed in order, the layers compute what ``LlamaForCausalLM`` computes with the same weights. Only the
+hidden state [batch, tokens, hidden] crosses a link.
 """
 
 from __future__ import annotations

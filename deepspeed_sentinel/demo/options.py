@@ -15,8 +15,8 @@ RUNS = ("clean", "attacked", "guarded")
 class DemoOptions:
     """Settings of a demo; all runs of it share them.
 
-    Sizes are counts; ``sequence`` is in tokens, ``device`` is "cpu" or "cuda" (never "auto" here), ``out`` is the
-    folder that everything is written to.
+    Sizes are counts; ``sequence`` is in tokens, ``device`` is "cpu" or "cuda" (never "auto" here), ``out``
+    is the folder that everything is written to.
     """
 
     stages: int = 4
@@ -56,8 +56,8 @@ class DemoOptions:
             raise ValueError(f"--tokenizer must be byte or bpe, got {self.tokenizer!r}.")
         if not 0 <= self.start_step < self.steps:
             raise ValueError(
-                f"--start-step must be from 0 to {self.steps - 1}, so that some of the --steps {self.steps} are "
-                f"attacked, got {self.start_step}."
+                f"--start-step must be from 0 to {self.steps - 1}, so that some of the --steps {self.steps} "
+                f"are attacked, got {self.start_step}."
             )
 
     @property

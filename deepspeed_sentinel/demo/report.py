@@ -1,4 +1,4 @@
-"""Writes what a finished demo leaves: summary.json, both pictures, the events, and the table in the terminal."""
+"""Writes what a finished demo leaves: summary.json, both pictures, the events, and a table."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def draw(
     out, runs = Path(options.out), state.runs
     stage, replica = options.attacker
     arguments = ", ".join(f"{key} {value}" for key, value in options.attack_arguments.items())
+    worker = f"1 of {options.workers} workers (stage {stage}, replica {replica})"
     fault = f"{options.attack} ({arguments})" if arguments else options.attack
     what = "activations" if options.direction == "forward" else "gradients"
     curves = [
@@ -50,7 +51,7 @@ def draw(
         attack_start=options.start_step,
         convicted_step=convicted_step,
         title="One tampering worker, with and without Sentinel",
-        subtitle=f"1 of {options.workers} workers (stage {stage}, replica {replica}) sends false {what}: {fault}",
+        subtitle=f"{worker} sends false {what}: {fault}",
     )
     plots.plot_evidence(
         out / "evidence.png",

@@ -92,6 +92,7 @@ def summarise(options: DemoOptions, state: DemoState, events: Sequence[Mapping[s
 def table_rows(summary: Mapping[str, Any], convicted_step: int | None) -> list[tuple[str, str]]:
     """(what, value) rows for people, from the summary."""
     guarded, attack = summary["guarded"], summary["attack"]
+    fault = f"{attack['attack']}, {attack['direction']}"
     worker = f"stage {attack['stage']}, replica {attack['replica']}"
     alarm = guarded["first_alarm_step"]
     convicted = (
@@ -103,7 +104,7 @@ def table_rows(summary: Mapping[str, Any], convicted_step: int | None) -> list[t
         ("held-out loss, clean", _number(summary["clean"]["final_loss"])),
         ("held-out loss, attacked, no guard", _number(summary["attacked"]["final_loss"])),
         ("held-out loss, attacked, guarded", _number(guarded["final_loss"])),
-        ("attacker", f"{worker}, from step {guarded['attack_start_step']}: {attack['attack']}, {attack['direction']}"),
+        ("attacker", f"{worker}, from step {guarded['attack_start_step']}: {fault}"),
         ("first alarm", "none" if alarm is None else
             f"step {alarm} ({alarm - guarded['attack_start_step']} steps after the attack began)"),
         ("convicted", convicted),

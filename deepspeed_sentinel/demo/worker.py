@@ -1,7 +1,7 @@
 """One process of the demo's mesh, started by torchrun: trains the runs one after the other.
 
-Starting the processes costs more than a run, so all runs share them. Each run builds its model and optimizer anew
-from the same seed and reads the same batches in the same order.
+Starting the processes costs more than a run, so all runs share them. Each run builds its model and optimizer
+anew from the same seed and reads the same batches in the same order.
 
     torchrun ... -m deepspeed_sentinel.demo.worker demo_out/options.json
 """
@@ -75,7 +75,7 @@ class Trainer:
         )
 
     def step(self, engine: Any, data: Iterator[Any]) -> tuple[float, float]:
-        """(training loss, seconds) of one step; the loss is read back, so the step has ended on every device."""
+        """(training loss, seconds) of one step; reading the loss back waits for the device."""
         begin = time.perf_counter()
         loss = float(engine.train_batch(data))
         return loss, time.perf_counter() - begin

@@ -13,6 +13,11 @@ from typing import Any
 import numpy as np
 
 GREEN, RED, BLUE, GREY = "#2a9d5c", "#d1402f", "#2563c9", "#555555"
+_STEP_AND_FRACTION = ("data", "axes fraction")
+_CASCADE = (
+    "Red without a dot is the cascade: honest workers passing on what they were sent. "
+    "Only the first in the chain is blamed."
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Curve:
 
 
 def smooth(losses: Sequence[float | None], decay: float = 0.75) -> np.ndarray:
-    """Bias-corrected exponential average over the steps; steps without a finite loss are NaN and change nothing."""
+    """Bias-corrected exponential average; steps without a finite loss are NaN and change nothing."""
     result = np.full(len(losses), np.nan)
     mean, weight = 0.0, 0.0
     for step, loss in enumerate(losses):
@@ -94,7 +99,7 @@ def plot_losses(
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", fontsize=11, framealpha=0.95)
-    _titles(figure, axes, title, subtitle)
+    _titles(axes, title, subtitle)
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
@@ -122,10 +127,10 @@ def plot_evidence(
     attacker: tuple[int, int] | None = None,
     attack_start: int | None = None,
 ) -> None:
-    """Heat map: a row for each worker, grouped by stage; a column for each step; colour: score over the fence.
+    """Heat map: a row for each worker, grouped by stage; a column for each step; colour: the score.
 
-    White is on the fence, blue inside, red outside. A dot marks a worker that was blamed in that step: first in
-    the chain outside the fences. A star marks a conviction.
+    White is on the fence, blue inside, red outside. A dot marks a worker that was blamed in that step:
+    first in the chain outside the fences. A star marks a conviction.
 
     Raises:
         ValueError: ``events`` holds no "step" events.
@@ -173,13 +178,13 @@ def plot_evidence(
     warm = [event["step"] for event in events if event["kind"] == "step" and event.get("warming_up")]
     if warm:
         middle = (steps[0] + max(warm)) / 2
-        axes.annotate("warm-up", (middle, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 4),
-                      textcoords="offset points", ha="center", fontsize=10, color=GREY)  # fmt: skip
+        _note(axes, "warm-up", (middle, 1), (0, 4), _STEP_AND_FRACTION, ha="center", color=GREY)
         axes.axvline(max(warm) + 0.5, color=GREY, linestyle=":", linewidth=1.5)
     if attack_start is not None:
+        _note(
+            axes, "attack starts", (attack_start - 0.5, 1), (0, 4), _STEP_AND_FRACTION, ha="center", color=RED
+        )
         axes.axvline(attack_start - 0.5, color=RED, linestyle="--", linewidth=1.8)
-        axes.annotate("attack starts", (attack_start - 0.5, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 4),
-                      textcoords="offset points", ha="center", fontsize=10, color=RED)  # fmt: skip
     bar = figure.colorbar(image, ax=axes, pad=0.015, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["0.1", "1 = fence", "10"], fontsize=10)
     bar.set_label("worst message: distance over the fence", fontsize=10)
@@ -191,11 +196,7 @@ def plot_evidence(
         fontsize=10,
         frameon=False,
     )
-    _titles(
-        figure, axes, title,
-        "Red without a dot is the cascade: honest workers passing on what they were sent. Only the first in the "
-        "chain is blamed.", lift=26,
-    )  # fmt: skip
+    _titles(axes, title, _CASCADE, lift=26)
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
@@ -209,20 +210,26 @@ def _pyplot() -> Any:
     return plt
 
 
-def _titles(figure: Any, axes: Any, title: str, subtitle: str, lift: int = 8) -> None:
-    axes.annotate(title, (0, 1), xycoords="axes fraction", xytext=(0, lift + (18 if subtitle else 0)),
-                  textcoords="offset points", fontsize=15, fontweight="bold")  # fmt: skip
-    if subtitle:
-        axes.annotate(subtitle, (0, 1), xycoords="axes fraction", xytext=(0, lift), textcoords="offset points",
-                      fontsize=10.5, color=GREY)  # fmt: skip
+def _note(
+    axes: Any, text: str, place: Any, shift: tuple[float, float], where: Any = "data", **style: Any
+) -> None:
+    """Text at ``place``, given in the coordinates ``where``, moved by ``shift`` points."""
+    style = {"fontsize": 10, **style}
+    axes.annotate(
+        text, place, xycoords=where, xytext=shift, textcoords="offset points", annotation_clip=False, **style
+    )
+
+
+def _titles(axes: Any, title: str, subtitle: str, lift: int = 8) -> None:
+    height = lift + (18 if subtitle else 0)
+    _note(axes, title, (0, 1), (0, height), "axes fraction", fontsize=15, fontweight="bold")
+    _note(axes, subtitle, (0, 1), (0, lift), "axes fraction", fontsize=10.5, color=GREY)
 
 
 def _event_line(axes: Any, step: int, text: str, colour: str, left: bool) -> None:
     axes.axvline(step, color=colour, linestyle="--", linewidth=1.5)
-    axes.annotate(
-        f"{text} (step {step})", (step, 0.985), xycoords=("data", "axes fraction"), xytext=(-6 if left else 6, 0),
-        textcoords="offset points", ha="right" if left else "left", va="top", fontsize=11, color=colour,
-    )  # fmt: skip
+    style = {"ha": "right" if left else "left", "va": "top", "fontsize": 11, "color": colour}
+    _note(axes, f"{text} (step {step})", (step, 0.985), (-6 if left else 6, 0), _STEP_AND_FRACTION, **style)
 
 
 def _end_labels(axes: Any, curves: Sequence[Curve], steps: int) -> None:
@@ -235,15 +242,13 @@ def _end_labels(axes: Any, curves: Sequence[Curve], steps: int) -> None:
         known = line[np.isfinite(line)]
         ends.append((min(float(known[-1]), high) if known.size else high, curve))
     ends.sort(key=lambda end: end[0])
-    places: list[float] = []
-    for height, _ in ends:
-        places.append(height if not places else max(height, places[-1] + gap))
-    for place, (_, curve) in zip(places, ends, strict=True):
+    right, place = steps * 1.01, -np.inf
+    for height, curve in ends:
+        place = max(height, place + gap)
         value = "not finite" if curve.final_loss is None else f"{curve.final_loss:.3f}"
-        axes.annotate(value, (steps * 1.01, place), xytext=(6, 0), textcoords="offset points", va="center",
-                      fontsize=12, fontweight="bold", color=curve.colour, annotation_clip=False)  # fmt: skip
-    axes.annotate("held-out\nloss", (steps * 1.01, places[-1] + gap), xytext=(6, 0), textcoords="offset points",
-                  va="bottom", fontsize=10, color=GREY, annotation_clip=False)  # fmt: skip
+        style = {"va": "center", "fontsize": 12, "fontweight": "bold", "color": curve.colour}
+        _note(axes, value, (right, place), (6, 0), **style)
+    _note(axes, "held-out\nloss", (right, place + gap), (6, 0), va="bottom", color=GREY)
 
 
 def _marks(events: Iterable[Mapping[str, Any]], kind: str, replicas: int) -> tuple[list[int], list[int]]:

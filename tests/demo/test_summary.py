@@ -12,7 +12,8 @@ OPTIONS = DemoOptions(steps=60, start_step=40)
 
 
 def alarm(step, stage, replica, micro_batches=(0, 1, 2, 3)):
-    return {"kind": "alarm", "step": step, "stage": stage, "replica": replica, "micro_batches": list(micro_batches)}
+    worker = {"stage": stage, "replica": replica}
+    return {"kind": "alarm", "step": step, **worker, "micro_batches": list(micro_batches)}
 
 
 def conviction(step, stage, replica):
@@ -30,7 +31,8 @@ def lines():
     for name, final in (("clean", 2.5), ("attacked", None), ("guarded", 2.6)):
         stream.append({"kind": "run_start", "run": name})
         stream += [
-            {"kind": "step", "run": name, "step": step, "loss": 5.0 - step / 30, "seconds": 0.5} for step in range(60)
+            {"kind": "step", "run": name, "step": step, "loss": 5.0 - step / 30, "seconds": 0.5}
+            for step in range(60)
         ]
         counts = {} if name == "clean" else {"judged_messages": 4320, "skipped_steps": 1}
         stream.append({"kind": "run_end", "run": name, "final_loss": final, "counts": counts})
