@@ -213,6 +213,8 @@ def _cell(guard: dict[str, Any] | None, convicted: list[list[int]], stage: int, 
     if guard is None:
         return "[dim]·[/]"
     score = guard["scores"][stage][replica]
+    if score == 0:
+        return "[dim]·[/]"
     shown = "!" if score is None else f"{min(score, 99.9):.1f}"
     if [stage, replica] in convicted:
         return f"[bold white on red] {shown} CONV. [/]"

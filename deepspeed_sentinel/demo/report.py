@@ -51,7 +51,7 @@ def draw(
         attack_start=options.start_step,
         convicted_step=convicted_step,
         title="One tampering worker, with and without Sentinel",
-        subtitle=f"{worker} sends false {what}: {fault}",
+        subtitle=f"{worker} tampers with the {what} it sends: {fault}",
     )
     plots.plot_evidence(
         out / "evidence.png",

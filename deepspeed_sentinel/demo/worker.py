@@ -23,6 +23,13 @@ from deepspeed_sentinel.demo import corpus, model
 from deepspeed_sentinel.demo.options import DemoOptions
 from deepspeed_sentinel.demo.progress import Writer, finite
 
+_MESSAGES = {
+    "clean": "Run 1: plain DeepSpeed, nobody tampers",
+    "overhead": "Measuring overhead: more steps of run 1, Sentinel attached and detached in turn",
+    "attacked": "Run 2: one worker tampers, nobody guards",
+    "guarded": "Run 3: one worker tampers, Sentinel guards",
+}
+
 
 def engine_config(options: DemoOptions) -> dict[str, Any]:
     """The DeepSpeed config of all runs, without a "sentinel" block."""
@@ -88,6 +95,7 @@ class Trainer:
     def run(self, name: str) -> None:
         """One whole run: "clean", "attacked" or "guarded"."""
         self.report("run_start", run=name)
+        self.report("message", text=_MESSAGES[name])
         engine = build_engine(self.options, None if name == "clean" else self.options.sentinel_block(name))
         data = self.data(engine, held_out=False)
         for step in range(self.options.steps):
@@ -112,6 +120,7 @@ class Trainer:
         """
         import deepspeed_sentinel
 
+        self.report("message", text=_MESSAGES["overhead"])
         for _ in range(self.options.overhead_rounds):
             for guarded in (True, False):
                 handle = (
@@ -158,6 +167,7 @@ def main(options_file: str) -> None:
     trainer = Trainer(options, report)
     for name in ("clean", "attacked", "guarded"):
         trainer.run(name)
+    report("message", text="All runs done")
     report("done")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -15,8 +15,7 @@ import numpy as np
 GREEN, RED, BLUE, GREY = "#2a9d5c", "#d1402f", "#2563c9", "#555555"
 _STEP_AND_FRACTION = ("data", "axes fraction")
 _CASCADE = (
-    "Red without a dot is the cascade: honest workers passing on what they were sent. "
-    "Only the first in the chain is blamed."
+    "Red without a dot: an honest worker passing on what it was sent. Sentinel blames the first in the chain."
 )
 
 
@@ -39,7 +38,7 @@ class Curve:
     dashed: bool = False
 
 
-def smooth(losses: Sequence[float | None], decay: float = 0.75) -> np.ndarray:
+def smooth(losses: Sequence[float | None], decay: float = 0.6) -> np.ndarray:
     """Bias-corrected exponential average; steps without a finite loss are NaN and change nothing."""
     result = np.full(len(losses), np.nan)
     mean, weight = 0.0, 0.0
@@ -89,7 +88,7 @@ def plot_losses(
     margin = 0.06 * (top - bottom)
     axes.set_ylim(bottom - margin, top + 4 * margin)
     axes.set_xlim(0, steps * 1.01)
-    axes.axvspan(attack_start, steps * 1.01, color=RED, alpha=0.05, linewidth=0)
+    axes.axvspan(attack_start - 0.5, steps * 1.01, color=RED, alpha=0.05, linewidth=0)
     _event_line(axes, attack_start, "attack starts", RED, left=True)
     if convicted_step is not None:
         _event_line(axes, convicted_step, "attacker convicted", BLUE, left=False)
@@ -98,8 +97,9 @@ def plot_losses(
     axes.set_ylabel("training loss (nats per token)", fontsize=12)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", fontsize=11, framealpha=0.95)
-    _titles(axes, title, subtitle)
+    # Above the axes: there it covers no data, whatever the curves do.
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3, fontsize=11, frameon=False)
+    _titles(axes, title, subtitle, lift=38)
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
@@ -164,17 +164,17 @@ def plot_evidence(
     for stage in range(1, stages):
         axes.axhline(stage * replicas - 0.5, color="white", linewidth=3)
     axes.set_yticks(range(stages * replicas))
-    axes.set_yticklabels(
-        [f"stage {s}, replica {r}" for s in range(stages) for r in range(replicas)], fontsize=10
-    )
+    names = [f"stage {s}, replica {r}" for s in range(stages) for r in range(replicas)]
     if attacker is not None:
         row = attacker[0] * replicas + attacker[1]
-        label = axes.get_yticklabels()[row]
-        label.set(color=RED, fontweight="bold", text=f"ATTACKER  {label.get_text()}")
+        names[row] = f"ATTACKER  {names[row]}"
         width = extent[1] - extent[0]
         axes.add_patch(
             Rectangle((extent[0], row - 0.5), width, 1, fill=False, edgecolor=RED, linewidth=2.2, zorder=2)
         )
+    for name, label in zip(names, axes.set_yticklabels(names, fontsize=10), strict=True):
+        if name.startswith("ATTACKER"):
+            label.set(color=RED, fontweight="bold")
     warm = [event["step"] for event in events if event["kind"] == "step" and event.get("warming_up")]
     if warm:
         middle = (steps[0] + max(warm)) / 2
@@ -187,7 +187,7 @@ def plot_evidence(
         axes.axvline(attack_start - 0.5, color=RED, linestyle="--", linewidth=1.8)
     bar = figure.colorbar(image, ax=axes, pad=0.015, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["0.1", "1 = fence", "10"], fontsize=10)
-    bar.set_label("worst message: distance over the fence", fontsize=10)
+    bar.set_label("score of the worst message a worker sent", fontsize=10, labelpad=8)
     axes.set_xlabel("training step", fontsize=12)
     axes.legend(
         loc="upper right",
@@ -227,9 +227,16 @@ def _titles(axes: Any, title: str, subtitle: str, lift: int = 8) -> None:
 
 
 def _event_line(axes: Any, step: int, text: str, colour: str, left: bool) -> None:
-    axes.axvline(step, color=colour, linestyle="--", linewidth=1.5)
+    axes.axvline(step - 0.5, color=colour, linestyle="--", linewidth=1.5)
     style = {"ha": "right" if left else "left", "va": "top", "fontsize": 11, "color": colour}
-    _note(axes, f"{text} (step {step})", (step, 0.985), (-6 if left else 6, 0), _STEP_AND_FRACTION, **style)
+    _note(
+        axes,
+        f"{text} (step {step})",
+        (step - 0.5, 0.985),
+        (-6 if left else 6, 0),
+        _STEP_AND_FRACTION,
+        **style,
+    )
 
 
 def _end_labels(axes: Any, curves: Sequence[Curve], steps: int) -> None:
