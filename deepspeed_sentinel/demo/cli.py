@@ -15,7 +15,8 @@ from typing import Any
 from deepspeed_sentinel.demo.options import DemoOptions
 
 _NEEDED = ("rich", "matplotlib", "transformers", "tokenizers")
-_DEFAULT_ARGUMENTS = {"scaling": {"factor": -1}}
+# Arguments not given are the attack's own defaults; these are shown in titles, so they are spelt out.
+_DEFAULT_ARGUMENTS = {"constant": {"value": 0.0}, "scaling": {"factor": -1}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,8 +26,8 @@ class DemoOptions:
     device: str = "cpu"
     out: str = "demo_out"
     tokenizer: str = "byte"
-    attack: str = "scaling"
-    attack_arguments: dict[str, Any] = field(default_factory=lambda: {"factor": -1})
+    attack: str = "constant"
+    attack_arguments: dict[str, Any] = field(default_factory=lambda: {"value": 0.0})
     attacker: tuple[int, int] = (1, 2)
     direction: str = "forward"
     start_step: int = 40

@@ -9,6 +9,7 @@ anew from the same seed and reads the same batches in the same order.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -161,7 +162,10 @@ def guard_facts(sentinel: Any) -> dict[str, Any]:
 def main(options_file: str) -> None:
     """Train all runs; what fails ends the job with a traceback in its log."""
     options = DemoOptions.load(Path(options_file))
-    torch.set_num_threads(1)
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="nccl" if options.device == "cuda" else "gloo", verbose=False)
     report = Writer(options.progress_file, active=torch.distributed.get_rank() == 0)
     trainer = Trainer(options, report)

@@ -8,7 +8,7 @@ from deepspeed_sentinel.demo import report, summary
 from deepspeed_sentinel.demo.options import DemoOptions
 from deepspeed_sentinel.demo.progress import Reader, Writer, fold
 
-OPTIONS = DemoOptions(steps=60, start_step=40)
+OPTIONS = DemoOptions(steps=60, start_step=40, attack="scaling", attack_arguments={"factor": -1})
 
 
 def alarm(step, stage, replica, micro_batches=(0, 1, 2, 3)):
