@@ -14,13 +14,15 @@ PRECISIONS: dict[str, dict[str, Any]] = {
         "fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1000},
         "zero_optimization": {"stage": 1},
     },
-    # A pipeline in bf16 needs fp32 gradient accumulation: DeepSpeed refuses it otherwise.
-    "bf16": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+    # Without ZeRO DeepSpeed accumulates in bf16 only, with ZeRO-1 in fp32 if told so.
+    # The first two end up with BF16_Optimizer, the third with DeepSpeedZeroOptimizer.
+    "bf16": {"bf16": {"enabled": True}},
     "bf16_zero1": {
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": 1},
     },
+    "bf16_zero1_bf16": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
 }
 MASKS = (None, "int", "bool", "bool_cast", "float")
 

@@ -45,14 +45,17 @@ def message_statistics(
     values_TD = x_TD.detach()
     digest_2.copy_(tensor_digest(values_TD))
     values_TD = values_TD.float() if values_TD.dtype != torch.float64 else values_TD
-    non_finite = torch.count_nonzero(values_TD * 0)
-    # On a CPU reading the count costs nothing; elsewhere it would wait for the device.
-    if values_TD.device.type != "cpu" or non_finite > 0:
-        values_TD = torch.where(torch.isfinite(values_TD), values_TD, 0)
+    low, high = torch.aminmax(values_TD)  # NaN and infinities show in the extremes
+    non_finite = torch.zeros(())
+    # On a CPU looking at a value costs nothing; elsewhere it would wait for the device.
+    if values_TD.device.type != "cpu" or not torch.isfinite(high - low):
+        finite_TD = torch.isfinite(values_TD)
+        non_finite = torch.count_nonzero(~finite_TD)
+        values_TD = torch.where(finite_TD, values_TD, 0)
+        low, high = torch.aminmax(values_TD)
     torch.sum(values_TD, 0, dtype=torch.float32, out=column_sums_D)
     flat = values_TD.reshape(-1)
     scalars_3[0] = torch.dot(flat, flat)
-    low, high = torch.aminmax(flat)
     scalars_3[1] = torch.maximum(-low, high)
     scalars_3[2] = non_finite
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,8 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
         if path is None:
             return path, client_state
         state = client_state.pop(KEY, None)
-        problem = _problem(state, sentinel)
+        weights_only = inspect.signature(original).bind(*args, **kwargs).arguments.get("load_module_only", False)
+        problem = "was loaded for its weights only" if weights_only else _problem(state, sentinel)
         if problem:
             sentinel.reset()
             if dist.get_rank() == 0:
@@ -54,11 +56,9 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
 def _problem(state: Any, sentinel: Sentinel) -> str | None:
     if state is None:
         return "has no Sentinel state"
-    mesh = (sentinel.mesh.stages, sentinel.mesh.replicas)
-    if tuple(state["mesh"]) != mesh:
-        stages, replicas = state["mesh"]
-        return f"is of {stages} stages x {replicas} replicas, this run has {mesh[0]} x {mesh[1]}"
-    return None
+    here = sentinel.state_shape()
+    differing = [f"{name} {state['shape'][name]} (here {here[name]})" for name in here if state["shape"][name] != here[name]]
+    return f"is of a run with {', '.join(differing)}" if differing else None
 
 
 def to_tensors(state: Any) -> Any:

@@ -49,6 +49,7 @@ class Liveness:
         self._rank = dist.get_rank()
         self._beats = itertools.count()
         self._busy = False
+        self._failure: str | None = None
         self._stopped = threading.Event()
         self._beat()
         self._thread = threading.Thread(target=self._run, name="sentinel-liveness", daemon=True)
@@ -64,7 +65,7 @@ class Liveness:
         atexit.unregister(self.stop)
 
     @contextmanager
-    def watch(self, doing: object = None) -> Iterator[None]:
+    def watch(self) -> Iterator[None]:
         """Turn a communication error inside into LostWorker, and tell the other ranks of any error."""
         self._busy = True
         try:
@@ -73,10 +74,10 @@ class Liveness:
             self._post(f"{self.name(self._rank)} stopped: {error}")
             raise
         except Exception as error:
-            if not _is_communication(error):
-                self._post(f"{self.name(self._rank)} failed: {type(error).__name__}: {error}")
-                raise
-            raise LostWorker(self._diagnose(error)) from error
+            if _is_communication(error):
+                raise LostWorker(self._diagnose(error)) from error
+            self._post(f"{self.name(self._rank)} failed: {type(error).__name__}: {error}")
+            raise
         finally:
             self._busy = False
 
@@ -85,7 +86,7 @@ class Liveness:
         self._stopped.wait(PATIENCE_SECONDS)
         told = self._told()
         if told:
-            return told
+            return f"{told} [{self.name(self._rank)} learnt of it as: {error}]"
         after = self._read_beats()
         if before is None or after is None:
             return (
@@ -94,9 +95,9 @@ class Liveness:
             )
         gone = [self.name(rank) for rank in self._workers if rank != self._rank and before[rank] == after[rank]]
         what = f"lost {', '.join(gone)}" if gone else "a link between two live ranks broke"
-        text = f"{what}. {self.name(self._rank)} saw: {error}. Resume from the last checkpoint."
+        text = f"{what}. Resume from the last checkpoint. {self.name(self._rank)} saw: {error}"
         self._post(text)
-        return self._told() or text
+        return text
 
     def _run(self) -> None:
         noticed = 0.0
@@ -123,20 +124,25 @@ class Liveness:
         return {rank: value.decode() for rank, value in zip(self._workers, values, strict=True)}
 
     def _post(self, text: str) -> None:
-        """Keep the first diagnosis; later ones are its consequences."""
+        """Keep the first diagnosis, since later ones are its consequences, and let every rank read it.
+
+        The store ends with its host, so nobody goes before the others had two beats' time.
+        """
         try:
             self._store.compare_set(f"{self._prefix}/failure", "", text)
+            self._stopped.wait(2 * BEAT_SECONDS)
         except RuntimeError as error:
             print(f"[sentinel] could not tell the other ranks ({error}): {text}", file=sys.stderr, flush=True)
 
     def _told(self) -> str | None:
         key = f"{self._prefix}/failure"
         try:
-            return self._store.get(key).decode() if self._store.check([key]) else None
+            if self._failure is None and self._store.check([key]):
+                self._failure = self._store.get(key).decode()
         except RuntimeError:
             if threading.current_thread() is self._thread:
                 raise
-            return None
+        return self._failure
 
 
 def _is_communication(error: Exception) -> bool:

@@ -87,9 +87,18 @@ class Sentinel:
     def state_dict(self) -> dict[str, Any]:
         """Everything that later verdicts depend on; the same on all replicas of a stage."""
         return {
-            "mesh": (self.mesh.stages, self.mesh.replicas),
+            "shape": self.state_shape(),
             "judge": checkpoint.to_tensors(self._judge.state_dict()),
             "baselines": self._baselines.state_dict(),
+        }
+
+    def state_shape(self) -> dict[str, int]:
+        """What must be equal for a state to be taken over."""
+        return {
+            "stages": self.mesh.stages,
+            "replicas": self.mesh.replicas,
+            "fence_window": self.config.fence_window,
+            "strike_window": self.config.strike_window,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -117,7 +126,7 @@ class Sentinel:
             return
         self._probe.begin_step(self.engine.micro_batches)
         self._interception.watching = True
-        with self._liveness.watch(lambda: getattr(self.engine, "_exec_instr", None)):
+        with self._liveness.watch():
             self._originals["_exec_schedule"](pipe_schedule)
         self._interception.watching = False
         if self.last_verdict and self.last_verdict.halt:

@@ -61,7 +61,7 @@ def weights_of(engine: Any) -> dict[str, torch.Tensor]:
 
 def masters_of(engine: Any) -> list[torch.Tensor]:
     """The fp32 copies that the optimizer steps, where the precision has them."""
-    for name in ("fp32_groups_flat_partition", "fp32_groups_flat", "single_partition_of_fp32_groups"):
+    for name in ("fp32_groups_flat_partition", "fp32_groups", "single_partition_of_fp32_groups"):
         if hasattr(engine.optimizer, name):
             return list(getattr(engine.optimizer, name))
     return []
@@ -121,6 +121,7 @@ def run(scenario: Scenario, stages: int, output: Path, result: dict[str, Any]) -
         result["loaded"] = path
     result["build_seconds"] = time.perf_counter() - clock
     sentinel = getattr(engine, "sentinel", None)
+    result["optimizer"] = type(engine.optimizer).__name__
     result["watched"] = sentinel is not None
     replica = engine.grid.get_data_parallel_id()
     data_replica = replica if scenario.data_replicas is None else scenario.data_replicas[replica]

@@ -1,0 +1,159 @@
+"""Time per training step with Sentinel attached over without, in one run, for several hidden sizes.
+
+    python benchmarks/engine_overhead.py --hidden 256 512 1024 --out benchmarks/results/engine_overhead.json
+
+Blocks of watched and unwatched steps alternate within one engine, so that whatever else the machine does hits both
+alike. The first step of a block is not timed: attaching allocates buffers. Sizes are of a Llama over real text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=4, help="decoder layers in all")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256, 512, 1024])
+    parser.add_argument("--sequence", type=int, default=256, help="tokens a sample")
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=4, help="pairs of blocks")
+    parser.add_argument("--block", type=int, default=4, help="timed steps a block")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine_overhead.json"))
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Start this file again under torchrun, one process a worker."""
+    environment = dict(os.environ)
+    import torch
+
+    if not torch.cuda.is_available():
+        environment.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--master_port", str(port)),
+        *("--nproc_per_node", str(arguments.stages * arguments.replicas), __file__, "--worker", *sys.argv[1:]),
+    ]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def work(arguments: argparse.Namespace) -> None:
+    import deepspeed
+    import torch
+
+    import deepspeed_sentinel
+    from deepspeed_sentinel.demo import corpus, model
+    from deepspeed_sentinel.demo.options import DemoOptions
+
+    cuda = torch.cuda.is_available()
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    rank = torch.distributed.get_rank()
+    tokens = corpus.read_bytes() if hasattr(corpus, "read_bytes") else torch.frombuffer(
+        bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8
+    )
+    results = []
+    for hidden in arguments.hidden:
+        options = DemoOptions(
+            stages=arguments.stages,
+            replicas=arguments.replicas,
+            layers=arguments.layers,
+            hidden=hidden,
+            intermediate=hidden * 8 // 3,
+            heads=hidden // 64,
+            key_value_heads=hidden // 64,
+            sequence=arguments.sequence,
+            micro_batch_size=arguments.micro_batch_size,
+            micro_batches=arguments.micro_batches,
+            steps=2,
+            start_step=0,
+        )
+        module = model.build(options)
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=torch.optim.AdamW(module.parameters(), lr=1e-4),
+            config={
+                "train_micro_batch_size_per_gpu": options.micro_batch_size,
+                "gradient_accumulation_steps": options.micro_batches,
+                "steps_per_print": 10**9,
+            },
+        )
+
+        generator = torch.Generator().manual_seed(engine.grid.get_data_parallel_id())
+
+        def batches(generator: torch.Generator = generator):  # noqa: ANN202
+            while True:
+                starts = torch.randint(
+                    len(tokens) - arguments.sequence - 1, (arguments.micro_batch_size,), generator=generator
+                ).tolist()
+                rows = torch.stack([tokens[start : start + arguments.sequence + 1] for start in starts]).long()
+                yield rows[:, :-1], rows[:, 1:]
+
+        data = batches()
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        for _ in range(arguments.rounds):
+            for watched in (False, True):
+                handle = deepspeed_sentinel.attach(engine, {"events": "none"}) if watched else None
+                for index in range(arguments.block + 1):
+                    torch.distributed.barrier()
+                    begin = time.perf_counter()
+                    float(engine.train_batch(data))
+                    if index:
+                        seconds[watched].append(time.perf_counter() - begin)
+                if handle is not None:
+                    handle.detach()
+        plain, watched_median = statistics.median(seconds[False]), statistics.median(seconds[True])
+        results.append(
+            {
+                "hidden": hidden,
+                "tokens_per_micro_batch": options.micro_batch_size * options.sequence,
+                "plain_seconds_median": plain,
+                "watched_seconds_median": watched_median,
+                "ratio": watched_median / plain,
+                "ratio_of_minima": min(seconds[True]) / min(seconds[False]),
+                "timed_steps_each": len(seconds[True]),
+            }
+        )
+        if rank == 0:
+            print(f"hidden {hidden}: {plain:.3f} s plain, {watched_median:.3f} s watched: {results[-1]['ratio']:.4f}")
+        engine.destroy()
+    if rank == 0:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        document = {
+            "what": "seconds per train_batch, Sentinel attached over not attached, no attack",
+            "stages": arguments.stages,
+            "replicas": arguments.replicas,
+            "layers": arguments.layers,
+            "micro_batches": arguments.micro_batches,
+            "device": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores ({platform.machine()})",
+            "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+            "commit": commit.stdout.strip(),
+            "results": results,
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    options_given = parse()
+    if options_given.worker:
+        work(options_given)
+    else:
+        sys.exit(launch(options_given))

@@ -1,0 +1,78 @@
+"""A small guarded training job that goes wrong in the way its first argument says; see test_failure.py.
+
+    failure.py MODE FOLDER [STEPS]
+
+``plain`` trains and saves a checkpoint every second step. ``resume`` loads the last one first. ``mismatch`` makes
+rank 2 come to another verdict at step 3. ``empty`` hands replica 1 a batch without tokens at step 3. ``halt`` halts
+when stage 1 of replica 1 tampers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from datetime import timedelta
+
+import deepspeed
+import torch
+
+import deepspeed_sentinel
+from deepspeed_sentinel.demo import model
+from deepspeed_sentinel.demo.options import DemoOptions
+
+OPTIONS = DemoOptions(
+    stages=3, replicas=2, layers=4, hidden=32, intermediate=64, heads=2, key_value_heads=2, sequence=32, steps=2, start_step=0
+)
+FAULT = {"stage": 1, "replica": 1, "attack": "nan", "start_step": 3}
+
+
+def disagree(engine) -> None:
+    """Rank 2 lets nobody out where the others exclude, and the other way round."""
+    judge = engine.sentinel._judge
+    honest = judge.step
+
+    def step(*arguments):
+        verdict = honest(*arguments)
+        return dataclasses.replace(verdict, excluded=~verdict.excluded) if engine.global_steps == 3 else verdict
+
+    if torch.distributed.get_rank() == 2:
+        judge.step = step
+
+
+def main(mode: str, folder: str, steps: str = "8") -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60), verbose=False)
+    module = model.build(OPTIONS)
+    block = {"enabled": True, "output_dir": f"{folder}/sentinel", "warmup_steps": 2}
+    if mode == "halt":
+        block |= {"action": "halt", "inject": [FAULT]}
+    engine, *_ = deepspeed_sentinel.initialize(
+        model=module,
+        optimizer=torch.optim.AdamW(module.parameters(), lr=1e-3),
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 2,
+            "steps_per_print": 10**9,
+            "sentinel": block,
+        },
+    )
+    if mode == "resume":
+        path, _ = engine.load_checkpoint(f"{folder}/checkpoints")
+        print(f"resumed {path} at step {engine.global_steps}", flush=True)
+    if mode == "mismatch":
+        disagree(engine)
+    replica = engine.grid.get_data_parallel_id()
+    while engine.global_steps < int(steps):
+        tokens = 0 if mode == "empty" and engine.global_steps == 3 and replica == 1 else OPTIONS.sequence
+        generator = torch.Generator().manual_seed(10 * engine.global_steps + replica)
+        rows = torch.randint(256, (2, 2, tokens + 1), generator=generator)
+        loss = float(engine.train_batch(iter([(row[:, :-1], row[:, 1:]) for row in rows])))
+        print(f"step {engine.global_steps} loss {loss}", flush=True)
+        if mode in ("plain", "resume") and engine.global_steps % 2 == 0:
+            engine.save_checkpoint(f"{folder}/checkpoints")
+    print("finished", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

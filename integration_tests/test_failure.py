@@ -1,0 +1,64 @@
+"""What happens when a run breaks: every rank must end soon, with a text that says who and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+JOB = "integration_tests/jobs/failure.py"
+STAGES, REPLICAS = 3, 2
+SIZE = STAGES * REPLICAS
+
+
+def start(jobs, tmp_path: Path, mode: str, steps: int, **options):
+    return jobs(JOB, STAGES, REPLICAS, args=[mode, str(tmp_path), str(steps)], **options)
+
+
+def test_a_killed_worker_is_named_by_all_others_and_the_last_checkpoint_resumes(jobs, tmp_path):
+    victim = 3  # stage 1, replica 1
+    with start(jobs, tmp_path, "plain", 10_000) as job:
+        job.wait_for(rank=0, text="step 5 ", timeout=150)
+        job.kill(victim)
+        result = job.wait(timeout=45)
+    assert not result.timed_out
+    for rank in set(range(SIZE)) - {victim}:
+        assert result.returncodes[rank] != 0
+        assert "lost rank 3 = worker (stage 1, replica 1)" in result.stderr[rank], result.describe()
+    last = int((tmp_path / "checkpoints" / "latest").read_text().removeprefix("global_step"))
+    with start(jobs, tmp_path, "resume", last + 2) as job:
+        resumed = job.wait(timeout=150).check()
+    for text in resumed.stdout:
+        assert f"at step {last}" in text and f"step {last + 2} " in text and "finished" in text
+    assert "start anew" not in resumed.stderr[0] + resumed.stdout[0]
+
+
+def test_different_verdicts_stop_all_ranks_before_the_step(jobs, tmp_path):
+    with start(jobs, tmp_path, "mismatch", 10) as job:
+        result = job.wait(timeout=150)
+    assert not result.timed_out, result.describe()
+    for rank in range(SIZE):
+        assert result.returncodes[rank] != 0
+        assert "VerdictMismatch: verdicts differ at step 3: rank 2 = worker (stage 1, replica 0)" in result.stderr[rank]
+        assert "step 3 " in result.stdout[rank] and "step 4 " not in result.stdout[rank]
+
+
+def test_an_error_on_one_rank_reaches_all_with_its_text(jobs, tmp_path):
+    with start(jobs, tmp_path, "empty", 10) as job:
+        result = job.wait(timeout=150)
+    assert not result.timed_out, result.describe()
+    for rank in range(SIZE):
+        assert result.returncodes[rank] != 0
+        said = "cannot reshape tensor of 0 elements" if rank == 1 else "rank 1 = worker (stage 0, replica 1) failed"
+        assert said in result.stderr[rank], result.describe()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun"])
+def test_halt_stops_all_ranks_with_a_checkpoint(jobs, tmp_path, launcher):
+    with start(jobs, tmp_path, "halt", 20, launcher=launcher) as job:
+        result = job.wait(timeout=150)
+    assert not result.timed_out and result.returncode != 0
+    texts = [text for text in result.stderr if "SentinelHalt: training stopped after step 6" in text]
+    assert texts and "worker (stage 1, replica 1) convicted" in texts[0], result.describe()
+    folder = tmp_path / "sentinel" / "halt_checkpoint"
+    assert (folder / "latest").read_text() == "global_step6"

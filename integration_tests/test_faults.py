@@ -1,0 +1,117 @@
+"""Injected faults in live runs: found, rightly blamed, kept out; liars take out themselves alone."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from integration_tests.runs import run_scenarios
+from integration_tests.scenario import Scenario
+
+START, STEPS = 26, 31
+BASE = Scenario(name="base", steps=STEPS, hidden=64, lengths=(48,))
+CULPRIT = [1, 2]
+SEEN = {
+    "forward_constant": {"attack": "constant"},
+    "forward_random_value": {"attack": "random_value", "std": 1.0},
+    "forward_scaling": {"attack": "scaling", "factor": -1},
+    "forward_random_sign": {"attack": "random_sign", "rate": 0.5},
+    "forward_bias": {"attack": "bias", "size": 2.0},
+    "forward_nan": {"attack": "nan", "rate": 0.0},
+    "backward_constant": {"attack": "constant"},
+    "backward_random_value": {"attack": "random_value", "std": 0.1},
+    "backward_scaling": {"attack": "scaling", "factor": 20.0},
+    "backward_bias": {"attack": "bias", "size": 2.0},
+    "backward_nan": {"attack": "nan"},
+}
+DISPUTED = {
+    "transit_bit_flip": {"attack": "bit_flip", "where": "transit"},
+    "transit_backward": {"attack": "scaling", "factor": 1.01, "where": "transit", "direction": "backward"},
+    "report_forward": {"attack": "random_value", "where": "report"},
+    "report_backward": {"attack": "scaling", "factor": -1, "where": "report", "direction": "backward"},
+}
+ENDS = {  # link, sender, receiver of the disputed messages
+    "transit_bit_flip": (1, [1, 2], [2, 2]),
+    "transit_backward": (0, [1, 2], [0, 2]),
+    "report_forward": (0, [0, 2], [1, 2]),
+    "report_backward": (1, [2, 2], [1, 2]),
+}
+
+
+def scenario(name: str, fault: dict, folder) -> Scenario:
+    direction = "backward" if name.startswith("backward") else "forward"
+    inject = {"stage": 1, "replica": 2, "direction": direction, "start_step": START, **fault}
+    block = {"enabled": True, "output_dir": str(folder / f"logs_{name}"), "events": "steps", "inject": [inject]}
+    return BASE.with_(name=name, sentinel=block)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    scenarios = [scenario(name, fault, folder) for name, fault in {**SEEN, **DISPUTED}.items()]
+    clean = BASE.with_(name="clean", steps=80, sentinel={"enabled": True, "output_dir": str(folder / "logs_clean")})
+    return run_scenarios([*scenarios, clean], stages=3, replicas=3, folder=folder, timeout=420)
+
+
+def attacked(run):
+    return [verdict for verdict in run.verdicts if verdict["step"] >= START]
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_a_tampering_worker_is_found_excluded_and_convicted(runs, name):
+    run = runs[name][0]
+    assert attacked(run)[0]["findings"], "not found in the step in which it began"
+    for verdict in attacked(run):
+        assert verdict["excluded"][2], verdict["step"]
+        assert CULPRIT in [finding["worker"] for finding in verdict["findings"]], verdict["step"]
+    assert attacked(run)[2]["newly_convicted"] == [CULPRIT]
+    convicted = [worker for verdict in run.verdicts for worker in verdict["newly_convicted"]]
+    assert convicted == [CULPRIT]
+
+
+@pytest.mark.parametrize("name", [*SEEN, *DISPUTED])
+def test_weights_and_losses_stay_finite(runs, name):
+    for run in runs[name]:
+        assert all(math.isfinite(loss) for loss in run.losses)
+        assert all(torch.isfinite(weight).all() for weight in run.weights.values())
+
+
+@pytest.mark.parametrize("name", DISPUTED)
+def test_a_disputed_link_excludes_its_column_and_convicts_nobody(runs, name):
+    run = runs[name][0]
+    link, sender, receiver = ENDS[name]
+    for verdict in attacked(run):
+        assert verdict["excluded"] == [False, False, True]
+        assert [(d["link"], d["sender"], d["receiver"]) for d in verdict["disputed"]] == [(link, sender, receiver)]
+    assert not any(verdict["newly_convicted"] for verdict in run.verdicts)
+
+
+def test_no_false_conviction_and_few_false_alarms_in_clean_traffic(runs):
+    run = runs["clean"][0]
+    judged = run.record["counts"]["judged_messages"]
+    assert judged >= 2000
+    assert run.record["counts"]["alarms"] < 0.01 * judged
+    assert not any(verdict["newly_convicted"] or verdict["disputed"] for verdict in run.verdicts)
+
+
+def test_before_the_attack_nobody_is_convicted_or_disputed(runs):
+    for name in (*SEEN, *DISPUTED):
+        for verdict in runs[name][0].verdicts[:START]:
+            assert not verdict["newly_convicted"] and not verdict["disputed"]
+
+
+def test_events_tell_it(runs):
+    folder = runs.job.folder / "logs_forward_constant"
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert events[0]["kind"] == "start" and events[0]["injecting"]
+    assert events[0]["mesh"] == {"stages": 3, "replicas": 3}
+    assert sum(event["kind"] == "step" for event in events) == STEPS
+    (conviction,) = [event for event in events if event["kind"] == "conviction"]
+    assert (conviction["stage"], conviction["replica"], conviction["step"]) == (1, 2, START + 2)
+
+
+def test_injection_shouts(runs):
+    assert "FAULT INJECTION IS ON" in runs.job.stderr[0] + runs.job.stdout[0]

@@ -1,0 +1,59 @@
+"""P1: with no attack, a guarded run is bit-identical to plain DeepSpeed, and both ends of every link agree."""
+
+from __future__ import annotations
+
+import pytest
+
+from integration_tests.runs import run_scenarios
+from integration_tests.scenario import Scenario
+
+JUDGED = Scenario(name="fp32", steps=28, hidden=64, lengths=(32,))
+SHORT = JUDGED.with_(steps=6)
+VARIANTS = [
+    JUDGED,
+    JUDGED.with_(name="bf16", precision="bf16"),
+    JUDGED.with_(name="bf16_zero1", precision="bf16_zero1"),
+    JUDGED.with_(name="tied", tied=True, gradient_clipping=1.0),
+    SHORT.with_(name="fp32_zero1", precision="fp32_zero1"),
+    SHORT.with_(name="fp16", precision="fp16"),
+    SHORT.with_(name="fp16_zero1", precision="fp16_zero1"),
+    SHORT.with_(name="tied_bf16", precision="bf16", tied=True),
+    SHORT.with_(name="int_mask", tuple_messages="int"),
+    SHORT.with_(name="bool_mask", tuple_messages="bool"),
+    SHORT.with_(name="cast_mask", tuple_messages="bool_cast"),
+    SHORT.with_(name="float_part", tuple_messages="float"),
+    SHORT.with_(name="dynamic", dynamic_shape=True, lengths=(16, 24, 9)),
+    SHORT.with_(name="reset_shape", reset_shape=True, lengths=(16, 24)),
+    SHORT.with_(name="checkpointing", activation_checkpoint_interval=1, layers_per_stage=2),
+    SHORT.with_(name="one_micro_batch", micro_batches=1),
+    SHORT.with_(name="evaluating", evaluate_every=2),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("identity")
+    block = {"enabled": True, "output_dir": str(folder / "sentinel")}
+    pairs = [(plain, plain.with_(name=f"guarded_{plain.name}", sentinel=block)) for plain in VARIANTS]
+    scenarios = [scenario for pair in pairs for scenario in pair]
+    return run_scenarios(scenarios, stages=2, replicas=3, folder=folder, timeout=400)
+
+
+@pytest.mark.parametrize("name", [variant.name for variant in VARIANTS])
+def test_losses_and_weights_are_bit_identical(runs, name):
+    for plain, guarded in zip(runs[name], runs[f"guarded_{name}"], strict=True):
+        assert guarded.record["watched"] and not plain.record["watched"]
+        for key in ("losses", "evaluations", "weights_sha256", "masters_sha256", "global_steps", "skipped_steps"):
+            assert guarded.record[key] == plain.record[key], key
+
+
+@pytest.mark.parametrize("name", [variant.name for variant in VARIANTS])
+def test_both_ends_report_the_same_and_all_ranks_judge_the_same(runs, name):
+    everyone = [run.verdicts for run in runs[f"guarded_{name}"]]
+    assert all(verdict["disputes"] == [] for verdict in everyone[0])
+    assert all([v["digest"] for v in verdicts] == [v["digest"] for v in everyone[0]] for verdicts in everyone)
+
+
+def test_the_long_runs_were_really_judged(runs):
+    for name in ("fp32", "bf16", "bf16_zero1", "tied"):
+        assert runs[f"guarded_{name}"][0].record["counts"]["judged_messages"] >= 150
