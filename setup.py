@@ -44,16 +44,15 @@ setup(
     packages=PACKAGES,
     package_dir={"deepspeed_sentinel": "deepspeed_sentinel", "deepspeed_sentinel.kernels": "kernels"},
     package_data={"deepspeed_sentinel": ["py.typed"]},
-    # Lower bounds are what has been run. The upper one is there because deepspeed_sentinel.engine reaches into the pipeline
-    # engine's internals, which DeepSpeed may change in any minor release.
+    # Lower bounds are what has been run. The upper one is there because deepspeed_sentinel.engine reaches into
+    # the pipeline engine's internals, which DeepSpeed may change in any minor release.
     install_requires=[
         "deepspeed>=0.19.8,<0.20",
         "torch>=2.13",
         "numpy>=2.4",
         "pydantic>=2.14",
         # torch for CUDA brings its own triton (2.13.0 pins 3.7.1), torch for CPU brings none
-        'triton>=3.7.1; platform_system == "Linux" and (platform_machine == "x86_64" '
-        'or platform_machine == "aarch64")',
+        'triton>=3.7.1; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")',
     ],
     extras_require={
         "transformers": TRANSFORMERS,

@@ -48,7 +48,13 @@ def launch(arguments: argparse.Namespace) -> int:
         port = probe.getsockname()[1]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--master_port", str(port)),
-        *("--nproc_per_node", str(arguments.stages * arguments.replicas), __file__, "--worker", *sys.argv[1:]),
+        *(
+            "--nproc_per_node",
+            str(arguments.stages * arguments.replicas),
+            __file__,
+            "--worker",
+            *sys.argv[1:],
+        ),
     ]
     return subprocess.run(command, env=environment, check=False).returncode
 
@@ -64,8 +70,10 @@ def work(arguments: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     rank = torch.distributed.get_rank()
-    tokens = corpus.read_bytes() if hasattr(corpus, "read_bytes") else torch.frombuffer(
-        bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8
+    tokens = (
+        corpus.read_bytes()
+        if hasattr(corpus, "read_bytes")
+        else torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8)
     )
     results = []
     for hidden in arguments.hidden:
@@ -96,7 +104,7 @@ def work(arguments: argparse.Namespace) -> None:
 
         generator = torch.Generator().manual_seed(engine.grid.get_data_parallel_id())
 
-        def batches(generator: torch.Generator = generator):  # noqa: ANN202
+        def batches(generator: torch.Generator = generator):
             while True:
                 starts = torch.randint(
                     len(tokens) - arguments.sequence - 1, (arguments.micro_batch_size,), generator=generator

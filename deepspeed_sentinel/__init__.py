@@ -6,9 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepspeed_sentinel.config import SentinelConfig
     from deepspeed_sentinel.engine.launch import attach, initialize, install
     from deepspeed_sentinel.engine.sentinel import Sentinel
-    from deepspeed_sentinel.config import SentinelConfig
     from deepspeed_sentinel.errors import LostWorker, SentinelError, SentinelHalt, VerdictMismatch
     from deepspeed_sentinel.judgement.verdict import Verdict
     from deepspeed_sentinel.mesh import Mesh, Worker

@@ -115,9 +115,7 @@ class JobHandle:
             if time.monotonic() > deadline or (ended and text not in self.log(rank)):
                 why = "the job ended" if ended else f"{timeout} s passed"
                 self.stop()
-                raise AssertionError(
-                    f"rank {rank} never wrote {text!r}: {why}\n{self._result(False).describe()}"
-                )
+                raise AssertionError(f"rank {rank} never wrote {text!r}: {why}\n{self._result(False).describe()}")
             time.sleep(0.05)
 
     def wait(self, timeout: float = 120.0) -> JobResult:

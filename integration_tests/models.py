@@ -42,9 +42,7 @@ class Embedding(nn.Module):
             assert isinstance(inputs, torch.Tensor)
             return self.table(inputs)
         ids_BT, positions_BT, visible_BT = inputs
-        if (
-            self.mask == "float"
-        ):  # how much attention each byte draws, learnt: a message part that has a gradient
+        if self.mask == "float":  # how much attention each byte draws, learnt: a message part that has a gradient
             return self.table(ids_BT), positions_BT, self.key_bias[ids_BT]
         return self.table(ids_BT), positions_BT, visible_BT if self.mask == "int" else visible_BT.bool()
 
@@ -65,13 +63,9 @@ class Block(nn.Module):
         hidden_BTH, positions_BT, mask_BT = inputs
         return self._mix(hidden_BTH, positions_BT, mask_BT), positions_BT, mask_BT
 
-    def _mix(
-        self, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor, mask_BT: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _mix(self, hidden_BTH: torch.Tensor, positions_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
         batch, tokens, hidden = hidden_BTH.shape
-        angle = positions_BT[..., None] / 10_000 ** torch.linspace(
-            0, 1, hidden // 2, device=hidden_BTH.device
-        )
+        angle = positions_BT[..., None] / 10_000 ** torch.linspace(0, 1, hidden // 2, device=hidden_BTH.device)
         where_BTH = torch.cat([angle.sin(), angle.cos()], dim=-1).to(hidden_BTH.dtype)
         qkv = self.qkv(self.attention_norm(hidden_BTH) + where_BTH).view(batch, tokens, 3, HEADS, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
@@ -126,9 +120,7 @@ def build_model(scenario: Scenario, stages: int) -> PipelineModule:
     embedding, head = LayerSpec(Embedding, hidden, mask), LayerSpec(Head, hidden)
     if scenario.tied:
         embedding = TiedLayerSpec("embedding", Embedding, hidden, mask, tied_weight_attr=["weight"])
-        head = TiedLayerSpec(
-            "embedding", Embedding, hidden, mask, forward_fn=_tied_head, tied_weight_attr=["weight"]
-        )
+        head = TiedLayerSpec("embedding", Embedding, hidden, mask, forward_fn=_tied_head, tied_weight_attr=["weight"])
     return PipelineModule(
         layers=[embedding, *blocks, LayerSpec(Norm, hidden), head],
         num_stages=stages,

@@ -43,7 +43,10 @@ def test_excluded_column_never_existed(runs, name):
             for parameter, weight in run.weights.items():
                 assert torch.isfinite(weight).all(), f"NaN reached {parameter}"
                 torch.testing.assert_close(
-                    weight.float(), kept.weights[parameter].float(), rtol=TOLERANCE[name], atol=TOLERANCE[name]
+                    weight.float(),
+                    kept.weights[parameter].float(),
+                    rtol=TOLERANCE[name],
+                    atol=TOLERANCE[name],
                 )
 
 

@@ -44,7 +44,12 @@ ENDS = {  # link, sender, receiver of the disputed messages
 def scenario(name: str, fault: dict, folder) -> Scenario:
     direction = "backward" if name.startswith("backward") else "forward"
     inject = {"stage": 1, "replica": 2, "direction": direction, "start_step": START, **fault}
-    block = {"enabled": True, "output_dir": str(folder / f"logs_{name}"), "events": "steps", "inject": [inject]}
+    block = {
+        "enabled": True,
+        "output_dir": str(folder / f"logs_{name}"),
+        "events": "steps",
+        "inject": [inject],
+    }
     return BASE.with_(name=name, sentinel=block)
 
 

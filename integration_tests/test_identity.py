@@ -43,7 +43,14 @@ def runs(tmp_path_factory):
 def test_losses_and_weights_are_bit_identical(runs, name):
     for plain, guarded in zip(runs[name], runs[f"guarded_{name}"], strict=True):
         assert guarded.record["watched"] and not plain.record["watched"]
-        for key in ("losses", "evaluations", "weights_sha256", "masters_sha256", "global_steps", "skipped_steps"):
+        for key in (
+            "losses",
+            "evaluations",
+            "weights_sha256",
+            "masters_sha256",
+            "global_steps",
+            "skipped_steps",
+        ):
             assert guarded.record[key] == plain.record[key], key
 
 

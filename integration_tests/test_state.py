@@ -22,7 +22,13 @@ def runs(tmp_path_factory):
         whole.with_(name="resumed", save=None, load={"directory": watched}),
         BASE.with_(name="plain", steps=3, save={"directory": plain, "after_step": 3}),
         BASE.with_(name="without_state", steps=5, sentinel=block, load={"directory": plain}),
-        whole.with_(name="other_window", sentinel={**block, "fence_window": 32}, steps=27, save=None, load={"directory": watched}),
+        whole.with_(
+            name="other_window",
+            sentinel={**block, "fence_window": 32},
+            steps=27,
+            save=None,
+            load={"directory": watched},
+        ),
     ]
     return run_scenarios(scenarios, stages=3, replicas=3, folder=folder, timeout=300)
 
@@ -40,7 +46,10 @@ def test_strikes_from_before_the_checkpoint_count(runs):
     assert runs["resumed"][0].verdicts[1]["newly_convicted"] == [[1, 2]]
 
 
-@pytest.mark.parametrize(("name", "said"), [("without_state", "has no Sentinel state"), ("other_window", "fence_window 64 (here 32)")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("without_state", "has no Sentinel state"), ("other_window", "fence_window 64 (here 32)")],
+)
 def test_without_fitting_state_it_warns_and_warms_up_again(runs, name, said):
     assert runs[name][0].verdicts[0]["warming_up"]
     assert said in runs.job.stderr[0] + runs.job.stdout[0]

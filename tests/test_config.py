@@ -27,7 +27,10 @@ def test_enabled_is_enough_and_the_default_is_off():
         ({"gradient_decay": 0.0}, ["sentinel.gradient_decay", "0.0", "greater than 0"]),
         ({"fence_window": 4}, ["sentinel.fence_window", "4", "greater than or equal to 8"]),
         ({"fence_multiplier": 0.5}, ["sentinel.fence_multiplier", "0.5"]),
-        ({"target_false_positive_rate": 0.5}, ["sentinel.target_false_positive_rate", "0.5", "less than 0.1"]),
+        (
+            {"target_false_positive_rate": 0.5},
+            ["sentinel.target_false_positive_rate", "0.5", "less than 0.1"],
+        ),
         ({"strikes": 0}, ["sentinel.strikes", "0"]),
         ({"strikes": 9, "strike_window": 4}, ["strikes (9)", "strike_window (4)"]),
         ({"warmup_steps": 99}, ["warmup_steps (99)", "fence_window (64)"]),
@@ -39,10 +42,19 @@ def test_enabled_is_enough_and_the_default_is_off():
         ({"inject": [{**FAULT, "attack": "magic"}]}, ["sentinel.inject.0", "'magic'", "bit_flip", "scaling"]),
         ({"inject": [{**FAULT, "power": 3}]}, ["sentinel.inject.0", "'power'", "factor"]),
         ({"inject": [{**FAULT, "factor": "big"}]}, ["sentinel.inject.0", "factor", "'big'"]),
-        ({"inject": [{**FAULT, "direction": "up"}]}, ["sentinel.inject.0.direction", "'up'", "'forward' or 'backward'"]),
-        ({"inject": [{**FAULT, "where": "wire"}]}, ["sentinel.inject.0.where", "'compute', 'transit' or 'report'"]),
+        (
+            {"inject": [{**FAULT, "direction": "up"}]},
+            ["sentinel.inject.0.direction", "'up'", "'forward' or 'backward'"],
+        ),
+        (
+            {"inject": [{**FAULT, "where": "wire"}]},
+            ["sentinel.inject.0.where", "'compute', 'transit' or 'report'"],
+        ),
         ({"inject": [{**FAULT, "probability": 2.0}]}, ["sentinel.inject.0.probability", "2.0"]),
-        ({"inject": [{**FAULT, "start_step": 9, "stop_step": 9}]}, ["sentinel.inject.0", "stop_step (9)", "start_step (9)"]),
+        (
+            {"inject": [{**FAULT, "start_step": 9, "stop_step": 9}]},
+            ["sentinel.inject.0", "stop_step (9)", "start_step (9)"],
+        ),
         ({"inject": [{"stage": 0}]}, ["sentinel.inject.0.attack", "required"]),
         ("on", ['"sentinel" must be an object', "'on'"]),
     ],
@@ -67,8 +79,14 @@ def test_every_mistake_is_listed_at_once():
         ({"stage": 0, "replica": 3}, "stages 0 to 3 and replicas 0 to 2"),
         ({"stage": 3, "replica": 0, "direction": "forward"}, "stage 3 sends no forward message"),
         ({"stage": 0, "replica": 0, "direction": "backward"}, "stage 0 sends no backward message"),
-        ({"stage": 0, "replica": 0, "direction": "forward", "where": "report"}, "stage 0 receives no forward message"),
-        ({"stage": 3, "replica": 0, "direction": "backward", "where": "report"}, "stage 3 receives no backward message"),
+        (
+            {"stage": 0, "replica": 0, "direction": "forward", "where": "report"},
+            "stage 0 receives no forward message",
+        ),
+        (
+            {"stage": 3, "replica": 0, "direction": "backward", "where": "report"},
+            "stage 3 receives no backward message",
+        ),
     ],
 )
 def test_faults_outside_the_mesh_are_refused(fault, said):
@@ -113,7 +131,8 @@ def test_check_says_when_there_is_no_block(tmp_path, capsys):
 def test_run_gives_the_script_its_arguments(tmp_path, capsys):
     script = tmp_path / "train.py"
     script.write_text(
-        "import sys, deepspeed, helper\nprint(sys.argv[1:], deepspeed.initialize.__globals__['__name__'], helper.HERE)\n"
+        "import sys, deepspeed, helper\n"
+        "print(sys.argv[1:], deepspeed.initialize.__globals__['__name__'], helper.HERE)\n"
     )
     (tmp_path / "helper.py").write_text("HERE = True\n")
     import deepspeed

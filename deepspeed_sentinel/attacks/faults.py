@@ -64,9 +64,7 @@ class Faults:
     def __bool__(self) -> bool:
         return bool(self._faults)
 
-    def apply(
-        self, where: str, direction: str, step: int, micro_batch: int, message: torch.Tensor
-    ) -> torch.Tensor:
+    def apply(self, where: str, direction: str, step: int, micro_batch: int, message: torch.Tensor) -> torch.Tensor:
         """The message as tampered with at ``where``; the very same object if nothing acts on it.
 
         Raises:

@@ -42,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--direction", choices=("forward", "backward"), default=default.direction,
         help="forward: activations; backward: their gradients (default %(default)s)")  # fmt: skip
-    add(
-        "--start-step", type=int, default=default.start_step, help="first attacked step (default %(default)s)"
-    )
+    add("--start-step", type=int, default=default.start_step, help="first attacked step (default %(default)s)")
     add("--out", default=default.out, help="folder for all output (default %(default)s)")
     add(
         "--seed",
@@ -111,9 +109,7 @@ def _parse_argument(text: str) -> tuple[str, Any]:
     try:
         return name.strip() if equals else "", json.loads(value)
     except json.JSONDecodeError:
-        raise ValueError(
-            f"--attack-arg must be NAME=VALUE with a number, true or false, got {text!r}."
-        ) from None
+        raise ValueError(f"--attack-arg must be NAME=VALUE with a number, true or false, got {text!r}.") from None
 
 
 def _parse_worker(text: str) -> tuple[int, int]:

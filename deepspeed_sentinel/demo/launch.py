@@ -87,9 +87,7 @@ def _quietly(kill: Callable[[], None]) -> None:
 def error_tail(log: Path, lines: int = 40) -> str:
     """The end of the job's log, from its first traceback on where there is one."""
     text = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    first = next(
-        (index for index, line in enumerate(text) if "Traceback (most recent call last)" in line), None
-    )
+    first = next((index for index, line in enumerate(text) if "Traceback (most recent call last)" in line), None)
     if first is None:
         return "\n".join(text[-lines:])
     # All ranks fail together and print the same; one traceback tells it.

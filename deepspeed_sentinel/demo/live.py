@@ -72,9 +72,7 @@ class PlainView:
                 self._shown[name] += self.every
                 loss = run.losses[self._shown[name] - 1]
                 shown = "not finite" if loss is None else f"{loss:.3f}"
-                print(
-                    f"{TITLES[name]}: step {self._shown[name]}/{self.options.steps}, loss {shown}", flush=True
-                )
+                print(f"{TITLES[name]}: step {self._shown[name]}/{self.options.steps}, loss {shown}", flush=True)
             if run.ended and name not in self._ended:
                 self._ended.add(name)
                 shown = "not finite" if run.final_loss is None else f"{run.final_loss:.3f}"
@@ -92,9 +90,7 @@ class PlainView:
             for worker in guard.get("convicted", []):
                 if worker not in self._convicted:
                     self._convicted.append(worker)
-                    print(
-                        f"  step {guard['step']}: CONVICTED stage {worker[0]} replica {worker[1]}", flush=True
-                    )
+                    print(f"  step {guard['step']}: CONVICTED stage {worker[0]} replica {worker[1]}", flush=True)
         self._guards = len(run.step_guard)
 
 
@@ -197,13 +193,9 @@ class LiveView:
         if guard is None:
             facts.add_row("[dim]guard[/]", "starts with run 3")
             return facts
-        facts.add_row(
-            "[dim]guard[/]", "[yellow]warming up[/]" if guard["warming_up"] else "[green]watching[/]"
-        )
+        facts.add_row("[dim]guard[/]", "[yellow]warming up[/]" if guard["warming_up"] else "[green]watching[/]")
         facts.add_row("[dim]steps with an alarm[/]", str(totals["alarmed_steps"]))
-        facts.add_row(
-            "[dim]column left out of this step[/]", ", ".join(map(str, guard["excluded"])) or "none"
-        )
+        facts.add_row("[dim]column left out of this step[/]", ", ".join(map(str, guard["excluded"])) or "none")
         facts.add_row("[dim]steps with a column left out[/]", str(totals["excluded_steps"]))
         facts.add_row("[dim]convicted[/]", f"[bold red]{convicted}[/]" if convicted else "nobody")
         return facts

@@ -102,9 +102,7 @@ class DemoState:
         elif kind == "done":
             self.done = True
         else:
-            raise ValueError(
-                f"Unknown kind of progress line {kind!r}; the job and its parent must be one version."
-            )
+            raise ValueError(f"Unknown kind of progress line {kind!r}; the job and its parent must be one version.")
 
 
 def fold(lines: Iterable[Mapping[str, Any]]) -> DemoState:

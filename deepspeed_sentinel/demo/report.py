@@ -28,9 +28,7 @@ def write(options: DemoOptions, state: DemoState) -> dict[str, Any]:
     return summary
 
 
-def draw(
-    options: DemoOptions, state: DemoState, events: list[dict[str, Any]], convicted_step: int | None
-) -> None:
+def draw(options: DemoOptions, state: DemoState, events: list[dict[str, Any]], convicted_step: int | None) -> None:
     """``loss.png`` and ``evidence.png``."""
     out, runs = Path(options.out), state.runs
     stage, replica = options.attacker
@@ -41,9 +39,7 @@ def draw(
     curves = [
         plots.Curve("attacked, no guard", runs["attacked"].losses, runs["attacked"].final_loss, plots.RED),
         plots.Curve("clean (plain DeepSpeed)", runs["clean"].losses, runs["clean"].final_loss, plots.GREEN),
-        plots.Curve(
-            "attacked, guarded", runs["guarded"].losses, runs["guarded"].final_loss, plots.BLUE, dashed=True
-        ),
+        plots.Curve("attacked, guarded", runs["guarded"].losses, runs["guarded"].final_loss, plots.BLUE, dashed=True),
     ]
     plots.plot_losses(
         out / "loss.png",

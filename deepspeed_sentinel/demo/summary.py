@@ -30,9 +30,7 @@ def overhead(plain_seconds: Sequence[float], guarded_seconds: Sequence[float]) -
     return statistics.median(guarded_seconds) / statistics.median(plain_seconds)
 
 
-def first_step(
-    events: Iterable[Mapping[str, Any]], kind: str, worker: tuple[int, int], start: int
-) -> int | None:
+def first_step(events: Iterable[Mapping[str, Any]], kind: str, worker: tuple[int, int], start: int) -> int | None:
     """Step of the first event of ``kind`` about ``worker`` from step ``start`` on; None if there was none."""
     steps = (
         event["step"]
@@ -47,16 +45,13 @@ def false_alarms(events: Iterable[Mapping[str, Any]], attacker: tuple[int, int],
     return sum(
         len(event["micro_batches"])
         for event in events
-        if event["kind"] == "alarm"
-        and ((event["stage"], event["replica"]) != attacker or event["step"] < start)
+        if event["kind"] == "alarm" and ((event["stage"], event["replica"]) != attacker or event["step"] < start)
     )
 
 
 def convictions(events: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """Workers that were convicted, each once, in the order in which it happened."""
-    return list(
-        dict.fromkeys((event["stage"], event["replica"]) for event in events if event["kind"] == "conviction")
-    )
+    return list(dict.fromkeys((event["stage"], event["replica"]) for event in events if event["kind"] == "conviction"))
 
 
 def summarise(options: DemoOptions, state: DemoState, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -95,9 +90,7 @@ def table_rows(summary: Mapping[str, Any], convicted_step: int | None) -> list[t
     fault = f"{attack['attack']}, {attack['direction']}"
     worker = f"stage {attack['stage']}, replica {attack['replica']}"
     alarm = guarded["first_alarm_step"]
-    convicted = (
-        ", ".join(f"stage {stage}, replica {replica}" for stage, replica in guarded["convicted"]) or "nobody"
-    )
+    convicted = ", ".join(f"stage {stage}, replica {replica}" for stage, replica in guarded["convicted"]) or "nobody"
     if convicted_step is not None:
         convicted += f" (attacker at step {convicted_step})"
     return [

@@ -46,9 +46,7 @@ def engine_config(options: DemoOptions) -> dict[str, Any]:
 def build_engine(options: DemoOptions, sentinel: dict[str, Any] | None) -> Any:
     """A fresh engine: plain DeepSpeed where ``sentinel`` is None, else guarded with that block."""
     module = model.build(options)
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(module.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = options.learning_rate_warmup
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     config = engine_config(options)
@@ -124,11 +122,7 @@ class Trainer:
         self.report("message", text=_MESSAGES["overhead"])
         for _ in range(self.options.overhead_rounds):
             for guarded in (True, False):
-                handle = (
-                    deepspeed_sentinel.attach(engine, self.options.sentinel_block("overhead"))
-                    if guarded
-                    else None
-                )
+                handle = deepspeed_sentinel.attach(engine, self.options.sentinel_block("overhead")) if guarded else None
                 for index in range(self.options.overhead_block + 1):
                     _, seconds = self.step(engine, data)
                     if index:

@@ -49,9 +49,7 @@ def worker_of(engine: PipelineEngine) -> Worker:
 def ranks_of(engine: PipelineEngine) -> np.ndarray:
     """Global rank of each worker, int [S, R]."""
     mesh, topology = mesh_of(engine), engine.grid.topology()
-    return np.array(
-        [[topology.get_rank(pipe=s, data=r) for r in range(mesh.replicas)] for s in range(mesh.stages)]
-    )
+    return np.array([[topology.get_rank(pipe=s, data=r) for r in range(mesh.replicas)] for s in range(mesh.stages)])
 
 
 def gradients(engine: PipelineEngine) -> Iterator[torch.Tensor]:
@@ -104,5 +102,7 @@ def floating(tensors: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tenso
     return [tensor for tensor in as_tuple(tensors) if tensor.is_floating_point()]
 
 
-def as_tuple(tensors: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def as_tuple(
+    tensors: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor],
+) -> tuple[torch.Tensor, ...]:
     return (tensors,) if isinstance(tensors, torch.Tensor) else tuple(tensors)

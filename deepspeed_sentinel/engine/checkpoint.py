@@ -57,7 +57,9 @@ def _problem(state: Any, sentinel: Sentinel) -> str | None:
     if state is None:
         return "has no Sentinel state"
     here = sentinel.state_shape()
-    differing = [f"{name} {state['shape'][name]} (here {here[name]})" for name in here if state["shape"][name] != here[name]]
+    differing = [
+        f"{name} {state['shape'][name]} (here {here[name]})" for name in here if state["shape"][name] != here[name]
+    ]
     return f"is of a run with {', '.join(differing)}" if differing else None
 
 

@@ -10,8 +10,8 @@ import torch
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from deepspeed_sentinel.engine.access import as_tuple, floating
 from deepspeed_sentinel.attacks.faults import Faults
+from deepspeed_sentinel.engine.access import as_tuple, floating
 from deepspeed_sentinel.evidence.probe import Probe, judged_index
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD

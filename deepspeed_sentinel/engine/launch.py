@@ -9,8 +9,8 @@ from typing import Any
 
 import deepspeed
 
-from deepspeed_sentinel.engine.sentinel import Sentinel
 from deepspeed_sentinel.config import SentinelConfig, load_block
+from deepspeed_sentinel.engine.sentinel import Sentinel
 
 _deepspeed_initialize = deepspeed.initialize
 

@@ -159,5 +159,9 @@ def _own_connection() -> dist.Store:
     if not isinstance(store, dist.TCPStore):
         return store
     return dist.TCPStore(
-        store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PATIENCE_SECONDS)
+        store.host,
+        store.port,
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=PATIENCE_SECONDS),
     )

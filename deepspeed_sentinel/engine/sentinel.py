@@ -12,12 +12,11 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
 
-from deepspeed_sentinel.engine import checkpoint
-from deepspeed_sentinel.engine import access
-from deepspeed_sentinel.engine.interception import Interception
-from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine import access, checkpoint
+from deepspeed_sentinel.engine.interception import Interception
+from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.exchange import Exchange, build_report

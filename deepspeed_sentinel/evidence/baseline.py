@@ -34,9 +34,7 @@ class Baselines:
         if self._counts.get(end, 0) == 0 or self._averages[end].numel() != hidden + statistics.quantiles_MQ.shape[1]:
             return statistics.means_MD.new_full((len(statistics.means_MD), len(DISTANCES)), float("nan"))
         corrected = self._averages[end] / (1.0 - self._decay(end) ** self._counts[end])
-        return baseline_distances(
-            statistics.means_MD, statistics.quantiles_MQ, corrected[:hidden], corrected[hidden:]
-        )
+        return baseline_distances(statistics.means_MD, statistics.quantiles_MQ, corrected[:hidden], corrected[hidden:])
 
     @staticmethod
     def summary(statistics: EndStatistics) -> torch.Tensor:

@@ -72,7 +72,12 @@ class Probe:
         self._buffers: dict[End, _Buffers] = {}
         self.micro_batches = 0
         first, last = stage == 0, stage == mesh.stages - 1
-        absent = {(FORWARD, RECEIVED): first, (BACKWARD, SENT): first, (FORWARD, SENT): last, (BACKWARD, RECEIVED): last}
+        absent = {
+            (FORWARD, RECEIVED): first,
+            (BACKWARD, SENT): first,
+            (FORWARD, SENT): last,
+            (BACKWARD, RECEIVED): last,
+        }
         self.ends = tuple(end for end in ENDS if not absent[end])
         self._next = dict.fromkeys(ENDS, 0)
 
@@ -119,7 +124,10 @@ class Probe:
         buffers = self._buffers_of(end, x_TD)
         buffers.tokens[micro_batch] = x_TD.shape[0]
         message_statistics(
-            x_TD, buffers.column_sums_MD[micro_batch], buffers.scalars_M3[micro_batch], buffers.digest_M2[micro_batch]
+            x_TD,
+            buffers.column_sums_MD[micro_batch],
+            buffers.scalars_M3[micro_batch],
+            buffers.digest_M2[micro_batch],
         )
         project_rows(x_TD, buffers.directions_DP, buffers.projected_MRP[micro_batch])
         for position, other in enumerate(tensors):

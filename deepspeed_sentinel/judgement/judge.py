@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from deepspeed_sentinel.evidence.table import HARD, NAMES, RECEIVED, SENT, Evidence, comparable
-from deepspeed_sentinel.judgement.blame import first_events
+from deepspeed_sentinel.judgement.blame import first_events, trace_back
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
@@ -91,8 +91,8 @@ class Judge:
             alarms[BACKWARD] = disputes[BACKWARD] = False
             scores = np.where(judged, scores, 0.0)
 
-        first = first_events(alarms | disputes)
-        findings = self._findings(first & alarms & ~disputes, scores, per_statistic, values, residuals, overflow)
+        first = first_events(trace_back(alarms, scores) | disputes)
+        findings = self._findings(first & ~disputes, scores, per_statistic, values, residuals, overflow)
         disputed = self._list_disputes(first & disputes)
         newly, released = self._enter(findings, first & disputes)
 

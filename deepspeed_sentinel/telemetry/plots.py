@@ -14,9 +14,7 @@ import numpy as np
 
 GREEN, RED, BLUE, GREY = "#2a9d5c", "#d1402f", "#2563c9", "#555555"
 _STEP_AND_FRACTION = ("data", "axes fraction")
-_CASCADE = (
-    "Red without a dot: an honest worker passing on what it was sent. Sentinel blames the first in the chain."
-)
+_CASCADE = "Red without a dot: an honest worker passing on what it was sent. Sentinel blames the first in the chain."
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,7 @@ def step_scores(events: Iterable[Mapping[str, Any]]) -> tuple[np.ndarray, np.nda
     """
     found = [event for event in events if event["kind"] == "step"]
     if not found:
-        raise ValueError(
-            'no "step" events: set "events": "steps" in the sentinel block to record every score.'
-        )
+        raise ValueError('no "step" events: set "events": "steps" in the sentinel block to record every score.')
     scores = [[[np.nan if one is None else one for one in row] for row in event["scores"]] for event in found]
     return np.array([event["step"] for event in found]), np.array(scores, dtype=float)
 
@@ -158,9 +154,7 @@ def plot_evidence(
     axes.scatter(*blamed, s=9, color="black", linewidths=0, label="blamed in this step", zorder=3)
     convicted = _marks(events, "conviction", replicas)
     if convicted[0]:
-        axes.scatter(
-            *convicted, s=190, marker="*", color="#ffd400", edgecolors="black", label="convicted", zorder=4
-        )
+        axes.scatter(*convicted, s=190, marker="*", color="#ffd400", edgecolors="black", label="convicted", zorder=4)
     for stage in range(1, stages):
         axes.axhline(stage * replicas - 0.5, color="white", linewidth=3)
     axes.set_yticks(range(stages * replicas))
@@ -169,9 +163,7 @@ def plot_evidence(
         row = attacker[0] * replicas + attacker[1]
         names[row] = f"ATTACKER  {names[row]}"
         width = extent[1] - extent[0]
-        axes.add_patch(
-            Rectangle((extent[0], row - 0.5), width, 1, fill=False, edgecolor=RED, linewidth=2.2, zorder=2)
-        )
+        axes.add_patch(Rectangle((extent[0], row - 0.5), width, 1, fill=False, edgecolor=RED, linewidth=2.2, zorder=2))
     for name, label in zip(names, axes.set_yticklabels(names, fontsize=10), strict=True):
         if name.startswith("ATTACKER"):
             label.set(color=RED, fontweight="bold")
@@ -181,9 +173,7 @@ def plot_evidence(
         _note(axes, "warm-up", (middle, 1), (0, 4), _STEP_AND_FRACTION, ha="center", color=GREY)
         axes.axvline(max(warm) + 0.5, color=GREY, linestyle=":", linewidth=1.5)
     if attack_start is not None:
-        _note(
-            axes, "attack starts", (attack_start - 0.5, 1), (0, 4), _STEP_AND_FRACTION, ha="center", color=RED
-        )
+        _note(axes, "attack starts", (attack_start - 0.5, 1), (0, 4), _STEP_AND_FRACTION, ha="center", color=RED)
         axes.axvline(attack_start - 0.5, color=RED, linestyle="--", linewidth=1.8)
     bar = figure.colorbar(image, ax=axes, pad=0.015, ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["0.1", "1 = fence", "10"], fontsize=10)
@@ -210,14 +200,10 @@ def _pyplot() -> Any:
     return plt
 
 
-def _note(
-    axes: Any, text: str, place: Any, shift: tuple[float, float], where: Any = "data", **style: Any
-) -> None:
+def _note(axes: Any, text: str, place: Any, shift: tuple[float, float], where: Any = "data", **style: Any) -> None:
     """Text at ``place``, given in the coordinates ``where``, moved by ``shift`` points."""
     style = {"fontsize": 10, **style}
-    axes.annotate(
-        text, place, xycoords=where, xytext=shift, textcoords="offset points", annotation_clip=False, **style
-    )
+    axes.annotate(text, place, xycoords=where, xytext=shift, textcoords="offset points", annotation_clip=False, **style)
 
 
 def _titles(axes: Any, title: str, subtitle: str, lift: int = 8) -> None:
@@ -260,6 +246,4 @@ def _end_labels(axes: Any, curves: Sequence[Curve], steps: int) -> None:
 
 def _marks(events: Iterable[Mapping[str, Any]], kind: str, replicas: int) -> tuple[list[int], list[int]]:
     found = [event for event in events if event["kind"] == kind]
-    return [event["step"] for event in found], [
-        event["stage"] * replicas + event["replica"] for event in found
-    ]
+    return [event["step"] for event in found], [event["stage"] * replicas + event["replica"] for event in found]

@@ -21,7 +21,16 @@ from deepspeed_sentinel.demo import model
 from deepspeed_sentinel.demo.options import DemoOptions
 
 OPTIONS = DemoOptions(
-    stages=3, replicas=2, layers=4, hidden=32, intermediate=64, heads=2, key_value_heads=2, sequence=32, steps=2, start_step=0
+    stages=3,
+    replicas=2,
+    layers=4,
+    hidden=32,
+    intermediate=64,
+    heads=2,
+    key_value_heads=2,
+    sequence=32,
+    steps=2,
+    start_step=0,
 )
 FAULT = {"stage": 1, "replica": 1, "attack": "nan", "start_step": 3}
 

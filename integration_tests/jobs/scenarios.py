@@ -130,9 +130,7 @@ def run(scenario: Scenario, stages: int, output: Path, result: dict[str, Any]) -
         module, function = scenario.hook.split(":")
         hook = getattr(importlib.import_module(module), function)
 
-    result.update(
-        losses=[], steps=[], verdicts=[], evaluations={}, step_seconds=[], first_step=engine.global_steps
-    )
+    result.update(losses=[], steps=[], verdicts=[], evaluations={}, step_seconds=[], first_step=engine.global_steps)
     for step in range(engine.global_steps, scenario.steps):
         print(f"{scenario.name}: step {step}", flush=True)
         if hook is not None:
@@ -168,9 +166,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--stages", type=int, required=True)
-    parser.add_argument(
-        "--group-timeout", type=float, default=60.0, help="seconds until a collective gives up"
-    )
+    parser.add_argument("--group-timeout", type=float, default=60.0, help="seconds until a collective gives up")
     options = parser.parse_args()
     imported = time.time()
     deepspeed.init_distributed(

@@ -58,8 +58,19 @@ def test_bad_arguments(name, arguments, said):
         build_attack(name, arguments)
 
 
-def faults(worker=Worker(1, 2), **changes):
-    entry = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1.0, "start_step": 5, "stop_step": 8, **changes}
+CULPRIT = Worker(1, 2)
+
+
+def faults(worker=CULPRIT, **changes):
+    entry = {
+        "stage": 1,
+        "replica": 2,
+        "attack": "scaling",
+        "factor": -1.0,
+        "start_step": 5,
+        "stop_step": 8,
+        **changes,
+    }
     return Faults(SentinelConfig.parse({"inject": [entry]}).inject, worker, seed=0)
 
 
@@ -76,7 +87,11 @@ def test_faults_act_on_their_worker_direction_place_and_steps_only():
 def test_probability_is_drawn_anew_for_each_message_and_repeats():
     def acted():
         mine = faults(probability=0.3, stop_step=None)
-        return [mine.apply("compute", "forward", step, mb, MESSAGE) is not MESSAGE for step in range(5, 105) for mb in (0, 1)]
+        return [
+            mine.apply("compute", "forward", step, mb, MESSAGE) is not MESSAGE
+            for step in range(5, 105)
+            for mb in (0, 1)
+        ]
 
     assert acted() == acted()
     assert 0.2 < sum(acted()) / 200 < 0.4

@@ -32,10 +32,7 @@ def pair():
     weights = whole.state_dict()
     for index, layer in enumerate(layers):
         layer.load_state_dict(
-            {
-                name: weights[names_in_the_whole_model(index, name, SMALL.layers)]
-                for name in layer.state_dict()
-            }
+            {name: weights[names_in_the_whole_model(index, name, SMALL.layers)] for name in layer.state_dict()}
         )
     return whole, torch.nn.Sequential(*layers).eval()
 

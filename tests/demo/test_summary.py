@@ -31,8 +31,7 @@ def lines():
     for name, final in (("clean", 2.5), ("attacked", None), ("guarded", 2.6)):
         stream.append({"kind": "run_start", "run": name})
         stream += [
-            {"kind": "step", "run": name, "step": step, "loss": 5.0 - step / 30, "seconds": 0.5}
-            for step in range(60)
+            {"kind": "step", "run": name, "step": step, "loss": 5.0 - step / 30, "seconds": 0.5} for step in range(60)
         ]
         counts = {} if name == "clean" else {"judged_messages": 4320, "skipped_steps": 1}
         stream.append({"kind": "run_end", "run": name, "final_loss": final, "counts": counts})

@@ -27,7 +27,7 @@ def test_both_ends_of_a_message_report_the_same_bits():
     message = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0))
     sender, receiver = probe(0), probe(1)
     for end, one in (((FORWARD, SENT), sender), ((FORWARD, RECEIVED), receiver)):
-        for micro_batch in range(2):
+        for _ in range(2):
             one.observe(end, one.next_micro_batch(end), (message, torch.arange(4)))
     sent = sender.end_statistics((FORWARD, SENT), 1.0)
     received = receiver.end_statistics((FORWARD, RECEIVED), 1.0)

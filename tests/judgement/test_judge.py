@@ -53,6 +53,21 @@ def test_the_cascade_is_neither_counted_nor_learnt():
     assert (world.judge.fences.reach <= before * 1.5).all()
 
 
+def test_an_alarm_is_traced_back_to_the_message_that_stayed_just_inside_its_fence():
+    world = World()
+    world.warm_up()
+    for _ in range(3):
+
+        def tampered(values):
+            typical = np.median(values[0, FORWARD, 1, :, :, ENERGY])
+            values[:, FORWARD, 1, 2, :, ENERGY] = typical * np.exp(0.8 * world.judge.fences.reach[FORWARD, 1, ENERGY])
+            louder(BACKWARD, 1, 2)(values)
+
+        verdict = world.step(tampered)
+        assert {finding.worker for finding in verdict.findings} == {Worker(1, 2)}
+    assert verdict.newly_convicted == (Worker(1, 2),)
+
+
 def test_trusted_stages_are_excluded_but_never_convicted():
     world = World()
     world.warm_up()
