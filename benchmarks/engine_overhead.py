@@ -70,11 +70,8 @@ def work(arguments: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     rank = torch.distributed.get_rank()
-    tokens = (
-        corpus.read_bytes()
-        if hasattr(corpus, "read_bytes")
-        else torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8)
-    )
+    text = b"".join(path.read_bytes() for path in corpus.source_files()[:20])
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     results = []
     for hidden in arguments.hidden:
         options = DemoOptions(

@@ -16,7 +16,7 @@ from deepspeed_sentinel.demo.options import DemoOptions
 
 _NEEDED = ("rich", "matplotlib", "transformers", "tokenizers")
 # Arguments not given are the attack's own defaults; these are shown in titles, so they are spelt out.
-_DEFAULT_ARGUMENTS = {"constant": {"value": 0.0}, "scaling": {"factor": -1}}
+_DEFAULT_ARGUMENTS: dict[str, dict[str, Any]] = {"constant": {"value": 0.0}, "scaling": {"factor": -1}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -65,7 +65,8 @@ class Interception:
     def _send_gradient(self, engine: PipelineEngine, buffer_id: int) -> None:
         if self.watching:
             inputs = floating(engine.pipe_buffers["inputs"][buffer_id])
-            wire = self._observe_sent(BACKWARD, [tensor.grad for tensor in inputs])
+            gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]
+            wire = self._observe_sent(BACKWARD, gradients)
             for tensor, gradient in zip(inputs, wire, strict=True):
                 if gradient is not tensor.grad:
                     tensor.grad = gradient

@@ -236,7 +236,8 @@ class Sentinel:
 
     def _open_events(self) -> EventLog | None:
         """Only rank 0 writes, but all ranks must fail together when it cannot."""
-        log, problem = None, [None]
+        log: EventLog | None = None
+        problem: list[str | None] = [None]
         if dist.get_rank() == 0 and self.config.events != "none":
             try:
                 log = EventLog(self.config.output_dir)

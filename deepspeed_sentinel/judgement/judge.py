@@ -159,7 +159,7 @@ class Judge:
         one_missing = np.isnan(sent) != np.isnan(received)
         with np.errstate(invalid="ignore"):
             apart = (np.abs(sent - received) > room) | one_missing
-        return differ | (apart & ~HARD).any(-1)
+        return np.asarray(differ | (apart & ~HARD).any(-1))
 
     def _eligible(self, sound: np.ndarray) -> np.ndarray:
         """Where no message of a link is sound, let all set the centre rather than none."""
@@ -239,7 +239,7 @@ class Judge:
         for finding in findings:
             if not finding.overflow:
                 struck[finding.worker] = True
-        return self.record.update(struck, disputes.any(axis=(0, 3)))
+        return self.record.update(struck, np.asarray(disputes.any(axis=(0, 3))))
 
     def _halt_reason(self, newly: np.ndarray) -> str | None:
         if self.skipped_in_a_row >= self.settings.max_skipped_steps:
