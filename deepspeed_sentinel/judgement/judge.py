@@ -175,7 +175,7 @@ class Judge:
         return largest > limit * _OVERFLOW_HEADROOM, bool(shared)
 
     def _columns_convicted(self) -> np.ndarray:
-        return self.record.convicted.any(0)
+        return np.asarray(self.record.convicted.any(0))
 
     def _worker_scores(self, scores: np.ndarray) -> np.ndarray:
         per_link = scores.max(axis=3)
