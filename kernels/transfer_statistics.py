@@ -1,0 +1,143 @@
+"""Transfer and prediction statistics of one stage: what entered it and what left it, on sketches of the same tokens.
+
+With e_t, l_t the sketches of token t entering and leaving and |.| the full norms of those tokens:
+
+    cosine       = mean_t <e_t, l_t> / (|e_t| |l_t|)
+    gain         = mean_t log(|l_t| / |e_t|)
+    step         = ||L - E||_F / ||E||_F
+    cross_k      = mean_t e_tk l_tk / sqrt(mean_t e_tk^2 mean_t l_tk^2)
+    cka          = ||Ec^T Lc||_F^2 / (||Ec^T Ec||_F ||Lc^T Lc||_F)      c: minus each dimension's mean over the tokens
+
+and with P = Ec W the change that a linear map W learnt before predicts, and Dc = Lc - Ec the actual change:
+
+    correlation  = <P, Dc> / (||P|| ||Dc||)
+    slope        = <P, Dc> / <P, P>
+    A, B         = Ec^T Ec / m, Ec^T Dc / m             the normal equations from which W is learnt
+
+For finite input everything is finite but for correlation and slope where nothing is predicted (P = 0, as with W = 0
+or a message of one token): these are NaN, not available. In cosine a token without length counts as zero; in cross
+and cka a side without variation gives zero; a norm below float32's smallest normal number counts as that number. E
+and L are scaled by their largest magnitudes first, so no square over- or underflows; when these differ by more
+than 2^50 their ratio counts as 2^50. A and B beyond float32's range become its largest.
+
+Linear CKA: Kornblith et al. 2019. The rest is ours.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from deepspeed_sentinel.kernels.dispatch import check_output
+from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS
+
+TRANSFER = ("cosine", "gain", "step", "cka", "correlation", "slope")
+_TINY, _LARGEST, _RATIO = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max, 2.0**50
+
+
+class TransferStatistics(NamedTuple):
+    """Of M messages.
+
+    Attributes:
+        scalars_M6: float32, in the order of ``TRANSFER``.
+        cross_MK: float32, the cross moments.
+        a_MKK, b_MKK: float32, the normal equations.
+    """
+
+    scalars_M6: torch.Tensor
+    cross_MK: torch.Tensor
+    a_MKK: torch.Tensor
+    b_MKK: torch.Tensor
+
+
+def transfer_statistics(
+    entering_MmK: torch.Tensor,
+    leaving_MmK: torch.Tensor,
+    entering_norms_Mm: torch.Tensor,
+    leaving_norms_Mm: torch.Tensor,
+    w_KK: torch.Tensor,
+) -> TransferStatistics:
+    """All statistics of M messages that passed one stage, in one launch.
+
+    Args:
+        entering_MmK, leaving_MmK: float32, finite, sketches with the same sample and projection; any strides.
+        entering_norms_Mm, leaving_norms_Mm: float32, finite, full norms of those tokens.
+        w_KK: float32, the map that predicts the change; zeros when there is none yet.
+
+    Raises:
+        ValueError: an argument has another shape, dtype or device.
+    """
+    shape = tuple(entering_MmK.shape)
+    if len(shape) != 3 or not 1 <= shape[1] <= TOKENS or shape[2] != DIMENSIONS:
+        raise ValueError(f"entering_MmK must be [M, 1 to {TOKENS} tokens, {DIMENSIONS}], got {list(shape)}")
+    check_output("entering_MmK", entering_MmK, torch.float32, shape, entering_MmK)
+    check_output("leaving_MmK", leaving_MmK, torch.float32, shape, entering_MmK)
+    check_output("entering_norms_Mm", entering_norms_Mm, torch.float32, shape[:2], entering_MmK)
+    check_output("leaving_norms_Mm", leaving_norms_Mm, torch.float32, shape[:2], entering_MmK)
+    check_output("w_KK", w_KK, torch.float32, (DIMENSIONS, DIMENSIONS), entering_MmK)
+    return transfer_statistics_reference(entering_MmK, leaving_MmK, entering_norms_Mm, leaving_norms_Mm, w_KK)
+
+
+def transfer_statistics_reference(
+    entering_XmK: torch.Tensor,
+    leaving_XmK: torch.Tensor,
+    entering_norms_Xm: torch.Tensor,
+    leaving_norms_Xm: torch.Tensor,
+    w_XKK: torch.Tensor,
+) -> TransferStatistics:
+    """The definition, for sketches [..., m, K]; W is [K, K] or has the leading dimensions too."""
+    scale_e_X11 = entering_XmK.abs().amax((-2, -1), keepdim=True)
+    scale_l_X11 = leaving_XmK.abs().amax((-2, -1), keepdim=True)
+    both_X11 = torch.maximum(scale_e_X11, scale_l_X11)
+    both_X11 = torch.where(both_X11 > 0, both_X11, 1.0)
+    scale_e_X11 = torch.where(scale_e_X11 > 0, scale_e_X11, both_X11)
+    scale_l_X11 = torch.where(scale_l_X11 > 0, scale_l_X11, both_X11)
+    ratio_X11 = (scale_l_X11 / scale_e_X11).clamp_max(_RATIO)
+    e_XmK, l_XmK = entering_XmK / scale_e_X11, leaving_XmK / scale_l_X11
+    change_XmK = l_XmK * ratio_X11 - e_XmK
+    tokens = e_XmK.shape[-2]
+
+    length_e_Xm, length_l_Xm = entering_norms_Xm.clamp_min(_TINY), leaving_norms_Xm.clamp_min(_TINY)
+    dots_Xm = (e_XmK * l_XmK).sum(-1)
+    cosine_Xm = dots_Xm * (scale_e_X11[..., 0] / length_e_Xm) * (scale_l_X11[..., 0] / length_l_Xm)
+    gain_X = (length_l_Xm.log() - length_e_Xm.log()).mean(-1)
+    step_X = _norm(change_XmK) / _norm(e_XmK).clamp_min(_TINY)
+
+    moments_e_XK, moments_l_XK = e_XmK.square().mean(-2), l_XmK.square().mean(-2)
+    cross_XK = (e_XmK * l_XmK).mean(-2) / (moments_e_XK.sqrt() * moments_l_XK.sqrt()).clamp_min(_TINY)
+
+    ec_XmK, lc_XmK, dc_XmK = (
+        values_XmK - values_XmK.mean(-2, keepdim=True) for values_XmK in (e_XmK, l_XmK, change_XmK)
+    )
+    gram_e_XKK, gram_l_XKK, gram_el_XKK, gram_ed_XKK = (
+        left_XmK.transpose(-1, -2) @ right_XmK / tokens
+        for left_XmK, right_XmK in ((ec_XmK, ec_XmK), (lc_XmK, lc_XmK), (ec_XmK, lc_XmK), (ec_XmK, dc_XmK))
+    )
+    cka_X = _norm(gram_el_XKK) ** 2 / (_norm(gram_e_XKK) * _norm(gram_l_XKK)).clamp_min(_TINY)
+
+    along_X = (w_XKK * gram_ed_XKK).sum((-2, -1))
+    predicted_X = (w_XKK * (gram_e_XKK @ w_XKK)).sum((-2, -1)).clamp_min(0.0)
+    actual_X = dc_XmK.square().mean(-2).sum(-1)
+    correlation_X = along_X / (predicted_X.sqrt() * actual_X.sqrt()).clamp_min(_TINY)
+    slope_X = along_X / predicted_X.clamp_min(_TINY)
+    available_X = predicted_X > 0
+    scalars_X6 = torch.stack(
+        [
+            cosine_Xm.mean(-1),
+            gain_X,
+            step_X.clamp_max(_LARGEST),
+            cka_X,
+            torch.where(available_X, correlation_X, torch.nan),
+            torch.where(available_X, slope_X.clamp(-_LARGEST, _LARGEST), torch.nan),
+        ],
+        dim=-1,
+    )
+    a_XKK, b_XKK = (
+        (gram_XKK * scale_e_X11 * scale_e_X11).clamp(-_LARGEST, _LARGEST) for gram_XKK in (gram_e_XKK, gram_ed_XKK)
+    )
+    return TransferStatistics(scalars_X6, cross_XK, a_XKK, b_XKK)
+
+
+def _norm(matrix_XRC: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(matrix_XRC, dim=(-2, -1))
