@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -73,14 +73,20 @@ class Evidence:
         statistics: float64 [2 ends, 2 directions, links, columns, micro-batches, len(TABLE)]; NaN where a
             statistic is not available yet. Ends are SENT and RECEIVED.
         digests: int64 [2 ends, 2 directions, links, columns, micro-batches].
+        served: int [S, C], the replica of each stage that served each column in this step; by default replica
+            ``c`` serves column ``c``, as in DeepSpeed.
     """
 
     mesh: Mesh
     step: int
     statistics: np.ndarray
     digests: np.ndarray
+    served: np.ndarray = field(default=None)  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.served is None:
+            object.__setattr__(self, "served", np.tile(np.arange(self.mesh.replicas), (self.mesh.stages, 1)))
+        assert self.served.shape == (self.mesh.stages, self.mesh.replicas), self.served.shape
         shape = (2, 2, self.mesh.links, self.mesh.replicas)
         assert self.statistics.shape[:4] == shape, (self.statistics.shape, shape)
         assert self.statistics.shape[5] == len(TABLE), self.statistics.shape

@@ -72,12 +72,12 @@ class Judge:
             overflow_limit: the magnitude at which an honest gradient overflows under dynamic loss scaling, in
                 the unit of the evidence; infinite without such scaling.
         """
-        warming_up = self.warming_up
+        warming_up, served = self.warming_up, evidence.served
         hard = np.nan_to_num(evidence.statistics[..., HARD]).any(-1)
         values = evidence.statistics[RECEIVED]
         compared = comparable(evidence.statistics)
         disputes = self._disputes(evidence, compared, hard, warming_up)
-        broken = disputes | hard[RECEIVED] | self._columns_convicted()[None, None, :, None]
+        broken = disputes | hard[RECEIVED] | self._convicted_columns(served)[None, None, :, None]
         residuals = self.fences.residuals(compared[RECEIVED], self._eligible(~broken))
         per_statistic = np.where(HARD & (values > 0), np.inf, 0.0)
         if not warming_up:
@@ -92,12 +92,12 @@ class Judge:
             scores = np.where(judged, scores, 0.0)
 
         first = first_events(trace_back(alarms, scores) | disputes)
-        findings = self._findings(first & ~disputes, scores, per_statistic, values, residuals, overflow)
-        disputed = self._list_disputes(first & disputes)
+        findings = self._findings(first & ~disputes, scores, per_statistic, values, residuals, overflow, served)
+        disputed = self._list_disputes(first & disputes, served)
         newly, released = self._enter(findings, first & disputes)
 
         suspected = (alarms | disputes).any(axis=(0, 1, 3))
-        convicted_columns = self._columns_convicted()
+        convicted_columns = self._convicted_columns(served)
         excluded = np.zeros_like(suspected)
         if self.settings.action != "observe":
             excluded |= suspected
@@ -121,7 +121,7 @@ class Judge:
             scores=scores,
             alarms=alarms,
             disputes=disputes,
-            worker_scores=self._worker_scores(scores),
+            worker_scores=self._worker_scores(scores, served),
             suspected=suspected,
             excluded=excluded,
             convicted=self.record.convicted.copy(),
@@ -174,14 +174,16 @@ class Judge:
         shared = 2 * np.count_nonzero(columns) >= len(columns) > 0 and columns.any()
         return largest > limit * _OVERFLOW_HEADROOM, bool(shared)
 
-    def _columns_convicted(self) -> np.ndarray:
-        return np.asarray(self.record.convicted.any(0))
+    def _convicted_columns(self, served: np.ndarray) -> np.ndarray:
+        """Columns that pass through a convicted worker, bool [C]."""
+        return np.asarray(np.take_along_axis(self.record.convicted, served, axis=1).any(0))
 
-    def _worker_scores(self, scores: np.ndarray) -> np.ndarray:
+    def _worker_scores(self, scores: np.ndarray, served: np.ndarray) -> np.ndarray:
         per_link = scores.max(axis=3)
         result = np.zeros((self.mesh.stages, self.mesh.replicas))
-        result[:-1] = per_link[FORWARD]
-        result[1:] = np.maximum(result[1:], per_link[BACKWARD])
+        stages = np.arange(self.mesh.stages)[:, None]
+        np.maximum.at(result, (stages[:-1], served[:-1]), per_link[FORWARD])
+        np.maximum.at(result, (stages[1:], served[1:]), per_link[BACKWARD])
         return result
 
     def _findings(
@@ -192,6 +194,7 @@ class Judge:
         values: np.ndarray,
         residuals: np.ndarray,
         overflow: np.ndarray,
+        served: np.ndarray,
     ) -> tuple[Finding, ...]:
         findings = []
         for direction, link, column in np.argwhere(blamed.any(3)).tolist():
@@ -203,7 +206,7 @@ class Judge:
             low, high = (0.0, 0.0) if HARD[statistic] else self.fences.bounds(direction, link, statistic)
             findings.append(
                 Finding(
-                    worker=Worker(stage, column),
+                    worker=Worker(stage, int(served[stage, column])),
                     direction=direction,
                     link=link,
                     column=column,
@@ -221,14 +224,17 @@ class Judge:
             )
         return tuple(sorted(findings, key=lambda finding: (-finding.score, finding.worker)))
 
-    def _list_disputes(self, first: np.ndarray) -> tuple[Dispute, ...]:
+    def _list_disputes(self, first: np.ndarray, served: np.ndarray) -> tuple[Dispute, ...]:
+        def worker(stage: int, column: int) -> Worker:
+            return Worker(stage, int(served[stage, column]))
+
         return tuple(
             Dispute(
                 direction=direction,
                 link=link,
                 column=column,
-                sender=Worker(self.mesh.sender_stage(direction, link), column),
-                receiver=Worker(self.mesh.receiver_stage(direction, link), column),
+                sender=worker(self.mesh.sender_stage(direction, link), column),
+                receiver=worker(self.mesh.receiver_stage(direction, link), column),
                 micro_batches=tuple(np.flatnonzero(first[direction, link, column]).tolist()),
             )
             for direction, link, column in np.argwhere(first.any(3)).tolist()

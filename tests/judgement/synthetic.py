@@ -42,14 +42,14 @@ class World:
         values[..., NAMES.index("non_finite")] = 0
         return np.stack([values, values])
 
-    def step(self, change=None, digests=None, overflow_limit=np.inf):
+    def step(self, change=None, digests=None, overflow_limit=np.inf, served=None):
         values = self.statistics()
         marks = np.zeros(values.shape[:5], np.int64)
         if change:
             change(values)
         if digests:
             digests(marks)
-        verdict = self.judge.step(Evidence(self.mesh, self.time, values, marks), overflow_limit)
+        verdict = self.judge.step(Evidence(self.mesh, self.time, values, marks, served), overflow_limit)
         self.time += 1
         return verdict
 

@@ -38,6 +38,19 @@ def test_the_sender_of_an_outlier_is_blamed_excluded_and_convicted(direction, li
     assert verdict.newly_convicted == (Worker(stage, 2),)
 
 
+def test_blame_and_conviction_follow_the_worker_that_served_the_column():
+    world = World(replicas=4)
+    world.warm_up()
+    for step in range(3):
+        served = np.array([[0, 1, 2, 3], np.roll([0, 1, 2, 3], step), [0, 1, 2, 3], [0, 1, 2, 3]])
+        column = int(np.flatnonzero(served[1] == 2)[0])
+        verdict = world.step(louder(FORWARD, 1, column), served=served)
+        assert [finding.worker for finding in verdict.findings] == [Worker(1, 2)]
+        assert np.flatnonzero(verdict.excluded).tolist() == [column]
+        assert np.argmax(verdict.worker_scores[1]) == 2
+    assert verdict.newly_convicted == (Worker(1, 2),)
+
+
 def test_the_cascade_is_neither_counted_nor_learnt():
     def tampered(values):
         for direction, link in ((FORWARD, 1), (FORWARD, 2), (BACKWARD, 2), (BACKWARD, 1), (BACKWARD, 0)):
