@@ -1,4 +1,4 @@
-"""The command line: ``python -m deepspeed_sentinel run | check | demo``."""
+"""The command line: ``python -m deepspeed_sentinel run | check | demo | attacks``."""
 
 from __future__ import annotations
 
@@ -26,12 +26,19 @@ def main(argv: list[str] | None = None) -> int:
     check = commands.add_parser("check", help="validate a DeepSpeed config file and print the effective settings")
     check.add_argument("config", help="path of a DeepSpeed config (JSON)")
     demo = commands.add_parser("demo", help="train a small Llama three times: clean, attacked, attacked and guarded")
+    commands.add_parser("attacks", help="list the attacks of the red team with their arguments")
     # The demo's own module is cheap to import; what it needs beyond that it loads when it runs.
     from deepspeed_sentinel.demo import cli
 
     cli.add_arguments(demo)
     parsed = parser.parse_args(arguments)
-    return _check(parsed.config) if parsed.command == "check" else cli.run(parsed)
+    if parsed.command == "check":
+        return _check(parsed.config)
+    if parsed.command == "attacks":
+        from deepspeed_sentinel.attacks.cli import run as list_attacks
+
+        return list_attacks()
+    return cli.run(parsed)
 
 
 def _run(arguments: list[str], from_launcher: list[str]) -> int:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deepspeed_sentinel.attacks import attack_names, build_attack
+from deepspeed_sentinel.attacks import Needs, build_attack
 from deepspeed_sentinel.mesh import Mesh
 
 BLOCK = "sentinel"
@@ -28,7 +28,7 @@ class Injection(BaseModel):
         description="compute: the worker's own result is wrong; transit: altered after its report on what it "
         "sent; report: it lies about what it received",
     )
-    attack: str = Field(description="name of a registered attack")
+    attack: str = Field(description="name of an attack, or path/to/file.py:ClassName")
     start_step: int = Field(0, ge=0, description="first global step at which it acts")
     stop_step: int | None = Field(None, ge=0, description="first global step at which it no longer acts")
     probability: float = Field(1.0, ge=0.0, le=1.0, description="chance that it acts on a message")
@@ -39,9 +39,13 @@ class Injection(BaseModel):
 
     @model_validator(mode="after")
     def _attack_can_be_built(self) -> Injection:
-        if self.attack not in attack_names():
-            raise ValueError(f"attack {self.attack!r} is unknown; allowed: {', '.join(attack_names())}")
-        build_attack(self.attack, self.arguments)
+        needs = Needs.of(build_attack(self.attack, self.arguments))
+        if needs.recompute_steps:
+            raise ValueError(
+                f"attack {self.attack!r} computes with old weights, which only the simulator keeps: use it there"
+            )
+        if needs.false_report and self.where != "report":
+            raise ValueError(f'attack {self.attack!r} acts on reports only, got where={self.where!r}; use "report"')
         if self.stop_step is not None and self.stop_step <= self.start_step:
             raise ValueError(f"stop_step ({self.stop_step}) must be greater than start_step ({self.start_step})")
         return self

@@ -1,4 +1,4 @@
-"""What an attack is, and the register of attacks by name."""
+"""What an attack is, the register of attacks by name, and how one is applied to a message."""
 
 from __future__ import annotations
 
@@ -9,23 +9,45 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-
-@dataclass(frozen=True)
-class AttackContext:
-    """Where and when an attack acts. ``generator`` is seeded by all of it, so a run repeats exactly."""
-
-    direction: str
-    stage: int
-    replica: int
-    step: int
-    micro_batch: int
-    generator: torch.Generator
+from deepspeed_sentinel.attacks.context import AttackContext
+from deepspeed_sentinel.attacks.loading import is_path, load_class
 
 
 class Attack(Protocol):
-    """``attack(message, context)`` gives the tampered copy of ``message``: same shape, dtype and device."""
+    """``attack(message, context)`` gives the tampered copy of ``message``: same shape, dtype and device.
+
+    What it needs beyond the message it declares by class attributes of these names (see ``Needs``); it may have a
+    method ``observe(message, context)``, which is called with every honest message of its worker, also before it acts.
+    """
 
     def __call__(self, message: torch.Tensor, context: AttackContext) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an attack declares that it needs, so that nothing is kept for the others.
+
+    Attributes:
+        uses_entered: ``context.entered``. Attacks loaded from a file get it unless they declare otherwise.
+        uses_previous: ``context.previous``.
+        history_steps: how far back ``context.history`` reaches, in steps.
+        recompute_steps: how far back ``context.recompute`` reaches, in steps; above 0 it works in the simulator only.
+        false_report: it acts on what a receiver reports, not on what it sends.
+        vouches: receivers that take part report tampered messages of other participants as if they were honest.
+    """
+
+    uses_entered: bool = False
+    uses_previous: bool = False
+    history_steps: int = 0
+    recompute_steps: int = 0
+    false_report: bool = False
+    vouches: bool = False
+
+    @classmethod
+    def of(cls, attack: Attack) -> Needs:
+        found = {name: getattr(attack, name) for name in cls.__dataclass_fields__ if hasattr(attack, name)}
+        built_in = any(type(attack) is known for known in _ATTACKS.values())
+        return cls(**{"uses_entered": not built_in, **found})
 
 
 _ATTACKS: dict[str, Callable[..., Attack]] = {}
@@ -46,18 +68,85 @@ def attack_names() -> tuple[str, ...]:
     return tuple(sorted(_ATTACKS))
 
 
+def attack_class(name: str) -> Callable[..., Attack]:
+    """The class behind a registered name or behind ``path/to/file.py:ClassName``.
+
+    Raises:
+        ValueError: unknown name, or nothing usable at that path.
+    """
+    if is_path(name):
+        return load_class(name)
+    if name not in _ATTACKS:
+        raise ValueError(
+            f"attack {name!r} is unknown; allowed: {', '.join(attack_names())}, or path/to/file.py:ClassName"
+        )
+    return _ATTACKS[name]
+
+
 def build_attack(name: str, arguments: Mapping[str, Any]) -> Attack:
-    """Build a registered attack.
+    """Build an attack by its registered name or from ``path/to/file.py:ClassName``.
 
     Raises:
         ValueError: unknown name, unknown or missing argument, or a value the attack does not take.
     """
-    if name not in _ATTACKS:
-        raise ValueError(f"attack {name!r} is unknown; allowed: {', '.join(attack_names())}")
-    cls = _ATTACKS[name]
-    allowed = tuple(inspect.signature(cls).parameters)
+    cls = attack_class(name)
+    signature = inspect.signature(cls)
     try:
-        inspect.signature(cls).bind(**arguments)
+        signature.bind(**arguments)
     except TypeError as error:
-        raise ValueError(f"attack {name!r}: {error}; its arguments are: {', '.join(allowed) or 'none'}") from None
-    return cls(**arguments)
+        allowed = ", ".join(signature.parameters) or "none"
+        raise ValueError(f"attack {name!r}: {error}; its arguments are: {allowed}") from None
+    try:
+        attack = cls(**arguments)
+    except ValueError as error:
+        raise ValueError(f"attack {name!r}: {error}") from error
+    except Exception as error:
+        raise ValueError(f"attack {name!r} cannot be built: {type(error).__name__}: {error}") from error
+    if not callable(attack):
+        raise ValueError(f"attack {name!r} has no __call__(message, context), so it cannot act on a message")
+    return attack
+
+
+def _name(attack: Attack, context: AttackContext) -> str:
+    return (
+        f"attack {type(attack).__name__} ({context.direction}, stage {context.stage}, replica {context.replica}, "
+        f"step {context.step}, micro-batch {context.micro_batch})"
+    )
+
+
+@torch.no_grad()
+def apply_attack(attack: Attack, message: torch.Tensor, context: AttackContext) -> torch.Tensor:
+    """The message as tampered with; ``message`` itself stays as it is, whatever the attack does.
+
+    Raises:
+        ValueError: the attack raised, or gave back another shape, dtype, device or no tensor at all.
+    """
+    try:
+        tampered = attack(message.detach().clone(), context)
+    except Exception as error:
+        raise ValueError(f"{_name(attack, context)} raised {type(error).__name__}: {error}") from error
+    like = (message.shape, message.dtype, message.device)
+    if not isinstance(tampered, torch.Tensor):
+        got = f"{type(tampered).__name__} {tampered!r}"
+    elif (tampered.shape, tampered.dtype, tampered.device) != like:
+        got = f"{tampered.dtype} {tuple(tampered.shape)} on {tampered.device}"
+    else:
+        return tampered.detach()
+    wanted = f"{message.dtype} {tuple(message.shape)} on {message.device}"
+    raise ValueError(f"{_name(attack, context)} must return {wanted}, like the message it got, but returned {got}")
+
+
+@torch.no_grad()
+def show_honest(attack: Attack, message: torch.Tensor, context: AttackContext) -> None:
+    """Let an attack that observes see an honest message.
+
+    Raises:
+        ValueError: its ``observe`` raised.
+    """
+    observe = getattr(attack, "observe", None)
+    if observe is None:
+        return
+    try:
+        observe(message.detach().clone(), context)
+    except Exception as error:
+        raise ValueError(f"{_name(attack, context)}: observe raised {type(error).__name__}: {error}") from error

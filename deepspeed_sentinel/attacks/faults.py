@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import zlib
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from deepspeed_sentinel.attacks.base import Attack, AttackContext, build_attack
+from deepspeed_sentinel.attacks.base import Needs, apply_attack, build_attack, show_honest
+from deepspeed_sentinel.attacks.context import AttackContext, seeded
 from deepspeed_sentinel.mesh import Worker
 
 
@@ -36,15 +37,62 @@ class InjectionLike(Protocol):
     def arguments(self) -> Mapping[str, Any]: ...
 
 
-@dataclass(frozen=True)
+class Memory:
+    """What one attacker remembers of its own honest messages: no more than its attack declares.
+
+    A step's messages are put in when they pass, and count as history from the next step on.
+    """
+
+    def __init__(self, needs: Needs) -> None:
+        self._needs = needs
+        self._past: dict[int, deque[tuple[int, torch.Tensor]]] = defaultdict(lambda: deque(maxlen=needs.history_steps))
+        self._previous: torch.Tensor | None = None
+
+    def put(self, step: int, micro_batch: int, message: torch.Tensor) -> None:
+        """Remember one honest message."""
+        if self._needs.history_steps:
+            self._past[micro_batch].append((step, message.detach().clone()))
+        if self._needs.uses_previous:
+            self._previous = message.detach().clone()
+
+    @property
+    def previous(self) -> torch.Tensor | None:
+        """The honest message that was put in last."""
+        return self._previous
+
+    def history(self, step: int, micro_batch: int, k: int) -> torch.Tensor | None:
+        """The honest message ``k`` steps before ``step``, or None.
+
+        Raises:
+            ValueError: the attack declares less than ``k``.
+        """
+        if k > self._needs.history_steps:
+            raise ValueError(
+                f"history({k}) goes further back than history_steps = {self._needs.history_steps}; declare the class "
+                f"attribute history_steps = {k}"
+            )
+        return next((message for then, message in self._past[micro_batch] if then == step - k), None)
+
+
 class _Fault:
-    index: int
-    settings: InjectionLike
-    attack: Attack
+    def __init__(self, index: int, settings: InjectionLike) -> None:
+        self.index = index
+        self.settings = settings
+        self.attack = build_attack(settings.attack, settings.arguments)
+        self.needs = Needs.of(self.attack)
+        self.memory = Memory(self.needs)
+
+    def acts(self, step: int, generator: torch.Generator) -> bool:
+        entry = self.settings
+        if step < entry.start_step or (entry.stop_step is not None and step >= entry.stop_step):
+            return False
+        return float(torch.rand((), generator=generator)) < entry.probability
 
 
 class Faults:
     """The faults of one worker. Falsy when it has none.
+
+    What an attack remembers is not part of checkpoints: after a resumption ``delay`` is honest at first.
 
     Args:
         injections: the whole ``inject`` block; only entries of ``worker`` are kept.
@@ -56,41 +104,47 @@ class Faults:
         self._worker = worker
         self._seed = seed
         self._faults = tuple(
-            _Fault(index, entry, build_attack(entry.attack, entry.arguments))
-            for index, entry in enumerate(injections)
-            if (entry.stage, entry.replica) == worker
+            _Fault(index, entry) for index, entry in enumerate(injections) if (entry.stage, entry.replica) == worker
         )
+        self._keeps_entered = {fault.settings.direction for fault in self._faults if fault.needs.uses_entered}
+        self._entered: dict[tuple[str, int], torch.Tensor] = {}
 
     def __bool__(self) -> bool:
         return bool(self._faults)
+
+    def enter(self, direction: str, micro_batch: int, message: torch.Tensor) -> None:
+        """Keep what enters the stage until the message that it becomes has left, where an attack needs it."""
+        if direction in self._keeps_entered:
+            self._entered[direction, micro_batch] = message.detach().clone()
 
     def apply(self, where: str, direction: str, step: int, micro_batch: int, message: torch.Tensor) -> torch.Tensor:
         """The message as tampered with at ``where``; the very same object if nothing acts on it.
 
         Raises:
-            ValueError: an attack gave back another shape, dtype or no tensor at all.
+            ValueError: an attack raised, or gave back another shape, dtype or no tensor at all.
         """
         for fault in self._faults:
             entry = fault.settings
-            if (entry.where, entry.direction) != (where, direction) or step < entry.start_step:
+            if (entry.where, entry.direction) != (where, direction):
                 continue
-            if entry.stop_step is not None and step >= entry.stop_step:
-                continue
-            key = f"{self._seed} {fault.index} {step} {micro_batch} {where} {direction} {self._worker}"
-            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-            if float(torch.rand((), generator=generator)) >= entry.probability:
-                continue
-            context = AttackContext(direction, *self._worker, step, micro_batch, generator)
-            with torch.no_grad():
-                tampered = fault.attack(message.detach(), context)
-            if not isinstance(tampered, torch.Tensor) or (tampered.shape, tampered.dtype) != (
-                message.shape,
-                message.dtype,
-            ):
-                got = f"{tampered.dtype} {tuple(tampered.shape)}" if torch.is_tensor(tampered) else repr(tampered)
-                raise ValueError(
-                    f"attack {type(fault.attack).__name__} must return {message.dtype} {tuple(message.shape)} "
-                    f"like the message it got, returned {got}"
-                )
-            message = tampered
+            generator = seeded(self._seed, fault.index, step, micro_batch, where, direction, self._worker)
+            context = AttackContext(
+                direction,
+                *self._worker,
+                step,
+                micro_batch,
+                generator,
+                start=entry.start_step,
+                seed=self._seed,
+                entered=self._entered.get((direction, micro_batch)) if fault.needs.uses_entered else None,
+                previous=fault.memory.previous,
+                past=partial(fault.memory.history, step, micro_batch),
+            )
+            honest = message
+            show_honest(fault.attack, honest, context)
+            if fault.acts(step, generator):
+                message = apply_attack(fault.attack, honest, context)
+            fault.memory.put(step, micro_batch, honest)
+        if where == "transit":
+            self._entered.pop((direction, micro_batch), None)
         return message

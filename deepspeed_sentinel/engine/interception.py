@@ -87,6 +87,9 @@ class Interception:
     def _observe_received(self, direction: int, message: Tensors) -> None:
         end = (direction, RECEIVED)
         micro_batch = self._probe.next_micro_batch(end)
+        index = judged_index(message)
+        if self._faults and index is not None:
+            self._faults.enter(DIRECTIONS[direction], micro_batch, message[index])
         self._probe.observe(end, micro_batch, self._tamper("report", direction, micro_batch, message))
 
     def _tamper(self, where: str, direction: int, micro_batch: int, message: Tensors) -> Tensors:
