@@ -15,7 +15,8 @@ from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS, sketch_r
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 from deepspeed_sentinel.mesh import DIRECTIONS as DIRECTION_NAMES
 
-PUBLIC = 0  # the job whose sample and projection both ends of every link share
+PUBLIC = 0  # the sketch whose sample and projection both ends of every link share
+SECRET = 1  # the sketch whose sample and projection the neighbours of a stage share, and nobody else
 ENDS = ((FORWARD, SENT), (FORWARD, RECEIVED), (BACKWARD, SENT), (BACKWARD, RECEIVED))
 End = tuple[int, int]
 
@@ -41,15 +42,16 @@ class _Buffers:
     """The step's rows of one end of a link: row m is micro-batch m. Sketches of short messages fill their first rows."""
 
     def __init__(self, micro_batches: int, hidden: int, jobs: int, device: torch.device) -> None:
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, because sketches of short messages leave rows that travel all the same.
+        def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         self.hidden = hidden
-        self.column_sums_MD = empty(micro_batches, hidden)
-        self.scalars_M3 = empty(micro_batches, 3)
-        self.digest_M2 = empty(micro_batches, DIGEST_WORDS, dtype=torch.int32)
-        self.sketch_JMmK = empty(jobs, micro_batches, TOKENS, DIMENSIONS)
-        self.norms_JMm = empty(jobs, micro_batches, TOKENS)
+        self.column_sums_MD = blank(micro_batches, hidden)
+        self.scalars_M3 = blank(micro_batches, 3)
+        self.digest_M2 = blank(micro_batches, DIGEST_WORDS, dtype=torch.int32)
+        self.sketch_JMmK = blank(jobs, micro_batches, TOKENS, DIMENSIONS)
+        self.norms_JMm = blank(jobs, micro_batches, TOKENS)
         self.tokens = [0] * micro_batches
 
 
@@ -163,6 +165,15 @@ class Probe:
             digest_M2=buffers.digest_M2,
         )
 
+    def sketches(self, end: End, job: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sketches float32 [M, 256, K] and norms float32 [M, 256] of one end; see ``sketched_rows``."""
+        buffers = self._buffers[end]
+        return buffers.sketch_JMmK[job], buffers.norms_JMm[job]
+
+    def sketched_rows(self, end: End) -> list[int]:
+        """How many rows of each micro-batch's sketch are tokens."""
+        return [sketch_rows(tokens) for tokens in self._buffers[end].tokens]
+
     @staticmethod
     def _quantiles(buffers: _Buffers) -> torch.Tensor:
         """Of the public sketches; messages with equally many sketched tokens together, most often all of them."""
@@ -192,4 +203,4 @@ class Probe:
         return f"the {DIRECTION_NAMES[end[0]]} message {verb} by stage {self._stage}"
 
 
-assert NAMES[4:] == ("energy", "max_abs", "non_finite"), "scalars_M3 follows the order of the table"
+assert NAMES[4:7] == ("energy", "max_abs", "non_finite"), "scalars_M3 follows the order of the table"
