@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 TRANSFORMERS = ["transformers>=5.23", "accelerate>=1.15", "tokenizers>=0.23", "safetensors>=0.8"]
+SWEEP = ["pyarrow>=22.0"]
 REPORT = ["rich>=15.0", "matplotlib>=3.11"]
 DEV = [
     "pytest>=9.0",

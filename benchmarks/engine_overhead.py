@@ -64,7 +64,8 @@ def work(arguments: argparse.Namespace) -> None:
     import torch
 
     import deepspeed_sentinel
-    from deepspeed_sentinel.demo import corpus, model
+    from deepspeed_sentinel import corpus
+    from deepspeed_sentinel.demo import model
     from deepspeed_sentinel.demo.options import DemoOptions
 
     cuda = torch.cuda.is_available()

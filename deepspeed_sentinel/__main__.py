@@ -1,4 +1,4 @@
-"""The command line: ``python -m deepspeed_sentinel run | check | demo | attacks``."""
+"""The command line: ``python -m deepspeed_sentinel run | check | demo | attacks | simulate``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ def main(argv: list[str] | None = None) -> int:
     check.add_argument("config", help="path of a DeepSpeed config (JSON)")
     demo = commands.add_parser("demo", help="train a small Llama three times: clean, attacked, attacked and guarded")
     commands.add_parser("attacks", help="list the attacks of the red team with their arguments")
-    # The demo's own module is cheap to import; what it needs beyond that it loads when it runs.
-    from deepspeed_sentinel.demo import cli
+    simulation = commands.add_parser("simulate", help="a whole mesh in one process: attack it, judge it, measure")
+    # Both modules are cheap to import; what they need beyond that they load when they run.
+    from deepspeed_sentinel.demo import cli as demo_cli
+    from deepspeed_sentinel.simulation import cli as simulation_cli
 
-    cli.add_arguments(demo)
+    demo_cli.add_arguments(demo)
+    simulation_cli.add_arguments(simulation)
     parsed = parser.parse_args(arguments)
     if parsed.command == "check":
         return _check(parsed.config)
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         from deepspeed_sentinel.attacks.cli import run as list_attacks
 
         return list_attacks()
-    return cli.run(parsed)
+    return simulation_cli.run(parsed) if parsed.command == "simulate" else demo_cli.run(parsed)
 
 
 def _run(arguments: list[str], from_launcher: list[str]) -> int:

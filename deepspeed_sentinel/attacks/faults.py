@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ import torch
 
 from deepspeed_sentinel.attacks.base import Needs, apply_attack, build_attack, show_honest
 from deepspeed_sentinel.attacks.context import AttackContext, seeded
+from deepspeed_sentinel.attacks.memory import Memory
 from deepspeed_sentinel.mesh import Worker
 
 
@@ -35,43 +35,6 @@ class InjectionLike(Protocol):
     def probability(self) -> float: ...
     @property
     def arguments(self) -> Mapping[str, Any]: ...
-
-
-class Memory:
-    """What one attacker remembers of its own honest messages: no more than its attack declares.
-
-    A step's messages are put in when they pass, and count as history from the next step on.
-    """
-
-    def __init__(self, needs: Needs) -> None:
-        self._needs = needs
-        self._past: dict[int, deque[tuple[int, torch.Tensor]]] = defaultdict(lambda: deque(maxlen=needs.history_steps))
-        self._previous: torch.Tensor | None = None
-
-    def put(self, step: int, micro_batch: int, message: torch.Tensor) -> None:
-        """Remember one honest message."""
-        if self._needs.history_steps:
-            self._past[micro_batch].append((step, message.detach().clone()))
-        if self._needs.uses_previous:
-            self._previous = message.detach().clone()
-
-    @property
-    def previous(self) -> torch.Tensor | None:
-        """The honest message that was put in last."""
-        return self._previous
-
-    def history(self, step: int, micro_batch: int, k: int) -> torch.Tensor | None:
-        """The honest message ``k`` steps before ``step``, or None.
-
-        Raises:
-            ValueError: the attack declares less than ``k``.
-        """
-        if k > self._needs.history_steps:
-            raise ValueError(
-                f"history({k}) goes further back than history_steps = {self._needs.history_steps}; declare the class "
-                f"attribute history_steps = {k}"
-            )
-        return next((message for then, message in self._past[micro_batch] if then == step - k), None)
 
 
 class _Fault:

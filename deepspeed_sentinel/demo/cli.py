@@ -150,7 +150,7 @@ def _interrupt(*_: object) -> None:
 
 def _prepare(options: DemoOptions) -> Path:
     """Clear what an earlier demo left in the folder, tokenise the text, write the options for the workers."""
-    from deepspeed_sentinel.demo import corpus
+    from deepspeed_sentinel import corpus
 
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)

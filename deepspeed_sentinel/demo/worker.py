@@ -20,7 +20,8 @@ import deepspeed
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from deepspeed_sentinel.demo import corpus, model
+from deepspeed_sentinel import corpus
+from deepspeed_sentinel.demo import model
 from deepspeed_sentinel.demo.options import DemoOptions
 from deepspeed_sentinel.demo.progress import Writer, finite
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from deepspeed_sentinel.demo import corpus
+from deepspeed_sentinel import corpus
 
 
 @pytest.fixture

@@ -1,0 +1,191 @@
+"""``python -m deepspeed_sentinel simulate``: one run, or a sweep over many."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepspeed_sentinel.attacks.loading import parse_arguments
+from deepspeed_sentinel.config import load_block
+from deepspeed_sentinel.simulation.options import SimulationOptions
+
+if TYPE_CHECKING:
+    from deepspeed_sentinel.judgement.verdict import Verdict
+
+_NEEDED = ("rich", "transformers", "tokenizers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of a simulation on ``parser``."""
+    default = {field.name: field.default for field in fields(SimulationOptions)}
+    add = parser.add_argument
+
+    def number(name: str, kind: type, text: str) -> None:
+        add(f"--{name.replace('_', '-')}", type=kind, default=default[name], help=f"{text} (default %(default)s)")
+
+    def choice(name: str, allowed: tuple[str, ...], text: str) -> None:
+        add(f"--{name}", choices=allowed, default=default[name], help=f"{text} (default %(default)s)")
+
+    number("stages", int, "pipeline stages")
+    number("replicas", int, "replicas of each stage")
+    number("malicious", float, "share of each middle stage's workers that tamper")
+    add("--attack", metavar="NAME", help="an attack (see: attacks), or path/to/file.py:ClassName; without it, nobody")
+    add("--attack-arg", action="append", default=[], metavar="NAME=VALUE", help="argument of the attack, repeatable")
+    choice("direction", ("forward", "backward", "both"), "which messages are tampered with")
+    number("steps", int, "training steps")
+    number("start", int, "first step in which the attack may act")
+    number("seed", int, "of weights, data, routing, attackers and attack")
+    choice("model", ("tiny", "0.6b", "1.2b", "4b"), "size of the Llama")
+    add("--moe", action="store_true", help="a mixture of experts in place of each MLP")
+    for name in ("micro_batches", "micro_batch_size", "sequence"):
+        add(f"--{name.replace('_', '-')}", type=int, default=0, help="of each column (default: by the model's size)")
+    choice("verifier", ("trusted", "receiver"), "who computes the statistics; a malicious receiver may lie")
+    choice("evidence", ("paper", "all"), "the four distances of the paper alone, or every statistic")
+    choice("guard", ("on", "off"), "off lets the attack through")
+    add("--majority", action="store_true", help="allow half of a stage's workers or more to be malicious")
+    number("chunk", int, "micro-batches computed at once, 0 for all; fewer need less memory")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default %(default)s)")
+    choice("dtype", ("float32", "bfloat16"), "what to compute in")
+    add("--config", type=Path, help='JSON file with a "sentinel" block: how to judge (default: its defaults)')
+    add("--no-clean", action="store_true", help="leave out the clean run of the same seed, and so loss.clean")
+    add("--out", type=Path, help="file for the result (default: result.json, or as the sweep says)")
+    add("--sweep", type=Path, metavar="TOML", help="run all of a sweep file; what its table already has is kept")
+    add("--processes", type=int, default=0, help="of a sweep; 0 is one a core (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run; returns the exit status: 0 done, 1 failed, 2 bad options, 130 interrupted."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f'simulate needs {", ".join(missing)}: pip install "deepspeed-sentinel[transformers,report]"',
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        if args.sweep is not None:
+            from deepspeed_sentinel.simulation.sweep import Sweep
+
+            sweep = Sweep.read(args.sweep, args.out, args.processes)
+        else:
+            options = options_from(args)
+    except (ValueError, OSError) as error:
+        print(f"simulate: {error}", file=sys.stderr)
+        return 2
+    try:
+        if args.sweep is not None:
+            return sweep.run()
+        document = simulate(options, with_clean=not args.no_clean)
+    except ValueError as error:
+        print(f"simulate: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; what a sweep has finished stays in its table.", file=sys.stderr)
+        return 130
+    out = args.out or Path("result.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    print(summary(document))
+    print(f"Written to {out}")
+    return 0
+
+
+def options_from(args: argparse.Namespace) -> SimulationOptions:
+    """The options that the command line asks for.
+
+    Raises:
+        ValueError: naming the option, its value and what is allowed.
+    """
+    names = {field.name for field in fields(SimulationOptions)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    given["attack_arguments"] = parse_arguments(args.attack_arg)
+    given["device"] = device(args.device)
+    if args.attack is None:
+        if args.attack_arg:
+            raise ValueError("--attack-arg without --attack: say which attack")
+        given["malicious"] = 0.0
+    if args.config is not None:
+        block = load_block(args.config)
+        if block is None:
+            raise ValueError(f'--config {args.config}: it has no "sentinel" block')
+        given["sentinel"] = block
+    return SimulationOptions(**given)
+
+
+def device(wanted: str) -> str:
+    """ "cpu" or "cuda".
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU found; use --device cpu")
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def simulate(options: SimulationOptions, with_clean: bool) -> dict[str, Any]:
+    """One run with a progress bar, and before it the clean run of the same seed that it is compared with."""
+    from deepspeed_sentinel.simulation.run import Simulation
+
+    clean = None
+    if with_clean and options != options.honest():
+        with _bar("clean run", options.steps) as step:
+            clean = Simulation(options.honest()).run(step)["loss"]["clean"]
+    with _bar(options.attack or "no attack", options.steps) as step:
+        document = Simulation(options).run(step)
+    if clean is not None:
+        document["loss"]["clean"] = clean
+    return document
+
+
+@contextmanager
+def _bar(name: str, steps: int) -> Iterator[Callable[[Verdict | None], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:>16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=steps, said="")
+
+        def advance(verdict: Verdict | None) -> None:
+            said = "" if verdict is None else f"{int(verdict.convicted.sum())} convicted"
+            progress.update(task, advance=1, said=said)
+
+        yield advance
+
+
+def summary(document: dict[str, Any]) -> str:
+    """A result in a few lines."""
+
+    def shown(value: float | None, form: str = ".3f") -> str:
+        return "-" if value is None else format(value, form)
+
+    loss = document["loss"]
+    lines = [
+        f"{len(document['malicious'])} malicious workers, {len(document['convicted'])} convicted, "
+        f"{document['false_convictions']} of them wrongly: F1 {shown(document['f1'])}, precision "
+        f"{shown(document['precision'])}, recall {shown(document['recall'])}",
+        f"steps to a worker's first alarm: mean {shown(document['detection_steps_mean'], '.1f')}, most "
+        f"{shown(document['detection_steps_max'], 'd')}",
+        f"{document['judged_messages']} messages judged, {document['false_alarms']} false alarms "
+        f"({shown(document['false_alarm_rate'], '.2%')})",
+        "held-out loss: " + ", ".join(f"{name} {shown(value)}" for name, value in loss.items()),
+        f"{document['seconds']:.0f} s, {document['details']['seconds_a_step']:.3f} s a step",
+    ]
+    return "\n".join(lines)

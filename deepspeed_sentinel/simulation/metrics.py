@@ -1,0 +1,91 @@
+"""How well a run's attackers were found: counted over workers, messages and steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
+
+
+@dataclass(frozen=True)
+class _Ratio:
+    part: int
+    whole: int
+
+    @property
+    def value(self) -> float | None:
+        return self.part / self.whole if self.whole else None
+
+
+class Tally:
+    """Counts of a guarded run, step by step.
+
+    A worker counts as malicious from the first step in which it changed something. ``detection_steps`` is the step of
+    the first alarm blamed on such a worker minus that step. A false alarm is a message blamed on a worker that is not
+    malicious; its rate is over all judged messages that such workers sent.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        shape = (mesh.stages, mesh.replicas)
+        self.convicted = np.zeros(shape, bool)
+        self._blamed_first = np.full(shape, -1)
+        self.judged_messages = self.false_alarms = self.honest_judged = 0
+        self.skipped_steps = self.excluded_columns = self.disputes = 0
+
+    def add(self, verdict: Verdict, served: np.ndarray, malicious: np.ndarray) -> None:
+        """Count one step.
+
+        Args:
+            verdict: of the step.
+            served: int [S, C], who served which column.
+            malicious: bool [S, R], who has changed something in this step or before.
+        """
+        micro_batches = verdict.scores.shape[3]
+        self.judged_messages += verdict.judged
+        if verdict.judged:
+            self.honest_judged += micro_batches * int(self._honest_messages(served, malicious))
+        for finding in verdict.findings:
+            if not malicious[finding.worker]:
+                self.false_alarms += len(finding.micro_batches)
+            elif self._blamed_first[finding.worker] < 0:
+                self._blamed_first[finding.worker] = verdict.step
+        self.convicted |= verdict.convicted
+        self.skipped_steps += verdict.skip
+        self.excluded_columns += int(np.count_nonzero(verdict.excluded))
+        self.disputes += len(verdict.disputed)
+
+    def result(self, acted_first: np.ndarray) -> dict[str, Any]:
+        """The part of ``result.json`` about detection; null where there is nothing to divide by.
+
+        Args:
+            acted_first: int [S, R], the first step in which a worker changed something; -1 is never.
+        """
+        malicious = acted_first >= 0
+        found = int(np.count_nonzero(malicious & self.convicted))
+        wrong = int(np.count_nonzero(~malicious & self.convicted))
+        missed = int(np.count_nonzero(malicious & ~self.convicted))
+        seen = malicious & (self._blamed_first >= 0)
+        took = (self._blamed_first - acted_first)[seen]
+        return {
+            "malicious": np.argwhere(malicious).tolist(),
+            "convicted": np.argwhere(self.convicted).tolist(),
+            "precision": _Ratio(found, found + wrong).value,
+            "recall": _Ratio(found, found + missed).value,
+            "f1": _Ratio(2 * found, 2 * found + wrong + missed).value,
+            "detection_steps_mean": float(took.mean()) if took.size else None,
+            "detection_steps_max": int(took.max()) if took.size else None,
+            "judged_messages": self.judged_messages,
+            "false_alarms": self.false_alarms,
+            "false_convictions": wrong,
+            "false_alarm_rate": _Ratio(self.false_alarms, self.honest_judged).value,
+        }
+
+    def _honest_messages(self, served: np.ndarray, malicious: np.ndarray) -> np.ndarray:
+        honest = ~np.take_along_axis(malicious, served, axis=1)
+        senders = [honest[:-1], honest[1:]]
+        return np.count_nonzero(senders[FORWARD]) + np.count_nonzero(senders[BACKWARD])

@@ -1,0 +1,125 @@
+"""Everything that describes one simulated run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepspeed_sentinel.attacks import Needs, build_attack
+from deepspeed_sentinel.mesh import DIRECTIONS, Mesh
+from deepspeed_sentinel.simulation.sizes import SIZES, Size
+
+_CHOICES = {
+    "direction": (*DIRECTIONS, "both"),
+    "model": tuple(SIZES),
+    "verifier": ("trusted", "receiver"),
+    "evidence": ("paper", "all"),
+    "guard": ("on", "off"),
+    "dtype": ("float32", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class SimulationOptions:
+    """Settings of a run; the command line's options have the same names.
+
+    Attributes:
+        stages, replicas: the mesh; the first and the last stage are trusted.
+        malicious: share of the workers of each middle stage that tamper, at least one where it is above zero.
+        attack, attack_arguments: what they do; None is nobody tampers.
+        direction: which messages they tamper with.
+        steps, start: steps of training; the first step in which the attack may act.
+        seed: of weights, data, routing, attackers and attack.
+        model, moe: size of the Llama; with a mixture of experts in place of each MLP.
+        micro_batches, micro_batch_size, sequence: of each column; 0 is the default of the model's size.
+        verifier: who computes the statistics that are judged: a trusted verifier on every link, as in
+            arXiv 2603.03592, or the receiver, which may lie, held against the sender's report.
+        evidence: all statistics of the table, or the four distances of the paper alone.
+        guard: off lets the attack through.
+        majority: allow half of a stage's workers or more to be malicious.
+        chunk: micro-batches of all columns that are computed at once; 0 is all.
+        device, dtype: where and in what to compute.
+        sentinel: settings of the ``"sentinel"`` block that judgement is to use.
+    """
+
+    stages: int = 8
+    replicas: int = 8
+    malicious: float = 0.25
+    attack: str | None = None
+    attack_arguments: dict[str, Any] = field(default_factory=dict)
+    direction: str = "both"
+    steps: int = 300
+    start: int = 100
+    seed: int = 0
+    model: str = "tiny"
+    moe: bool = False
+    micro_batches: int = 0
+    micro_batch_size: int = 0
+    sequence: int = 0
+    verifier: str = "trusted"
+    evidence: str = "all"
+    guard: str = "on"
+    majority: bool = False
+    chunk: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    sentinel: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name, low in (("stages", 3), ("replicas", 1), ("steps", 1), ("start", 0), ("seed", 0), ("chunk", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name} must be a whole number from {low}, got {value!r}")
+        for name in ("micro_batches", "micro_batch_size", "sequence"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number from 1, or 0 for the default, got {value!r}")
+            if value == 0:
+                object.__setattr__(self, name, getattr(self.size, name))
+        self._check_attack()
+
+    def _check_attack(self) -> None:
+        if not 0.0 <= self.malicious <= 1.0:
+            raise ValueError(f"malicious must be a share from 0 to 1, got {self.malicious!r}")
+        if 2 * self.attackers_per_stage >= self.replicas and self.attackers_per_stage and not self.majority:
+            raise ValueError(
+                f"malicious={self.malicious} makes {self.attackers_per_stage} of {self.replicas} workers of a stage "
+                "malicious; fewer than half is what any majority can bear. Ask for --majority to do it all the same"
+            )
+        if self.attack is None:
+            return
+        if self.attackers_per_stage and self.start >= self.steps:
+            raise ValueError(f"start ({self.start}) must be less than steps ({self.steps}), or nobody ever attacks")
+        needs = Needs.of(build_attack(self.attack, self.attack_arguments))
+        if needs.false_report and self.verifier == "trusted":
+            raise ValueError(
+                f"attack {self.attack!r} acts on what receivers report, which verifier='trusted' does not ask for; "
+                "use verifier='receiver'"
+            )
+
+    @property
+    def size(self) -> Size:
+        return SIZES[self.model]
+
+    @property
+    def mesh(self) -> Mesh:
+        return Mesh(self.stages, self.replicas)
+
+    @property
+    def attackers_per_stage(self) -> int:
+        return max(1, round(self.malicious * self.replicas)) if self.malicious > 0 else 0
+
+    def honest(self) -> SimulationOptions:
+        """The same training without attack and guard: what all runs of these settings are compared with."""
+        plain = {"attack": None, "attack_arguments": {}, "malicious": 0.0, "direction": "both", "start": 0}
+        unjudged = {"verifier": "trusted", "evidence": "all", "guard": "off", "majority": False, "sentinel": {}}
+        return dataclasses.replace(self, **plain, **unjudged)
+
+    def key(self) -> str:
+        """One text for one run: equal settings, equal text."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)

@@ -1,0 +1,50 @@
+"""Weights of earlier steps, for attackers that compute honestly with stale ones."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from deepspeed_sentinel.mesh import FORWARD
+
+
+class WeightHistory:
+    """The middle stages' weights of the last ``steps`` steps; nothing is kept for 0."""
+
+    def __init__(self, stages: Sequence[nn.Module], steps: int) -> None:
+        self._stages = stages
+        self._past: deque[list[dict[str, torch.Tensor]]] = deque(maxlen=steps)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Keep the weights of the step that now ends; call before the optimizer changes them."""
+        if self._past.maxlen:
+            middle = self._stages[1:-1]
+            self._past.append([{name: w.detach().clone() for name, w in s.named_parameters()} for s in middle])
+
+    def recompute(
+        self, direction: int, stage: int, entered_BTD: torch.Tensor, gradient_BTD: torch.Tensor | None, k: int
+    ) -> torch.Tensor | None:
+        """What ``stage`` would send with the weights of ``k`` steps ago; None before there are any.
+
+        Args:
+            direction: of the message.
+            stage: a middle stage.
+            entered_BTD: the activation that entered.
+            gradient_BTD: the gradient that entered, for a backward message.
+            k: steps ago; 1 is the step before.
+        """
+        if k > len(self._past):
+            return None
+        old = self._past[-k][stage - 1]
+        if direction == FORWARD:
+            with torch.no_grad():
+                return functional_call(self._stages[stage], old, (entered_BTD,))
+        with torch.enable_grad():
+            leaf = entered_BTD.detach().requires_grad_()
+            left = functional_call(self._stages[stage], old, (leaf,))
+        return torch.autograd.grad(left, leaf, gradient_BTD)[0]
