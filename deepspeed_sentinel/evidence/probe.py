@@ -38,7 +38,7 @@ class EndStatistics:
 
 
 class _Buffers:
-    """The step's rows of one end of a link: row m is micro-batch m. Sketches of short messages fill their first rows."""
+    """The step's rows of one end of a link, one a micro-batch. Sketches of short messages fill their first tokens."""
 
     def __init__(self, micro_batches: int, hidden: int, jobs: int, device: torch.device) -> None:
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
