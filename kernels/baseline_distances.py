@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import torch
 
-from deepspeed_sentinel.kernels.dispatch import check_output
+from deepspeed_sentinel.kernels.dispatch import LAUNCH, check_output, runs_on_triton, tl, triton
 
 DISTANCES = ("mean_abs", "l2_rel", "sign_flip", "sliced_wasserstein")
 _TINY = torch.finfo(torch.float32).tiny
+_UPDATED = 2048  # elements times replicas that one program of the update sorts
 
 
 def baseline_distances(
@@ -50,7 +51,57 @@ def baseline_distances(
     quantiles = quantiles_MQ.shape[-1]
     check_output("quantiles_MQ", quantiles_MQ, torch.float32, (messages, quantiles), means_MD)
     check_output("average_V", average_V, torch.float32, (hidden + quantiles,), means_MD)
-    return baseline_distances_reference(means_MD, quantiles_MQ, average_V, correction)
+    if not runs_on_triton(means_MD):
+        return baseline_distances_reference(means_MD, quantiles_MQ, average_V, correction)
+    distances_M4 = torch.empty(messages, len(DISTANCES), dtype=torch.float32, device=means_MD.device)
+    _distances_kernel[(messages,)](
+        means_MD.contiguous(),
+        quantiles_MQ.contiguous(),
+        average_V.contiguous(),
+        distances_M4,
+        hidden,
+        quantiles,
+        correction,
+        BLOCK=1024,
+        num_warps=4,
+        **LAUNCH,
+    )
+    return distances_M4
+
+
+@triton.jit
+def _distances_kernel(
+    means_ptr, quantiles_ptr, average_ptr, out_ptr, hidden, quantiles, correction, BLOCK: tl.constexpr
+):
+    """One message."""
+    TINY: tl.constexpr = 1.1754943508222875e-38
+    message = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    absolute = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    norm = tl.zeros([BLOCK], tl.float32)
+    flips = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, hidden, BLOCK):
+        d = first + offsets
+        mean = tl.load(means_ptr + message * hidden + d, mask=d < hidden, other=0.0)
+        expected = tl.div_rn(tl.load(average_ptr + d, mask=d < hidden, other=0.0), correction)
+        gap = mean - expected
+        absolute += tl.abs(gap)
+        squares += gap * gap
+        norm += expected * expected
+        flips += (((mean > 0) != (expected > 0)) | ((mean < 0) != (expected < 0))).to(tl.int32)
+    difference = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, quantiles, BLOCK):
+        q = first + offsets
+        value = tl.load(quantiles_ptr + message * quantiles + q, mask=q < quantiles, other=0.0)
+        expected = tl.div_rn(tl.load(average_ptr + hidden + q, mask=q < quantiles, other=0.0), correction)
+        difference += tl.abs(value - expected)
+    out_ptr += message * 4
+    tl.store(out_ptr, tl.div_rn(tl.sum(absolute, 0), tl.cast(hidden, tl.float32)))
+    norm_of_mean = tl.maximum(tl.sqrt_rn(tl.sum(norm, 0)), TINY)
+    tl.store(out_ptr + 1, tl.div_rn(tl.sqrt_rn(tl.sum(squares, 0)), norm_of_mean))
+    tl.store(out_ptr + 2, tl.div_rn(tl.sum(flips, 0).to(tl.float32), tl.cast(hidden, tl.float32)))
+    tl.store(out_ptr + 3, tl.div_rn(tl.sum(difference, 0), tl.cast(quantiles, tl.float32)))
 
 
 def baseline_distances_reference(
@@ -88,7 +139,55 @@ def baseline_update(average_V: torch.Tensor, summaries_RV: torch.Tensor, clean_R
         raise ValueError(f"summaries_RV must be float32 [R, V], got {summaries_RV.dtype} {list(summaries_RV.shape)}")
     check_output("average_V", average_V, torch.float32, (summaries_RV.shape[1],), summaries_RV)
     check_output("clean_R", clean_R, torch.bool, (summaries_RV.shape[0],), summaries_RV)
-    average_V.copy_(baseline_update_reference(average_V, summaries_RV, clean_R, decay))
+    replicas, values = summaries_RV.shape
+    if not runs_on_triton(summaries_RV):
+        average_V.copy_(baseline_update_reference(average_V, summaries_RV, clean_R, decay))
+        return
+    width = max(2, 1 << (replicas - 1).bit_length())
+    block = max(1, _UPDATED // width)
+    _update_kernel[(-(-values // block),)](
+        average_V,
+        summaries_RV,
+        clean_R,
+        replicas,
+        values,
+        *summaries_RV.stride(),
+        decay,
+        1.0 - decay,
+        BV=block,
+        BR=width,
+        num_warps=4,
+        **LAUNCH,
+    )
+
+
+@triton.jit
+def _update_kernel(
+    average_ptr,
+    summaries_ptr,
+    clean_ptr,
+    replicas,
+    values,
+    stride_r,
+    stride_v,
+    decay,
+    rest,
+    BV: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """BV elements of the average: sort them over the replicas, those not clean last, and take the middle."""
+    v = tl.program_id(0) * BV + tl.arange(0, BV)
+    r = tl.arange(0, BR)
+    clean = tl.load(clean_ptr + r, mask=r < replicas, other=0) != 0
+    count = tl.sum(clean.to(tl.int32), 0)
+    inside = (v < values)[:, None] & clean[None, :]
+    places = r.to(tl.int64)[None, :] * stride_r + v.to(tl.int64)[:, None] * stride_v
+    ordered = tl.sort(tl.load(summaries_ptr + places, mask=inside, other=float("inf")))
+    low = tl.sum(tl.where((r == (count - 1) // 2)[None, :], ordered, 0.0), 1)
+    high = tl.sum(tl.where((r == count // 2)[None, :], ordered, 0.0), 1)
+    average = tl.load(average_ptr + v, mask=v < values, other=0.0)
+    updated = decay * average + rest * ((low + high) * 0.5)
+    tl.store(average_ptr + v, updated, mask=v < tl.where(count > 0, values, 0))
 
 
 def baseline_update_reference(

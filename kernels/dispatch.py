@@ -23,11 +23,19 @@ except ImportError:  # no triton for this platform: kernels are left as plain fu
 INTERPRETED = tl is not None and os.environ.get("TRITON_INTERPRET") == "1"
 # Sums are to have the same bits on every GPU, so the compiler may not decide where a product is fused into a sum.
 LAUNCH = {"enable_fp_fusion": False}
+# The dtypes that kernels read; others (float64) take the reference.
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def runs_on_triton(x: torch.Tensor) -> bool:
     """Whether a kernel, not the reference, handles this tensor."""
-    return tl is not None and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+    on_device = x.is_cuda or (INTERPRETED and x.device.type == "cpu")
+    return on_device and tl is not None and x.dtype in KINDS
+
+
+def integer_view(x: torch.Tensor) -> torch.Tensor:
+    """The same elements as integers of their size; kernels load bits and cast them to float32 themselves."""
+    return x.view(torch.int32 if x.element_size() == 4 else torch.int16)
 
 
 def check_output(name: str, out: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], like: torch.Tensor) -> None:

@@ -35,6 +35,17 @@ def hash_reference(seeds_X: torch.Tensor, stream: int, count: int) -> torch.Tens
 
 
 @triton.jit
+def float_of_bits(bits, KIND: tl.constexpr):
+    """int16 or int32 bits of a "bf16", "fp16" or "fp32" number as float32."""
+    if KIND == "bf16":
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif KIND == "fp16":
+        return bits.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def mix(h):
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B
@@ -49,4 +60,4 @@ def seed_keys(seed, stream: tl.constexpr):
 
 @triton.jit
 def hash_counters(counters, key0, key1):
-    return mix(mix(counters.to(tl.uint32) ^ key0) ^ key1)
+    return mix(mix(tl.cast(counters, tl.uint32) ^ key0) ^ key1)

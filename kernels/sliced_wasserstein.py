@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from deepspeed_sentinel.kernels.dispatch import LAUNCH, runs_on_triton, tl, triton
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS
 
 DIRECTIONS, QUANTILES = 16, 32
@@ -34,7 +35,52 @@ def sliced_wasserstein(sketch_MmK: torch.Tensor, hidden: int) -> torch.Tensor:
         raise ValueError(f"sketch_MmK must be [M, 1 to {TOKENS} tokens, {DIMENSIONS}], got {list(sketch_MmK.shape)}")
     if sketch_MmK.dtype != torch.float32:
         raise ValueError(f"sketch_MmK must be float32, got {sketch_MmK.dtype}")
-    return sliced_wasserstein_reference(sketch_MmK, hidden)
+    if not runs_on_triton(sketch_MmK):
+        return sliced_wasserstein_reference(sketch_MmK, hidden)
+    messages, tokens, _ = sketch_MmK.shape
+    quantiles_MQ = torch.empty(messages, DIRECTIONS * QUANTILES, dtype=torch.float32, device=sketch_MmK.device)
+    _quantiles_kernel[(messages,)](
+        sketch_MmK,
+        quantiles_MQ,
+        tokens,
+        *sketch_MmK.stride(),
+        _unit(hidden),
+        P=DIRECTIONS,
+        Q=QUANTILES,
+        BM=max(16, 1 << (tokens - 1).bit_length()),
+        num_warps=4,
+        **LAUNCH,
+    )
+    return quantiles_MQ
+
+
+@triton.jit
+def _quantiles_kernel(
+    sketch_ptr,
+    quantiles_ptr,
+    tokens,
+    stride_M,
+    stride_m,
+    stride_k,
+    unit,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """One message: sort its projected tokens, all directions at once, and pick the nearest ranks."""
+    message = tl.program_id(0)
+    p, i, q = tl.arange(0, P), tl.arange(0, BM), tl.arange(0, Q)
+    places = message.to(tl.int64) * stride_M + i[None, :] * stride_m + p[:, None] * stride_k
+    inside = (i < tokens)[None, :] & (p < P)[:, None]
+    ordered = tl.sort(tl.load(sketch_ptr + places, mask=inside, other=float("inf")))
+    ranks = (2 * q + 1) * tokens // (2 * Q)
+    picked = tl.gather(ordered, tl.broadcast_to(ranks[None, :], [P, Q]), 1)
+    tl.store(quantiles_ptr + message * P * Q + p[:, None] * Q + q[None, :], picked * unit)
+
+
+def _unit(hidden: int) -> float:
+    """What turns a sketch's dimensions into projections on unit directions."""
+    return (DIMENSIONS / hidden) ** 0.5
 
 
 def sliced_wasserstein_reference(sketch_XmK: torch.Tensor, hidden: int) -> torch.Tensor:
@@ -42,4 +88,4 @@ def sliced_wasserstein_reference(sketch_XmK: torch.Tensor, hidden: int) -> torch
     tokens = sketch_XmK.shape[-2]
     sorted_XPm = sketch_XmK[..., :DIRECTIONS].transpose(-1, -2).contiguous().sort(dim=-1).values
     ranks_Q = (2 * torch.arange(QUANTILES, device=sketch_XmK.device) + 1) * tokens // (2 * QUANTILES)
-    return sorted_XPm.index_select(-1, ranks_Q).flatten(-2) * (DIMENSIONS / hidden) ** 0.5
+    return sorted_XPm.index_select(-1, ranks_Q).flatten(-2) * _unit(hidden)

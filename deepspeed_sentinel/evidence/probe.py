@@ -39,7 +39,7 @@ class EndStatistics:
 
 
 class _Buffers:
-    """The step's rows of one end of a link: row m is micro-batch m. Sketches of short messages fill their first rows."""
+    """The step's rows of one end of a link, one a micro-batch. Sketches of short messages fill their first tokens."""
 
     def __init__(self, micro_batches: int, hidden: int, jobs: int, device: torch.device) -> None:
         # Zeros, because sketches of short messages leave rows that travel all the same.
