@@ -63,9 +63,7 @@ class Stage(nn.Module):
         positions_1T = torch.arange(hidden_BTD.shape[1], device=hidden_BTD.device).unsqueeze(0)
         rotary = self.rotary(hidden_BTD, position_ids=positions_1T)
         for layer in self.layers:
-            hidden_BTD = layer(
-                hidden_BTD, attention_mask=None, position_ids=positions_1T, position_embeddings=rotary
-            )
+            hidden_BTD = layer(hidden_BTD, attention_mask=None, position_ids=positions_1T, position_embeddings=rotary)
         if self.norm is None or self.head is None:
             return hidden_BTD
         return self.head(self.norm(hidden_BTD))
