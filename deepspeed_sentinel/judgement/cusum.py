@@ -23,13 +23,13 @@ from deepspeed_sentinel.judgement.robust import median
 from deepspeed_sentinel.judgement.window import Window
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
-SLACK, LIMIT = 1.0, 10.0
+SLACK, LIMIT = 1.5, 9.0
 _HIGHEST = 1.5 * LIMIT  # so that a worker that stops tampering is heard of soon
 _STEPS = 64
 _USUAL_DECAY, _SPREAD_DECAY = 0.97, 0.7
 _UNSUSPICIOUS = 0.25
 _TYPICAL = 4.0  # spreads; what lies further out would move the worker's usual deviation for long
-_HIGHEST_SCORE = 5.0  # of what lies further out than anything in the window
+_HIGHEST_SCORE = 4.0  # of what lies further out than anything in the window
 _KNOTS = np.linspace(-3.0, 3.0, 25)
 _SMALLEST = 1e-9
 _STATE = ("sums", "usual", "weight", "spread")
@@ -55,7 +55,13 @@ class Cusum:
         self._window = Window((2, mesh.links, _STATISTICS), _STEPS, _PROBABILITIES, seed)
 
     def step(
-        self, residuals: np.ndarray, counted: np.ndarray, served: np.ndarray, step: int, warming_up: bool
+        self,
+        residuals: np.ndarray,
+        counted: np.ndarray,
+        served: np.ndarray,
+        convicted: np.ndarray,
+        step: int,
+        warming_up: bool,
     ) -> np.ndarray:
         """Add one step and score it.
 
@@ -63,6 +69,7 @@ class Cusum:
             residuals: float64 [2, L, C, M, pairs' statistics], NaN where not available.
             counted: bool [2, L, C, M], messages that say something about their sender: no cascade, no dispute.
             served: int [S, C], which replica served which column.
+            convicted: bool [S, R], workers to go on summing for, but not to learn from.
             step: the engine's global step.
             warming_up: learn what is usual, accuse nobody.
 
@@ -78,7 +85,8 @@ class Cusum:
             grown = np.clip(self._sums + np.stack([score, -score]) - SLACK, 0.0, _HIGHEST)
             self._sums = np.where(np.isnan(score), self._sums, grown)
         scores = (self._sums.max(0) / LIMIT) ** 2
-        self._learn(deviation, difference, scores, step)
+        trusted = ~np.stack([convicted[:-1], convicted[1:]])[..., None]
+        self._learn(deviation, difference, trusted & (scores < _UNSUSPICIOUS), step)
         senders = np.stack([served[:-1], served[1:]])
         return np.take_along_axis(scores, senders[..., None], axis=2)
 
@@ -90,8 +98,8 @@ class Cusum:
         for name in _STATE:
             setattr(self, f"_{name}", np.array(state[name]))
 
-    def _learn(self, deviation: np.ndarray, difference: np.ndarray, scores: np.ndarray, step: int) -> None:
-        sound = np.isfinite(deviation) & (scores < _UNSUSPICIOUS)
+    def _learn(self, deviation: np.ndarray, difference: np.ndarray, sound: np.ndarray, step: int) -> None:
+        sound = sound & np.isfinite(deviation)
         self._window.learn(np.moveaxis(np.where(sound, difference, np.nan), 3, 2), step)
         typical = np.clip(np.nan_to_num(deviation), -_TYPICAL, _TYPICAL)
         self._usual = np.where(sound, _USUAL_DECAY * self._usual + (1 - _USUAL_DECAY) * typical, self._usual)

@@ -87,8 +87,10 @@ class Judge:
         if not warming_up:
             per_statistic = np.where(HARD, per_statistic, np.nan_to_num(self.fences.scores(residuals), nan=0.0))
         if self.fences.compares_replicas:
-            counted = ~(broken | followers((per_statistic > 1.0).any(-1) | disputes))
-            accumulated = self.cusum.step(residuals[..., OF_PAIR], counted, served, evidence.step, warming_up)
+            counted = ~(disputes | hard[RECEIVED] | followers((per_statistic > 1.0).any(-1) | disputes))
+            accumulated = self.cusum.step(
+                residuals[..., OF_PAIR], counted, served, self.record.convicted, evidence.step, warming_up
+            )
             sums = np.where(counted[..., None], accumulated[:, :, :, None], 0.0)
             per_statistic[..., OF_PAIR] = np.maximum(per_statistic[..., OF_PAIR], sums)
         scores = per_statistic.max(-1)
