@@ -55,8 +55,6 @@ class Text:
     def held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and labels, int64 [64, T]: the same in all runs, whatever their seed."""
         (ids, labels) = next(
-            corpus.batches(
-                self._held_out, seed=0, replica=0, size=HELD_OUT_SEQUENCES, sequence=self._options.sequence
-            )
+            corpus.batches(self._held_out, seed=0, replica=0, size=HELD_OUT_SEQUENCES, sequence=self._options.sequence)
         )
         return ids.to(self._options.device), labels.to(self._options.device)

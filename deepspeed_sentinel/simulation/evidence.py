@@ -39,9 +39,7 @@ class Verifiers:
         self._mesh = mesh
         self._seed = config.seed
         self._paper_only = paper_only
-        self._baselines = [
-            Baselines(config.activation_decay, config.gradient_decay) for _ in range(mesh.links)
-        ]
+        self._baselines = [Baselines(config.activation_decay, config.gradient_decay) for _ in range(mesh.links)]
         self._directions_DP: torch.Tensor | None = None
         self._rows: dict[tuple[int, int], list[EndStatistics]] = {}
         self._claims: dict[tuple[int, int, int], list[tuple[np.ndarray, EndStatistics]]] = {}
