@@ -103,7 +103,12 @@ class SentinelConfig(BaseModel):
     events: Literal["none", "alarms", "steps"] = Field(
         "alarms", description="what events.jsonl holds; steps adds one line a step with every worker's score"
     )
-    seed: int = Field(0, ge=0, description="seed of projections and of injected faults")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        description="null draws the secrets of the sketches from the operating system; a number makes runs repeat "
+        "exactly, and lets everybody who reads it foresee which tokens are looked at",
+    )
     inject: tuple[Injection, ...] = Field(
         (), strict=False, description="faults to inject: for red-team runs and drills only"
     )

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # one for each venv: the build's flags name its paths, and two venvs in one folder rebuild for ever
 EXTENSIONS = ROOT / ".cache" / f"torch_extensions_{zlib.crc32(sys.prefix.encode()):08x}"
 BUILD_SECONDS = 600
-Launcher = Literal["bare", "torchrun"]
+Launcher = Literal["bare", "torchrun", "deepspeed"]
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,10 @@ class JobHandle:
         """What a rank has written so far."""
         if self.launcher == "bare":
             files = [self.folder / f"{rank}.{stream}"]
-        else:
+        elif self.launcher == "torchrun":
             files = sorted(self.folder.glob(f"torchrun/**/{rank}/{stream}.log"))
+        else:
+            files = sorted(self.folder.glob(f"deepspeed/*_rank{rank}.log"))
         return "".join(path.read_text(errors="replace") for path in files if path.exists())
 
     def wait_for(self, rank: int, text: str, timeout: float = 60.0) -> None:
@@ -159,6 +161,7 @@ def start_job(
     args: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
     launcher: Launcher = "bare",
+    module: bool = False,
 ) -> JobHandle:
     """Start ``stages * replicas`` processes of a script on this machine's CPU.
 
@@ -170,13 +173,14 @@ def start_job(
         args: of the script.
         env: added to the environment, for all ranks.
         launcher: "bare" starts each process with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT,
-            as Slurm's srun does; "torchrun" leaves it to torch.distributed.run.
+            as Slurm's srun does; "torchrun" leaves it to torch.distributed.run, "deepspeed" to DeepSpeed's.
+        module: ``script`` is the name of a module to run with ``-m``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     warm_extensions()
     size, port = stages * replicas, str(_free_port())
     environment = {**base_environment(), "JOB_FOLDER": str(folder), **(env or {})}
-    command = [str(ROOT / script), *map(str, args)]
+    command = [*(["-m", str(script)] if module else [str(ROOT / script)]), *map(str, args)]
     processes: list[subprocess.Popen[bytes]] = []
     job = JobHandle(stages, replicas, folder, launcher, processes)
     try:
@@ -184,6 +188,11 @@ def start_job(
             run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}"]
             run += [f"--master_port={port}", f"--log-dir={folder / 'torchrun'}", "--redirects=3", *command]
             processes.append(_spawn(run, environment, folder / "launcher"))
+            return job
+        if launcher == "deepspeed":
+            run = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={size}", f"--master_port={port}"]
+            run += [f"--enable_each_rank_log={folder / 'deepspeed'}", *(["--module"] if module else [])]
+            processes.append(_spawn([*run, *command[module:]], environment, folder / "launcher"))
             return job
         shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for rank in range(size):

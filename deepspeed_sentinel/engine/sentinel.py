@@ -18,12 +18,9 @@ from deepspeed_sentinel.engine import access, checkpoint
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
-from deepspeed_sentinel.evidence.baseline import Baselines
-from deepspeed_sentinel.evidence.exchange import Exchange, build_report
-from deepspeed_sentinel.evidence.probe import Probe
+from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
-from deepspeed_sentinel.mesh import BACKWARD
 from deepspeed_sentinel.response.gate import Share
 from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
 
@@ -56,9 +53,18 @@ class Sentinel:
         )
         self._control = dist.new_group(backend="gloo")
         self._events = self._open_events()
-        self._probe = Probe(self.mesh, self.worker.stage, torch.device(engine.device), config.seed)
-        self._exchange = Exchange(self.mesh, access.ranks_of(engine), engine.mpu.get_data_parallel_group())
-        self._interception = Interception(engine, self._probe, Faults(config.inject, self.worker, config.seed))
+        self._collector = Collector(
+            self.mesh,
+            self.worker,
+            access.ranks_of(engine),
+            replica_group=engine.mpu.get_data_parallel_group(),
+            control=self._control,
+            device=torch.device(engine.device),
+            decays=(config.activation_decay, config.gradient_decay),
+            seed=config.seed,
+        )
+        faults = Faults(config.inject, self.worker, config.seed or 0)
+        self._interception = Interception(engine, self._collector.probe, faults)
         self._originals = {name: getattr(engine, name) for name in _WRAPPED}
         self.reset()
         self._liveness = Liveness(self.mesh, access.ranks_of(engine))
@@ -77,10 +83,9 @@ class Sentinel:
 
     def reset(self) -> None:
         """Forget baselines, fences and record; warm up again."""
-        fields = JudgeSettings.__dataclass_fields__
-        settings = JudgeSettings(**{name: getattr(self.config, name) for name in fields})
-        self._judge = Judge(self.mesh, settings)
-        self._baselines = Baselines(self.config.activation_decay, self.config.gradient_decay)
+        values = {name: getattr(self.config, name) for name in JudgeSettings.__dataclass_fields__}
+        self._judge = Judge(self.mesh, JudgeSettings(**{**values, "seed": self.config.seed or 0}))
+        self._collector.reset()
         self._share = Share(included=True, factor=1.0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +93,7 @@ class Sentinel:
         return {
             "shape": self.state_shape(),
             "judge": checkpoint.to_tensors(self._judge.state_dict()),
-            "baselines": self._baselines.state_dict(),
+            "evidence": self._collector.state_dict(),
         }
 
     def state_shape(self) -> dict[str, int]:
@@ -102,7 +107,7 @@ class Sentinel:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._judge.load_state_dict(checkpoint.to_arrays(state["judge"]))
-        self._baselines.load_state_dict(state["baselines"], torch.device(self.engine.device))
+        self._collector.load_state_dict(state["evidence"])
 
     def _wrap(self) -> None:
         engine = self.engine
@@ -123,7 +128,7 @@ class Sentinel:
         if not isinstance(pipe_schedule, schedule.TrainSchedule):
             self._originals["_exec_schedule"](pipe_schedule)
             return
-        self._probe.begin_step(self.engine.micro_batches)
+        self._collector.begin_step(self.engine.global_steps, self.engine.micro_batches)
         self._interception.watching = True
         with self._liveness.watch():
             self._originals["_exec_schedule"](pipe_schedule)
@@ -154,14 +159,10 @@ class Sentinel:
     def _pass_gate(self) -> None:
         """Evidence, verdict, exclusion: all that happens between backward and reduction."""
         step = self.engine.global_steps
-        unscale = access.gradient_scale(self.engine)
-        statistics = {
-            end: self._probe.end_statistics(end, unscale if end[0] == BACKWARD else 1.0) for end in self._probe.ends
-        }
-        report = build_report(self._probe, self._baselines, statistics)
-        verdict = self._judge.step(self._exchange.gather_reports(report, step), access.overflow_limit(self.engine))
+        evidence = self._collector.collect(step, access.gradient_scale(self.engine))
+        verdict = self._judge.step(evidence, access.overflow_limit(self.engine))
         self._agree(verdict)
-        self._learn(statistics, self._judge.clean_columns)
+        self._collector.learn(self._judge.clean_columns)
         self._share = Share.of(verdict.excluded, self.worker.replica)
         if not verdict.skip:
             self._share.apply_(access.gradients(self.engine))
@@ -182,14 +183,6 @@ class Sentinel:
                 f"{int(counts.max())} ranks from the same evidence. No gradient of this step was applied. Their "
                 "memory, software versions or state differ; resume from the last checkpoint without them."
             )
-
-    def _learn(self, statistics: dict[Any, Any], clean: np.ndarray) -> None:
-        """Baselines learn from clean columns; one small gather among the replicas of a stage."""
-        summaries = [self._baselines.summary(rows) for rows in statistics.values()]
-        gathered = self._exchange.gather_summaries(torch.cat(summaries))
-        parts = gathered.split([summary.numel() for summary in summaries], dim=1)
-        for end, part in zip(statistics, parts, strict=True):
-            self._baselines.learn(end, part, clean)
 
     def _aggregate_total_loss(self) -> torch.Tensor:
         """The engine's mean loss over the columns that took part; NaN when none did."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from deepspeed_sentinel.evidence.probe import ENDS, End, EndStatistics
-from deepspeed_sentinel.kernels.baseline_distances import DISTANCES, baseline_distances
+from deepspeed_sentinel.kernels.baseline_distances import DISTANCES, baseline_distances, baseline_update
 from deepspeed_sentinel.mesh import FORWARD
 
 
@@ -33,8 +33,8 @@ class Baselines:
         hidden = statistics.means_MD.shape[1]
         if self._counts.get(end, 0) == 0 or self._averages[end].numel() != hidden + statistics.quantiles_MQ.shape[1]:
             return statistics.means_MD.new_full((len(statistics.means_MD), len(DISTANCES)), float("nan"))
-        corrected = self._averages[end] / (1.0 - self._decay(end) ** self._counts[end])
-        return baseline_distances(statistics.means_MD, statistics.quantiles_MQ, corrected[:hidden], corrected[hidden:])
+        correction = 1.0 - self._decay(end) ** self._counts[end]
+        return baseline_distances(statistics.means_MD, statistics.quantiles_MQ, self._averages[end], correction)
 
     @staticmethod
     def summary(statistics: EndStatistics) -> torch.Tensor:
@@ -49,16 +49,14 @@ class Baselines:
             summaries_RV: float32 [replicas, D + Q], every replica's ``summary``.
             clean_R: bool [replicas], whose to learn from; with none nothing is learnt.
         """
-        rows = np.flatnonzero(clean_R).tolist()
-        if not rows:
+        if not clean_R.any():
             return
-        ordered = summaries_RV[rows].sort(dim=0).values
-        median = (ordered[(len(rows) - 1) // 2] + ordered[len(rows) // 2]) / 2
-        average = self._averages.get(end)
-        if average is None or average.shape != median.shape:
-            average, self._counts[end] = torch.zeros_like(median), 0
-        decay = self._decay(end)
-        self._averages[end] = decay * average + (1.0 - decay) * median
+        average_V = self._averages.get(end)
+        if average_V is None or average_V.numel() != summaries_RV.shape[1]:
+            average_V = self._averages[end] = summaries_RV.new_zeros(summaries_RV.shape[1])
+            self._counts[end] = 0
+        clean = torch.from_numpy(clean_R).to(summaries_RV.device, non_blocking=True)
+        baseline_update(average_V, summaries_RV, clean, self._decay(end))
         self._counts[end] += 1
 
     def state_dict(self) -> dict[str, torch.Tensor | int]:

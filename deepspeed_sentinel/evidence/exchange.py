@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from deepspeed_sentinel.evidence.baseline import Baselines
-from deepspeed_sentinel.evidence.probe import ENDS, EndStatistics, Probe
-from deepspeed_sentinel.evidence.table import RECEIVED, SENT, TABLE, Evidence
+from deepspeed_sentinel.evidence.probe import ENDS, End, EndStatistics
+from deepspeed_sentinel.evidence.table import OF_PAIR, RECEIVED, SENT, TABLE, Evidence
 from deepspeed_sentinel.kernels.message_statistics import DIGEST_WORDS
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
 _STATISTICS = len(TABLE)
+_PAIR = int(np.argmax(OF_PAIR))
+assert OF_PAIR[_PAIR:].all(), "rows of pairs stand last"
 
 
-def build_report(probe: Probe, baselines: Baselines, statistics: dict[tuple[int, int], EndStatistics]) -> torch.Tensor:
+def build_report(
+    micro_batches: int,
+    baselines: Baselines,
+    statistics: Mapping[End, EndStatistics],
+    pair_rows: Mapping[End, torch.Tensor],
+) -> torch.Tensor:
     """int32 [4 ends, M, statistics + digest words]: float32 statistics by their bits, then the digest.
 
-    Ends that this worker does not have (first and last stage) stay zero.
+    Ends that this worker does not have (first and last stage) stay zero, statistics of pairs it does not have NaN.
     """
-    some = next(iter(statistics.values())).means_MD
-    report = torch.zeros(
-        len(ENDS), probe.micro_batches, _STATISTICS + DIGEST_WORDS, dtype=torch.int32, device=some.device
-    )
+    device = next(iter(statistics.values())).means_MD.device
+    values = torch.zeros(len(ENDS), micro_batches, len(TABLE), device=device)
+    values[..., _PAIR:] = float("nan")
+    digests = torch.zeros(len(ENDS), micro_batches, DIGEST_WORDS, dtype=torch.int32, device=device)
     for end, rows in statistics.items():
-        values = torch.cat([baselines.distances(end, rows), rows.scalars_M3], dim=1)
-        report[ENDS.index(end)] = torch.cat([values.contiguous().view(torch.int32), rows.digest_M2], dim=1)
-    return report
+        index = ENDS.index(end)
+        values[index, :, :_PAIR] = torch.cat([baselines.distances(end, rows), rows.scalars_M3], dim=1)
+        digests[index] = rows.digest_M2
+    for end, pair in pair_rows.items():
+        values[ENDS.index(end), :, _PAIR:] = pair
+    return torch.cat([values.view(torch.int32), digests], dim=-1)
 
 
 class Exchange:
@@ -70,5 +82,10 @@ class Exchange:
             [[ends(direction, role) for direction in (FORWARD, BACKWARD)] for role in (SENT, RECEIVED)]
         )
         statistics = np.ascontiguousarray(packed[..., :_STATISTICS]).view(np.float32).astype(np.float64)
+        # The stage that sends cannot be asked about its pair: its neighbour on the other side reports it, one stage
+        # before the sender, at the end over which the micro-batch entered it.
+        pair = statistics[SENT, ..., _PAIR:]
+        pair[FORWARD, 1:], pair[FORWARD, :1] = pair[FORWARD, :-1].copy(), np.nan
+        pair[BACKWARD, :-1], pair[BACKWARD, -1:] = pair[BACKWARD, 1:].copy(), np.nan
         digests = np.ascontiguousarray(packed[..., _STATISTICS:]).view(np.int64)[..., 0]
         return Evidence(self._mesh, step, statistics, digests)

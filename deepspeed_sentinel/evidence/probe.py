@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT
-from deepspeed_sentinel.kernels.message_statistics import DIGEST_WORDS, message_statistics, tensor_digest
-from deepspeed_sentinel.kernels.sliced_quantiles import (
-    DIRECTIONS as PROJECTIONS,
-)
-from deepspeed_sentinel.kernels.sliced_quantiles import ROWS, project_rows, quantiles, unit_directions
-from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD, Mesh
+from deepspeed_sentinel.kernels.message_statistics import DIGEST_WORDS, tensor_digest
+from deepspeed_sentinel.kernels.observe_message import observe_message
+from deepspeed_sentinel.kernels.sliced_wasserstein import sliced_wasserstein
+from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS, sketch_rows
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
+from deepspeed_sentinel.mesh import DIRECTIONS as DIRECTION_NAMES
 
+PUBLIC = 0  # the sketch whose sample and projection both ends of every link share
+SECRET = 1  # the sketch whose sample and projection the neighbours of a stage share, and nobody else
 ENDS = ((FORWARD, SENT), (FORWARD, RECEIVED), (BACKWARD, SENT), (BACKWARD, RECEIVED))
 End = tuple[int, int]
 
@@ -37,16 +39,19 @@ class EndStatistics:
 
 
 class _Buffers:
-    def __init__(self, micro_batches: int, hidden: int, directions_DP: torch.Tensor) -> None:
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=directions_DP.device)
+    """The step's rows of one end of a link, one a micro-batch. Sketches of short messages fill their first tokens."""
+
+    def __init__(self, micro_batches: int, hidden: int, jobs: int, device: torch.device) -> None:
+        # Zeros, because sketches of short messages leave rows that travel all the same.
+        def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         self.hidden = hidden
-        self.directions_DP = directions_DP
-        self.column_sums_MD = empty(micro_batches, hidden)
-        self.scalars_M3 = empty(micro_batches, 3)
-        self.digest_M2 = empty(micro_batches, DIGEST_WORDS, dtype=torch.int32)
-        self.projected_MRP = empty(micro_batches, ROWS, PROJECTIONS)
+        self.column_sums_MD = blank(micro_batches, hidden)
+        self.scalars_M3 = blank(micro_batches, 3)
+        self.digest_M2 = blank(micro_batches, DIGEST_WORDS, dtype=torch.int32)
+        self.sketch_JMmK = blank(jobs, micro_batches, TOKENS, DIMENSIONS)
+        self.norms_JMm = blank(jobs, micro_batches, TOKENS)
         self.tokens = [0] * micro_batches
 
 
@@ -62,12 +67,13 @@ class Probe:
         mesh: the mesh.
         stage: the stage of this worker.
         device: where messages live.
-        seed: of the projections; the same on all ranks.
+        seed: of the public sketch's sample and projection; the same on all ranks.
     """
 
     def __init__(self, mesh: Mesh, stage: int, device: torch.device, seed: int) -> None:
         self._device = device
-        self._seed = seed
+        self._public_J2 = torch.tensor([[seed, seed]], dtype=torch.int64, device=device)
+        self._seeds: dict[End, torch.Tensor] = {}
         self._stage = stage
         self._buffers: dict[End, _Buffers] = {}
         self.micro_batches = 0
@@ -81,9 +87,17 @@ class Probe:
         self.ends = tuple(end for end in ENDS if not absent[end])
         self._next = dict.fromkeys(ENDS, 0)
 
-    def begin_step(self, micro_batches: int) -> None:
-        """Start a step of so many micro-batches; rows of the step before are forgotten."""
-        if micro_batches != self.micro_batches:
+    def begin_step(self, micro_batches: int, seeds: Mapping[End, torch.Tensor] | None = None) -> None:
+        """Start a step of so many micro-batches; rows of the step before are forgotten.
+
+        Args:
+            micro_batches: number of messages at each end.
+            seeds: per end, int64 [J, 2] on the device, sample and projection seed of each sketch that is taken of
+                its messages; row PUBLIC must be equal on all ranks. Ends left out take the public sketch alone.
+        """
+        self._seeds = {end: (seeds or {}).get(end, self._public_J2) for end in self.ends}
+        jobs_changed = any(len(self._seeds[end]) != len(buffers.sketch_JMmK) for end, buffers in self._buffers.items())
+        if micro_batches != self.micro_batches or jobs_changed:
             self._buffers.clear()
             self.micro_batches = micro_batches
         self._next = dict.fromkeys(ENDS, 0)
@@ -123,13 +137,16 @@ class Probe:
             )
         buffers = self._buffers_of(end, x_TD)
         buffers.tokens[micro_batch] = x_TD.shape[0]
-        message_statistics(
+        rows = sketch_rows(x_TD.shape[0])
+        observe_message(
             x_TD,
+            self._seeds[end],
             buffers.column_sums_MD[micro_batch],
             buffers.scalars_M3[micro_batch],
             buffers.digest_M2[micro_batch],
+            buffers.sketch_JMmK[:, micro_batch, :rows],
+            buffers.norms_JMm[:, micro_batch, :rows],
         )
-        project_rows(x_TD, buffers.directions_DP, buffers.projected_MRP[micro_batch])
         for position, other in enumerate(tensors):
             if position != index and other.numel():
                 buffers.digest_M2[micro_batch].mul_(31).add_(tensor_digest(other))
@@ -143,16 +160,37 @@ class Probe:
         mean_square = energy / (tokens_M1[:, 0] * buffers.hidden) * scale**2
         return EndStatistics(
             means_MD=buffers.column_sums_MD / tokens_M1 * scale,
-            quantiles_MQ=quantiles(buffers.projected_MRP) * scale,
+            quantiles_MQ=self._quantiles(buffers) * scale,
             scalars_M3=torch.stack([mean_square, max_abs * scale, non_finite], dim=1),
             digest_M2=buffers.digest_M2,
         )
 
+    def sketches(self, end: End, job: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sketches float32 [M, 256, K] and norms float32 [M, 256] of one end; see ``sketched_rows``."""
+        buffers = self._buffers[end]
+        return buffers.sketch_JMmK[job], buffers.norms_JMm[job]
+
+    def sketched_rows(self, end: End) -> list[int]:
+        """How many rows of each micro-batch's sketch are tokens."""
+        return [sketch_rows(tokens) for tokens in self._buffers[end].tokens]
+
+    @staticmethod
+    def _quantiles(buffers: _Buffers) -> torch.Tensor:
+        """Of the public sketches; messages with equally many sketched tokens together, most often all of them."""
+        rows_M = [sketch_rows(tokens) for tokens in buffers.tokens]
+        sketch_MmK = buffers.sketch_JMmK[PUBLIC]
+        if len(set(rows_M)) == 1:
+            return sliced_wasserstein(sketch_MmK[:, : rows_M[0]], buffers.hidden)
+        one_by_one = [
+            sliced_wasserstein(sketch_mK[None, :rows], buffers.hidden)
+            for sketch_mK, rows in zip(sketch_MmK, rows_M, strict=True)
+        ]
+        return torch.cat(one_by_one)
+
     def _buffers_of(self, end: End, x_TD: torch.Tensor) -> _Buffers:
         hidden = x_TD.shape[1]
         if end not in self._buffers:
-            directions_DP = unit_directions(hidden, self._seed, self._device)
-            self._buffers[end] = _Buffers(self.micro_batches, hidden, directions_DP)
+            self._buffers[end] = _Buffers(self.micro_batches, hidden, len(self._seeds[end]), self._device)
         if self._buffers[end].hidden != hidden:
             raise ValueError(
                 f"{self._name(end)} changed its hidden size from {self._buffers[end].hidden} to {hidden}: the number "
@@ -162,7 +200,7 @@ class Probe:
 
     def _name(self, end: End) -> str:
         verb = "sent" if end[1] == SENT else "received"
-        return f"the {DIRECTIONS[end[0]]} message {verb} by stage {self._stage}"
+        return f"the {DIRECTION_NAMES[end[0]]} message {verb} by stage {self._stage}"
 
 
-assert NAMES[4:] == ("energy", "max_abs", "non_finite"), "scalars_M3 follows the order of the table"
+assert NAMES[4:7] == ("energy", "max_abs", "non_finite"), "scalars_M3 follows the order of the table"

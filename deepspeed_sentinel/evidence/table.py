@@ -21,18 +21,26 @@ class Statistic:
         formula: for one message, with xbar its mean over tokens and m the EMA baseline.
         source: where the method comes from.
         scale: the unit that is compared. "log" cancels the growth of activations and the decay of gradients;
-            "arcsine" gives a share of counts the same spread everywhere; "count" is compared as it is.
+            "arcsine" gives a share of counts the same spread everywhere, "fisher" (the inverse hyperbolic tangent)
+            a correlation; "plain" is compared as it is.
         floor: smallest inter-quartile range assumed, in the unit that is compared; below it a difference is
             rounding, not behaviour.
         hard: no fence; any value above zero is an alarm.
+        of_pair: of what entered the sender and what left it, so the sender's two neighbours report it, not the
+            two ends of the link. Messages of the first and last stage have none.
     """
 
     name: str
     formula: str
     source: str
-    scale: Literal["log", "arcsine", "count"] = "log"
+    scale: Literal["log", "arcsine", "fisher", "plain"] = "log"
     floor: float = 1e-3
     hard: bool = False
+    of_pair: bool = False
+
+
+def _of_pair(name: str, formula: str, scale: Literal["log", "arcsine", "fisher", "plain"]) -> Statistic:
+    return Statistic(name, formula, "ours, see docs/statistics.md", scale, of_pair=True)
 
 
 _PAPER = "arXiv 2603.03592"
@@ -44,23 +52,34 @@ TABLE: tuple[Statistic, ...] = (
     Statistic("sliced_wasserstein", "mean |projected quantiles - EMA of projected quantiles|", _PAPER),
     Statistic("energy", "mean_td x_td^2", "ours"),
     Statistic("max_abs", "max_td |x_td|", "ours"),
-    Statistic("non_finite", "number of NaN and infinite elements", "ours", scale="count", hard=True),
+    Statistic("non_finite", "number of NaN and infinite elements", "ours", scale="plain", hard=True),
+    _of_pair("transfer_cosine", "mean_t cos(e_t, l_t): token entering, same token leaving", "fisher"),
+    _of_pair("transfer_gain", "mean_t log(|l_t| / |e_t|)", "plain"),
+    _of_pair("transfer_step", "||L - E|| / ||E||", "log"),
+    _of_pair("cross_moment", "mean_k |corr_k(E, L) - EMA of it|, uncentred, per sketch dimension", "log"),
+    _of_pair("token_gram", "linear CKA of E and L: alignment of their token Gram matrices", "arcsine"),
+    _of_pair("prediction_correlation", "corr(E W, L - E), both centred over tokens; W by ridge regression", "fisher"),
+    _of_pair("prediction_slope", "slope of L - E on E W, both centred over tokens", "plain"),
 )
 NAMES = tuple(row.name for row in TABLE)
 HARD = np.array([row.hard for row in TABLE])
+OF_PAIR = np.array([row.of_pair for row in TABLE])
 FLOORS = np.array([row.floor for row in TABLE])
-_LOG, _ARCSINE = (np.array([row.scale == scale for row in TABLE]) for scale in ("log", "arcsine"))
+_LOG, _ARCSINE, _FISHER = (
+    np.flatnonzero([row.scale == scale for row in TABLE]) for scale in ("log", "arcsine", "fisher")
+)
+_LARGEST_CORRELATION = 1.0 - 1e-6
 _TINY = float(np.finfo(np.float32).tiny)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 def comparable(statistics: np.ndarray) -> np.ndarray:
     """Statistics [..., K] in the unit that fences compare; NaN (not available) stays NaN."""
-    finite = np.where(np.isinf(statistics), np.copysign(_LARGEST, statistics), statistics)
-    with np.errstate(invalid="ignore"):
-        logarithm = np.log(np.maximum(finite, _TINY))
-        arcsine = np.arcsin(np.sqrt(np.clip(finite, 0.0, 1.0)))
-    return np.where(_LOG, logarithm, np.where(_ARCSINE, arcsine, finite))
+    result = np.where(np.isinf(statistics), np.copysign(_LARGEST, statistics), statistics)
+    result[..., _LOG] = np.log(np.maximum(result[..., _LOG], _TINY))
+    result[..., _ARCSINE] = np.arcsin(np.sqrt(np.clip(result[..., _ARCSINE], 0.0, 1.0)))
+    result[..., _FISHER] = np.arctanh(np.clip(result[..., _FISHER], -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
+    return result
 
 
 @dataclass(frozen=True)
@@ -71,7 +90,8 @@ class Evidence:
         mesh: the workers it is about.
         step: the engine's global step.
         statistics: float64 [2 ends, 2 directions, links, columns, micro-batches, len(TABLE)]; NaN where a
-            statistic is not available yet. Ends are SENT and RECEIVED.
+            statistic is not available. Ends are SENT and RECEIVED; of rows ``of_pair`` RECEIVED is what the
+            receiver reports, SENT what the sender's neighbour on the other side does.
         digests: int64 [2 ends, 2 directions, links, columns, micro-batches].
         served: int [S, C], the replica of each stage that served each column in this step; by default replica
             ``c`` serves column ``c``, as in DeepSpeed.

@@ -3,7 +3,8 @@
 The way of a micro-batch is forward over links 0 .. L-1, then backward over links L-1 .. 0. What follows its first
 event is the cascade: neither counted nor learnt from. Fences differ from link to link, so a tampered message can
 stay just inside its own and break a later one. An alarm is therefore traced back: the blame falls on the first
-message of that micro-batch that is at least conspicuous, or in alarm itself.
+message of that micro-batch that is at least conspicuous, or in alarm itself. Conspicuous is a worker's work in a
+column, not a message: an honest message now and then scores as much, all that lead to alarms together hardly do.
 """
 
 from __future__ import annotations
@@ -16,17 +17,26 @@ def chain_order(per_message: np.ndarray) -> np.ndarray:
     return np.concatenate([per_message[0], per_message[1][::-1]])
 
 
-# Of clean messages about one in a hundred scores this much (recorded clean runs), so few alarms are traced too far.
 CONSPICUOUS = 0.5
 
 
 def trace_back(alarms: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Alarms (bool [2, L, C, M]) and, where a micro-batch has one, the conspicuous messages before it as well."""
-    ordered = chain_order(alarms)
+    ordered, ordered_scores = chain_order(alarms), chain_order(scores)
     alarm_follows = np.logical_or.accumulate(ordered[::-1], axis=0)[::-1]
-    traced = ordered | (alarm_follows & (chain_order(scores) >= CONSPICUOUS))
+    mean_score = np.where(alarm_follows, ordered_scores, 0.0).sum(2) / np.maximum(alarm_follows.sum(2), 1)
+    traced = ordered | (alarm_follows & (mean_score >= CONSPICUOUS)[:, :, None])
     links = alarms.shape[1]
     return np.stack([traced[:links], traced[links:][::-1]])
+
+
+def followers(events: np.ndarray) -> np.ndarray:
+    """Messages that come after an event (bool [2, L, C, M]) on their micro-batch's way."""
+    ordered = chain_order(events)
+    after = np.zeros_like(ordered)
+    after[1:] = np.logical_or.accumulate(ordered, axis=0)[:-1]
+    links = events.shape[1]
+    return np.stack([after[:links], after[links:][::-1]])
 
 
 def first_events(events: np.ndarray) -> np.ndarray:

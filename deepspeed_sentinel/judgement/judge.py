@@ -1,7 +1,8 @@
 """The judge: evidence of a step in, verdict out. The same evidence and state give the same verdict, bit for bit.
 
-The combination rule: a message is an alarm if any one of its statistics lies outside that statistic's own fence;
-the statistics share the permitted rate of false alarms equally.
+The combination rule: a message is an alarm if any one of its statistics lies outside that statistic's own fence, or if
+the deviations of its sender in any one statistic have added up to the limit. The statistics share the permitted rate
+of false alarms equally.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import HARD, NAMES, RECEIVED, SENT, Evidence, comparable
-from deepspeed_sentinel.judgement.blame import first_events, trace_back
+from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR, RECEIVED, SENT, Evidence, comparable
+from deepspeed_sentinel.judgement.blame import first_events, followers, trace_back
+from deepspeed_sentinel.judgement.cusum import Cusum
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
@@ -56,6 +58,7 @@ class Judge:
             settings.target_false_positive_rate,
             settings.seed,
         )
+        self.cusum = Cusum(mesh)
         self.record = Record(mesh, settings.strikes, settings.strike_window, settings.probation_steps)
         self.skipped_in_a_row = 0
         self.clean_columns = np.zeros(mesh.replicas, bool)
@@ -76,12 +79,19 @@ class Judge:
         hard = np.nan_to_num(evidence.statistics[..., HARD]).any(-1)
         values = evidence.statistics[RECEIVED]
         compared = comparable(evidence.statistics)
-        disputes = self._disputes(evidence, compared, hard, warming_up)
+        contradicted, contested = self._contradictions(evidence, compared, hard, warming_up)
+        disputes = contradicted | contested
         broken = disputes | hard[RECEIVED] | self._convicted_columns(served)[None, None, :, None]
         residuals = self.fences.residuals(compared[RECEIVED], self._eligible(~broken))
         per_statistic = np.where(HARD & (values > 0), np.inf, 0.0)
         if not warming_up:
             per_statistic = np.where(HARD, per_statistic, np.nan_to_num(self.fences.scores(residuals), nan=0.0))
+        if self.fences.compares_replicas:
+            counted = ~(broken | followers((per_statistic > 1.0).any(-1) | disputes))
+            accumulated = self.cusum.step(np.where(HARD, np.nan, residuals), counted, served, warming_up)
+            per_statistic = np.where(
+                counted[..., None], np.maximum(per_statistic, accumulated[:, :, :, None]), per_statistic
+            )
         scores = per_statistic.max(-1)
         alarms = scores > 1.0
         overflow, shared = self._overflow(values, hard[RECEIVED], overflow_limit)
@@ -93,7 +103,7 @@ class Judge:
 
         first = first_events(trace_back(alarms, scores) | disputes)
         findings = self._findings(first & ~disputes, scores, per_statistic, values, residuals, overflow, served)
-        disputed = self._list_disputes(first & disputes, served)
+        disputed = self._list_disputes(first & disputes, contradicted, served)
         newly, released = self._enter(findings, first & disputes)
 
         suspected = (alarms | disputes).any(axis=(0, 1, 3))
@@ -136,30 +146,34 @@ class Judge:
     def state_dict(self) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
         return {
             "fences": self.fences.state_dict(),
+            "cusum": self.cusum.state_dict(),
             "record": self.record.state_dict(),
             "skipped_in_a_row": np.array(self.skipped_in_a_row),
         }
 
     def load_state_dict(self, state: dict) -> None:
         self.fences.load_state_dict(state["fences"])
+        self.cusum.load_state_dict(state["cusum"])
         self.record.load_state_dict(state["record"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
 
-    def _disputes(self, evidence: Evidence, compared: np.ndarray, hard: np.ndarray, warming_up: bool) -> np.ndarray:
-        """Messages whose ends report different bits, or statistics further apart than an inter-quartile range.
+    def _contradictions(
+        self, evidence: Evidence, compared: np.ndarray, hard: np.ndarray, warming_up: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Messages about which the two ends, and those about whose sender its two neighbours, report different things.
 
-        Statistics get that room because each end measures against its own copy of the baseline, and a liar among
-        the replicas that hold one copy must not be able to set honest neighbours at odds.
+        Different means other bits, or statistics further apart than an inter-quartile range. Statistics get that room
+        because each end measures against its own copy of the baseline, and a liar among the replicas that hold one
+        copy must not be able to set honest neighbours at odds.
         """
         differ = (evidence.digests[SENT] != evidence.digests[RECEIVED]) | (hard[SENT] != hard[RECEIVED])
         if warming_up:
-            return differ
+            return differ, np.zeros_like(differ)
         room = self.fences.iqr[:, :, None, None, :]
         sent, received = compared[SENT], compared[RECEIVED]
-        one_missing = np.isnan(sent) != np.isnan(received)
         with np.errstate(invalid="ignore"):
-            apart = (np.abs(sent - received) > room) | one_missing
-        return np.asarray(differ | (apart & ~HARD).any(-1))
+            apart = (np.abs(sent - received) > room) | (np.isnan(sent) != np.isnan(received))
+        return np.asarray(differ | apart[..., ~(HARD | OF_PAIR)].any(-1)), np.asarray(apart[..., OF_PAIR].any(-1))
 
     def _eligible(self, sound: np.ndarray) -> np.ndarray:
         """Where no message of a link is sound, let all set the centre rather than none."""
@@ -224,21 +238,28 @@ class Judge:
             )
         return tuple(sorted(findings, key=lambda finding: (-finding.score, finding.worker)))
 
-    def _list_disputes(self, first: np.ndarray, served: np.ndarray) -> tuple[Dispute, ...]:
-        def worker(stage: int, column: int) -> Worker:
-            return Worker(stage, int(served[stage, column]))
-
-        return tuple(
-            Dispute(
-                direction=direction,
-                link=link,
-                column=column,
-                sender=worker(self.mesh.sender_stage(direction, link), column),
-                receiver=worker(self.mesh.receiver_stage(direction, link), column),
-                micro_batches=tuple(np.flatnonzero(first[direction, link, column]).tolist()),
+    def _list_disputes(self, first: np.ndarray, contradicted: np.ndarray, served: np.ndarray) -> tuple[Dispute, ...]:
+        disputes = []
+        for direction, link, column in np.argwhere(first.any(3)).tolist():
+            where = (direction, link, column)
+            sender, receiver = self.mesh.sender_stage(direction, link), self.mesh.receiver_stage(direction, link)
+            about = None
+            if not (first & contradicted)[where].any():
+                # The neighbours of the sender contradict each other, so it is between these two.
+                about = Worker(sender, int(served[sender, column]))
+                sender = 2 * sender - receiver
+            disputes.append(
+                Dispute(
+                    direction=direction,
+                    link=link,
+                    column=column,
+                    sender=Worker(sender, int(served[sender, column])),
+                    receiver=Worker(receiver, int(served[receiver, column])),
+                    about=about,
+                    micro_batches=tuple(np.flatnonzero(first[where]).tolist()),
+                )
             )
-            for direction, link, column in np.argwhere(first.any(3)).tolist()
-        )
+        return tuple(disputes)
 
     def _enter(self, findings: tuple[Finding, ...], disputes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         struck = np.zeros((self.mesh.stages, self.mesh.replicas), bool)

@@ -52,16 +52,30 @@ class Finding:
 
 @dataclass(frozen=True)
 class Dispute:
-    """The two ends of a link report different things about messages of one column."""
+    """Two workers report different things about messages of one column.
+
+    Attributes:
+        direction, link, column: where the messages crossed.
+        sender, receiver: who contradict each other: the two ends of the link, or the two neighbours of ``about``.
+        about: None where the ends of the link differ in what crossed it; else the worker whose neighbours differ in
+            what entered it and left it.
+        micro_batches: which messages.
+    """
 
     direction: int
     link: int
     column: int
     sender: Worker
     receiver: Worker
+    about: Worker | None
     micro_batches: tuple[int, ...]
 
     def __str__(self) -> str:
+        if self.about:
+            return (
+                f"{self.sender} and {self.receiver} report different things about what entered and left {self.about} "
+                f"{DIRECTIONS[self.direction]}, micro-batches {list(self.micro_batches)}: one of the two lies or errs"
+            )
         return (
             f"{self.sender} and {self.receiver} report different things about {DIRECTIONS[self.direction]} "
             f"messages over link {self.link}, micro-batches {list(self.micro_batches)}: corrupted in transit, "

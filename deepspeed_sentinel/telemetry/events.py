@@ -48,6 +48,7 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
             "column": dispute.column,
             "sender": list(dispute.sender),
             "receiver": list(dispute.receiver),
+            "about": list(dispute.about) if dispute.about else None,
             "micro_batches": list(dispute.micro_batches),
         }
     if verdict.excluded.any():

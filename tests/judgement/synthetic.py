@@ -2,11 +2,21 @@
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import NAMES, Evidence
+from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, Evidence
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
-from deepspeed_sentinel.mesh import Mesh
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
 MICRO_BATCHES = 4
+# As an honest residual stage shows them; the first and the last stage have none.
+PAIR_VALUES = {
+    "transfer_cosine": lambda noise: np.tanh(1.5 + 0.03 * noise),
+    "transfer_gain": lambda noise: 0.1 + 0.01 * noise,
+    "transfer_step": lambda noise: 0.4 * np.exp(0.05 * noise),
+    "cross_moment": lambda noise: 0.05 * np.exp(0.1 * noise),
+    "token_gram": lambda noise: np.clip(0.9 + 0.01 * noise, 0, 1),
+    "prediction_correlation": lambda noise: np.tanh(0.9 + 0.03 * noise),
+    "prediction_slope": lambda noise: 1.0 + 0.05 * noise,
+}
 
 
 def settings(**changes) -> JudgeSettings:
@@ -40,6 +50,10 @@ class World:
         values = np.exp(0.1 * self.generator.standard_normal(shape) + 0.01 * self.time)
         values[..., NAMES.index("sign_flip")] = np.clip(0.2 + 0.02 * self.generator.standard_normal(shape[:-1]), 0, 1)
         values[..., NAMES.index("non_finite")] = 0
+        spread = self.generator.standard_normal(shape)
+        for name, pair in PAIR_VALUES.items():
+            values[..., NAMES.index(name)] = pair(spread[..., NAMES.index(name)])
+        values[FORWARD, 0][..., OF_PAIR] = values[BACKWARD, -1][..., OF_PAIR] = np.nan
         return np.stack([values, values])
 
     def step(self, change=None, digests=None, overflow_limit=np.inf, served=None):

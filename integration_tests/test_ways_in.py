@@ -1,0 +1,90 @@
+"""The three ways in, the way out, and what is refused: on every rank, with a text that says what to do."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
+
+import deepspeed_sentinel
+from integration_tests.harness import run_job
+from integration_tests.scenario import Scenario
+
+RANKS = range(4)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ways_in")
+    return run_job("integration_tests/jobs/ways_in.py", 2, 2, folder=folder, timeout=200).check().results
+
+
+def test_disabled_means_absent(cases):
+    for case in cases:
+        assert case["disabled_returns"] == case["returns"] == 4
+        assert case["disabled_attributes"] == [] and case["disabled_observed"] == 0
+        assert case["disabled"] == case["plain"]
+
+
+def test_a_detached_engine_is_as_it_was(cases):
+    for case in cases:
+        assert case["attached_is_handle"]
+        assert case["attached_observed"] == case["detached_observed"] == 2 * 2 * Scenario(name="").micro_batches
+        assert case["detached_attributes"] == []
+        assert case["detached"] == case["plain"]
+
+
+REFUSED = {
+    "twice": "already has a sentinel attached; detach it first",
+    "no_settings": 'put "sentinel": {"enabled": true} into the DeepSpeed config',
+    "unknown_key": "sentinel.warmup: unknown key (value 3); allowed: enabled, action, ",
+    "outside_mesh": "stage 7, replica 0 is not in the mesh; allowed are stages 0 to 1 and replicas 0 to 1",
+    "unwritable": "sentinel.output_dir: cannot write to",
+    "one_stage": "sentinel needs at least 2 pipeline stages, got 1",
+    "stages_do_not_divide": "num_stages (3) must divide distributed world size (4)",
+    "no_pipeline": "sentinel watches DeepSpeed's PipelineEngine, got DeepSpeedEngine",
+    "tensor_parallel": "does not support tensor-parallel shards yet: model parallel size is 2",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_on_every_rank(cases, name):
+    for case in cases:
+        assert REFUSED[name] in case[name]
+
+
+def test_dualpipev_is_refused():
+    with pytest.raises(ValueError, match="does not support DualPipeV yet"):
+        deepspeed_sentinel.attach(DualPipeVEngine.__new__(DualPipeVEngine), {"enabled": True})
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_the_config_alone_switches_it_on(jobs, tmp_path, launcher):
+    fault = {"stage": 0, "replica": 1, "attack": "nan"}
+    block = {"enabled": True, "output_dir": str(tmp_path / "logs"), "inject": [fault]}
+    config = tmp_path / "ds_config.json"
+    config.write_text(json.dumps(Scenario(name="train", sentinel=block).deepspeed_config()), encoding="utf-8")
+    arguments = ["run", "integration_tests/jobs/train.py", "--deepspeed_config", str(config)]
+    with jobs("deepspeed_sentinel", 2, 2, args=arguments, launcher=launcher, module=True) as job:
+        result = job.wait(timeout=150).check()
+    for rank in RANKS:
+        assert result.results[rank]["instructions_wrapped"] and result.results[rank]["finite"]
+        assert all(math.isfinite(loss) for loss in result.results[rank]["losses"])
+    events = [json.loads(line) for line in (tmp_path / "logs" / "events.jsonl").read_text().splitlines()]
+    assert [event["columns"] for event in events if event["kind"] == "excluded"] == [[1], [1], [1]]
+
+
+def test_a_mistake_in_the_config_ends_every_rank_before_training(jobs, tmp_path):
+    config = tmp_path / "ds_config.json"
+    block = {"enabled": True, "action": "exlude"}
+    config.write_text(json.dumps(Scenario(name="train", sentinel=block).deepspeed_config()), encoding="utf-8")
+    arguments = ["run", "integration_tests/jobs/train.py", "--deepspeed_config", str(config)]
+    with jobs("deepspeed_sentinel", 2, 2, args=arguments, module=True) as job:
+        result = job.wait(timeout=100)
+    assert not result.timed_out
+    for rank in RANKS:
+        assert result.returncodes[rank] != 0 and result.results[rank] is None
+        assert "sentinel.action: got 'exlude'" in result.stderr[rank]
+        assert "'observe', 'exclude', 'quarantine' or 'halt'" in result.stderr[rank]
