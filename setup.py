@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 TRANSFORMERS = ["transformers>=5.23", "accelerate>=1.15", "tokenizers>=0.23", "safetensors>=0.8"]
-SWEEP = ["pyarrow>=22.0"]
+SWEEP = ["pyarrow>=26.0"]
 REPORT = ["rich>=15.0", "matplotlib>=3.11"]
 DEV = [
     "pytest>=9.0",
@@ -58,7 +58,8 @@ setup(
     extras_require={
         "transformers": TRANSFORMERS,
         "report": REPORT,
-        "dev": [*DEV, *TRANSFORMERS, *REPORT],
+        "sweep": SWEEP,
+        "dev": [*DEV, *TRANSFORMERS, *REPORT, *SWEEP],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice("guard", ("on", "off"), "off lets the attack through")
     add("--majority", action="store_true", help="allow half of a stage's workers or more to be malicious")
     number("chunk", int, "micro-batches computed at once, 0 for all; fewer need less memory")
+    add("--threads", type=int, default=0, help="of the CPU; 0 is 1 for tiny, whose operations are too small to share")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default %(default)s)")
     choice("dtype", ("float32", "bfloat16"), "what to compute in")
     add("--config", type=Path, help='JSON file with a "sentinel" block: how to judge (default: its defaults)')
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.sweep is not None:
             return sweep.run()
+        _set_threads(args.threads, options)
         document = simulate(options, with_clean=not args.no_clean)
     except ValueError as error:
         print(f"simulate: {error}", file=sys.stderr)
@@ -132,6 +134,13 @@ def device(wanted: str) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU found; use --device cpu")
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _set_threads(wanted: int, options: SimulationOptions) -> None:
+    import torch
+
+    if wanted or options.model == "tiny":
+        torch.set_num_threads(wanted or 1)
 
 
 def simulate(options: SimulationOptions, with_clean: bool) -> dict[str, Any]:

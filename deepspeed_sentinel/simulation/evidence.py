@@ -1,139 +1,118 @@
 """What verifiers report on the messages of a simulated step, in the same layout as the engine's evidence.
 
-Statistics are those of ``evidence/``: the same kernels, baselines and table, for all columns of a link at once.
-
-Dimension key: N messages (columns times micro-batches), T tokens, D hidden size, C columns, M micro-batches.
+Statistics are those of ``evidence/``: the same kernels' definitions, baselines, transfers and table, for all columns
+of a link at once. ``evidence/collector.py`` does the same for one worker.
 """
 
 from __future__ import annotations
 
-import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR, RECEIVED, SENT, TABLE, Evidence
-from deepspeed_sentinel.evidence.transfer import Sketches, Transfers
+from deepspeed_sentinel.evidence.transfer import Transfers
 from deepspeed_sentinel.kernels.baseline_distances import DISTANCES
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
-from deepspeed_sentinel.simulation.batched import MessageRows, join_rows, message_rows
+from deepspeed_sentinel.mesh import FORWARD, Mesh
+from deepspeed_sentinel.simulation.observation import Observation, Observer, join
 
-_PAIR = int(np.argmax(OF_PAIR))
 _PAPER = np.array([name in DISTANCES for name in NAMES]) | HARD
+_OWN = ~OF_PAIR
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """What one link's messages of the step teach: summaries [C, V] for its baseline, lessons [C, V] on its senders."""
+
+    summaries_CV: torch.Tensor
+    lessons_CV: torch.Tensor | None
 
 
 class Verifiers:
-    """Statistics of one run's messages, and the baselines they are measured against.
+    """Statistics of one run's messages, and what they are measured against.
 
-    The replicas of a stage share their baselines and both ends of a link agree on them, so one a link suffices.
+    The replicas of a stage share their baselines and both ends of a link agree on them, so one a link suffices, and
+    one set of transfers a stage.
 
     Args:
         mesh: the mesh.
-        config: decays and seed.
+        decays: EMA decays of activations and gradients.
+        seed: of the secrets of the sketches.
         paper_only: report only the four distances of arXiv 2603.03592 and the non-finite count.
     """
 
-    def __init__(self, mesh: Mesh, config: SentinelConfig, paper_only: bool) -> None:
+    def __init__(self, mesh: Mesh, decays: tuple[float, float], seed: int, paper_only: bool) -> None:
         self._mesh = mesh
-        self._seeds_12 = torch.tensor([[config.seed or 0, config.seed or 0]], dtype=torch.int64)
         self._paper_only = paper_only
-        self._baselines = [Baselines(config.activation_decay, config.gradient_decay) for _ in range(mesh.links)]
-        self._transfers = [Transfers(config.activation_decay, config.gradient_decay) for _ in range(mesh.stages)]
-        self._lessons: dict[tuple[int, int], torch.Tensor] = {}
-        self._rows: dict[tuple[int, int], list[MessageRows]] = {}
-        self._claims: dict[tuple[int, int, int], list[tuple[np.ndarray, MessageRows]]] = {}
+        self._observer = Observer(mesh, seed, pairs=not paper_only)
+        self._baselines = [Baselines(*decays) for _ in range(mesh.links)]
+        self._transfers = [Transfers(*decays) for _ in range(mesh.stages)]
+        self._observed: dict[tuple[int, int], list[Observation]] = {}
+        self._lessons: dict[tuple[int, int], _Lesson] = {}
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
         """Forget the messages of the step before."""
-        self._rows, self._claims, self._lessons = {}, {}, {}
-        self._seeds_12[0, 0] += 1
+        self._observed, self._lessons = {}, {}
+        self._observer.begin_step(step)
 
-    def observe(self, direction: int, link: int, crossed_CMBTD: torch.Tensor) -> None:
-        """Read what crossed a link: the next micro-batches of all columns."""
-        self._rows.setdefault((direction, link), []).append(self._statistics(crossed_CMBTD))
+    def observe(
+        self, direction: int, link: int, sent_CMBTD: torch.Tensor, received_CMBTD: torch.Tensor | None = None
+    ) -> None:
+        """Read what crossed a link: the next micro-batches of all columns.
 
-    def claim(self, end: int, direction: int, link: int, mask_CM: torch.Tensor, claimed_CMBTD: torch.Tensor) -> None:
-        """Let one end report on ``claimed`` where ``mask``, for the micro-batches observed last."""
-        if not mask_CM.any():
-            return
-        columns, micro_batches = np.nonzero(mask_CM.numpy())
-        offset = sum(len(rows.statistics.means_MD) for rows in self._rows[direction, link][:-1]) // self._mesh.replicas
-        where = np.stack([columns, micro_batches + offset])
-        claimed = claimed_CMBTD[mask_CM.to(claimed_CMBTD.device)]
-        self._claims.setdefault((end, direction, link), []).append((where, self._statistics(claimed[:, None])))
+        Args:
+            direction, link: which link.
+            sent_CMBTD: what its senders report on.
+            received_CMBTD: what its receivers report on, where that is something else.
+        """
+        received = sent_CMBTD if received_CMBTD is None else received_CMBTD
+        observation = self._observer.observe(direction, link, sent_CMBTD, received)
+        self._observed.setdefault((direction, link), []).append(observation)
 
     def evidence(self, step: int, served: np.ndarray) -> Evidence:
         """All reports of the step."""
-        micro_batches = sum(len(rows.statistics.means_MD) for rows in self._rows[FORWARD, 0]) // self._mesh.replicas
-        shape = (2, 2, self._mesh.links, self._mesh.replicas, micro_batches)
+        observed = {key: join(parts, self._mesh.replicas) for key, parts in self._observed.items()}
+        messages = observed[FORWARD, 0].of_end[RECEIVED].means_MD.shape[0]
+        shape = (2, 2, self._mesh.links, self._mesh.replicas, messages // self._mesh.replicas)
         statistics = np.full((*shape, len(TABLE)), np.nan)
         digests = np.zeros(shape, np.int64)
-        for (direction, link), rows in self._gathered().items():
-            crossed = self._report(direction, link, rows).reshape(*shape[3:], _PAIR)
-            statistics[:, direction, link, ..., :_PAIR] = crossed
-        for (end, direction, link), claims in self._claims.items():
-            for where, rows in claims:
-                report = self._report(direction, link, rows)
-                at = (end, direction, link, *where)
-                # Equal claims have equal digests, so that those who lie alike do not dispute.
-                digests[at] = [zlib.crc32(row.tobytes()) for row in report]
-                statistics[(*at, slice(_PAIR))] = report
-        if not self._paper_only:
-            self._add_pairs(statistics, shape[3:])
+        for (direction, link), observation in observed.items():
+            for end in (SENT, RECEIVED):
+                rows = observation.of_end[end]
+                own = torch.cat([self._baselines[link].distances((direction, end), rows), rows.scalars_M3], dim=1)
+                statistics[end, direction, link][..., _OWN] = self._numbers(own)
+                digests[end, direction, link] = self._numbers(rows.digest_M2).view(np.int64)[..., 0]
+            lessons = None
+            entered = observed.get((direction, link + (-1 if direction == FORWARD else 1)))
+            if observation.leaving is not None and entered is not None:
+                assert entered.entering is not None
+                transfers = self._transfers[self._mesh.sender_stage(direction, link)]
+                pair, lessons_NV = transfers.statistics((direction, RECEIVED), entered.entering, observation.leaving)
+                # Both neighbours of the sender hold the same two sketches.
+                statistics[:, direction, link][..., OF_PAIR] = self._numbers(pair)
+                lessons = self._by_column(lessons_NV)
+            rows = observation.of_end[RECEIVED]
+            summaries = self._by_column(torch.cat([rows.means_MD, rows.quantiles_MQ], dim=1))
+            self._lessons[direction, link] = _Lesson(summaries, lessons)
         if self._paper_only:
             statistics[..., ~_PAPER] = np.nan
         return Evidence(self._mesh, step, statistics, digests, served)
 
     def learn(self, clean_C: np.ndarray) -> None:
-        """Baselines learn from the clean columns of the step, bool [C]."""
-        for (direction, link), rows in self._gathered().items():
-            baselines = self._baselines[link]
-            per_message = torch.cat([rows.statistics.means_MD, rows.statistics.quantiles_MQ], dim=1)
-            for (columns, micro_batches), claim in self._claims.get((RECEIVED, direction, link), []):
-                at = columns * (len(per_message) // self._mesh.replicas) + micro_batches
-                per_message[at] = torch.cat([claim.statistics.means_MD, claim.statistics.quantiles_MQ], dim=1)
-            summaries_CV = per_message.view(self._mesh.replicas, -1, per_message.shape[1]).mean(1)
-            baselines.learn((direction, SENT), summaries_CV, clean_C)
-        for (direction, stage), lessons_CMV in self._lessons.items():
-            self._transfers[stage].learn((direction, SENT), lessons_CMV.mean(1), clean_C)
+        """Learn from the clean columns of the step whose evidence was taken last, bool [C]."""
+        for (direction, link), lesson in self._lessons.items():
+            for end in (SENT, RECEIVED):
+                self._baselines[link].learn((direction, end), lesson.summaries_CV, clean_C)
+            if lesson.lessons_CV is not None:
+                transfers = self._transfers[self._mesh.sender_stage(direction, link)]
+                transfers.learn((direction, RECEIVED), lesson.lessons_CV, clean_C)
 
-    def _statistics(self, messages_CMBTD: torch.Tensor) -> MessageRows:
-        messages_NTD = messages_CMBTD.flatten(0, 1).flatten(1, 2)
-        return message_rows(messages_NTD, self._seeds_12.to(messages_NTD.device))
+    def _numbers(self, rows_NV: torch.Tensor) -> np.ndarray:
+        """[N, V] on any device -> [C, M, V] on the host."""
+        return np.ascontiguousarray(rows_NV.cpu().numpy()).reshape(self._mesh.replicas, -1, rows_NV.shape[1])
 
-    def _gathered(self) -> dict[tuple[int, int], MessageRows]:
-        """Rows of all micro-batches of a link, column by column."""
-        return {key: join_rows(parts, self._mesh.replicas) for key, parts in self._rows.items()}
-
-    def _report(self, direction: int, link: int, rows: MessageRows) -> np.ndarray:
-        """float64 [N, _PAIR]."""
-        distances = self._baselines[link].distances((direction, SENT), rows.statistics)
-        return torch.cat([distances, rows.statistics.scalars_M3], dim=1).cpu().numpy().astype(np.float64)
-
-    def _add_pairs(self, statistics: np.ndarray, messages: tuple[int, ...]) -> None:
-        """Both neighbours of a stage report on what entered and left it, from sketches that they swapped."""
-        sent, received = (self._sketches_by(end, messages) for end in (SENT, RECEIVED))
-        for stage in range(1, self._mesh.stages - 1):
-            for direction, enters, leaves in ((FORWARD, stage - 1, stage), (BACKWARD, stage, stage - 1)):
-                rows, self._lessons[direction, stage] = self._transfers[stage].statistics(
-                    (direction, SENT), sent[direction, enters], received[direction, leaves]
-                )
-                statistics[:, direction, leaves, ..., _PAIR:] = rows.cpu().numpy()
-
-    def _sketches_by(self, end: int, messages: tuple[int, ...]) -> dict[tuple[int, int], Sketches]:
-        """What one end of every link sketched, or claims to have: {(direction, link): [C, M, m, ...]}."""
-        result = {}
-        for (direction, link), rows in self._gathered().items():
-            sketch_CMmK = rows.sketches.sketch_XmK.unflatten(0, messages)
-            norms_CMm = rows.sketches.norms_Xm.unflatten(0, messages)
-            for (columns, micro_batches), claim in self._claims.get((end, direction, link), []):
-                sketch_CMmK, norms_CMm = sketch_CMmK.clone(), norms_CMm.clone()
-                sketch_CMmK[columns, micro_batches] = claim.sketches.sketch_XmK
-                norms_CMm[columns, micro_batches] = claim.sketches.norms_Xm
-            result[direction, link] = Sketches(sketch_CMmK, norms_CMm)
-        return result
-
-
-assert (FORWARD, BACKWARD, SENT, RECEIVED) == (0, 1, 0, 1), "they index the arrays of Evidence"
+    def _by_column(self, rows_NV: torch.Tensor) -> torch.Tensor:
+        """Mean over each column's messages, [N, V] -> [C, V]."""
+        return rows_NV.view(self._mesh.replicas, -1, rows_NV.shape[1]).mean(1)

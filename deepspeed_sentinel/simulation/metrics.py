@@ -48,7 +48,7 @@ class Tally:
         micro_batches = verdict.scores.shape[3]
         self.judged_messages += verdict.judged
         if verdict.judged:
-            self.honest_judged += micro_batches * int(self._honest_messages(served, malicious))
+            self.honest_judged += micro_batches * self._honest_messages(served, malicious)
         for finding in verdict.findings:
             if not malicious[finding.worker]:
                 self.false_alarms += len(finding.micro_batches)
@@ -85,7 +85,7 @@ class Tally:
             "false_alarm_rate": _Ratio(self.false_alarms, self.honest_judged).value,
         }
 
-    def _honest_messages(self, served: np.ndarray, malicious: np.ndarray) -> np.ndarray:
+    def _honest_messages(self, served: np.ndarray, malicious: np.ndarray) -> int:
         honest = ~np.take_along_axis(malicious, served, axis=1)
-        senders = [honest[:-1], honest[1:]]
-        return np.count_nonzero(senders[FORWARD]) + np.count_nonzero(senders[BACKWARD])
+        senders = {FORWARD: honest[:-1], BACKWARD: honest[1:]}
+        return sum(int(np.count_nonzero(sending)) for sending in senders.values())

@@ -7,12 +7,17 @@ Dimension key: B sequences, T tokens a sequence, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from deepspeed_sentinel.simulation.options import SimulationOptions
 from deepspeed_sentinel.simulation.sizes import EXPERTS, EXPERTS_A_TOKEN
+
+if TYPE_CHECKING:
+    from transformers import MixtralConfig, MixtralForCausalLM
 
 
 def model_config(options: SimulationOptions) -> LlamaConfig | MixtralConfig:
@@ -30,6 +35,8 @@ def model_config(options: SimulationOptions) -> LlamaConfig | MixtralConfig:
     }
     if not options.moe:
         return LlamaConfig(intermediate_size=size.intermediate, **common)
+    from transformers import MixtralConfig
+
     return MixtralConfig(
         # The same number of weights at work for each token as in the dense model.
         intermediate_size=size.intermediate // EXPERTS_A_TOKEN,
@@ -69,12 +76,20 @@ class Stage(nn.Module):
         return self.head(self.norm(hidden_BTD))
 
 
+def _model_class(moe: bool) -> Any:
+    if not moe:
+        return LlamaForCausalLM
+    from transformers import MixtralForCausalLM
+
+    return MixtralForCausalLM
+
+
 def build_stages(options: SimulationOptions) -> list[Stage]:
     """The stages of a freshly initialised model; the same weights for the same size, stages and seed."""
     config = model_config(options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        model = (MixtralForCausalLM if options.moe else LlamaForCausalLM)(config)
+        model = _model_class(options.moe)(config)
     model = model.to(device=options.device, dtype=getattr(torch, options.dtype))
     layers, stages = config.num_hidden_layers, options.stages
     bounds = [layers * stage // stages for stage in range(stages + 1)]

@@ -116,9 +116,19 @@ class SimulationOptions:
 
     def honest(self) -> SimulationOptions:
         """The same training without attack and guard: what all runs of these settings are compared with."""
-        plain = {"attack": None, "attack_arguments": {}, "malicious": 0.0, "direction": "both", "start": 0}
-        unjudged = {"verifier": "trusted", "evidence": "all", "guard": "off", "majority": False, "sentinel": {}}
-        return dataclasses.replace(self, **plain, **unjudged)
+        changes: dict[str, Any] = {
+            "attack": None,
+            "attack_arguments": {},
+            "malicious": 0.0,
+            "direction": "both",
+            "start": 0,
+            "verifier": "trusted",
+            "evidence": "all",
+            "guard": "off",
+            "majority": False,
+            "sentinel": {},
+        }
+        return dataclasses.replace(self, **changes)
 
     def key(self) -> str:
         """One text for one run: equal settings, equal text."""

@@ -12,7 +12,6 @@ import torch
 
 from deepspeed_sentinel.attacks.base import Needs
 from deepspeed_sentinel.config import SentinelConfig
-from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import FORWARD
@@ -55,7 +54,8 @@ class Simulation:
         self._history = WeightHistory(self.stages, needs.recompute_steps)
         fields = JudgeSettings.__dataclass_fields__
         self.judge = Judge(self.mesh, JudgeSettings(**{name: getattr(self.config, name) for name in fields}))
-        self.verifiers = Verifiers(self.mesh, self.config, options.evidence == "paper")
+        decays = (self.config.activation_decay, self.config.gradient_decay)
+        self.verifiers = Verifiers(self.mesh, decays, options.seed, options.evidence == "paper")
         self.tally = Tally(self.mesh)
         self.guarded = options.guard == "on"
         weights = [weight for stage in self.stages for weight in stage.parameters()]
@@ -74,7 +74,7 @@ class Simulation:
         self._served = deal_columns(self.mesh, self.judge.record.convicted, self.options.seed, self.step_index)
         ids, labels = self._text.next_step()
         everybody = np.zeros(self.mesh.replicas, bool)
-        self.verifiers.begin_step()
+        self.verifiers.begin_step(self.step_index)
         losses_CM = self._compute(ids, labels, everybody, again=False)
         verdict = self._judge() if self.guarded else None
         excluded = everybody if verdict is None else verdict.excluded
@@ -204,25 +204,26 @@ class _WatchedLinks:
                 ),
             )  # fmt: skip
         if simulation.guarded and not part.again:
-            simulation.verifiers.observe(direction, link, crossed)
-            if simulation.options.verifier == "receiver" and simulation.attackers is not None:
-                self._hear_claims(direction, link, sent_CMBTD, crossed)
+            simulation.verifiers.observe(direction, link, *self._reported(direction, link, sent_CMBTD, crossed))
         return crossed
 
-    def _hear_claims(self, direction: int, link: int, honest: torch.Tensor, crossed: torch.Tensor) -> None:
+    def _reported(
+        self, direction: int, link: int, honest: torch.Tensor, crossed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """On what senders and receivers report: what crossed, unless receivers are asked and lie."""
         simulation, part = self._simulation, self._part
-        attackers, verifiers = simulation.attackers, simulation.verifiers
-        assert attackers is not None
+        attackers = simulation.attackers
+        if attackers is None or simulation.options.verifier == "trusted":
+            return crossed, crossed
+        step, served = simulation.step_index, simulation._served
         sender = simulation.mesh.sender_stage(direction, link)
         receiver = simulation.mesh.receiver_stage(direction, link)
-        step, served = simulation.step_index, simulation._served
         claimed = attackers.false_reports(direction, receiver, step, part, served, crossed)
-        if claimed is not crossed:
-            differs = (claimed != crossed).flatten(2).any(2).cpu()
-            verifiers.claim(RECEIVED, direction, link, differs, claimed)
-        vouched = attackers.vouched(sender, receiver, direction, step, part, served)
-        for end in (SENT, RECEIVED):
-            verifiers.claim(end, direction, link, vouched, honest)
+        vouched_CM = attackers.vouched(sender, receiver, direction, step, part, served).to(crossed.device)
+        if not vouched_CM.any():
+            return crossed, claimed
+        vouched = vouched_CM[:, :, None, None, None]
+        return torch.where(vouched, honest, crossed), torch.where(vouched, honest, claimed)
 
     def _recompute(
         self, direction: int, stage: int, at: tuple[int, int], entered_CMBTD: torch.Tensor, k: int

@@ -26,9 +26,10 @@ import json
 import multiprocessing
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,15 @@ class Sweep:
         clean_lines = lines.with_name(f"{lines.stem}_clean.jsonl")
         failures: list[str] = []
         wanted = {run.honest().key(): run.honest() for run in self.runs} if self.clean else {}
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-            self._do(progress, "clean runs", list(wanted.values()), clean_lines, {}, failures)
-            clean = {key: row["loss"]["clean"] for key, row in read_table(clean_lines).items()}
-            self._do(progress, "runs", list(self.runs), lines, clean, failures)
+        pool = ProcessPoolExecutor(
+            self.processes, mp_context=multiprocessing.get_context("spawn"), initializer=_single_thread
+        )
+        with pool, Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+            for title, runs, table in (("clean runs", tuple(wanted.values()), clean_lines), ("runs", self.runs, lines)):
+                clean = {key: row["loss"]["clean"] for key, row in read_table(clean_lines).items()}
+                todo = [run for run in runs if run.key() not in read_table(table)]
+                task = progress.add_task(title, total=len(runs), completed=len(runs) - len(todo))
+                self._do(pool, partial(progress.advance, task), todo, table, clean, failures)
         for failure in failures:
             print(f"simulate: {failure}")
         if self.out.suffix == ".parquet":
@@ -102,38 +108,30 @@ class Sweep:
 
     def _do(
         self,
-        progress: Any,
-        title: str,
-        runs: list[SimulationOptions],
+        pool: ProcessPoolExecutor,
+        advance: Callable[[], None],
+        todo: list[SimulationOptions],
         table: Path,
         clean: Mapping[str, float | None],
         failures: list[str],
     ) -> None:
-        done = read_table(table)
-        todo = [run for run in runs if run.key() not in done]
-        task = progress.add_task(title, total=len(runs), completed=len(runs) - len(todo))
-        if not todo:
-            return
-        with ProcessPoolExecutor(
-            min(self.processes, len(todo)), mp_context=multiprocessing.get_context("spawn"), initializer=_single_thread
-        ) as pool:
-            futures: dict[Future[dict[str, Any]], SimulationOptions] = {pool.submit(_one, run): run for run in todo}
-            try:
-                for future in as_completed(futures):
-                    run = futures[future]
-                    progress.advance(task)
-                    error = future.exception()
-                    if error is not None:
-                        failures.append(f"{run.attack} {run.attack_arguments}, seed {run.seed}: {error}")
-                        continue
-                    row = future.result()
-                    if run.honest().key() in clean and run != run.honest():
-                        row["loss"]["clean"] = clean[run.honest().key()]
-                    with table.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps({"key": run.key(), **row}, allow_nan=False) + "\n")
-            except KeyboardInterrupt:
-                pool.shutdown(cancel_futures=True)
-                raise
+        futures = {pool.submit(_one, run): run for run in todo}
+        try:
+            for future in as_completed(futures):
+                run = futures[future]
+                advance()
+                error = future.exception()
+                if error is not None:
+                    failures.append(f"{run.attack} {run.attack_arguments}, seed {run.seed}: {error}")
+                    continue
+                row = future.result()
+                if run != run.honest():
+                    row["loss"]["clean"] = clean.get(run.honest().key())
+                with table.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": run.key(), **row}, allow_nan=False) + "\n")
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def read_table(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,93 @@
+"""Seconds that judging one step takes on the host, over the number of workers and of micro-batches.
+
+    python benchmarks/judge.py --out benchmarks/results/judge.json
+
+Evidence is made up (clean, lognormal), the window of the fences is filled first, and only ``Judge.step`` is timed: no
+process, no device. The last column is nanoseconds for each message judged: constant where the cost is linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+
+from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.evidence.table import HARD, NAMES, Evidence
+from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
+from deepspeed_sentinel.mesh import Mesh
+
+SIZES = ((8, 8, 16), (16, 8, 16), (16, 16, 16), (32, 16, 16), (64, 16, 16), (64, 16, 32))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each size")
+    parser.add_argument("--fill", type=int, default=64, help="steps before, which fill the fences' window")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/judge.json"))
+    return parser.parse_args(argv)
+
+
+def measure(stages: int, replicas: int, micro_batches: int, fill: int, steps: int) -> dict[str, float | int]:
+    """Timings of one size."""
+    mesh = Mesh(stages, replicas)
+    config = SentinelConfig()
+    settings = {name: getattr(config, name) for name in JudgeSettings.__dataclass_fields__}
+    judge = Judge(mesh, JudgeSettings(**{**settings, "seed": 0}))
+    generator = np.random.default_rng(0)
+    shape = (2, mesh.links, replicas, micro_batches, len(NAMES))
+    seconds = []
+    for step in range(fill + steps):
+        # All statistics between 0 and 1, which every unit of comparison takes.
+        values = 0.5 * np.exp(0.05 * generator.standard_normal(shape))
+        values[..., HARD] = 0.0
+        evidence = Evidence(mesh, step, np.stack([values, values]), np.zeros((2, *shape[:-1]), np.int64))
+        begin = time.perf_counter()
+        judge.step(evidence)
+        seconds.append(time.perf_counter() - begin)
+    timed = seconds[fill:]
+    messages = 2 * mesh.links * replicas * micro_batches
+    return {
+        "workers": stages * replicas,
+        "stages": stages,
+        "replicas": replicas,
+        "micro_batches": micro_batches,
+        "messages": messages,
+        "milliseconds_median": 1e3 * statistics.median(timed),
+        "milliseconds_minimum": 1e3 * min(timed),
+        "nanoseconds_a_message": 1e9 * min(timed) / messages,
+    }
+
+
+def main(arguments: argparse.Namespace) -> None:
+    results = []
+    for size in SIZES:
+        results.append(measure(*size, arguments.fill, arguments.steps))
+        shown = results[-1]
+        print(
+            f"{shown['workers']:5} workers x {shown['micro_batches']:2} micro-batches: "
+            f"{shown['milliseconds_median']:7.2f} ms a step (least {shown['milliseconds_minimum']:.2f}), "
+            f"{shown['nanoseconds_a_message']:.0f} ns a message"
+        )
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    document = {
+        "what": "Judge.step on clean evidence, fences' window full",
+        "statistics": len(NAMES),
+        "host": f"{os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f} when done",
+        "numpy": np.__version__,
+        "commit": commit.stdout.strip(),
+        "results": results,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(parse())

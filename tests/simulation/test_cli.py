@@ -1,0 +1,82 @@
+"""The command line: one run, its result file, and errors that say what is wrong."""
+
+import json
+
+import pytest
+
+from deepspeed_sentinel.__main__ import main
+from deepspeed_sentinel.attacks import attack_names
+
+MESH = ["simulate", "--stages", "4", "--replicas", "4"]
+RUN = [*MESH, "--steps", "8", "--start", "2", "--sequence", "16", "--micro-batch-size", "1"]
+KEYS = [
+    "mesh", "attack", "malicious", "convicted", "precision", "recall", "f1", "detection_steps_mean",
+    "detection_steps_max", "judged_messages", "false_alarms", "false_convictions", "false_alarm_rate", "loss",
+    "seconds",
+]  # fmt: skip
+
+
+def simulate(folder, *arguments):
+    out = folder / "deep" / "result.json"
+    status = main([*RUN, "--out", str(out), *arguments])
+    return status, json.loads(out.read_text()) if out.exists() else None
+
+
+def test_a_run_writes_its_result(tmp_path, capsys):
+    status, result = simulate(tmp_path, "--attack", "nan", "--attack-arg", "rate=0.5", "--direction", "forward")
+    assert status == 0
+    assert list(result)[: len(KEYS)] == KEYS
+    assert result["mesh"] == {"stages": 4, "replicas": 4}
+    assert result["attack"]["name"] == "nan" and result["attack"]["arguments"] == {"rate": 0.5}
+    assert result["loss"]["attacked"] is None and result["loss"]["clean"] > 0 and result["loss"]["guarded"] > 0
+    assert "F1" in capsys.readouterr().out
+
+
+def test_without_an_attack_clean_and_guarded_are_the_same_training(tmp_path):
+    config = tmp_path / "ds_config.json"
+    config.write_text(json.dumps({"sentinel": {"action": "observe"}}))
+    _, result = simulate(tmp_path, "--config", str(config))
+    assert result["loss"]["clean"] == result["loss"]["guarded"]
+    assert result["malicious"] == [] and result["f1"] is None
+    _, alone = simulate(tmp_path, "--no-clean")
+    assert alone["loss"]["clean"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--attack", "magic"], "attack 'magic' is unknown; allowed: bias"),
+        (["--attack", "scaling", "--attack-arg", "speed=1"], "its arguments are: factor"),
+        (["--attack", "scaling", "--attack-arg", "factor"], "NAME=VALUE"),
+        (["--attack-arg", "factor=1"], "--attack-arg without --attack"),
+        (["--attack", "nan", "--malicious", "0.5"], "fewer than half"),
+        (["--attack", "nowhere.py:Mine"], "there is no file"),
+        (["--config", "nowhere.json"], "nowhere.json"),
+        (["--sweep", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_bad_options_exit_with_2_and_say_why(tmp_path, capsys, arguments, said):
+    assert simulate(tmp_path, *arguments)[0] == 2
+    assert said in capsys.readouterr().err
+
+
+def test_an_attack_of_a_users_own(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "class Louder:\n    def __init__(self, by=2.0):\n        self.by = by\n"
+        "    def __call__(self, message, context):\n        return message * self.by\n"
+        "class Cuts:\n    def __call__(self, message, context):\n        return message[..., :1]\n"
+    )
+    status, result = simulate(tmp_path, "--attack", f"{file}:Louder", "--attack-arg", "by=3", "--no-clean")
+    assert status == 0 and len(result["malicious"]) == 2
+    capsys.readouterr()
+    assert simulate(tmp_path, "--attack", f"{file}:Cuts", "--no-clean")[0] == 1
+    error = capsys.readouterr().err
+    assert "attack Cuts (forward, stage 1" in error and "but returned torch.float32 (1, 16, 1)" in error
+
+
+def test_attacks_are_listed_with_their_arguments(capsys):
+    assert main(["attacks"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name}(" in listed for name in attack_names())
+    assert "scaling(factor=-1.0)\n    The message times ``factor``." in listed

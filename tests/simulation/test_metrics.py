@@ -1,0 +1,66 @@
+"""Counting: who is malicious, who is blamed, what is false."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from deepspeed_sentinel.mesh import Mesh, Worker
+from deepspeed_sentinel.simulation.metrics import Tally
+
+MESH = Mesh(4, 3)
+SERVED = np.tile(np.arange(3), (4, 1))
+
+
+def verdict(step, blamed=(), convicted=(), judged=36):
+    """``blamed``: (worker, number of messages)."""
+    mask = np.zeros((4, 3), bool)
+    for worker in convicted:
+        mask[worker] = True
+    return SimpleNamespace(
+        step=step,
+        judged=judged,
+        scores=np.zeros((2, 3, 3, 2)),
+        findings=[SimpleNamespace(worker=Worker(*w), micro_batches=tuple(range(n))) for w, n in blamed],
+        convicted=mask,
+        skip=False,
+        excluded=np.zeros(3, bool),
+        disputed=(),
+    )
+
+
+def acted(**steps):
+    first = np.full((4, 3), -1)
+    for at, step in steps.items():
+        first[int(at[1]), int(at[2])] = step
+    return first
+
+
+def test_a_run_is_counted():
+    tally = Tally(MESH)
+    first = acted(w10=2, w21=3, w12=3)
+    tally.add(verdict(0, judged=0), SERVED, np.zeros((4, 3), bool))
+    tally.add(verdict(1, [((1, 0), 2)]), SERVED, np.zeros((4, 3), bool))
+    malicious = first >= 0
+    tally.add(verdict(4, [((1, 0), 1), ((2, 2), 2)], [(1, 0)]), SERVED, malicious)
+    tally.add(verdict(9, [((2, 1), 2), ((1, 0), 1)], [(2, 1), (2, 2)]), SERVED, malicious)
+    result = tally.result(first)
+    assert result["malicious"] == [[1, 0], [1, 2], [2, 1]]
+    assert result["convicted"] == [[1, 0], [2, 1], [2, 2]], "a released worker was convicted all the same"
+    assert (result["precision"], result["recall"], result["f1"]) == (2 / 3, 2 / 3, 2 / 3)
+    assert (result["detection_steps_mean"], result["detection_steps_max"]) == (4.0, 6)
+    assert result["false_alarms"] == 4, "before it acts a worker is honest"
+    assert result["false_convictions"] == 1
+    assert result["judged_messages"] == 3 * 36
+    # Two middle stages send both ways, the ends one way; three malicious workers send both ways, two messages each.
+    assert result["false_alarm_rate"] == 4 / (3 * 36 - 2 * 3 * 2 * 2)
+
+
+def test_nothing_to_divide_by_is_null():
+    result = Tally(MESH).result(acted())
+    assert all(result[name] is None for name in ("precision", "recall", "f1", "false_alarm_rate"))
+    assert result["detection_steps_mean"] is None and result["detection_steps_max"] is None
+
+
+def test_nobody_found():
+    result = Tally(MESH).result(acted(w10=0))
+    assert (result["precision"], result["recall"], result["f1"]) == (None, 0.0, 0.0)

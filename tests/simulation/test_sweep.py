@@ -1,0 +1,105 @@
+"""Sweeps: all combinations, each once, also after an interruption."""
+
+import json
+
+import pytest
+
+from deepspeed_sentinel.__main__ import main
+from deepspeed_sentinel.simulation.sweep import Sweep, read_table, write_parquet
+
+BASE = """
+[base]
+stages = 4
+replicas = 4
+steps = 4
+start = 2
+sequence = 16
+micro_batch_size = 1
+"""
+FILE = f"""
+out = "table.jsonl"
+{BASE}
+[grid]
+seed = [0, 1]
+[[attack]]
+name = "scaling"
+vary = {{factor = [-1, 2]}}
+[[attack]]
+name = "mixed"
+arguments = {{attacks = ["nan", "constant"]}}
+"""
+
+
+def write(folder, text):
+    path = folder / "sweep.toml"
+    path.write_text(text)
+    return path
+
+
+def test_all_combinations(tmp_path):
+    sweep = Sweep.read(write(tmp_path, FILE))
+    told = {(run.attack, json.dumps(run.attack_arguments), run.seed) for run in sweep.runs}
+    assert len(told) == len(sweep.runs) == 6
+    assert ("scaling", '{"factor": 2}', 1) in told and ("mixed", '{"attacks": ["nan", "constant"]}', 0) in told
+    assert sweep.out == tmp_path / "table.jsonl"
+
+
+def test_a_sweep_is_resumed_where_it_stopped(tmp_path, capsys):
+    path = write(tmp_path, FILE.replace("seed = [0, 1]", "seed = [0]"))
+    assert main(["simulate", "--sweep", str(path), "--processes", "2"]) == 0
+    table, clean = tmp_path / "table.jsonl", tmp_path / "table_clean.jsonl"
+    lines = table.read_text().splitlines(keepends=True)
+    assert len(lines) == 3
+    (honest,) = [json.loads(line) for line in clean.read_text().splitlines()]
+    assert all(json.loads(line)["loss"]["clean"] == honest["loss"]["clean"] for line in lines)
+    # As after a crash: one run is missing, another's line was cut short.
+    table.write_text(lines[1] + lines[2][:40])
+    kept = json.loads(lines[1])
+    assert main(["simulate", "--sweep", str(path), "--processes", "1"]) == 0
+    rows = read_table(table)
+    assert len(rows) == 3 and table.read_text().startswith(lines[1])
+    assert rows[kept["key"]] == kept, "what was done is not done again"
+    again = {key: row["loss"] for key, row in rows.items()}
+    assert again == {json.loads(line)["key"]: json.loads(line)["loss"] for line in lines}
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, capsys):
+    attack = tmp_path / "bad.py"
+    attack.write_text("class Bad:\n    def __call__(self, message, context):\n        raise KeyError('gone')\n")
+    file = f'clean = false\n{BASE}\n[[attack]]\nname = "{attack}:Bad"\n[[attack]]\nname = "scaling"\n'
+    assert main(["simulate", "--sweep", str(write(tmp_path, file)), "--processes", "1"]) == 1
+    assert "attack Bad (forward" in capsys.readouterr().out
+    (row,) = read_table(tmp_path / "sweep.jsonl").values()
+    assert row["attack"]["name"] == "scaling" and row["loss"]["clean"] is None
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    row = {
+        "key": "k",
+        "loss": {"clean": 1.5, "attacked": None},
+        "attack": {"arguments": {"factor": 2}},
+        "convicted": [],
+    }
+    write_parquet(tmp_path / "t.parquet", [row])
+    assert parquet.read_table(tmp_path / "t.parquet").to_pylist() == [
+        {"key": "k", "loss.clean": 1.5, "loss.attacked": None, "attack.arguments": '{"factor": 2}', "convicted": "[]"}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seeds = [1]", "unknown seeds; allowed: attack, base, clean, grid, out"),
+        ("[base]\nstage = 4", "base: unknown stage; allowed: chunk"),
+        ("[grid]\nseed = 1", "grid: seed must be a list"),
+        ("[[attack]]\nname = 'scaling'\nfactor = 2", "attack: unknown factor; allowed: name, arguments, vary"),
+        ("[[attack]]\nname = 'magic'", "'magic' is unknown"),
+        ("[grid]\nseed = [1, 1]", "two runs of it are the same"),
+        ("out = 'table.csv'", "must end in .jsonl or .parquet"),
+        ("[base", "sweep.toml"),
+    ],
+)
+def test_mistakes_in_a_sweep_file_are_named(tmp_path, text, said):
+    with pytest.raises(ValueError, match=said):
+        Sweep.read(write(tmp_path, text))
