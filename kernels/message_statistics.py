@@ -21,7 +21,16 @@ from typing import NamedTuple
 
 import torch
 
-from deepspeed_sentinel.kernels.dispatch import KINDS, LAUNCH, check_output, integer_view, runs_on_triton, tl, triton
+from deepspeed_sentinel.kernels.dispatch import (
+    KINDS,
+    LAUNCH,
+    check_contiguous,
+    check_output,
+    integer_view,
+    runs_on_triton,
+    tl,
+    triton,
+)
 from deepspeed_sentinel.kernels.hashing import float_of_bits, mix, mix_reference
 
 _INTEGER_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
@@ -91,6 +100,7 @@ def check_statistics(
     check_output("column_sums_D", column_sums_D, torch.float32, (x_TD.shape[1],), x_TD)
     check_output("scalars_3", scalars_3, torch.float32, (3,), x_TD)
     check_output("digest_2", digest_2, torch.int32, (DIGEST_WORDS,), x_TD)
+    check_contiguous(column_sums_D=column_sums_D, scalars_3=scalars_3, digest_2=digest_2)
     if copy_TD is not None:
         check_output("copy_TD", copy_TD, x_TD.dtype, tuple(x_TD.shape), x_TD)
 
