@@ -7,6 +7,7 @@ too, in Triton's interpreter; it must be set before triton is imported and is fo
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,8 +16,7 @@ import torch
 triton: Any
 tl: Any
 try:
-    import triton
-    import triton.language as tl
+    triton, tl = import_module("triton"), import_module("triton.language")
 except ImportError:  # no triton for this platform: kernels are left as plain functions that nobody calls
     triton, tl = SimpleNamespace(jit=lambda function=None, **_: function or (lambda decorated: decorated)), None
 

@@ -10,8 +10,8 @@ from deepspeed_sentinel.kernels.message_statistics import (
     message_statistics,
     message_statistics_reference,
     plan_stream,
-    tensor_digest,
 )
+from deepspeed_sentinel.kernels.tensor_digest import tensor_digest
 
 U = 2.0**-24  # float32's unit roundoff
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
