@@ -55,7 +55,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=16, help="of the operations done once a step")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=None)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.samples < 2:
+        parser.error(f"--samples must be at least 2, got {options.samples}")
+    return options
 
 
 def buffers(tokens: int, hidden: int) -> dict[str, torch.Tensor]:

@@ -65,7 +65,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, choices=(1, 2), default=2, help="sketches a message: public, and secret")
     parser.add_argument("--rounds", type=int, default=30 if CUDA else 10, help="pairs of steps")
     parser.add_argument("--out", type=Path, default=None)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds must be at least 2, got {options.rounds}")
+    return options
 
 
 class Stage(torch.nn.Module):

@@ -292,7 +292,7 @@ def reduce_partials(
         tl.store(digest_ptr + 1, tl.sum(word1, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sums_ptr", "scalars_ptr", "digest_ptr"])  # rows of buffers: any alignment
 def _reduce_kernel(
     floats_ptr, words_ptr, sums_ptr, scalars_ptr, digest_ptr, hidden, groups, programs, BLOCK: tl.constexpr
 ):
