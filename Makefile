@@ -47,6 +47,8 @@ format: venv
 	$(PY) -m ruff format .
 
 bench: venv
+	$(CPU_ENV) $(PY) benchmarks/kernels.py
+	$(CPU_ENV) $(PY) benchmarks/step_cost.py
 	$(CPU_ENV) $(PY) benchmarks/engine_overhead.py
 
 clean:

@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import torch
 
-from deepspeed_sentinel.kernels.dispatch import LAUNCH, check_output, runs_on_triton, tl, triton
+from deepspeed_sentinel.kernels.dispatch import LAUNCH, check_contiguous, check_output, runs_on_triton, tl, triton
 
 DISTANCES = ("mean_abs", "l2_rel", "sign_flip", "sliced_wasserstein")
 _TINY = torch.finfo(torch.float32).tiny
+BLOCK = 1024  # elements that a program of the distances reads at once
 _UPDATED = 2048  # elements times replicas that one program of the update sorts
 
 
@@ -62,7 +63,7 @@ def baseline_distances(
         hidden,
         quantiles,
         correction,
-        BLOCK=1024,
+        BLOCK=BLOCK,
         num_warps=4,
         **LAUNCH,
     )
@@ -139,6 +140,7 @@ def baseline_update(average_V: torch.Tensor, summaries_RV: torch.Tensor, clean_R
         raise ValueError(f"summaries_RV must be float32 [R, V], got {summaries_RV.dtype} {list(summaries_RV.shape)}")
     check_output("average_V", average_V, torch.float32, (summaries_RV.shape[1],), summaries_RV)
     check_output("clean_R", clean_R, torch.bool, (summaries_RV.shape[0],), summaries_RV)
+    check_contiguous(average_V=average_V, clean_R=clean_R)
     replicas, values = summaries_RV.shape
     if not runs_on_triton(summaries_RV):
         average_V.copy_(baseline_update_reference(average_V, summaries_RV, clean_R, decay))

@@ -7,6 +7,7 @@ too, in Triton's interpreter; it must be set before triton is imported and is fo
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +16,9 @@ import torch
 triton: Any
 tl: Any
 try:
-    import triton
-    import triton.language as tl
+    triton, tl = import_module("triton"), import_module("triton.language")
 except ImportError:  # no triton for this platform: kernels are left as plain functions that nobody calls
-    triton, tl = SimpleNamespace(jit=lambda function: function), None
+    triton, tl = SimpleNamespace(jit=lambda function=None, **_: function or (lambda decorated: decorated)), None
 
 INTERPRETED = tl is not None and os.environ.get("TRITON_INTERPRET") == "1"
 # Sums are to have the same bits on every GPU, so the compiler may not decide where a product is fused into a sum.
@@ -46,3 +46,10 @@ def check_output(name: str, out: torch.Tensor, dtype: torch.dtype, shape: tuple[
             f"{name} must be {kind} {list(shape)} on {like.device}, got {str(out.dtype).removeprefix('torch.')} "
             f"{list(out.shape)} on {out.device}"
         )
+
+
+def check_contiguous(**outputs: torch.Tensor) -> None:
+    """Raise ValueError unless all are contiguous."""
+    for name, out in outputs.items():
+        if not out.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {out.stride()} for shape {list(out.shape)}")

@@ -2,7 +2,7 @@
 
     mix(h):  h ^= h >> 16;  h *= 0x7FEB352D;  h ^= h >> 15;  h *= 0x846CA68B;  h ^= h >> 16        (mod 2^32)
     hash(seed, counter) = mix(mix(counter ^ key0) ^ key1)
-    key0 = mix(low(seed) ^ stream),  key1 = mix(high(seed) ^ key0)            (the halves of a 64-bit seed)
+    key0 = mix(low(seed) ^ stream),  key1 = mix(mix(high(seed) ^ stream) + key0)       (halves of a 64-bit seed)
 
 ``mix`` is the bijection "lowbias32" of https://github.com/skeeto/hash-prospector (public domain). Streams keep
 different uses of one seed apart. It spreads bits well; it is no cipher: a seed is a secret as long as nothing
@@ -29,7 +29,7 @@ def mix_reference(h: torch.Tensor) -> torch.Tensor:
 def hash_reference(seeds_X: torch.Tensor, stream: int, count: int) -> torch.Tensor:
     """int64 seeds [...] -> int64 [..., count]: 32-bit hashes of the counters 0 to count - 1."""
     key0_X1 = mix_reference((seeds_X & _MASK) ^ stream)[..., None]
-    key1_X1 = mix_reference((seeds_X >> 32 & _MASK)[..., None] ^ key0_X1)
+    key1_X1 = mix_reference(mix_reference((seeds_X >> 32 & _MASK) ^ stream)[..., None] + key0_X1 & _MASK)
     counters = torch.arange(count, dtype=torch.int64, device=seeds_X.device)
     return mix_reference(mix_reference(counters ^ key0_X1) ^ key1_X1)
 
@@ -55,7 +55,7 @@ def mix(h):
 @triton.jit
 def seed_keys(seed, stream: tl.constexpr):
     key0 = mix(seed.to(tl.uint32) ^ stream)
-    return key0, mix((seed >> 32).to(tl.uint32) ^ key0)
+    return key0, mix(mix((seed >> 32).to(tl.uint32) ^ stream) + key0)
 
 
 @triton.jit

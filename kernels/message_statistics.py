@@ -4,34 +4,55 @@ With F the finite part of X (non-finite elements replaced by zero):
 
     column_sums_d = sum_t F_td            energy = sum_td F_td^2
     max_abs       = max_td |F_td|         non_finite = number of NaN and infinite elements
-    digest_j      = sum_td V_jt B_td W_jd  (mod 2^32)      j = 0, 1;  B: the bits of X as integers
-    V_jt          = P_j(t div 8) Q_j(t mod 8);             P, Q, W: fixed odd weights
+    digest        = of the bits of X, see ``tensor_digest``
 
-The digest is a sum modulo 2^32, so its bits depend on neither the order of the additions nor the device, and since
-the weights are odd no single changed bit is lost. Equal digests at both ends of a link mean equal messages, bit for
-bit, up to a chance of about 2^-64.
+How it is done on a GPU. A program reads a strip of columns of a group of tokens: 16 bytes a thread and token, eight
+tokens at once, so 128 bytes a thread are in flight. A thread keeps its columns to itself: sums of a strip are additions
+in registers, and threads meet once, at the end. An element costs about nine instructions (bf16: two to widen it, five
+for column sum, energy and magnitude, two multiply-adds for the digest; counted in the machine code for sm_90), which
+leaves an H200 below two thirds of its issue rate at full memory bandwidth. Non-finite elements cost nothing as long
+as there are none: they make the energy non-finite, and only then does a program read its part again, masked.
+Programs number about a thousand by the message's size alone, whatever the GPU, so sums have the same bits on all of
+them. What they leave is added up by a second launch, or by the sketch's launch in ``observe_message``.
 
-Statistics after arXiv 2603.03592; the digest is ours.
+Rounding: a sum of float32 additions is off by at most depth * 2^-24 of the sum of magnitudes, where depth is the
+longest chain of additions (Higham 2002): on a GPU about 45 + tokens a group / 8, on a CPU at most their number.
+A sum beyond float32's range is infinite, or undefined where partial sums of both signs are.
+
+Statistics after arXiv 2603.03592.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from deepspeed_sentinel.kernels.dispatch import KINDS, LAUNCH, check_output, integer_view, runs_on_triton, tl, triton
-from deepspeed_sentinel.kernels.hashing import float_of_bits, mix, mix_reference
+from deepspeed_sentinel.kernels.dispatch import (
+    KINDS,
+    LAUNCH,
+    check_contiguous,
+    check_output,
+    integer_view,
+    runs_on_triton,
+    tl,
+    triton,
+)
+from deepspeed_sentinel.kernels.hashing import float_of_bits
+from deepspeed_sentinel.kernels.tensor_digest import (
+    DIGEST_WORDS,
+    GROUP,
+    INTEGER_VIEW,
+    digest_weights,
+    odd_weights,
+    weighted_sum,
+)
 
-_INTEGER_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
-DIGEST_WORDS = 2
 SCALARS = ("energy", "max_abs", "non_finite")
-GROUP = 8  # rows that share one weight P
 REDUCED = 128  # columns that one reducing program adds up
 _WARPS, _LANE_BYTES = 4, 16
 _LEAST_ROWS, _PROGRAMS = 32, 1024
-_COLUMNS, _GROUPS, _ROWS = 0x9E3779B9, 0x3C6EF372, 0xDAA66D2B  # counters of the three kinds of weights start here
+_BLOCK = 1 << 18  # elements that the reference takes at once on a CPU
 
 
 def message_statistics(
@@ -91,6 +112,7 @@ def check_statistics(
     check_output("column_sums_D", column_sums_D, torch.float32, (x_TD.shape[1],), x_TD)
     check_output("scalars_3", scalars_3, torch.float32, (3,), x_TD)
     check_output("digest_2", digest_2, torch.int32, (DIGEST_WORDS,), x_TD)
+    check_contiguous(column_sums_D=column_sums_D, scalars_3=scalars_3, digest_2=digest_2)
     if copy_TD is not None:
         check_output("copy_TD", copy_TD, x_TD.dtype, tuple(x_TD.shape), x_TD)
 
@@ -151,13 +173,6 @@ def launch_stream(x_TD: torch.Tensor, plan: StreamPlan, copy_TD: torch.Tensor | 
 
 
 @triton.jit
-def _odd_weights(counters, start: tl.constexpr):
-    h = mix(tl.cast(counters, tl.uint32) + start)
-    second = (h ^ (h >> 15)) * 0x2C1B3C6D
-    return (h | 1).to(tl.int32, bitcast=True), (second | 1).to(tl.int32, bitcast=True)
-
-
-@triton.jit
 def _stream_kernel(
     x_ptr,
     copy_ptr,
@@ -183,7 +198,7 @@ def _stream_kernel(
     columns = strip * BD + tl.arange(0, BD)
     offsets = r.to(tl.int64)[:, None] * stride_t + columns.to(tl.int64)[None, :] * stride_d
     copy_offsets = r.to(tl.int64)[:, None] * copy_stride_t + columns.to(tl.int64)[None, :] * copy_stride_d
-    q0, q1 = _odd_weights(r, 0xDAA66D2B)
+    q0, q1 = odd_weights(r, 0xDAA66D2B)
 
     sums = tl.zeros([BD], tl.float32)
     squares = tl.zeros([BD], tl.float32)
@@ -201,7 +216,7 @@ def _stream_kernel(
                 tl.store(copy_ptr + t * copy_stride_t + copy_offsets, bits)
             else:
                 tl.store(copy_ptr + t * copy_stride_t + copy_offsets, bits, mask=inside)
-        p0, p1 = _odd_weights(t // BT, 0x3C6EF372)
+        p0, p1 = odd_weights(t // BT, 0x3C6EF372)
         wide = bits.to(tl.int32)
         word0 += p0 * tl.sum(wide * q0[:, None], 0)
         word1 += p1 * tl.sum(wide * q1[:, None], 0)
@@ -229,7 +244,7 @@ def _stream_kernel(
         energy = tl.sum(squares, 0)
         non_finite = tl.sum(counts, 0)
 
-    w0, w1 = _odd_weights(columns, 0x9E3779B9)
+    w0, w1 = odd_weights(columns, 0x9E3779B9)
     tl.store(floats_ptr + group * hidden + columns, sums, mask=columns < hidden)
     programs = tl.num_programs(0) * tl.num_programs(1)
     place = tl.num_programs(1) * hidden + group * tl.num_programs(0) + strip
@@ -277,7 +292,7 @@ def reduce_partials(
         tl.store(digest_ptr + 1, tl.sum(word1, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["sums_ptr", "scalars_ptr", "digest_ptr"])  # rows of buffers: any alignment
 def _reduce_kernel(
     floats_ptr, words_ptr, sums_ptr, scalars_ptr, digest_ptr, hidden, groups, programs, BLOCK: tl.constexpr
 ):
@@ -292,8 +307,36 @@ def message_statistics_reference(x_XTD: torch.Tensor) -> tuple[torch.Tensor, tor
     Returns:
         column sums float32 [..., D], scalars float32 [..., 3] in the order of ``SCALARS``, digest int32 [..., 2].
     """
-    digest_X2 = _digest(x_XTD)
-    values_XTD = x_XTD if x_XTD.dtype == torch.float64 else x_XTD.float()
+    if x_XTD.dim() == 2 and x_XTD.device.type == "cpu" and x_XTD.numel() > _BLOCK:
+        return _by_blocks(x_XTD)
+    bits_XTC, values_XTD = _bits_and_values(x_XTD)
+    digest_X2 = weighted_sum(bits_XTC, *digest_weights(*bits_XTC.shape[-2:], x_XTD.device))
+    return *_sums_and_scalars(values_XTD), digest_X2
+
+
+def _by_blocks(x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same for one message on a CPU, in blocks of tokens whose intermediate values stay in its cache."""
+    tokens, hidden = x_TD.shape
+    rows = max(GROUP, _BLOCK // hidden)
+    parts = []
+    for first in range(0, tokens, rows):
+        bits_RC, values_RD = _bits_and_values(x_TD[first : first + rows])
+        row_weights_2T, column_weights_2C = digest_weights(tokens, bits_RC.shape[1], x_TD.device)
+        digest_2 = weighted_sum(bits_RC, row_weights_2T[:, first : first + rows], column_weights_2C)
+        parts.append((*_sums_and_scalars(values_RD), digest_2))
+    sums_BD, scalars_B3, digest_B2 = (torch.stack(part) for part in zip(*parts, strict=True))
+    energy, max_abs, non_finite = scalars_B3.unbind(1)
+    scalars_3 = torch.stack([energy.sum(), max_abs.max(), non_finite.sum(dtype=torch.float64).float()])
+    return sums_BD.sum(0), scalars_3, digest_B2.sum(0, dtype=torch.int32)
+
+
+def _bits_and_values(x_XTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 [..., T, C], C = D but for float64, and the same numbers in float32 or float64."""
+    bits_XTC = x_XTD.contiguous().view(INTEGER_VIEW[x_XTD.element_size()]).to(torch.int32)
+    return bits_XTC, x_XTD if x_XTD.dtype == torch.float64 else x_XTD.float()
+
+
+def _sums_and_scalars(values_XTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     low_X, high_X = _extremes(values_XTD)
     non_finite_X = torch.zeros_like(low_X)
     # NaN and infinities show in the extremes. On a CPU looking at a value costs nothing; elsewhere it would wait.
@@ -302,17 +345,11 @@ def message_statistics_reference(x_XTD: torch.Tensor) -> tuple[torch.Tensor, tor
         non_finite_X = torch.count_nonzero(~finite_XTD, dim=(-2, -1))
         values_XTD = torch.where(finite_XTD, values_XTD, 0)
         low_X, high_X = _extremes(values_XTD)
-    sums_XD = values_XTD.sum(-2)
+    sums_XD = values_XTD.new_ones(values_XTD.shape[-2]) @ values_XTD  # three times as fast as sum(-2) on a CPU
     flat_XE = values_XTD.flatten(-2)
-    energy_X = (flat_XE[..., None, :] @ flat_XE[..., None])[..., 0, 0]
+    energy_X = torch.dot(flat_XE, flat_XE) if flat_XE.dim() == 1 else torch.linalg.vecdot(flat_XE, flat_XE)
     scalars_X3 = torch.stack([energy_X, torch.maximum(-low_X, high_X), non_finite_X], dim=-1)
-    return sums_XD.float(), scalars_X3.float() + 0.0, digest_X2  # + 0.0: a largest magnitude of -0.0 is 0.0
-
-
-def tensor_digest(x: torch.Tensor) -> torch.Tensor:
-    """The digest of a tensor of any dtype and shape, int32 [2]; see the head of this file."""
-    x = x.detach().to(torch.uint8) if x.dtype == torch.bool else x.detach()
-    return _digest(x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.reshape(1, -1))
+    return sums_XD.float(), scalars_X3.float() + 0.0  # + 0.0: a largest magnitude of -0.0 is 0.0
 
 
 def _extremes(values_XTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -324,35 +361,3 @@ def _extremes(values_XTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         low, high = torch.aminmax(values_XTD.flatten(-2), dim=-1)
     return low, high
-
-
-def _digest(x_XRC: torch.Tensor) -> torch.Tensor:
-    bits_XRC = x_XRC.contiguous().view(_INTEGER_VIEW[x_XRC.element_size()]).to(torch.int32)
-    rows, columns = bits_XRC.shape[-2:]
-    row_weights_2R, column_weights_2C = digest_weights(rows, columns, bits_XRC.device)
-    if bits_XRC.device.type == "cpu":
-        by_column_X2C = row_weights_2R @ bits_XRC
-    else:  # there is no integer matrix product on a GPU
-        by_column_X2C = torch.stack(
-            [(bits_XRC * weights_R[:, None]).sum(-2, dtype=torch.int32) for weights_R in row_weights_2R], dim=-2
-        )
-    return (by_column_X2C * column_weights_2C).sum(-1, dtype=torch.int32)
-
-
-@lru_cache(maxsize=64)
-def digest_weights(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights V int32 [2, rows] and W int32 [2, columns]."""
-    group_2G, row_2R = _odd_pair(-(-rows // GROUP), _GROUPS), _odd_pair(GROUP, _ROWS)
-    row_weights_2R = (group_2G[:, :, None] * row_2R[:, None, :]).flatten(1)[:, :rows]
-    weights = (_signed(row_weights_2R & 0xFFFFFFFF), _signed(_odd_pair(columns, _COLUMNS)))
-    return weights[0].contiguous().to(device), weights[1].to(device)
-
-
-def _odd_pair(count: int, start: int) -> torch.Tensor:
-    """int64 [2, count]: two odd 32-bit weights a counter, the second derived from the first one's hash."""
-    h = mix_reference(torch.arange(count, dtype=torch.int64) + start & 0xFFFFFFFF)
-    return torch.stack([h, (h ^ (h >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF]) | 1
-
-
-def _signed(words: torch.Tensor) -> torch.Tensor:
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)

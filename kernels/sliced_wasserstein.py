@@ -16,6 +16,7 @@ from deepspeed_sentinel.kernels.dispatch import LAUNCH, runs_on_triton, tl, trit
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS
 
 DIRECTIONS, QUANTILES = 16, 32
+SHAPE = {"P": 4, "Q": QUANTILES}  # directions of a program
 
 
 def sliced_wasserstein(sketch_MmK: torch.Tensor, hidden: int) -> torch.Tensor:
@@ -39,22 +40,21 @@ def sliced_wasserstein(sketch_MmK: torch.Tensor, hidden: int) -> torch.Tensor:
         return sliced_wasserstein_reference(sketch_MmK, hidden)
     messages, tokens, _ = sketch_MmK.shape
     quantiles_MQ = torch.empty(messages, DIRECTIONS * QUANTILES, dtype=torch.float32, device=sketch_MmK.device)
-    _quantiles_kernel[(messages,)](
+    _quantiles_kernel[(messages, DIRECTIONS // SHAPE["P"])](
         sketch_MmK,
         quantiles_MQ,
         tokens,
         *sketch_MmK.stride(),
         _unit(hidden),
-        P=DIRECTIONS,
-        Q=QUANTILES,
         BM=max(16, 1 << (tokens - 1).bit_length()),
         num_warps=4,
+        **SHAPE,
         **LAUNCH,
     )
     return quantiles_MQ
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _quantiles_kernel(
     sketch_ptr,
     quantiles_ptr,
@@ -67,15 +67,16 @@ def _quantiles_kernel(
     Q: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """One message: sort its projected tokens, all directions at once, and pick the nearest ranks."""
-    message = tl.program_id(0)
-    p, i, q = tl.arange(0, P), tl.arange(0, BM), tl.arange(0, Q)
+    """P directions of one message: sort its projected tokens and pick the nearest ranks."""
+    message, direction = tl.program_id(0), tl.program_id(1) * P
+    p, i, q = direction + tl.arange(0, P), tl.arange(0, BM), tl.arange(0, Q)
     places = message.to(tl.int64) * stride_M + i[None, :] * stride_m + p[:, None] * stride_k
-    inside = (i < tokens)[None, :] & (p < P)[:, None]
+    inside = tl.broadcast_to((i < tokens)[None, :], [P, BM])
     ordered = tl.sort(tl.load(sketch_ptr + places, mask=inside, other=float("inf")))
     ranks = (2 * q + 1) * tokens // (2 * Q)
     picked = tl.gather(ordered, tl.broadcast_to(ranks[None, :], [P, Q]), 1)
-    tl.store(quantiles_ptr + message * P * Q + p[:, None] * Q + q[None, :], picked * unit)
+    directions = tl.num_programs(1) * P
+    tl.store(quantiles_ptr + (message * directions + p[:, None]) * Q + q[None, :], picked * unit)
 
 
 def _unit(hidden: int) -> float:

@@ -36,7 +36,7 @@ from deepspeed_sentinel.kernels.hashing import (
 
 TOKENS, DIMENSIONS = 256, 64
 _LARGEST = torch.finfo(torch.float32).max
-SHAPE = {"BM": 2, "BLOCKS": 16, "K": DIMENSIONS}  # tokens of a program, and blocks of K columns that it reads at once
+SHAPE = {"BM": 2, "BLOCKS": 8, "K": DIMENSIONS}  # tokens of a program, and blocks of K columns that it reads at once
 
 
 def sketch_rows(tokens: int) -> int:
@@ -255,14 +255,13 @@ def sampled_rows(tokens: int, seeds_X: torch.Tensor) -> torch.Tensor:
 def projection(hidden: int, seeds_X: torch.Tensor) -> torch.Tensor:
     """int64 seeds [...] -> float32 [..., hidden, K], entries +-1/8. On a CPU the latest ones are kept."""
     if seeds_X.device.type == "cpu":
-        flat = [_kept_projection(hidden, seed) for seed in seeds_X.flatten().tolist()]
-        return torch.stack(flat).unflatten(0, seeds_X.shape) if seeds_X.dim() else flat[0]
+        return _kept_projection(hidden, tuple(seeds_X.flatten().tolist())).unflatten(0, (*seeds_X.shape, 1)).squeeze(-3)
     return _projection(hidden, seeds_X)
 
 
 @lru_cache(maxsize=16)
-def _kept_projection(hidden: int, seed: int) -> torch.Tensor:
-    return _projection(hidden, torch.tensor(seed, dtype=torch.int64))
+def _kept_projection(hidden: int, seeds: tuple[int, ...]) -> torch.Tensor:
+    return _projection(hidden, torch.tensor(seeds, dtype=torch.int64))
 
 
 def _projection(hidden: int, seeds_X: torch.Tensor) -> torch.Tensor:

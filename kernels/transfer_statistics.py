@@ -17,8 +17,9 @@ and with P = Ec W the change that a linear map W learnt before predicts, and Dc 
 For finite input everything is finite but for correlation and slope where nothing is predicted (P = 0, as with W = 0
 or a message of one token): these are NaN, not available. In cosine a token without length counts as zero; in cross
 and cka a side without variation gives zero; a norm below float32's smallest normal number counts as that number, and
-a cosine beyond 2^20, which takes norms that do not belong to the sketches, as 2^20. E and L are scaled by their largest magnitudes first, so no square over- or underflows; when these differ by more
-than 2^50 their ratio counts as 2^50. A and B beyond float32's range become its largest.
+a cosine beyond 2^20, which takes norms that do not belong to the sketches, as 2^20. E and L are scaled by their
+largest magnitudes first, so that no square overflows and none that matters underflows; when these differ by more than
+2^50 their ratio counts as 2^50. A and B beyond float32's range become its largest.
 
 Linear CKA: Kornblith et al. 2019. The rest is ours.
 """
@@ -33,6 +34,7 @@ from deepspeed_sentinel.kernels.dispatch import LAUNCH, check_output, runs_on_tr
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS
 
 TRANSFER = ("cosine", "gain", "step", "cka", "correlation", "slope")
+SHAPE, WARPS = {"K": DIMENSIONS, "BT": 16}, 8
 _TINY, _LARGEST, _RATIO, _COSINE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max, 2.0**50, 2.0**20
 
 
@@ -97,9 +99,8 @@ def transfer_statistics(
         *leaving_MmK.stride(),
         *entering_norms_Mm.stride(),
         *leaving_norms_Mm.stride(),
-        K=DIMENSIONS,
-        BT=16,
-        num_warps=8,
+        num_warps=WARPS,
+        **SHAPE,
         **LAUNCH,
     )
     return out
@@ -124,7 +125,7 @@ def _load_tokens(ptr, t, tokens, stride_m, stride_k, scale, K: tl.constexpr):
     return tl.div_rn(tl.load(ptr + places, mask=(t < tokens)[:, None], other=0.0), scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _transfer_kernel(
     e_ptr,
     l_ptr,
@@ -183,10 +184,10 @@ def _transfer_kernel(
     for first in range(0, tokens, BT):
         t = first + block
         e = _load_tokens(e_ptr, t, tokens, e_m, e_k, scale_e, K)
-        l = _load_tokens(l_ptr, t, tokens, l_m, l_k, scale_l, K)
+        left = _load_tokens(l_ptr, t, tokens, l_m, l_k, scale_l, K)
         sum_e += e
-        sum_l += l
-        sum_d += l * ratio - e
+        sum_l += left
+        sum_d += left * ratio - e
     mean_e = tl.div_rn(tl.sum(sum_e, 0), count)
     mean_l = tl.div_rn(tl.sum(sum_l, 0), count)
     mean_d = tl.div_rn(tl.sum(sum_d, 0), count)
@@ -206,20 +207,20 @@ def _transfer_kernel(
         t = first + block
         valid = t < tokens
         e = _load_tokens(e_ptr, t, tokens, e_m, e_k, scale_e, K)
-        l = _load_tokens(l_ptr, t, tokens, l_m, l_k, scale_l, K)
-        d = l * ratio - e
+        left = _load_tokens(l_ptr, t, tokens, l_m, l_k, scale_l, K)
+        d = left * ratio - e
         length_e = tl.maximum(tl.load(e_norms_ptr + t * en_m, mask=valid, other=1.0), TINY)
         length_l = tl.maximum(tl.load(l_norms_ptr + t * ln_m, mask=valid, other=1.0), TINY)
         units_e = tl.minimum(tl.div_rn(scale_e, length_e), COSINE)
         units_l = tl.minimum(tl.div_rn(scale_l, length_l), COSINE)
-        cosines += tl.minimum(tl.maximum(tl.sum(e * l, 1) * units_e * units_l, -COSINE), COSINE)
+        cosines += tl.minimum(tl.maximum(tl.sum(e * left, 1) * units_e * units_l, -COSINE), COSINE)
         gains += _log(length_l) - _log(length_e)
         squares_e += tl.sum(e * e, 0)
-        squares_l += tl.sum(l * l, 0)
+        squares_l += tl.sum(left * left, 0)
         squares_d += tl.sum(d * d, 0)
-        products += tl.sum(e * l, 0)
+        products += tl.sum(e * left, 0)
         ec = tl.where(valid[:, None], e - mean_e[None, :], 0.0)
-        lc = tl.where(valid[:, None], l - mean_l[None, :], 0.0)
+        lc = tl.where(valid[:, None], left - mean_l[None, :], 0.0)
         dc = tl.where(valid[:, None], d - mean_d[None, :], 0.0)
         actual += tl.sum(dc * dc, 0)
         ec_T = tl.trans(ec)

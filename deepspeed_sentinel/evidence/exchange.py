@@ -11,7 +11,7 @@ import torch.distributed as dist
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.probe import ENDS, End, EndStatistics
 from deepspeed_sentinel.evidence.table import OF_PAIR, RECEIVED, SENT, TABLE, Evidence
-from deepspeed_sentinel.kernels.message_statistics import DIGEST_WORDS
+from deepspeed_sentinel.kernels.tensor_digest import DIGEST_WORDS
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
 _STATISTICS = len(TABLE)

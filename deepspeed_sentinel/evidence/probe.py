@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT
-from deepspeed_sentinel.kernels.message_statistics import DIGEST_WORDS, tensor_digest
 from deepspeed_sentinel.kernels.observe_message import observe_message
 from deepspeed_sentinel.kernels.sliced_wasserstein import sliced_wasserstein
+from deepspeed_sentinel.kernels.tensor_digest import DIGEST_WORDS, tensor_digest
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS, sketch_rows
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 from deepspeed_sentinel.mesh import DIRECTIONS as DIRECTION_NAMES

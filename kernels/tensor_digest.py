@@ -1,0 +1,68 @@
+"""A checksum of a tensor's bits that two devices compute in any order with the same result.
+
+    digest_j = sum_tc V_jt B_tc W_jc  (mod 2^32)           j = 0, 1;  B [T, C]: the bits as integers of 32 or fewer bits
+    V_jt     = P_j(t div 8) Q_j(t mod 8)                   P, Q, W: fixed odd weights, hashes of their index
+
+It is linear, so partial sums of any shape add up to it, and since the weights are odd no single changed bit is lost.
+A kernel hashes once in eight rows. Equal digests at both ends of a link mean equal messages, bit for bit, up to a
+chance of about 2^-64. It guards against corruption and against two reports that differ; its weights are no secret.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from deepspeed_sentinel.kernels.dispatch import tl, triton
+from deepspeed_sentinel.kernels.hashing import mix, mix_reference
+
+DIGEST_WORDS = 2
+GROUP = 8  # rows that share one weight P
+INTEGER_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+_COLUMNS, _GROUPS, _ROWS = 0x9E3779B9, 0x3C6EF372, 0xDAA66D2B  # counters of the three kinds of weights start here
+
+
+def tensor_digest(x: torch.Tensor) -> torch.Tensor:
+    """The digest of a tensor of any dtype and shape, int32 [2]; see the head of this file."""
+    x = x.detach().to(torch.uint8) if x.dtype == torch.bool else x.detach()
+    x_RC = x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.reshape(1, -1)
+    bits_RC = x_RC.contiguous().view(INTEGER_VIEW[x.element_size()]).to(torch.int32)
+    return weighted_sum(bits_RC, *digest_weights(*bits_RC.shape, bits_RC.device))
+
+
+def weighted_sum(bits_XRC: torch.Tensor, row_weights_2R: torch.Tensor, column_weights_2C: torch.Tensor) -> torch.Tensor:
+    """V B W of bits [..., R, C] and weights [2, R] and [2, C]: int32 [..., 2]."""
+    if bits_XRC.device.type == "cpu":
+        by_column_X2C = row_weights_2R @ bits_XRC
+    else:  # there is no integer matrix product on a GPU
+        by_column_X2C = torch.stack(
+            [(bits_XRC * weights_R[:, None]).sum(-2, dtype=torch.int32) for weights_R in row_weights_2R], dim=-2
+        )
+    return (by_column_X2C * column_weights_2C).sum(-1, dtype=torch.int32)
+
+
+@lru_cache(maxsize=64)
+def digest_weights(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights V int32 [2, rows] and W int32 [2, columns]."""
+    group_2G, row_2R = _odd_pair(-(-rows // GROUP), _GROUPS), _odd_pair(GROUP, _ROWS)
+    row_weights_2R = (group_2G[:, :, None] * row_2R[:, None, :]).flatten(1)[:, :rows]
+    weights = (_signed(row_weights_2R & 0xFFFFFFFF), _signed(_odd_pair(columns, _COLUMNS)))
+    return weights[0].contiguous().to(device), weights[1].to(device)
+
+
+def _odd_pair(count: int, start: int) -> torch.Tensor:
+    """int64 [2, count]: two odd 32-bit weights a counter, the second derived from the first one's hash."""
+    h = mix_reference(torch.arange(count, dtype=torch.int64) + start & 0xFFFFFFFF)
+    return torch.stack([h, (h ^ (h >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF]) | 1
+
+
+def _signed(words: torch.Tensor) -> torch.Tensor:
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+@triton.jit
+def odd_weights(counters, start: tl.constexpr):
+    h = mix(tl.cast(counters, tl.uint32) + start)
+    second = (h ^ (h >> 15)) * 0x2C1B3C6D
+    return (h | 1).to(tl.int32, bitcast=True), (second | 1).to(tl.int32, bitcast=True)

@@ -1,0 +1,151 @@
+"""Every kernel and dtype, compiled ahead of time for GPUs that are not there: no spills, the same order of sums."""
+
+import itertools
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deepspeed_sentinel.kernels import (
+    baseline_distances,
+    message_statistics,
+    observe_message,
+    sliced_wasserstein,
+    token_sketch,
+    transfer_statistics,
+)
+from deepspeed_sentinel.kernels.dispatch import INTERPRETED, LAUNCH
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {"seeds_ptr": "*i64", "words_ptr": "*i32", "digest_ptr": "*i32", "clean_ptr": "*i1"}
+FLOATS = ("correction", "decay", "rest", "unit")
+# Arguments that are 1 in practice, which Triton compiles in; the other integers are multiples of 16.
+ONES = ("stride_d", "copy_stride_d", "stride_k", "sketch_k", "norms_m", "e_k", "l_k", "en_m", "ln_m", "stride_v")
+LANES = {"bf16": 1024, "fp16": 1024, "fp32": 512}
+KINDS = tuple(LANES)
+
+STREAM = {kind: {"KIND": kind, "COPY": False, "WHOLE": True, "BT": 8, "BD": lanes} for kind, lanes in LANES.items()}
+KERNELS = {
+    **{f"stream-{kind}": (message_statistics._stream_kernel, STREAM[kind], 4) for kind in KINDS},
+    "reduce": (message_statistics._reduce_kernel, {"BLOCK": message_statistics.REDUCED}, 4),
+    **{f"sketch-{kind}": (token_sketch._sketch_kernel, {"KIND": kind, **token_sketch.SHAPE}, 4) for kind in KINDS},
+    **{
+        f"observe-{kind}": (
+            observe_message._observe_kernel,
+            {"KIND": kind, "BLOCK": message_statistics.REDUCED, **token_sketch.SHAPE},
+            4,
+        )
+        for kind in KINDS
+    },
+    "quantiles": (
+        sliced_wasserstein._quantiles_kernel,
+        {**sliced_wasserstein.SHAPE, "BM": token_sketch.TOKENS},
+        4,
+    ),
+    "distances": (baseline_distances._distances_kernel, {"BLOCK": baseline_distances.BLOCK}, 4),
+    "update": (baseline_distances._update_kernel, {"BV": 256, "BR": 8}, 4),
+    "transfer": (transfer_statistics._transfer_kernel, transfer_statistics.SHAPE, transfer_statistics.WARPS),
+}
+# What messages of unusual shapes make of the arguments: no multiples of 16, no unit stride, indices beyond 32 bits.
+UNUSUAL = {
+    "stream-bf16": {"COPY": True, "WHOLE": False, "stride_d": "i64", "hidden": "i32", "tokens": "i64"},
+    "stream-fp32": {"COPY": True, "WHOLE": False, "tokens": 1, "hidden": 1},
+    "observe-fp16": {"stride_d": "i64", "hidden": "i32", "tokens": "i64", "rows": "i32"},
+    "observe-bf16": {"tokens": 1, "hidden": 1, "rows": 1, "groups": 1, "programs": 1},
+    "quantiles": {"tokens": "i32", "BM": 16},
+    "distances": {"hidden": 1, "quantiles": "i32"},
+    "update": {"replicas": 1, "BR": 2, "values": "i32"},
+    "transfer": {"tokens": "i32", "en_m": "i32"},
+}
+
+
+@cache
+def build(name, target, unusual=False):
+    kernel, constants, warps = KERNELS[name]
+    given = {**constants, **(UNUSUAL[name] if unusual else {})}
+    signature, constexprs, attributes = {}, {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        kind = given.get("KIND", "fp32")
+        if argument in given and not str(given[argument]).startswith("i"):
+            signature[argument], constexprs[argument] = "constexpr", given[argument]
+        elif argument in given:
+            signature[argument] = given[argument]
+        elif argument in ("x_ptr", "copy_ptr"):
+            signature[argument] = "*i32" if kind == "fp32" else "*i16"
+        elif argument.endswith("_ptr"):
+            signature[argument] = POINTERS.get(argument, "*fp32")
+        elif argument in FLOATS:
+            signature[argument] = "fp32"
+        elif argument in ONES:
+            signature[argument], constexprs[argument] = "constexpr", 1
+        else:
+            signature[argument] = "i32"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        if signature[argument].startswith("*"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, **LAUNCH})
+
+
+def spills(compiled, target, folder):
+    """Bytes or registers that do not fit into the register file, as the assembler reports them."""
+    if target == "gfx942":
+        text = compiled.asm["amdgcn"]
+        return [int(re.search(rf"\.{kind}_spill_count:\s+(\d+)", text)[1]) for kind in ("sgpr", "vgpr")]
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    done = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    reported = re.findall(r"(?:STACK|LOCAL):(\d+)", done.stdout)
+    assert len(reported) >= 2
+    return [int(size) for size in reported]
+
+
+@pytest.mark.parametrize(("name", "target"), list(itertools.product(KERNELS, TARGETS)))
+def test_compiles_without_spills(name, target, tmp_path):
+    assert set(spills(build(name, target), target, tmp_path)) == {0}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_unusual_messages_compile(name, target, tmp_path):
+    reported = spills(build(name, target, unusual=True), target, tmp_path)
+    if target == "gfx942":
+        reported = reported[1:]  # masks of ragged edges fill the scalar registers, which spill into lanes of others
+    assert set(reported) == {0}
+
+
+def order_of_sums(compiled):
+    """Every reduction and matrix product with the layouts of its operands spelt out."""
+    text = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.[^\n]*)$", text, re.MULTILINE))
+    assert layouts
+    operations = re.findall(r"^\s*\}\) : (\(tensor<.*?\) -> [^\n]*?)(?: loc.*)?$", text, re.MULTILINE)
+    operations += re.findall(r"tt\.dot [^\n]*? : (tensor<[^\n]*?)(?: loc.*)?$", text, re.MULTILINE)
+    return sorted(re.sub(r"#\w+(?![\w.])", lambda m: layouts.get(m[0], m[0]), operation) for operation in operations)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_sums_are_taken_in_the_same_order_on_every_nvidia_gpu(name):
+    orders = [order_of_sums(build(name, target)) for target in ("sm_80", "sm_90", "sm_100")]
+    assert orders[0] == orders[1] == orders[2]
+    assert orders[0] or name == "update"
+    # A product fused into a sum is rounded once less: whether that is done must not be left to the compiler.
+    for target in ("sm_80", "sm_90", "sm_100"):
+        ptx = build(name, target).asm["ptx"]
+        assert name in ("distances", "transfer", "update") or not re.search(r"\bfma\.rn\.f32", ptx)
