@@ -34,6 +34,7 @@ _KNOTS = np.linspace(-3.0, 3.0, 25)
 _SMALLEST = 1e-9
 _STATE = ("sums", "usual", "weight", "spread")
 _STATISTICS = int(np.count_nonzero(OF_PAIR))
+_OUTERMOST = np.array([0.0, *(NormalDist().inv_cdf(n / (n + 1)) for n in range(1, 1024))])
 _PROBABILITIES = tuple(NormalDist().cdf(float(knot)) for knot in _KNOTS)
 
 
@@ -126,7 +127,9 @@ class Cusum:
         score = _KNOTS[right - 1] + share * (_KNOTS[right] - _KNOTS[right - 1])
         outermost = np.where(difference > 0, knots[..., -1], knots[..., 0])
         beyond = np.maximum(np.abs(difference) / np.maximum(np.abs(outermost), _SMALLEST), 1.0)
-        score = np.clip(score * beyond, -_HIGHEST_SCORE, _HIGHEST_SCORE)
+        # The outermost of few samples is not far out.
+        known = _OUTERMOST[np.minimum(self._window.counts, len(_OUTERMOST) - 1)][:, :, None]
+        score = np.clip(np.clip(score, -known, known) * beyond, -_HIGHEST_SCORE, _HIGHEST_SCORE)
         return np.where(np.isnan(difference) | np.isnan(at_left), np.nan, score)
 
     def _by_worker(
