@@ -261,7 +261,7 @@ def reduce_partials(
 ):
     """Add up what the streaming programs left: one reducer a block of columns, and the last one for the scalars."""
     if reducer < tl.cdiv(hidden, BLOCK):
-        GROUPS: tl.constexpr = 32
+        GROUPS: tl.constexpr = 16
         columns = reducer * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros([GROUPS, BLOCK], tl.float32)
         for first in range(0, groups, GROUPS):

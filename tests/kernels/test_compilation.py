@@ -144,8 +144,9 @@ def order_of_sums(compiled):
 def test_sums_are_taken_in_the_same_order_on_every_nvidia_gpu(name):
     orders = [order_of_sums(build(name, target)) for target in ("sm_80", "sm_90", "sm_100")]
     assert orders[0] == orders[1] == orders[2]
-    assert orders[0] or name == "update"
-    # A product fused into a sum is rounded once less: whether that is done must not be left to the compiler.
+    assert orders[0]
+    # A product fused into a sum is rounded once less: whether that is done must not be left to the compiler. Matrix
+    # products, of which transfer has five, are chains of fused operations by definition.
     for target in ("sm_80", "sm_90", "sm_100"):
         ptx = build(name, target).asm["ptx"]
-        assert name in ("distances", "transfer", "update") or not re.search(r"\bfma\.rn\.f32", ptx)
+        assert name == "transfer" or not re.search(r"\bfma\.rn\.f32", ptx)

@@ -32,7 +32,7 @@ def depths(x_TD):
     """How many roundings a term of a column sum, and of the energy, can go through.
 
     In any order n terms make at most n - 1 additions. The kernel's order is known: 8 tokens, then the groups of 8 of
-    a program, then 32 lanes of groups and a tree over these; for the energy a tree over a program's columns and one
+    a program, then 16 lanes of groups and a tree over these; for the energy a tree over a program's columns and one
     over lanes of programs besides.
     """
     tokens, hidden = x_TD.shape
@@ -40,7 +40,7 @@ def depths(x_TD):
         return tokens, tokens * hidden + 1
     plan = plan_stream(x_TD)
     in_program = 8 + plan.rows // 8
-    return in_program + plan.groups // 32 + 1 + 5, 1 + in_program + 10 + plan.programs // 1024 + 1 + 10
+    return in_program + plan.groups // 16 + 1 + 4, 1 + in_program + 10 + plan.programs // 1024 + 1 + 10
 
 
 @settings(max_examples=6 if INTERPRETED else 40, deadline=None)
