@@ -1,27 +1,40 @@
 """Weak but persistent tampering: a worker's small deviations, summed over micro-batches and steps.
 
-    r  = mean over a worker's messages of a step of a residual, per direction and statistic
-    u  = (r - the worker's own usual r) / spread of such differences among honest workers, clipped to +-CLIP
-    C+ = max(0, C+ + u - SLACK),  C- = max(0, C- - u - SLACK)          score = max(C+, C-) / LIMIT
+    r  = mean over a worker's messages of a step of the residual of a pair's statistic, per direction
+    d  = r sqrt(columns it served), minus its median over the replicas, over its spread of late; minus its own usual d
+    u  = normal score of d among those of recent steps: where r is usual, u is normal
+    C+ = max(0, C+ + u - SLACK),  C- = max(0, C- - u - SLACK)          score = (max(C+, C-) / LIMIT)^2
 
-Page's cumulative sum test (1954). For independent normal u it crosses LIMIT by chance in one of exp(2 SLACK LIMIT)
-steps. Each worker is compared with its own past, because honest ones differ lastingly too (in their data, say).
-Clipping keeps a single outlier, which is the fences' matter, from filling the sum.
+Page's cumulative sum test (1954) on normal scores (van der Waerden 1952), which know no heavy tails: for independent u
+it crosses LIMIT by chance in about one of exp(2 SLACK LIMIT) steps. Only statistics of pairs are summed: they tell what
+a worker made of what it was given, while those of single messages follow the content of the batch. Each worker is
+compared with its own past, because honest ones differ lastingly too, in their data, say. The square makes a score of
+one half as rare as it is for fences.
 """
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import FLOORS, HARD
-from deepspeed_sentinel.judgement.robust import quantiles
+from deepspeed_sentinel.evidence.table import OF_PAIR
+from deepspeed_sentinel.judgement.robust import median
+from deepspeed_sentinel.judgement.window import Window
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
-SLACK, LIMIT, CLIP = 1.0, 10.0, 4.0
+SLACK, LIMIT = 1.5, 9.0
 _HIGHEST = 1.5 * LIMIT  # so that a worker that stops tampering is heard of soon
-_DECAY = 0.97
-_MAD_TO_DEVIATION = 1.4826
-_UNSUSPICIOUS = 0.5
+_STEPS = 64
+_USUAL_DECAY, _SPREAD_DECAY = 0.97, 0.7
+_UNSUSPICIOUS = 0.25
+_TYPICAL = 4.0  # spreads; what lies further out would move the worker's usual deviation for long
+_HIGHEST_SCORE = 4.0  # of what lies further out than anything in the window
+_KNOTS = np.linspace(-3.0, 3.0, 25)
+_SMALLEST = 1e-9
+_STATE = ("sums", "usual", "weight", "spread")
+_STATISTICS = int(np.count_nonzero(OF_PAIR))
+_PROBABILITIES = tuple(NormalDist().cdf(float(knot)) for knot in _KNOTS)
 
 
 class Cusum:
@@ -29,78 +42,106 @@ class Cusum:
 
     Args:
         mesh: the mesh judged.
+        seed: of the choice which samples are remembered.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, seed: int) -> None:
         self._mesh = mesh
-        shape = (2, mesh.links, mesh.replicas, len(HARD))
+        shape = (2, mesh.links, mesh.replicas, _STATISTICS)
         self._sums = np.zeros((2, *shape))
         self._usual = np.zeros(shape)
         self._weight = np.zeros(shape)
-        self._spread = np.zeros(shape[:2] + shape[3:])
-        self._spread_weight = np.zeros(self._spread.shape)
+        self._spread = np.full((2, mesh.links, _STATISTICS), np.nan)
+        self._window = Window((2, mesh.links, _STATISTICS), _STEPS, _PROBABILITIES, seed)
 
-    def step(self, residuals: np.ndarray, counted: np.ndarray, served: np.ndarray, warming_up: bool) -> np.ndarray:
+    def step(
+        self,
+        residuals: np.ndarray,
+        counted: np.ndarray,
+        served: np.ndarray,
+        convicted: np.ndarray,
+        step: int,
+        warming_up: bool,
+    ) -> np.ndarray:
         """Add one step and score it.
 
         Args:
-            residuals: float64 [2, L, C, M, K], NaN where not available.
+            residuals: float64 [2, L, C, M, pairs' statistics], NaN where not available.
             counted: bool [2, L, C, M], messages that say something about their sender: no cascade, no dispute.
             served: int [S, C], which replica served which column.
+            convicted: bool [S, R], workers to go on summing for, but not to learn from.
+            step: the engine's global step.
             warming_up: learn what is usual, accuse nobody.
 
         Returns:
-            float64 [2, L, C, K]: the score of the worker that sent over that link in that column.
+            float64 [2, L, C, pairs' statistics]: the score of the worker that sent over that link in that column.
         """
-        mean_LRK = self._by_worker(np.where(counted[..., None], residuals, np.nan), served)
-        usual = self._usual / np.maximum(self._weight, 1e-12)
-        difference = np.where(self._weight > 0, mean_LRK - usual, np.nan)
-        spread = self._spread / np.maximum(self._spread_weight, 1e-12)
+        mean, columns = self._by_worker(residuals, counted, served)
+        deviation = self._in_spreads(mean * np.sqrt(columns))
+        usual = self._usual / np.maximum(self._weight, _SMALLEST)
+        difference = np.where(self._weight > 0, deviation - usual, np.nan)
         if not warming_up:
-            known = np.isfinite(difference) & (self._spread_weight > 0)[:, :, None]
-            step = np.clip(np.nan_to_num(difference) / np.maximum(spread, FLOORS)[:, :, None], -CLIP, CLIP)
-            grown = np.clip(self._sums + np.stack([step, -step]) - SLACK, 0.0, _HIGHEST)
-            self._sums = np.where(known, grown, self._sums)
-        scores = self._sums.max(0) / LIMIT
-        self._learn(mean_LRK, difference, scores)
-        return self._to_columns(scores, served)
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        return {name: getattr(self, f"_{name}").copy() for name in _STATE}
-
-    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        for name in _STATE:
-            setattr(self, f"_{name}", np.array(state[name]))
-
-    def _learn(self, mean: np.ndarray, difference: np.ndarray, scores: np.ndarray) -> None:
-        sound = np.isfinite(mean) & (scores < _UNSUSPICIOUS)
-        self._usual = np.where(sound, _DECAY * self._usual + (1 - _DECAY) * np.nan_to_num(mean), self._usual)
-        self._weight = np.where(sound, _DECAY * self._weight + (1 - _DECAY), self._weight)
-        away = np.where(sound, np.abs(difference), np.nan)
-        (middle,) = quantiles(np.moveaxis(away, 2, -1), (0.5,))
-        any_known = ~np.isnan(middle)
-        middle = np.nan_to_num(middle)
-        self._spread = np.where(
-            any_known, _DECAY * self._spread + (1 - _DECAY) * _MAD_TO_DEVIATION * middle, self._spread
-        )
-        self._spread_weight = np.where(any_known, _DECAY * self._spread_weight + (1 - _DECAY), self._spread_weight)
-
-    def _by_worker(self, values: np.ndarray, served: np.ndarray) -> np.ndarray:
-        """[2, L, C, M, K] -> mean over each sender's messages, [2, L, R, K]; NaN where it sent none that counts."""
-        known = ~np.isnan(values)
-        sums, counts = np.where(known, values, 0.0).sum(3), known.sum(3)
-        replicas = np.arange(self._mesh.replicas)
-        result = np.empty((2, self._mesh.links, self._mesh.replicas, values.shape[-1]))
-        for direction, senders in ((FORWARD, served[:-1]), (BACKWARD, served[1:])):
-            # one-hot [L, R, C]: which columns a worker served
-            serves = (senders[:, None, :] == replicas[:, None]).astype(float)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                result[direction] = (serves @ sums[direction]) / (serves @ counts[direction])
-        return result
-
-    def _to_columns(self, scores: np.ndarray, served: np.ndarray) -> np.ndarray:
+            score = self._normal_score(difference)
+            grown = np.clip(self._sums + np.stack([score, -score]) - SLACK, 0.0, _HIGHEST)
+            self._sums = np.where(np.isnan(score), self._sums, grown)
+        scores = (self._sums.max(0) / LIMIT) ** 2
+        trusted = ~np.stack([convicted[:-1], convicted[1:]])[..., None]
+        self._learn(deviation, difference, trusted & (scores < _UNSUSPICIOUS), step)
         senders = np.stack([served[:-1], served[1:]])
         return np.take_along_axis(scores, senders[..., None], axis=2)
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {**self._window.state_dict(), **{name: getattr(self, f"_{name}").copy() for name in _STATE}}
 
-_STATE = ("sums", "usual", "weight", "spread", "spread_weight")
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        self._window.load_state_dict(state)
+        for name in _STATE:
+            setattr(self, f"_{name}", np.array(state[name]))
+
+    def _learn(self, deviation: np.ndarray, difference: np.ndarray, sound: np.ndarray, step: int) -> None:
+        sound = sound & np.isfinite(deviation)
+        self._window.learn(np.moveaxis(np.where(sound, difference, np.nan), 3, 2), step)
+        typical = np.clip(np.nan_to_num(deviation), -_TYPICAL, _TYPICAL)
+        self._usual = np.where(sound, _USUAL_DECAY * self._usual + (1 - _USUAL_DECAY) * typical, self._usual)
+        self._weight = np.where(sound, _USUAL_DECAY * self._weight + (1 - _USUAL_DECAY), self._weight)
+
+    def _in_spreads(self, mean: np.ndarray) -> np.ndarray:
+        """Minus what the replicas share and over its typical size: training drifts, and grows calmer or wilder."""
+        deviation = mean - median(np.moveaxis(mean, 3, 2))[:, :, None]
+        typical = median(np.moveaxis(np.abs(deviation), 3, 2))
+        smoothed = _SPREAD_DECAY * self._spread + (1 - _SPREAD_DECAY) * typical
+        self._spread = np.where(np.isnan(smoothed), np.where(np.isnan(typical), self._spread, typical), smoothed)
+        return np.asarray(deviation / np.maximum(self._spread, _SMALLEST)[:, :, None])
+
+    def _normal_score(self, difference: np.ndarray) -> np.ndarray:
+        """float64 [2, L, R, K], linear between the knots and beyond them; NaN where not available."""
+        knots = np.moveaxis(self._window.quantiles, 0, -1)[:, :, None]
+        above = (difference[..., None] > knots).sum(-1)
+        right = np.clip(above, 1, len(_KNOTS) - 1)
+        everywhere = np.broadcast_to(knots, (*difference.shape, len(_KNOTS)))
+        at_left, at_right = (
+            np.take_along_axis(everywhere, index[..., None], -1)[..., 0] for index in (right - 1, right)
+        )
+        share = np.clip((difference - at_left) / np.maximum(at_right - at_left, _SMALLEST), 0.0, 1.0)
+        score = _KNOTS[right - 1] + share * (_KNOTS[right] - _KNOTS[right - 1])
+        outermost = np.where(difference > 0, knots[..., -1], knots[..., 0])
+        beyond = np.maximum(np.abs(difference) / np.maximum(np.abs(outermost), _SMALLEST), 1.0)
+        score = np.clip(score * beyond, -_HIGHEST_SCORE, _HIGHEST_SCORE)
+        return np.where(np.isnan(difference) | np.isnan(at_left), np.nan, score)
+
+    def _by_worker(
+        self, residuals: np.ndarray, counted: np.ndarray, served: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Mean over each sender's messages that count, [2, L, R, K], NaN where none does; and how many columns."""
+        values = np.where(counted[..., None], residuals, np.nan)
+        known = ~np.isnan(values)
+        sums, counts = np.where(known, values, 0.0).sum(3), known.sum(3)
+        replicas = np.arange(self._mesh.replicas)
+        mean, columns = np.empty_like(self._usual), np.empty_like(self._usual)
+        for direction, senders in ((FORWARD, served[:-1]), (BACKWARD, served[1:])):
+            # one-hot [L, R, C]: which columns a worker served
+            serves = (senders[:, None, :] == replicas[:, None]).astype(float)
+            columns[direction] = serves @ (counts[direction] > 0)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                mean[direction] = (serves @ sums[direction]) / (serves @ counts[direction])
+        return mean, columns

@@ -58,7 +58,7 @@ class Judge:
             settings.target_false_positive_rate,
             settings.seed,
         )
-        self.cusum = Cusum(mesh)
+        self.cusum = Cusum(mesh, settings.seed)
         self.record = Record(mesh, settings.strikes, settings.strike_window, settings.probation_steps)
         self.skipped_in_a_row = 0
         self.clean_columns = np.zeros(mesh.replicas, bool)
@@ -87,11 +87,12 @@ class Judge:
         if not warming_up:
             per_statistic = np.where(HARD, per_statistic, np.nan_to_num(self.fences.scores(residuals), nan=0.0))
         if self.fences.compares_replicas:
-            counted = ~(broken | followers((per_statistic > 1.0).any(-1) | disputes))
-            accumulated = self.cusum.step(np.where(HARD, np.nan, residuals), counted, served, warming_up)
-            per_statistic = np.where(
-                counted[..., None], np.maximum(per_statistic, accumulated[:, :, :, None]), per_statistic
+            counted = ~(disputes | hard[RECEIVED] | followers((per_statistic > 1.0).any(-1) | disputes))
+            accumulated = self.cusum.step(
+                residuals[..., OF_PAIR], counted, served, self.record.convicted, evidence.step, warming_up
             )
+            sums = np.where(counted[..., None], accumulated[:, :, :, None], 0.0)
+            per_statistic[..., OF_PAIR] = np.maximum(per_statistic[..., OF_PAIR], sums)
         scores = per_statistic.max(-1)
         alarms = scores > 1.0
         overflow, shared = self._overflow(values, hard[RECEIVED], overflow_limit)

@@ -27,3 +27,16 @@ def quantiles(values: np.ndarray, probabilities: tuple[float, ...]) -> np.ndarra
         at_high = np.take_along_axis(ordered, high[..., None], -1)[..., 0]
         result.append(at_low + (at_high - at_low) * (position - low))
     return np.stack(result)
+
+
+def median(values: np.ndarray) -> np.ndarray:
+    """``quantiles(values, (0.5,))[0]``, without sorting where a row misses all of its values or none."""
+    missing = np.isnan(values)
+    absent = missing.all(-1)
+    if (missing.any(-1) != absent).any() or values.shape[-1] == 0:
+        return quantiles(values, (0.5,))[0] if values.shape[-1] else np.full(values.shape[:-1], np.nan)
+    middle = values.shape[-1] // 2
+    lower = middle if values.shape[-1] % 2 else middle - 1
+    ordered = np.partition(values, (lower, middle), axis=-1)
+    low, high = ordered[..., lower], ordered[..., middle]
+    return np.asarray(np.where(absent, np.nan, low + (high - low) * 0.5))

@@ -63,7 +63,8 @@ def test_the_cascade_is_neither_counted_nor_learnt():
         verdict = world.step(tampered)
         assert {finding.worker for finding in verdict.findings} == {Worker(1, 0)}
     assert verdict.convicted.sum() == 1
-    assert (world.judge.fences.reach <= before * 1.5).all()
+    grown = world.judge.fences.reach / before
+    assert (grown[~np.isnan(before)] <= 1.5).all()
 
 
 def test_an_alarm_is_traced_back_to_the_message_that_stayed_just_inside_its_fence():

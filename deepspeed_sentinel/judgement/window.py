@@ -1,0 +1,83 @@
+"""What clean traffic did lately: samples of recent steps, one row per boundary and statistic, and their quantiles.
+
+Quantiles cost a sort of all samples, so once the window holds enough steps only a share of the links is sorted anew
+after each step, in turn.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from deepspeed_sentinel.judgement.robust import quantiles
+
+_SAMPLES = 2048
+_TURNS = 8
+
+
+class Window:
+    """Sliding window over steps.
+
+    Args:
+        rows: (2 directions, links, statistics).
+        steps: how many are remembered.
+        probabilities: whose quantiles are wanted.
+        seed: of the choice which samples are kept of a step that has more than the window can hold.
+
+    Attributes:
+        learnt: steps learnt so far.
+        quantiles: float64 [Q, *rows], NaN without samples.
+        counts: int [*rows], samples that these quantiles are of.
+    """
+
+    def __init__(self, rows: tuple[int, int, int], steps: int, probabilities: tuple[float, ...], seed: int) -> None:
+        self._rows, self._steps, self._probabilities, self._seed = rows, steps, probabilities, seed
+        self._samples = np.full((*rows, steps, 0), np.nan)
+        self.learnt = 0
+        self.quantiles = np.full((len(probabilities), *rows), np.nan)
+        self.counts = np.zeros(rows, np.int64)
+
+    def learn(self, values: np.ndarray, step: int) -> list[int]:
+        """Remember a step's samples, float64 [*rows, N], NaN where there is none.
+
+        Returns:
+            the links whose quantiles are new.
+        """
+        keep = max(1, min(values.shape[-1], _SAMPLES // self._steps))
+        if keep < values.shape[-1]:
+            values = values[..., np.random.default_rng((self._seed, step)).permutation(values.shape[-1])[:keep]]
+        if keep > self._samples.shape[-1]:
+            grown = np.full((*self._rows, self._steps, keep), np.nan)
+            grown[..., : self._samples.shape[-1]] = self._samples
+            self._samples = grown
+        slot = self.learnt % self._steps
+        self._samples[..., slot, :] = np.nan
+        self._samples[..., slot, :keep] = values
+        self.learnt += 1
+        every = 1 if self.learnt <= self._steps // 2 else _TURNS
+        links = [link for link in range(self._rows[1]) if (link + self.learnt) % every == 0]
+        self._refresh(links)
+        return links
+
+    def samples(self, links: list[int]) -> np.ndarray:
+        """float64 [2, len(links), K, N]: all that is remembered of some links."""
+        return self._samples[:, links].reshape(2, len(links), self._rows[2], -1)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {
+            "samples": self._samples.copy(),
+            "learnt": np.array(self.learnt),
+            "quantiles": self.quantiles.copy(),
+            "counts": self.counts.copy(),
+        }
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        self._samples = np.array(state["samples"])
+        self.learnt = int(state["learnt"])
+        self.quantiles = np.array(state["quantiles"])
+        self.counts = np.array(state["counts"])
+
+    def _refresh(self, links: list[int]) -> None:
+        if links:
+            samples = self.samples(links)
+            self.quantiles[:, :, links] = quantiles(samples, self._probabilities)
+            self.counts[:, links] = np.count_nonzero(~np.isnan(samples), axis=-1)
