@@ -26,6 +26,12 @@ SEEN = {
     "backward_scaling": {"attack": "scaling", "factor": 20.0},
     "backward_bias": {"attack": "bias", "size": 2.0},
     "backward_nan": {"attack": "nan"},
+    # What no single message shows: only the pair of what entered the stage and what left it.
+    "backward_flip": {"attack": "scaling", "factor": -1.0},
+    "backward_delay": {"attack": "delay", "steps": 1},
+    "forward_delay": {"attack": "delay", "steps": 1},
+    "forward_shuffle": {"attack": "token_shuffle"},
+    "forward_matched": {"attack": "matched_random"},
 }
 DISPUTED = {
     "transit_bit_flip": {"attack": "bit_flip", "where": "transit"},

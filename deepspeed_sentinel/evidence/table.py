@@ -65,20 +65,21 @@ NAMES = tuple(row.name for row in TABLE)
 HARD = np.array([row.hard for row in TABLE])
 OF_PAIR = np.array([row.of_pair for row in TABLE])
 FLOORS = np.array([row.floor for row in TABLE])
-_LOG, _ARCSINE, _FISHER = (
-    np.flatnonzero([row.scale == scale for row in TABLE]) for scale in ("log", "arcsine", "fisher")
-)
 _LARGEST_CORRELATION = 1.0 - 1e-6
 _TINY = float(np.finfo(np.float32).tiny)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 def comparable(statistics: np.ndarray) -> np.ndarray:
-    """Statistics [..., K] in the unit that fences compare; NaN (not available) stays NaN."""
+    """Statistics [K, ...] in the unit that fences compare; NaN (not available) stays NaN."""
     result = np.where(np.isinf(statistics), np.copysign(_LARGEST, statistics), statistics)
-    result[..., _LOG] = np.log(np.maximum(result[..., _LOG], _TINY))
-    result[..., _ARCSINE] = np.arcsin(np.sqrt(np.clip(result[..., _ARCSINE], 0.0, 1.0)))
-    result[..., _FISHER] = np.arctanh(np.clip(result[..., _FISHER], -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
+    for index, row in enumerate(TABLE):
+        if row.scale == "log":
+            result[index] = np.log(np.maximum(result[index], _TINY))
+        elif row.scale == "arcsine":
+            result[index] = np.arcsin(np.sqrt(np.clip(result[index], 0.0, 1.0)))
+        elif row.scale == "fisher":
+            result[index] = np.arctanh(np.clip(result[index], -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
     return result
 
 

@@ -21,13 +21,13 @@ import numpy as np
 from deepspeed_sentinel.evidence.table import OF_PAIR
 from deepspeed_sentinel.judgement.robust import median
 from deepspeed_sentinel.judgement.window import Window
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
+from deepspeed_sentinel.mesh import Mesh
 
 SLACK, LIMIT = 1.5, 9.0
 _HIGHEST = 1.5 * LIMIT  # so that a worker that stops tampering is heard of soon
 _STEPS = 64
 _USUAL_DECAY, _SPREAD_DECAY = 0.97, 0.7
-_UNSUSPICIOUS = 0.25
+_QUIET = 1.0
 _TYPICAL = 4.0  # spreads; what lies further out would move the worker's usual deviation for long
 _HIGHEST_SCORE = 4.0  # of what lies further out than anything in the window
 _KNOTS = np.linspace(-3.0, 3.0, 25)
@@ -48,12 +48,12 @@ class Cusum:
 
     def __init__(self, mesh: Mesh, seed: int) -> None:
         self._mesh = mesh
-        shape = (2, mesh.links, mesh.replicas, _STATISTICS)
+        shape = (_STATISTICS, 2, mesh.links, mesh.replicas)
         self._sums = np.zeros((2, *shape))
         self._usual = np.zeros(shape)
         self._weight = np.zeros(shape)
-        self._spread = np.full((2, mesh.links, _STATISTICS), np.nan)
-        self._window = Window((2, mesh.links, _STATISTICS), _STEPS, _PROBABILITIES, seed)
+        self._spread = np.full(shape[:-1], np.nan)
+        self._window = Window(shape[:-1], _STEPS, _PROBABILITIES, seed)
 
     def step(
         self,
@@ -67,7 +67,7 @@ class Cusum:
         """Add one step and score it.
 
         Args:
-            residuals: float64 [2, L, C, M, pairs' statistics], NaN where not available.
+            residuals: float64 [pairs' statistics, 2, L, C, M], NaN where not available.
             counted: bool [2, L, C, M], messages that say something about their sender: no cascade, no dispute.
             served: int [S, C], which replica served which column.
             convicted: bool [S, R], workers to go on summing for, but not to learn from.
@@ -75,21 +75,23 @@ class Cusum:
             warming_up: learn what is usual, accuse nobody.
 
         Returns:
-            float64 [2, L, C, pairs' statistics]: the score of the worker that sent over that link in that column.
+            float64 [pairs' statistics, 2, L, C]: the score of the worker that sent over that link in that column.
         """
         mean, columns = self._by_worker(residuals, counted, served)
         deviation = self._in_spreads(mean * np.sqrt(columns))
         usual = self._usual / np.maximum(self._weight, _SMALLEST)
         difference = np.where(self._weight > 0, deviation - usual, np.nan)
+        # By the sums before this step: what is learnt must not depend on whether it is far out.
+        quiet = self._sums.max(0) < _QUIET
         if not warming_up:
             score = self._normal_score(difference)
             grown = np.clip(self._sums + np.stack([score, -score]) - SLACK, 0.0, _HIGHEST)
             self._sums = np.where(np.isnan(score), self._sums, grown)
         scores = (self._sums.max(0) / LIMIT) ** 2
-        trusted = ~np.stack([convicted[:-1], convicted[1:]])[..., None]
-        self._learn(deviation, difference, trusted & (scores < _UNSUSPICIOUS), step)
+        trusted = ~np.stack([convicted[:-1], convicted[1:]])
+        self._learn(deviation, difference, trusted & quiet, step)
         senders = np.stack([served[:-1], served[1:]])
-        return np.take_along_axis(scores, senders[..., None], axis=2)
+        return np.take_along_axis(scores, np.broadcast_to(senders, (_STATISTICS, *senders.shape)), axis=-1)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {**self._window.state_dict(), **{name: getattr(self, f"_{name}").copy() for name in _STATE}}
@@ -101,22 +103,22 @@ class Cusum:
 
     def _learn(self, deviation: np.ndarray, difference: np.ndarray, sound: np.ndarray, step: int) -> None:
         sound = sound & np.isfinite(deviation)
-        self._window.learn(np.moveaxis(np.where(sound, difference, np.nan), 3, 2), step)
+        self._window.learn(np.where(sound, difference, np.nan), step)
         typical = np.clip(np.nan_to_num(deviation), -_TYPICAL, _TYPICAL)
         self._usual = np.where(sound, _USUAL_DECAY * self._usual + (1 - _USUAL_DECAY) * typical, self._usual)
         self._weight = np.where(sound, _USUAL_DECAY * self._weight + (1 - _USUAL_DECAY), self._weight)
 
     def _in_spreads(self, mean: np.ndarray) -> np.ndarray:
         """Minus what the replicas share and over its typical size: training drifts, and grows calmer or wilder."""
-        deviation = mean - median(np.moveaxis(mean, 3, 2))[:, :, None]
-        typical = median(np.moveaxis(np.abs(deviation), 3, 2))
+        deviation = mean - median(mean)[..., None]
+        typical = median(np.abs(deviation))
         smoothed = _SPREAD_DECAY * self._spread + (1 - _SPREAD_DECAY) * typical
         self._spread = np.where(np.isnan(smoothed), np.where(np.isnan(typical), self._spread, typical), smoothed)
-        return np.asarray(deviation / np.maximum(self._spread, _SMALLEST)[:, :, None])
+        return np.asarray(deviation / np.maximum(self._spread, _SMALLEST)[..., None])
 
     def _normal_score(self, difference: np.ndarray) -> np.ndarray:
-        """float64 [2, L, R, K], linear between the knots and beyond them; NaN where not available."""
-        knots = np.moveaxis(self._window.quantiles, 0, -1)[:, :, None]
+        """float64 [K, 2, L, R], linear between the knots and beyond them; NaN where not available."""
+        knots = np.moveaxis(self._window.quantiles, 0, -1)[..., None, :]
         above = (difference[..., None] > knots).sum(-1)
         right = np.clip(above, 1, len(_KNOTS) - 1)
         everywhere = np.broadcast_to(knots, (*difference.shape, len(_KNOTS)))
@@ -128,23 +130,21 @@ class Cusum:
         outermost = np.where(difference > 0, knots[..., -1], knots[..., 0])
         beyond = np.maximum(np.abs(difference) / np.maximum(np.abs(outermost), _SMALLEST), 1.0)
         # The outermost of few samples is not far out.
-        known = _OUTERMOST[np.minimum(self._window.counts, len(_OUTERMOST) - 1)][:, :, None]
+        known = _OUTERMOST[np.minimum(self._window.counts, len(_OUTERMOST) - 1)][..., None]
         score = np.clip(np.clip(score, -known, known) * beyond, -_HIGHEST_SCORE, _HIGHEST_SCORE)
         return np.where(np.isnan(difference) | np.isnan(at_left), np.nan, score)
 
     def _by_worker(
         self, residuals: np.ndarray, counted: np.ndarray, served: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean over each sender's messages that count, [2, L, R, K], NaN where none does; and how many columns."""
-        values = np.where(counted[..., None], residuals, np.nan)
+        """Mean over each sender's messages that count, [K, 2, L, R], NaN where none does; and how many columns."""
+        values = residuals if counted.all() else np.where(counted, residuals, np.nan)
         known = ~np.isnan(values)
-        sums, counts = np.where(known, values, 0.0).sum(3), known.sum(3)
-        replicas = np.arange(self._mesh.replicas)
-        mean, columns = np.empty_like(self._usual), np.empty_like(self._usual)
-        for direction, senders in ((FORWARD, served[:-1]), (BACKWARD, served[1:])):
-            # one-hot [L, R, C]: which columns a worker served
-            serves = (senders[:, None, :] == replicas[:, None]).astype(float)
-            columns[direction] = serves @ (counts[direction] > 0)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                mean[direction] = (serves @ sums[direction]) / (serves @ counts[direction])
-        return mean, columns
+        sums, counts = np.where(known, values, 0.0).sum(-1), known.sum(-1).astype(float)
+        # one-hot [2, L, C, R]: which columns a worker served
+        serves = (np.stack([served[:-1], served[1:]])[..., None] == np.arange(self._mesh.replicas)).astype(float)
+        total, messages, columns = (
+            (array[..., None, :] @ serves)[..., 0, :] for array in (sums, counts, (counts > 0).astype(float))
+        )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return total / messages, columns

@@ -8,6 +8,8 @@ With fewer than three replicas there is no majority in a step, so it is minus th
 
 Tukey's fences (1977) with the multiplier k learnt from the tail of clean traffic, as arXiv 2603.03592 adapts its
 thresholds to a false-positive rate.
+
+Arrays follow the axes [statistic, direction, link, column, micro-batch].
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class Fences:
         self.window = window
         self.multiplier = multiplier
         self._rate = target_rate / np.count_nonzero(~HARD)
-        self._rows = (2, mesh.links, len(HARD))
+        self._rows = (len(HARD), 2, mesh.links)
         self._residuals = Window(self._rows, window, (0.25, 0.75), seed)
         self._centres = np.full((*self._rows, window), np.nan)
         self.reach = np.full(self._rows, np.nan)
@@ -59,15 +61,15 @@ class Fences:
 
     @property
     def iqr(self) -> np.ndarray:
-        """float64 [2, L, K], never below the table's floor."""
+        """float64 [K, 2, L], never below the table's floor."""
         low, high = self._residuals.quantiles
-        return np.asarray(np.maximum(high - low, FLOORS))
+        return np.asarray(np.maximum(high - low, FLOORS[:, None, None]))
 
     def residuals(self, comparable: np.ndarray, eligible: np.ndarray) -> np.ndarray:
-        """Statistics [2, L, C, M, K] in comparable units minus their centre.
+        """Statistics [K, 2, L, C, M] in comparable units minus their centre.
 
         Args:
-            comparable: float64 [2, L, C, M, K].
+            comparable: float64 [K, 2, L, C, M].
             eligible: bool [2, L, C, M], messages that may set the centre.
         """
         current = self._centre_of(comparable, eligible)
@@ -76,24 +78,26 @@ class Fences:
         else:
             centre = median(self._centres)
             centre = np.where(np.isnan(centre), current, centre)
-        return comparable - centre[:, :, None, None, :]
+        return comparable - centre[..., None, None]
 
     def scores(self, residuals: np.ndarray) -> np.ndarray:
-        """Residuals [2, L, C, M, K] to scores: 0 between the quartiles, 1 on the fence, NaN if not available."""
-        low, high = (bound[:, :, None, None, :] for bound in self._residuals.quantiles)
-        return np.maximum(np.maximum(low - residuals, residuals - high), 0.0) / self.reach[:, :, None, None, :]
+        """Residuals [K, 2, L, C, M] to scores: 0 between the quartiles or not available, 1 on the fence."""
+        low, high = (bound[..., None, None] for bound in self._residuals.quantiles)
+        outside = np.fmax(np.fmax(low - residuals, residuals - high), 0.0)
+        return np.asarray(outside / np.where(np.isnan(self.reach), np.inf, self.reach)[..., None, None])
 
     def bounds(self, direction: int, link: int, statistic: int) -> tuple[float, float]:
         """Lower and upper fence of a residual."""
-        row = (direction, link, statistic)
+        row = (statistic, direction, link)
         low, high = self._residuals.quantiles[(slice(None), *row)]
         return float(low - self.reach[row]), float(high + self.reach[row])
 
     def learn(self, comparable: np.ndarray, residuals: np.ndarray, clean: np.ndarray, step: int) -> None:
         """Remember the residuals of clean messages (bool [2, L, C, M]) and renew the bounds."""
-        self._centres[..., self.learnt_steps % self.window] = self._centre_of(comparable, clean)
-        chosen = np.where(clean[..., None], residuals, np.nan)
-        renewed = self._residuals.learn(np.moveaxis(chosen, -1, 2).reshape(*self._rows, -1), step)
+        if not self.compares_replicas:
+            self._centres[..., self.learnt_steps % self.window] = self._centre_of(comparable, clean)
+        chosen = residuals if clean.all() else np.where(clean, residuals, np.nan)
+        renewed = self._residuals.learn(chosen.reshape(*self._rows, -1), step)
         if renewed:
             self._renew(renewed)
 
@@ -105,17 +109,17 @@ class Fences:
         self._centres, self.reach = np.array(state["centres"]), np.array(state["reach"])
 
     def _centre_of(self, comparable: np.ndarray, eligible: np.ndarray) -> np.ndarray:
-        values = comparable if eligible.all() else np.where(eligible[..., None], comparable, np.nan)
-        return median(np.moveaxis(values, -1, 2).reshape(*self._rows, -1))
+        values = comparable if eligible.all() else np.where(eligible, comparable, np.nan)
+        return median(values.reshape(*self._rows, -1))
 
     def _renew(self, links: list[int]) -> None:
         samples = self._residuals.samples(links)
-        low, high = self._residuals.quantiles[:, :, links]
-        iqr = self.iqr[:, links]
+        low, high = self._residuals.quantiles[..., links]
+        iqr = self.iqr[..., links]
         beyond = np.maximum(np.maximum(low[..., None] - samples, samples - high[..., None]), 0.0)
         (tail,) = quantiles(beyond, (1.0 - self._rate,))
-        seen = np.maximum(self._residuals.counts[:, links], 2)
+        seen = np.maximum(self._residuals.counts[..., links], 2)
         # With fewer samples than 1 / rate the tail is extended as if scores fell off exponentially.
         stretch = np.maximum(1.0, np.log(self._rate) / np.log(1.0 / seen))
         doubt = 1.0 + STEP_DOUBT / np.sqrt(min(self.learnt_steps, self.window))
-        self.reach[:, links] = np.maximum(self.multiplier * iqr, MARGIN * doubt * stretch * tail)
+        self.reach[..., links] = np.maximum(self.multiplier * iqr, MARGIN * doubt * stretch * tail)

@@ -76,24 +76,22 @@ class Judge:
                 the unit of the evidence; infinite without such scaling.
         """
         warming_up, served = self.warming_up, evidence.served
+        values = np.ascontiguousarray(np.moveaxis(evidence.statistics[RECEIVED], -1, 0))
         hard = np.nan_to_num(evidence.statistics[..., HARD]).any(-1)
-        values = evidence.statistics[RECEIVED]
-        compared = comparable(evidence.statistics)
+        compared = comparable(values)
         contradicted, contested = self._contradictions(evidence, compared, hard, warming_up)
         disputes = contradicted | contested
         broken = disputes | hard[RECEIVED] | self._convicted_columns(served)[None, None, :, None]
-        residuals = self.fences.residuals(compared[RECEIVED], self._eligible(~broken))
-        per_statistic = np.where(HARD & (values > 0), np.inf, 0.0)
-        if not warming_up:
-            per_statistic = np.where(HARD, per_statistic, np.nan_to_num(self.fences.scores(residuals), nan=0.0))
+        residuals = self.fences.residuals(compared, self._eligible(~broken))
+        per_statistic = np.zeros_like(residuals) if warming_up else self.fences.scores(residuals)
+        per_statistic[HARD] = np.where(values[HARD] > 0, np.inf, 0.0)
         if self.fences.compares_replicas:
-            counted = ~(disputes | hard[RECEIVED] | followers((per_statistic > 1.0).any(-1) | disputes))
-            accumulated = self.cusum.step(
-                residuals[..., OF_PAIR], counted, served, self.record.convicted, evidence.step, warming_up
+            counted = ~(disputes | hard[RECEIVED] | followers((per_statistic.max(0) > 1.0) | disputes))
+            sums = self.cusum.step(
+                residuals[OF_PAIR], counted, served, self.record.convicted, evidence.step, warming_up
             )
-            sums = np.where(counted[..., None], accumulated[:, :, :, None], 0.0)
-            per_statistic[..., OF_PAIR] = np.maximum(per_statistic[..., OF_PAIR], sums)
-        scores = per_statistic.max(-1)
+            per_statistic[OF_PAIR] = np.maximum(per_statistic[OF_PAIR], np.where(counted, sums[..., None], 0.0))
+        scores = per_statistic.max(0)
         alarms = scores > 1.0
         overflow, shared = self._overflow(values, hard[RECEIVED], overflow_limit)
         judged = np.ones_like(alarms)
@@ -123,7 +121,7 @@ class Judge:
         self.clean_columns = clean & (not shared)
         if self.clean_columns.any():
             clean_messages = np.broadcast_to(clean[None, None, :, None], alarms.shape)
-            self.fences.learn(compared[RECEIVED], residuals, clean_messages, evidence.step)
+            self.fences.learn(compared, residuals, clean_messages, evidence.step)
 
         return Verdict(
             step=evidence.step,
@@ -168,13 +166,14 @@ class Judge:
         copy must not be able to set honest neighbours at odds.
         """
         differ = (evidence.digests[SENT] != evidence.digests[RECEIVED]) | (hard[SENT] != hard[RECEIVED])
-        if warming_up:
+        bits = np.ascontiguousarray(evidence.statistics).view(np.int64)
+        if warming_up or np.array_equal(bits[SENT], bits[RECEIVED]):
             return differ, np.zeros_like(differ)
-        room = self.fences.iqr[:, :, None, None, :]
-        sent, received = compared[SENT], compared[RECEIVED]
+        sent = comparable(np.moveaxis(evidence.statistics[SENT], -1, 0))
         with np.errstate(invalid="ignore"):
-            apart = (np.abs(sent - received) > room) | (np.isnan(sent) != np.isnan(received))
-        return np.asarray(differ | apart[..., ~(HARD | OF_PAIR)].any(-1)), np.asarray(apart[..., OF_PAIR].any(-1))
+            apart = np.abs(sent - compared) > self.fences.iqr[..., None, None]
+        apart |= np.isnan(sent) != np.isnan(compared)
+        return np.asarray(differ | apart[~(HARD | OF_PAIR)].any(0)), np.asarray(apart[OF_PAIR].any(0))
 
     def _eligible(self, sound: np.ndarray) -> np.ndarray:
         """Where no message of a link is sound, let all set the centre rather than none."""
@@ -184,7 +183,7 @@ class Judge:
         """Non-finite gradients that loss scaling may explain: bool [links], and whether most columns have them."""
         if not np.isfinite(limit):
             return np.zeros(self.mesh.links, bool), False
-        largest = np.where(non_finite, 0.0, values[..., _MAX_ABS])[BACKWARD].max(axis=(1, 2))
+        largest = np.where(non_finite, 0.0, values[_MAX_ABS])[BACKWARD].max(axis=(1, 2))
         columns = non_finite[BACKWARD].any(axis=(0, 2))
         shared = 2 * np.count_nonzero(columns) >= len(columns) > 0 and columns.any()
         return largest > limit * _OVERFLOW_HEADROOM, bool(shared)
@@ -216,7 +215,7 @@ class Judge:
             where = (direction, link, column)
             micro_batches = np.flatnonzero(blamed[where])
             worst = int(micro_batches[np.argmax(scores[where][micro_batches])])
-            statistic = int(np.argmax(per_statistic[where][worst]))
+            statistic = int(np.argmax(per_statistic[(slice(None), *where, worst)]))
             stage = self.mesh.sender_stage(direction, link)
             low, high = (0.0, 0.0) if HARD[statistic] else self.fences.bounds(direction, link, statistic)
             findings.append(
@@ -228,8 +227,8 @@ class Judge:
                     micro_batches=tuple(micro_batches.tolist()),
                     micro_batch=worst,
                     statistic=NAMES[statistic],
-                    value=float(values[where][worst, statistic]),
-                    residual=float(residuals[where][worst, statistic]),
+                    value=float(values[(statistic, *where, worst)]),
+                    residual=float(residuals[(statistic, *where, worst)]),
                     low=low,
                     high=high,
                     score=float(scores[where][worst]),

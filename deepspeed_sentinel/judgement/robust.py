@@ -17,16 +17,12 @@ def quantiles(values: np.ndarray, probabilities: tuple[float, ...]) -> np.ndarra
     """
     ordered = np.sort(values, axis=-1)  # NaN sort last
     count = np.count_nonzero(~np.isnan(ordered), axis=-1)
-    last = np.maximum(count - 1, 0)
-    result = []
-    for probability in probabilities:
-        position = probability * last
-        low = np.floor(position).astype(np.intp)
-        high = np.minimum(low + 1, last)
-        at_low = np.take_along_axis(ordered, low[..., None], -1)[..., 0]
-        at_high = np.take_along_axis(ordered, high[..., None], -1)[..., 0]
-        result.append(at_low + (at_high - at_low) * (position - low))
-    return np.stack(result)
+    last = np.maximum(count - 1, 0)[..., None]
+    position = np.asarray(probabilities) * last
+    low = position.astype(np.intp)
+    at_low = np.take_along_axis(ordered, low, -1)
+    at_high = np.take_along_axis(ordered, np.minimum(low + 1, last), -1)
+    return np.moveaxis(at_low + (at_high - at_low) * (position - low), -1, 0)
 
 
 def median(values: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ class Window:
     """Sliding window over steps.
 
     Args:
-        rows: (2 directions, links, statistics).
+        rows: (statistics, 2 directions, links).
         steps: how many are remembered.
         probabilities: whose quantiles are wanted.
         seed: of the choice which samples are kept of a step that has more than the window can hold.
@@ -54,13 +54,13 @@ class Window:
         self._samples[..., slot, :keep] = values
         self.learnt += 1
         every = 1 if self.learnt <= self._steps // 2 else _TURNS
-        links = [link for link in range(self._rows[1]) if (link + self.learnt) % every == 0]
+        links = [link for link in range(self._rows[2]) if (link + self.learnt) % every == 0]
         self._refresh(links)
         return links
 
     def samples(self, links: list[int]) -> np.ndarray:
-        """float64 [2, len(links), K, N]: all that is remembered of some links."""
-        return self._samples[:, links].reshape(2, len(links), self._rows[2], -1)
+        """float64 [K, 2, len(links), N]: all that is remembered of some links."""
+        return self._samples[:, :, links].reshape(*self._rows[:2], len(links), -1)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
@@ -79,5 +79,5 @@ class Window:
     def _refresh(self, links: list[int]) -> None:
         if links:
             samples = self.samples(links)
-            self.quantiles[:, :, links] = quantiles(samples, self._probabilities)
-            self.counts[:, links] = np.count_nonzero(~np.isnan(samples), axis=-1)
+            self.quantiles[..., links] = quantiles(samples, self._probabilities)
+            self.counts[..., links] = np.count_nonzero(~np.isnan(samples), axis=-1)

@@ -5,7 +5,9 @@ from synthetic import World
 from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
 
-NON_FINITE, ENERGY, MAX_ABS = (NAMES.index(name) for name in ("non_finite", "energy", "max_abs"))
+NON_FINITE, ENERGY, MAX_ABS, COSINE = (
+    NAMES.index(name) for name in ("non_finite", "energy", "max_abs", "transfer_cosine")
+)
 
 
 def louder(direction, link, column, factor=30.0, micro_batches=slice(None)):
@@ -74,7 +76,7 @@ def test_an_alarm_is_traced_back_to_the_message_that_stayed_just_inside_its_fenc
 
         def tampered(values):
             typical = np.median(values[0, FORWARD, 1, :, :, ENERGY])
-            values[:, FORWARD, 1, 2, :, ENERGY] = typical * np.exp(0.8 * world.judge.fences.reach[FORWARD, 1, ENERGY])
+            values[:, FORWARD, 1, 2, :, ENERGY] = typical * np.exp(0.8 * world.judge.fences.reach[ENERGY, FORWARD, 1])
             louder(BACKWARD, 1, 2)(values)
 
         verdict = world.step(tampered)
@@ -124,6 +126,21 @@ def test_a_receiver_that_lies_about_a_statistic_makes_a_dispute_not_an_alarm():
         verdict = world.step(frame)
         assert verdict.disputed and not verdict.findings and not verdict.convicted.any()
         assert verdict.excluded.tolist() == [False, True, False]
+
+
+def test_neighbours_that_contradict_each_other_dispute_what_lies_between_them():
+    def lie(values):
+        values[1, FORWARD, 1, 2, :, COSINE] = 0.1
+
+    world = World()
+    world.warm_up()
+    for _ in range(5):
+        verdict = world.step(lie)
+        assert not verdict.findings and not verdict.convicted.any()
+        assert verdict.excluded.tolist() == [False, False, True]
+        (dispute,) = verdict.disputed
+        assert (dispute.sender, dispute.receiver, dispute.about) == (Worker(0, 2), Worker(2, 2), Worker(1, 2))
+        assert "what entered and left worker (stage 1, replica 2)" in str(dispute)
 
 
 def test_slightly_different_baselines_at_the_two_ends_are_no_dispute():

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+from synthetic import World
+
+from deepspeed_sentinel.evidence.table import NAMES
+from deepspeed_sentinel.judgement.cusum import Cusum
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+
+GAIN = NAMES.index("transfer_gain")
+PAIRS = 7
+
+
+def weaker(direction, link, column, deviations):
+    """Shifts one worker's gain by so many standard deviations of a message (see PAIR_VALUES)."""
+
+    def change(values):
+        values[:, direction, link, column, :, GAIN] += 0.01 * deviations
+
+    return change
+
+
+@pytest.mark.parametrize(("direction", "link", "stage"), [(FORWARD, 1, 1), (BACKWARD, 1, 2)])
+@pytest.mark.parametrize("deviations", [2.0, -2.0])
+def test_what_no_message_shows_adds_up(direction, link, stage, deviations):
+    world = World(replicas=5)
+    world.warm_up(60)
+    verdicts = [world.step(weaker(direction, link, 2, deviations)) for _ in range(30)]
+    assert not verdicts[0].findings, "a shift that is seen at once says nothing about adding up"
+    convicted = [worker for verdict in verdicts for worker in verdict.newly_convicted]
+    assert convicted == [Worker(stage, 2)]
+    assert {finding.statistic for verdict in verdicts for finding in verdict.findings} == {"transfer_gain"}
+
+
+def test_a_worker_that_always_differs_is_compared_with_itself():
+    world = World(replicas=5)
+    verdicts = [world.step(weaker(FORWARD, 1, 2, 1.5)) for _ in range(150)]
+    assert not any(verdict.newly_convicted for verdict in verdicts)
+
+
+def test_what_all_replicas_share_is_no_deviation():
+    world = World(replicas=5)
+    world.warm_up(60)
+
+    def drift(values):
+        values[..., GAIN] += 0.01 * 1.5
+
+    assert not any(world.step(drift).findings for _ in range(30))
+
+
+def run(cusum, steps, generator, tail=None, changed=None):
+    served = np.tile(np.arange(4), (4, 1))
+    scores = []
+    for step in range(steps):
+        shape = (PAIRS, 2, 3, 4, 2)
+        residuals = generator.standard_normal(shape) if tail is None else generator.standard_t(tail, shape)
+        if changed:
+            changed(residuals, step)
+        counted, nobody = np.ones(shape[1:], bool), np.zeros((4, 4), bool)
+        scores.append(cusum.step(residuals, counted, served, nobody, step, warming_up=step < 20))
+    return np.array(scores)
+
+
+@pytest.mark.parametrize("tail", [None, 3])
+def test_honest_sums_stay_low_with_normal_and_with_heavy_tails(tail):
+    scores = run(Cusum(Mesh(4, 4), seed=0), 400, np.random.default_rng(5), tail)
+    assert (scores.max(axis=(1, 2, 3, 4)) > 1).mean() == 0
+
+
+def test_a_single_outlier_does_not_fill_the_sum():
+    def outlier(residuals, step):
+        if step == 150:
+            residuals[0, 0, 1, 2] = 1e6
+
+    scores = run(Cusum(Mesh(4, 4), seed=0), 170, np.random.default_rng(6), changed=outlier)
+    assert scores[150:, 0, 0, 1, 2].max() < 0.5
+
+
+def test_columns_are_summed_by_the_worker_that_served_them():
+    cusum, generator = Cusum(Mesh(4, 4), seed=0), np.random.default_rng(7)
+    for step in range(120):
+        served = np.tile(np.arange(4), (4, 1))
+        served[1] = generator.permutation(4)
+        residuals = generator.standard_normal((PAIRS, 2, 3, 4, 2))
+        if step >= 80:
+            residuals[3, 0, 1, np.flatnonzero(served[1] == 2)] += 3.0
+        nobody = np.zeros((4, 4), bool)
+        scores = cusum.step(residuals, np.ones((2, 3, 4, 2), bool), served, nobody, step, warming_up=step < 20)
+    assert served[1, np.argmax(scores[3, 0, 1])] == 2 and scores[3, 0, 1].max() > 1
+    assert (np.sort(scores[3, 0, 1])[:-1] < 1).all()
+
+
+def test_state_round_trip():
+    one, other = Cusum(Mesh(4, 4), seed=0), Cusum(Mesh(4, 4), seed=0)
+    run(one, 40, np.random.default_rng(8))
+    other.load_state_dict(one.state_dict())
+    first, second = (run(each, 10, np.random.default_rng(9)) for each in (one, other))
+    assert np.array_equal(first, second)
