@@ -66,16 +66,17 @@ class Fences:
         low, high = self._residuals.quantiles
         return np.asarray(np.maximum(high - low, FLOORS[:, None, None]))
 
-    def residuals(self, comparable: np.ndarray, eligible: np.ndarray) -> np.ndarray:
+    def residuals(self, comparable: np.ndarray, eligible: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
         """Statistics [K, 2, L, C, M] in comparable units minus their centre.
 
         Args:
             comparable: float64 [K, 2, L, C, M].
             eligible: bool [2, L, C, M], messages that may set the centre.
+            doubtful: bool [2, L], links where they are not to be believed in this step.
         """
         current = self._centre_of(comparable, eligible)
         columns = np.count_nonzero(eligible.any(-1), axis=-1)
-        majority = (2 * columns > self.mesh.replicas) & self.compares_replicas
+        majority = (2 * columns > self.mesh.replicas) & ~doubtful & self.compares_replicas
         if majority.all() or self.learnt_steps == 0:
             return comparable - current[..., None, None]
         recent = median(self._centres)
