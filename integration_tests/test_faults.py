@@ -32,7 +32,6 @@ SEEN = {
     # What no single message shows: only the pair of what entered the stage and what left it.
     "backward_flip": {"attack": "scaling", "factor": -1.0},
     "backward_delay": {"attack": "delay", "steps": 1},
-    "forward_delay": {"attack": "delay", "steps": 1},
     "forward_shuffle": {"attack": "token_shuffle"},
     "forward_matched": {"attack": "matched_random"},
 }

@@ -21,6 +21,7 @@ from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
 _MAX_ABS = NAMES.index("max_abs")
+_PASSES = 8
 # Overflow inside a stage can start this far below the largest gradient that crosses its links.
 _OVERFLOW_HEADROOM = 2.0**-10
 
@@ -82,11 +83,9 @@ class Judge:
         contradicted, contested = self._contradictions(evidence, compared, hard, warming_up)
         disputes = contradicted | contested
         broken = disputes | hard[RECEIVED] | self._convicted_columns(served)[None, None, :, None]
-        residuals = self.fences.residuals(compared, self._eligible(~broken))
-        per_statistic = np.zeros_like(residuals) if warming_up else self.fences.scores(residuals)
-        per_statistic[HARD] = np.where(values[HARD] > 0, np.inf, 0.0)
+        residuals, per_statistic, cascade = self._hold_against_fences(values, compared, disputes, ~broken, warming_up)
         if self.fences.compares_replicas:
-            counted = ~(disputes | hard[RECEIVED] | followers((per_statistic.max(0) > 1.0) | disputes))
+            counted = ~(disputes | hard[RECEIVED] | cascade)
             sums = self.cusum.step(
                 residuals[OF_PAIR], counted, served, self.record.convicted, evidence.step, warming_up
             )
@@ -155,6 +154,27 @@ class Judge:
         self.cusum.load_state_dict(state["cusum"])
         self.record.load_state_dict(state["record"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
+
+    def _hold_against_fences(
+        self, values: np.ndarray, compared: np.ndarray, disputes: np.ndarray, sound: np.ndarray, warming_up: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Residuals and scores [K, 2, L, C, M], and which messages are cascade, bool [2, L, C, M].
+
+        What follows an alarm must not set the centre that others are measured from: where every stage has its bad
+        workers, most columns are spoilt by the last one, and the honest ones would stand out. So residuals are taken
+        anew without the cascade until it no longer changes.
+        """
+        eligible = sound
+        for _ in range(_PASSES):
+            residuals = self.fences.residuals(compared, self._eligible(eligible))
+            per_statistic = np.zeros_like(residuals) if warming_up else self.fences.scores(residuals)
+            per_statistic[HARD] = np.where(values[HARD] > 0, np.inf, 0.0)
+            cascade = followers((per_statistic.max(0) > 1.0) | disputes)
+            narrowed = sound & ~cascade
+            if np.array_equal(narrowed, eligible):
+                break
+            eligible = narrowed
+        return residuals, per_statistic, cascade
 
     def _contradictions(
         self, evidence: Evidence, compared: np.ndarray, hard: np.ndarray, warming_up: bool

@@ -69,6 +69,24 @@ def test_the_cascade_is_neither_counted_nor_learnt():
     assert (grown[~np.isnan(before)] <= 1.5).all()
 
 
+def test_honest_columns_do_not_stand_out_where_most_are_spoilt():
+    """Four of five columns are spoilt, each by a worker of another stage; the fifth has to stay clean."""
+    world = World(stages=6, replicas=5)
+    world.warm_up()
+    for _ in range(3):
+
+        def tampered(values):
+            for stage in range(1, 5):
+                for link in range(stage, 5):
+                    louder(FORWARD, link, stage - 1)(values)
+                for link in range(5):
+                    louder(BACKWARD, link, stage - 1)(values)
+
+        verdict = world.step(tampered)
+        assert {finding.worker for finding in verdict.findings} == {Worker(stage, stage - 1) for stage in range(1, 5)}
+        assert verdict.excluded.tolist() == [True, True, True, True, False]
+
+
 def test_an_alarm_is_traced_back_to_the_message_that_stayed_just_inside_its_fence():
     world = World()
     world.warm_up()
