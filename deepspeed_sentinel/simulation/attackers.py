@@ -59,6 +59,7 @@ class Attackers:
         self._attack = build_attack(options.attack, options.attack_arguments)
         self.needs = Needs.of(self._attack)
         self._observes = hasattr(self._attack, "observe")
+        self._watches = self._observes or self.needs.uses_previous or self.needs.history_steps > 0
         self._memory: dict[tuple[Worker, int], Memory] = {}
         self._honest: dict[tuple[int, Worker, int], torch.Tensor] = {}
         self._seen: list[tuple[torch.Tensor, AttackContext]] = []
@@ -79,7 +80,8 @@ class Attackers:
         recompute: Recompute,
     ) -> torch.Tensor:
         """What the workers of ``stage`` really send; the very same tensor if none of them tampers."""
-        if not self.acts_in(direction) or self.needs.false_report:
+        idle = step < self._options.start and not self._watches
+        if idle or not self.acts_in(direction) or self.needs.false_report:
             return sent_CMBTD
         wire = sent_CMBTD
         for message in self._messages(stage, part, served):

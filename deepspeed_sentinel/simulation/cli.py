@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from deepspeed_sentinel.attacks.loading import parse_arguments
 from deepspeed_sentinel.config import load_block
 from deepspeed_sentinel.simulation.options import SimulationOptions
+from deepspeed_sentinel.simulation.processes import one_thread_pool, run_alone
 
 if TYPE_CHECKING:
     from deepspeed_sentinel.judgement.verdict import Verdict
 
 _NEEDED = ("rich", "transformers", "tokenizers")
+_WORTH_A_PROCESS = 50  # steps; starting a process takes as long as a few dozen of them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"simulate: {error}", file=sys.stderr)
         return 2
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         if args.sweep is not None:
             return sweep.run()
@@ -91,12 +95,18 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("Interrupted; what a sweep has finished stays in its table.", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     out = args.out or Path("result.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(summary(document))
     print(f"Written to {out}")
     return 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def options_from(args: argparse.Namespace) -> SimulationOptions:
@@ -144,17 +154,23 @@ def _set_threads(wanted: int, options: SimulationOptions) -> None:
 
 
 def simulate(options: SimulationOptions, with_clean: bool) -> dict[str, Any]:
-    """One run with a progress bar, and before it the clean run of the same seed that it is compared with."""
+    """One run with a progress bar, and the clean run of the same seed that it is compared with.
+
+    A tiny model computes on one core, so its clean run goes to another at the same time.
+    """
     from deepspeed_sentinel.simulation.run import Simulation
 
-    clean = None
-    if with_clean and options != options.honest():
+    compare = with_clean and options != options.honest()
+    aside = options.model == "tiny" and options.device == "cpu" and options.steps >= _WORTH_A_PROCESS
+    with one_thread_pool(1) as pool:
+        clean = pool.submit(run_alone, options.honest()) if compare and aside else None
+        with _bar(options.attack or "no attack", options.steps) as step:
+            document = Simulation(options).run(step)
+        if clean is not None:
+            document["loss"]["clean"] = clean.result()["loss"]["clean"]
+    if compare and clean is None:
         with _bar("clean run", options.steps) as step:
-            clean = Simulation(options.honest()).run(step)["loss"]["clean"]
-    with _bar(options.attack or "no attack", options.steps) as step:
-        document = Simulation(options).run(step)
-    if clean is not None:
-        document["loss"]["clean"] = clean
+            document["loss"]["clean"] = Simulation(options.honest()).run(step)["loss"]["clean"]
     return document
 
 

@@ -60,7 +60,7 @@ class Simulation:
         self.guarded = options.guard == "on"
         weights = [weight for stage in self.stages for weight in stage.parameters()]
         rate = options.size.learning_rate
-        self._optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+        self._optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: min(1.0, (step + 1) / _LEARNING_RATE_WARMUP)
         )

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed_sentinel.simulation.options import SimulationOptions
+from deepspeed_sentinel.simulation.processes import one_thread_pool, run_alone
 
 _KEYS = {"out", "clean", "base", "grid", "attack"}
 
@@ -90,10 +90,10 @@ class Sweep:
         clean_lines = lines.with_name(f"{lines.stem}_clean.jsonl")
         failures: list[str] = []
         wanted = {run.honest().key(): run.honest() for run in self.runs} if self.clean else {}
-        pool = ProcessPoolExecutor(
-            self.processes, mp_context=multiprocessing.get_context("spawn"), initializer=_single_thread
-        )
-        with pool, Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+        with (
+            one_thread_pool(self.processes) as pool,
+            Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress,
+        ):
             for title, runs, table in (("clean runs", tuple(wanted.values()), clean_lines), ("runs", self.runs, lines)):
                 clean = {key: row["loss"]["clean"] for key, row in read_table(clean_lines).items()}
                 todo = [run for run in runs if run.key() not in read_table(table)]
@@ -115,23 +115,19 @@ class Sweep:
         clean: Mapping[str, float | None],
         failures: list[str],
     ) -> None:
-        futures = {pool.submit(_one, run): run for run in todo}
-        try:
-            for future in as_completed(futures):
-                run = futures[future]
-                advance()
-                error = future.exception()
-                if error is not None:
-                    failures.append(f"{run.attack} {run.attack_arguments}, seed {run.seed}: {error}")
-                    continue
-                row = future.result()
-                if run != run.honest():
-                    row["loss"]["clean"] = clean.get(run.honest().key())
-                with table.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": run.key(), **row}, allow_nan=False) + "\n")
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        futures = {pool.submit(run_alone, run): run for run in todo}
+        for future in as_completed(futures):
+            run = futures[future]
+            advance()
+            error = future.exception()
+            if error is not None:
+                failures.append(f"{run.attack} {run.attack_arguments}, seed {run.seed}: {error}")
+                continue
+            row = future.result()
+            if run != run.honest():
+                row["loss"]["clean"] = clean.get(run.honest().key())
+            with table.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": run.key(), **row}, allow_nan=False) + "\n")
 
 
 def read_table(path: Path) -> dict[str, dict[str, Any]]:
@@ -197,15 +193,3 @@ def _product(name: str, varied: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{name}: {key} must be a list of values to try, got {values!r}")
     for values in itertools.product(*varied.values()):
         yield dict(zip(varied, values, strict=True))
-
-
-def _single_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _one(options: SimulationOptions) -> dict[str, Any]:
-    from deepspeed_sentinel.simulation.run import Simulation
-
-    return Simulation(options).run()

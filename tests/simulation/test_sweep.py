@@ -1,6 +1,12 @@
 """Sweeps: all combinations, each once, also after an interruption."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +77,41 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, capsys):
     assert "attack Bad (forward" in capsys.readouterr().out
     (row,) = read_table(tmp_path / "sweep.jsonl").values()
     assert row["attack"]["name"] == "scaling" and row["loss"]["clean"] is None
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_a_sweep_that_is_ended(tmp_path, how):
+    file = f"clean = false\n{BASE.replace('steps = 4', 'steps = 100000')}"
+    command = [sys.executable, "-m", "deepspeed_sentinel", "simulate", "--sweep", str(write(tmp_path, file))]
+    # Its children are found by their process group.
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as sweep:
+        try:
+            wait_until(lambda: len(group_members(sweep.pid)) > 2, "no process was started")
+            sweep.send_signal(how)
+            assert sweep.wait(60) == (130 if how == signal.SIGTERM else -how)
+            wait_until(lambda: not group_members(sweep.pid), "a process is left")
+        finally:
+            for member in group_members(sweep.pid):
+                os.kill(member, signal.SIGKILL)
+
+
+def group_members(group):
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            members.append(int(stat.parent.name))
+    return members
+
+
+def wait_until(condition, complaint):
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end, complaint
+        time.sleep(0.2)
 
 
 def test_parquet(tmp_path):
