@@ -1,0 +1,157 @@
+"""Job script: every family as a pipeline of 4 x 2 and 2 x 4, trained beside the same model in one piece.
+
+Each rank writes JOB_FOLDER/<rank>.json: for each case the largest differences of its own part from the whole model.
+The first step's gradients are compared before clipping, the weights after ``STEPS`` steps.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import set_log_level_from_string
+
+from deepspeed_sentinel import hf
+from integration_tests.families import batches, build, configs
+
+STEPS = 5
+MICRO_BATCHES = 8  # of a step, over all replicas
+OPTIMIZER = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+CLIP = 1.0
+HELD_OUT = 99  # a step that is not trained on
+# name: (family, stages, kind of batches, activation checkpointing)
+CASES = {
+    **{f"{family}/{stages}": (family, stages, "padded", 0) for family in configs() for stages in (4, 2)},
+    "llama/plain": ("llama", 4, "plain", 0),
+    "llama/packed": ("llama", 4, "packed", 0),
+    "qwen2/packed": ("qwen2", 4, "packed", 0),
+    "llama/checkpointed": ("llama", 4, "padded", 1),
+    "mixtral/checkpointed": ("mixtral", 4, "padded", 1),
+    "gemma/1": ("gemma", 1, "padded", 0),
+}
+
+
+def unsplit(model: Any, kind: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train the whole model as the Trainer does; losses of each step and the first step's gradients."""
+    optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
+    losses, gradients = [], {}
+    for step in range(STEPS):
+        given = batches(step, MICRO_BATCHES, kind)
+        items = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in given)
+        total = 0.0
+        for batch in given:
+            loss = model(**batch, use_cache=False, num_items_in_batch=items).loss
+            loss.backward()
+            total += loss.item()
+        if step == 0:
+            gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, gradients
+
+
+def largest(mine: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest difference of any tensor from the expected one, relative to the expected one's largest entry."""
+    worst = 0.0
+    for name, tensor in mine.items():
+        scale = float(expected[name].abs().max()) or 1.0
+        worst = max(worst, float((tensor - expected[name]).abs().max()) / scale)
+    return worst
+
+
+def reference(family: str, kind: str, folder: Path) -> None:
+    """Train the model in one piece and leave what came of it in a file, for all ranks."""
+    whole = build(configs()[family])
+    losses, gradients = unsplit(whole, kind)
+    whole.eval()
+    with torch.no_grad():
+        held_out = [float(whole(**batch, use_cache=False).loss) for batch in batches(HELD_OUT, MICRO_BATCHES, kind)]
+    weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
+    found = {"losses": losses, "gradients": gradients, "weights": weights, "evaluation": sum(held_out) / MICRO_BATCHES}
+    torch.save(found, folder / f"{family}-{kind}.pt")
+
+
+def run(family: str, stages: int, kind: str, checkpointing: int, expected: dict[str, Any]) -> dict[str, Any]:
+    clock = [time.perf_counter()]
+    pipeline = hf.to_pipeline(build(configs()[family]), stages, activation_checkpoint_interval=checkpointing)
+    clock.append(time.perf_counter())
+    optimizer = torch.optim.AdamW(pipeline.parameters(), **OPTIMIZER)
+    gradients: dict[str, torch.Tensor] = {}
+    engine, *_ = deepspeed.initialize(
+        model=pipeline,
+        optimizer=optimizer,
+        config={
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": MICRO_BATCHES * stages // torch.distributed.get_world_size(),
+            "gradient_clipping": CLIP,
+            "steps_per_print": 10**9,
+        },
+    )
+    clock.append(time.perf_counter())
+    names = pipeline.hf_names()
+
+    def keep(*_: Any) -> None:
+        if not gradients:
+            gradients.update({names[name]: p.grad.clone() for name, p in pipeline.named_parameters()})
+
+    # The gradients are complete when the engine is about to clip them.
+    clip, engine.clip_fp32_gradients = engine.clip_fp32_gradients, lambda: (keep(), clip())
+    replica, replicas = engine.grid.get_data_parallel_id(), engine.grid.data_parallel_size
+    losses = []
+    for step in range(STEPS):
+        own = batches(step, MICRO_BATCHES, kind)[replica::replicas]
+        losses.append(float(engine.train_batch(hf.step_batches(engine, own))))
+    clock.append(time.perf_counter())
+    own = [hf.to_batch(batch) for batch in batches(HELD_OUT, MICRO_BATCHES, kind)[replica::replicas]]
+    hf.announce_shapes(engine, own)
+    evaluated = float(engine.eval_batch(iter(own), num_micro_batches=len(own)))
+    clock.append(time.perf_counter())
+    print("CLOCK", family, [round(b-a,2) for a,b in zip(clock,clock[1:])], flush=True)
+    weights = {names[name]: parameter.detach() for name, parameter in pipeline.named_parameters()}
+    result = {
+        "losses": losses,
+        "loss": max(abs(a - b) / b for a, b in zip(losses, expected["losses"], strict=True)),
+        "evaluation": abs(evaluated - expected["evaluation"]) / expected["evaluation"],
+        "gradient": largest(gradients, expected["gradients"]),
+        "weight": largest(weights, expected["weights"]),
+        "names": sorted(weights),
+        "all_names": sorted(expected["weights"]),
+        "layers": [int(part) for part in pipeline.parts],
+    }
+    engine.destroy()
+    return result
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    set_log_level_from_string("warning")
+    results: dict[str, Any] = {}
+    wanted = sys.argv[1:] or list(CASES)
+    folder, rank = Path(os.environ["JOB_FOLDER"]), torch.distributed.get_rank()
+    references = sorted({(CASES[name][0], CASES[name][2]) for name in wanted})
+    for family, kind in references[rank :: torch.distributed.get_world_size()]:
+        reference(family, kind, folder)
+    torch.distributed.barrier()
+    for name in wanted:
+        clock = time.perf_counter()
+        family, _, kind, _ = CASES[name]
+        results[name] = run(*CASES[name], torch.load(folder / f"{family}-{kind}.pt"))
+        results[name]["seconds"] = time.perf_counter() - clock
+        gc.collect()
+    (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
