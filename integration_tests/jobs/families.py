@@ -19,6 +19,7 @@ import torch
 from deepspeed.utils import set_log_level_from_string
 
 from deepspeed_sentinel import hf
+from integration_tests import groups
 from integration_tests.families import batches, build, configs
 
 STEPS = 5
@@ -26,6 +27,8 @@ MICRO_BATCHES = 8  # of a step, over all replicas
 OPTIMIZER = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 CLIP = 1.0
 HELD_OUT = 99  # a step that is not trained on
+# Attention ignores an offset common to all keys: the gradient of a key's bias is rounding noise, which Adam blows up.
+KEY_BIASES = ("k_proj.bias", "query_key_value.bias")
 # name: (family, stages, kind of batches, activation checkpointing)
 CASES = {
     **{f"{family}/{stages}": (family, stages, "padded", 0) for family in configs() for stages in (4, 2)},
@@ -63,6 +66,8 @@ def largest(mine: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
     """Largest difference of any tensor from the expected one, relative to the expected one's largest entry."""
     worst = 0.0
     for name, tensor in mine.items():
+        if name.endswith(KEY_BIASES):
+            continue
         scale = float(expected[name].abs().max()) or 1.0
         worst = max(worst, float((tensor - expected[name]).abs().max()) / scale)
     return worst
@@ -81,9 +86,8 @@ def reference(family: str, kind: str, folder: Path) -> None:
 
 
 def run(family: str, stages: int, kind: str, checkpointing: int, expected: dict[str, Any]) -> dict[str, Any]:
-    clock = [time.perf_counter()]
+    before = groups.known()
     pipeline = hf.to_pipeline(build(configs()[family]), stages, activation_checkpoint_interval=checkpointing)
-    clock.append(time.perf_counter())
     optimizer = torch.optim.AdamW(pipeline.parameters(), **OPTIMIZER)
     gradients: dict[str, torch.Tensor] = {}
     engine, *_ = deepspeed.initialize(
@@ -96,7 +100,6 @@ def run(family: str, stages: int, kind: str, checkpointing: int, expected: dict[
             "steps_per_print": 10**9,
         },
     )
-    clock.append(time.perf_counter())
     names = pipeline.hf_names()
 
     def keep(*_: Any) -> None:
@@ -110,12 +113,9 @@ def run(family: str, stages: int, kind: str, checkpointing: int, expected: dict[
     for step in range(STEPS):
         own = batches(step, MICRO_BATCHES, kind)[replica::replicas]
         losses.append(float(engine.train_batch(hf.step_batches(engine, own))))
-    clock.append(time.perf_counter())
     own = [hf.to_batch(batch) for batch in batches(HELD_OUT, MICRO_BATCHES, kind)[replica::replicas]]
     hf.announce_shapes(engine, own)
     evaluated = float(engine.eval_batch(iter(own), num_micro_batches=len(own)))
-    clock.append(time.perf_counter())
-    print("CLOCK", family, [round(b-a,2) for a,b in zip(clock,clock[1:])], flush=True)
     weights = {names[name]: parameter.detach() for name, parameter in pipeline.named_parameters()}
     result = {
         "losses": losses,
@@ -128,6 +128,7 @@ def run(family: str, stages: int, kind: str, checkpointing: int, expected: dict[
         "layers": [int(part) for part in pipeline.parts],
     }
     engine.destroy()
+    groups.end(before)
     return result
 
 
