@@ -1,4 +1,4 @@
-"""Tiny random models of each verified family, and batches with what collators make: padding, packing, ignored labels."""
+"""Tiny random models of each verified family, and batches as collators make them: padded, packed, labels ignored."""
 
 from __future__ import annotations
 

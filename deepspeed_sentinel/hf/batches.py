@@ -17,9 +17,7 @@ ALLOWED = ("input_ids", "attention_mask", "position_ids", "labels")
 Batch = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 
 
-def to_batch(
-    batch: Mapping[str, Any], num_items_in_batch: torch.Tensor | int | None = None, shares: int = 1
-) -> Batch:
+def to_batch(batch: Mapping[str, Any], num_items_in_batch: torch.Tensor | int | None = None, shares: int = 1) -> Batch:
     """One micro-batch of a transformers collator as ``train_batch`` and ``eval_batch`` take it.
 
     Args:
@@ -69,7 +67,10 @@ def label_tokens(batches: Sequence[Mapping[str, Any]]) -> torch.Tensor:
 
 
 def step_batches(
-    engine: Any, batches: Sequence[Mapping[str, Any]], num_items_in_batch: torch.Tensor | int | None = None
+    engine: Any,
+    batches: Sequence[Mapping[str, Any]],
+    num_items_in_batch: torch.Tensor | int | None = None,
+    shares: int | None = None,
 ) -> Iterator[Batch]:
     """The micro-batches of one step for ``engine.train_batch``, weighted by tokens as the Trainer weights them.
 
@@ -80,12 +81,13 @@ def step_batches(
         engine: the pipeline engine.
         batches: this replica's micro-batches, as transformers collators make them.
         num_items_in_batch: as in ``to_batch``; counted over the replicas if not given.
+        shares: as in ``to_batch``; by default micro-batches times replicas.
     """
     if num_items_in_batch is None:
         count = label_tokens(batches).to(engine.device)
         dist.all_reduce(count, group=engine.mpu.get_data_parallel_group())
         num_items_in_batch = count.cpu()
-    shares = len(batches) * engine.grid.data_parallel_size
+    shares = shares or len(batches) * engine.grid.data_parallel_size
     ready = [to_batch(batch, num_items_in_batch, shares) for batch in batches]
     announce_shapes(engine, ready)
     return iter(ready)

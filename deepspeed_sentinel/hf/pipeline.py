@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -128,7 +129,9 @@ class CausalLMPipeline(PipelineModule):
 
     def _partition_layers(self, method: str = "uniform") -> None:
         super()._partition_layers(method)
-        counts = [len(set(self.plan.layers) & set(range(a, b))) for a, b in zip(self.parts, self.parts[1:], strict=False)]
+        counts = [
+            len(set(self.plan.layers) & set(range(a, b))) for a, b in zip(self.parts, self.parts[1:], strict=False)
+        ]
         if 0 in counts:
             raise ValueError(
                 f"partition_method {method!r} leaves stages without a decoder layer: {counts}. Use fewer stages, or "
@@ -199,6 +202,7 @@ def to_pipeline(
     Raises:
         ValueError: the model cannot be split, or not into this many stages; names what and why.
     """
+    deepspeed.init_distributed(verbose=False)  # takes over a process group that torch has started
     world = dist.get_world_size()
     if num_stages < 1 or world % num_stages:
         fitting = [n for n in range(1, world + 1) if world % n == 0]

@@ -58,9 +58,7 @@ class Router:
         """
         return torch.zeros(2 * self.experts + 1, device=device, requires_grad=torch.is_grad_enabled())
 
-    def add(
-        self, sums_N: torch.Tensor, logits: tuple[torch.Tensor, ...], mask_BT: torch.Tensor | None
-    ) -> torch.Tensor:
+    def add(self, sums_N: torch.Tensor, logits: tuple[torch.Tensor, ...], mask_BT: torch.Tensor | None) -> torch.Tensor:
         """The vector after these layers.
 
         Args:

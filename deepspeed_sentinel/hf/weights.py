@@ -99,7 +99,9 @@ def resolve(
         dtype = options.pop("dtype", "auto")
         config = AutoConfig.from_pretrained(model, **options)
         name = str(Path(model)) if os.path.isdir(model) else str(model)
-        attention = {} if "attn_implementation" not in options else {"attn_implementation": options["attn_implementation"]}
+        attention = (
+            {} if "attn_implementation" not in options else {"attn_implementation": options["attn_implementation"]}
+        )
         options = {key: value for key, value in options.items() if key != "attn_implementation"}
         precision = {} if dtype == "auto" else {"dtype": dtype}
         return _on_meta(config, **attention, **precision), Pretrained(name, options)
