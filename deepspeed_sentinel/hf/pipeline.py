@@ -15,6 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint.constants import PIPELINE_REPLICATED_PARAMETER_PATTERNS
 from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -126,6 +127,11 @@ class CausalLMPipeline(PipelineModule):
         """Parameter names of this module to names in the transformers model."""
         names = {id(parameter): name for name, parameter in self.stage_model.named_parameters()}
         return {name: names[id(parameter)] for name, parameter in self.named_parameters()}
+
+    @property
+    def universal_checkpoint_info(self) -> dict[str, Any]:
+        """What DeepSpeed's universal checkpoint must know: the tied embedding is stored once."""
+        return {PIPELINE_REPLICATED_PARAMETER_PATTERNS: [rf"tied_modules\.{_TIE}\.weight"] if self.plan.tied else []}
 
     def _partition_layers(self, method: str = "uniform") -> None:
         super()._partition_layers(method)

@@ -1,26 +1,23 @@
-"""Job script: every family as a pipeline of 4 x 2 and 2 x 4, trained beside the same model in one piece.
+"""Part of jobs/hf.py: every family as a pipeline of 4 x 2 and 2 x 4, and the same model trained in one piece.
 
-Each rank writes JOB_FOLDER/<rank>.json: for each case the largest differences of its own part from the whole model.
-The first step's gradients are compared before clipping, the weights after ``STEPS`` steps.
+Each rank records the largest differences of its own part from the whole model: of the first step's gradients before
+clipping, and of the weights after ``STEPS`` steps.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import set_log_level_from_string
 
 from deepspeed_sentinel import hf
 from integration_tests import groups
-from integration_tests.families import batches, build, configs
+from integration_tests.hf_models import batches, build, configs
 
 STEPS = 5
 MICRO_BATCHES = 8  # of a step, over all replicas
@@ -132,13 +129,9 @@ def run(family: str, stages: int, kind: str, checkpointing: int, expected: dict[
     return result
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    set_log_level_from_string("warning")
-    results: dict[str, Any] = {}
-    wanted = sys.argv[1:] or list(CASES)
-    folder, rank = Path(os.environ["JOB_FOLDER"]), torch.distributed.get_rank()
+def run_all(wanted: Sequence[str], folder: Path) -> dict[str, Any]:
+    """All cases, one after the other, on every rank of 8; the references are shared out over the ranks."""
+    rank, results = torch.distributed.get_rank(), {}
     references = sorted({(CASES[name][0], CASES[name][2]) for name in wanted})
     for family, kind in references[rank :: torch.distributed.get_world_size()]:
         reference(family, kind, folder)
@@ -149,10 +142,4 @@ def main() -> None:
         results[name] = run(*CASES[name], torch.load(folder / f"{family}-{kind}.pt"))
         results[name]["seconds"] = time.perf_counter() - clock
         gc.collect()
-    (folder / f"{rank}.json").write_text(json.dumps(results), encoding="utf-8")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return results

@@ -1,15 +1,10 @@
-"""Job script: SentinelTrainer in several runs, or with ``plain`` the Trainer of transformers in one process.
-
-    hf_trainer.py plain|pipeline FOLDER [STAGES]
-
-Each rank writes JOB_FOLDER/<rank>.json: {run: {"history": the Trainer's log history, ...}}.
-"""
+"""Part of jobs/hf.py: SentinelTrainer in several runs, or the Trainer of transformers in one process."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from integration_tests.families import SIZE, VOCABULARY, build
+from integration_tests.hf_models import SIZE, VOCABULARY, build
 
 STEPS, SHORT = 50, 6
 MICRO_BATCHES = 8  # of a step, over all replicas
@@ -53,6 +48,9 @@ def collator() -> DataCollatorForLanguageModeling:
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t1")), pad_token="t0", eos_token="t2"
     )
     return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+
+DATA = {"train_dataset": TRAIN, "eval_dataset": HELD_OUT, "data_collator": collator()}
 
 
 def z_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
@@ -124,6 +122,7 @@ class Runs:
         deepspeed: dict[str, Any] | None = None,
         resume: str | None = None,
         save_to: str | None = None,
+        stages: int | None = None,
         trainer_options: dict[str, Any] | None = None,
         **changes: Any,
     ) -> Any:
@@ -132,18 +131,15 @@ class Runs:
         if self.stages is not None:
             from deepspeed_sentinel.hf import SentinelTrainer
 
-            kind = SentinelTrainer
-            replicas = int(os.environ["WORLD_SIZE"]) // self.stages
-            config = {**BASE, "pipeline": {"stages": self.stages}, **(deepspeed or {})}
+            kind, stages = SentinelTrainer, stages or self.stages
+            replicas = int(os.environ["WORLD_SIZE"]) // stages
+            config = {**BASE, "pipeline": {"stages": stages}, **(deepspeed or {})}
         told: list[Any] = []
         trainer = kind(
             what,
             arguments(self.folder / name, replicas, config, **changes),
-            train_dataset=TRAIN,
-            eval_dataset=HELD_OUT,
-            data_collator=collator(),
             callbacks=[listener(told)],
-            **(trainer_options or {}),
+            **{**DATA, **(trainer_options or {})},
         )
         trainer.train(resume_from_checkpoint=resume)
         if save_to is not None:
@@ -173,11 +169,14 @@ def both(runs: Runs) -> None:
     metrics = {"trainer_options": {"compute_metrics": accuracy}}
     guard = {"sentinel": {"enabled": True, "output_dir": str(runs.folder / "events")}}
     saving = {"save_strategy": "steps", "save_steps": 20}
-    runs.finish(runs.run("long", model(), guard, save_to=str(runs.folder / "final"), **metrics, **saving))
-    runs.finish(runs.run("mixtral", model("mixtral"), **SHORTLY))
-    runs.finish(runs.run("z_loss", model("tied"), trainer_options={"compute_loss_func": z_loss}, **SHORTLY))
+    final = runs.folder / "final"
+    runs.finish(runs.run("long", model(), guard, save_to=str(final / "long"), **metrics, **saving))
+    runs.finish(runs.run("mixtral", model("mixtral"), save_to=str(final / "mixtral"), **SHORTLY))
+    custom = {"trainer_options": {"compute_loss_func": z_loss}}
+    runs.finish(runs.run("z_loss", model("tied"), save_to=str(final / "z_loss"), **custom, **SHORTLY))
+    # 104 rows are 6 steps and a half, so that the last step of an epoch has fewer micro-batches
+    few = {"trainer_options": {"train_dataset": TRAIN[:104]}}
     epochs = {**SHORTLY, "max_steps": -1, "num_train_epochs": 2}
-    few = {"trainer_options": {}}
     runs.finish(runs.run("epochs", model(), **few, **epochs, gradient_checkpointing=True))
 
 
@@ -199,27 +198,34 @@ def pipeline_only(runs: Runs) -> None:
     from deepspeed_sentinel.hf import SentinelTrainer
 
     trainer = SentinelTrainer(
-        str(runs.folder / "final"),
+        str(runs.folder / "final" / "long"),
         arguments(runs.folder / "evaluated", 2, {**BASE, "pipeline": {"stages": runs.stages}}),
-        eval_dataset=HELD_OUT,
-        data_collator=collator(),
+        **DATA,
     )
     runs.results["evaluated"] = trainer.evaluate()
     runs.finish(trainer)
+    other_mesh(runs)
 
 
-def main(mode: str, folder: str, stages: str = "4") -> None:
-    torch.set_num_threads(1)
-    runs = Runs(Path(folder), int(stages) if mode == "pipeline" else None)
+def other_mesh(runs: Runs) -> None:
+    """Train with ZeRO-1 on 4 x 2, stop half-way, go on with 2 x 4 from a universal checkpoint."""
+    zero = {"zero_optimization": {"stage": 1}}
+    saving = {"save_strategy": "steps", "save_steps": SHORT // 2}
+    runs.finish(runs.run("zero1", model("tied"), zero, **SHORTLY, **saving))
+    checkpoint = runs.folder / "zero1" / f"checkpoint-{SHORT // 2}"
+    if os.environ["RANK"] == "0":
+        step = f"{checkpoint}/global_step{SHORT // 2}"
+        convert = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", step]
+        subprocess.run([sys.executable, *convert, "--output_folder", f"{step}_universal"], check=True)
+    torch.distributed.barrier()
+    universal = {**zero, "checkpoint": {"load_universal": True}}
+    runs.finish(runs.run("other_mesh", model("tied", 9), universal, resume=str(checkpoint), stages=2, **SHORTLY))
+
+
+def run_all(folder: Path, stages: int | None) -> dict[str, Any]:
+    """{run: {"history": the Trainer's log history, "told": what its callback was told}}."""
+    runs = Runs(folder, stages)
     both(runs)
-    if mode == "pipeline":
+    if stages is not None:
         pipeline_only(runs)
-    path = Path(os.environ["JOB_FOLDER"]) / f"{os.environ['RANK']}.json"
-    path.write_text(json.dumps(runs.results), encoding="utf-8")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return runs.results
