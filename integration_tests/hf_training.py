@@ -25,7 +25,7 @@ from integration_tests.hf_models import SIZE, VOCABULARY, build
 
 STEPS, SHORT = 50, 6
 MICRO_BATCHES = 8  # of a step, over all replicas
-FAULT = {"stage": 1, "replica": 1, "attack": "constant", "value": 0.0, "start_step": 30, "stop_step": 40}
+FAULT = {"stage": 1, "replica": 1, "attack": "constant", "value": 0.0, "start_step": 26, "stop_step": 31}
 
 
 def rows(count: int, seed: int) -> list[dict[str, list[int]]]:
@@ -92,7 +92,7 @@ def arguments(folder: Path, replicas: int, deepspeed: dict[str, Any] | None, **c
         "max_grad_norm": 1.0,
         "logging_steps": 1,
         "eval_strategy": "steps",
-        "eval_steps": 10,
+        "eval_steps": 25,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -177,7 +177,7 @@ def both(runs: Runs) -> None:
     # 104 rows are 6 steps and a half, so that the last step of an epoch has fewer micro-batches
     few = {"trainer_options": {"train_dataset": TRAIN[:104]}}
     epochs = {**SHORTLY, "max_steps": -1, "num_train_epochs": 2}
-    runs.finish(runs.run("epochs", model(), **few, **epochs, gradient_checkpointing=True))
+    runs.finish(runs.run("epochs", model(), guard, **few, **epochs, gradient_checkpointing=True))
 
 
 def pipeline_only(runs: Runs) -> None:
@@ -185,7 +185,7 @@ def pipeline_only(runs: Runs) -> None:
     checkpoint = str(runs.folder / "long" / "checkpoint-20")
     runs.finish(runs.run("resumed", model(seed=9), {"sentinel": guard}, resume=checkpoint))
     attacked = {"sentinel": {**guard, "inject": [FAULT]}}
-    runs.finish(runs.run("attacked", model(), attacked, eval_strategy="no"))
+    runs.finish(runs.run("attacked", model(), attacked, eval_strategy="no", max_steps=33))
     from_config = {
         "optimizer": {
             "type": "AdamW",

@@ -51,6 +51,8 @@ class CausalLMPipeline(PipelineModule):
         config: the model's.
     """
 
+    _layer_specs: list[Any]
+
     def __init__(self, model: PreTrainedModel, plan: Plan, source: Source, num_stages: int, **options: Any) -> None:
         # plain attributes and not submodules: a stage's parameters are registered once, layer by layer
         self.__dict__["_model"] = (model,)

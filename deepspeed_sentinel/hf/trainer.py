@@ -12,13 +12,13 @@ import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, DummyOptim, DummyScheduler
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
-from deepspeed.runtime.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerControl, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_init, deepspeed_load_checkpoint
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
+from deepspeed_sentinel.engine import access
 from deepspeed_sentinel.engine.launch import initialize
 from deepspeed_sentinel.hf.batches import ALLOWED, Batch, announce_shapes, label_tokens, step_batches, to_batch
 from deepspeed_sentinel.hf.callback import has_news, log_entries
@@ -54,6 +54,9 @@ class SentinelTrainer(Trainer):
     Raises:
         ValueError: something that a pipeline cannot do; names it, its value and what to do.
     """
+
+    control: TrainerControl
+    _created_lr_scheduler: bool
 
     def __init__(
         self,
@@ -168,13 +171,7 @@ class SentinelTrainer(Trainer):
     def _start_engine(self, start: Callable[..., Any], **given: Any) -> tuple[Any, Any, Any]:
         config = engine_config(self.accelerator.state.deepspeed_plugin.hf_ds_config.config, self.args, self.mesh)
         engine, optimizer, _, scheduler = start(model=self.pipeline, config=config, **given)
-
-        def clip() -> None:  # as the engine's own, but the norm is kept for the log
-            engine._global_grad_norm = clip_grad_norm_(
-                engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu
-            )
-
-        engine.clip_fp32_gradients = clip
+        access.keep_gradient_norm(engine)
         self.deepspeed = self.model_wrapped = engine
         self.accelerator.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(engine)
         self.accelerator._models.append(engine)
