@@ -27,16 +27,19 @@ HELD_OUT = 99  # a step that is not trained on
 # Attention ignores an offset common to all keys: the gradient of a key's bias is rounding noise, which Adam blows up.
 KEY_BIASES = ("k_proj.bias", "query_key_value.bias")
 EXTRA = ("llama_eager", "gemma2", "olmo2")
-# name: (family, stages, kind of batches, activation checkpointing)
-CASES = {
-    **{f"{family}/4": (family, 4, "padded", 0) for family in configs()},
-    **{f"{family}/2": (family, 2, "padded", 0) for family in configs() if family not in EXTRA},
-    "llama/plain": ("llama", 4, "plain", 0),
-    "llama/packed": ("llama", 4, "packed", 0),
-    "qwen2/packed": ("qwen2", 4, "packed", 0),
-    "llama/checkpointed": ("llama", 4, "padded", 1),
-    "mixtral/checkpointed": ("mixtral", 4, "padded", 1),
-    "gemma/1": ("gemma", 1, "padded", 0),
+CHECKPOINTED = {"activation_checkpoint_interval": 1}
+# name: (family, stages, kind of batches, options of to_pipeline)
+CASES: dict[str, tuple[str, int, str, dict[str, Any]]] = {
+    **{f"{family}/4": (family, 4, "padded", {}) for family in configs()},
+    **{f"{family}/2": (family, 2, "padded", {}) for family in configs() if family not in EXTRA},
+    "llama/plain": ("llama", 4, "plain", {}),
+    "llama/packed": ("llama", 4, "packed", {}),
+    "qwen2/packed": ("qwen2", 4, "packed", {}),
+    "llama/checkpointed": ("llama", 4, "padded", CHECKPOINTED),
+    "mixtral/checkpointed": ("mixtral", 4, "padded", CHECKPOINTED),
+    # the last stage holds the head alone
+    "llama/uniform": ("llama", 4, "padded", {**CHECKPOINTED, "partition_method": "uniform"}),
+    "gemma/1": ("gemma", 1, "padded", {}),
 }
 
 
@@ -84,9 +87,9 @@ def reference(family: str, kind: str, folder: Path) -> None:
     torch.save(found, folder / f"{family}-{kind}.pt")
 
 
-def run(family: str, stages: int, kind: str, checkpointing: int, expected: dict[str, Any]) -> dict[str, Any]:
+def run(family: str, stages: int, kind: str, options: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
     before = groups.known()
-    pipeline = hf.to_pipeline(build(configs()[family]), stages, activation_checkpoint_interval=checkpointing)
+    pipeline = hf.to_pipeline(build(configs()[family]), stages, **options)
     optimizer = torch.optim.AdamW(pipeline.parameters(), **OPTIMIZER)
     gradients: dict[str, torch.Tensor] = {}
     engine, *_ = deepspeed.initialize(

@@ -182,7 +182,7 @@ def both(runs: Runs) -> None:
 
 def pipeline_only(runs: Runs) -> None:
     guard = {"enabled": True, "output_dir": str(runs.folder / "events")}
-    checkpoint = str(runs.folder / "long" / "checkpoint-20")
+    checkpoint = str(runs.folder / "long" / "checkpoint-40")
     runs.finish(runs.run("resumed", model(seed=9), {"sentinel": guard}, resume=checkpoint))
     attacked = {"sentinel": {**guard, "inject": [FAULT]}}
     runs.finish(runs.run("attacked", model(), attacked, eval_strategy="no", max_steps=33))

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+_PIPELINE = ("stages", "partition", "activation_checkpoint_interval")
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
@@ -43,6 +44,12 @@ def given_config(args: TrainingArguments) -> dict[str, Any]:
         raise ValueError(
             f'the DeepSpeed config must say how many stages: got "pipeline": {pipeline!r}, expected '
             '"pipeline": {"stages": 4} with a whole number. Without a pipeline use transformers\' own Trainer.'
+        )
+    unknown = [key for key in pipeline if key not in _PIPELINE]
+    if unknown:
+        raise ValueError(
+            f'"pipeline" has {", ".join(map(repr, unknown))}, which would have no effect here; allowed are '
+            f"{', '.join(_PIPELINE)}."
         )
     return copy.deepcopy(dict(config))
 

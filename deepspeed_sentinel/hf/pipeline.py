@@ -69,6 +69,9 @@ class CausalLMPipeline(PipelineModule):
         super().__init__(modules, num_stages=num_stages, loss_fn=loss, partition_method=method, **options)
         self.stage_model.to(get_accelerator().device_name(self.local_rank))
         self._mark_for_clipping()
+        if not set(self.plan.layers) & set(range(int(self._local_start), int(self._local_stop))):
+            # a stage with embedding or head alone has nothing to recompute, where transformers raises an error
+            model.activation_checkpointing_enable = model.activation_checkpointing_disable = lambda *_, **__: None
         if interval:
             self.set_checkpoint_interval(interval)
 
@@ -137,13 +140,11 @@ class CausalLMPipeline(PipelineModule):
 
     def _partition_layers(self, method: str = "uniform") -> None:
         super()._partition_layers(method)
-        counts = [
-            len(set(self.plan.layers) & set(range(a, b))) for a, b in zip(self.parts, self.parts[1:], strict=False)
-        ]
+        counts = [int(stop - start) for start, stop in zip(self.parts, self.parts[1:], strict=False)]
         if 0 in counts:
             raise ValueError(
-                f"partition_method {method!r} leaves stages without a decoder layer: {counts}. Use fewer stages, or "
-                "leave partition_method out, which deals layers evenly."
+                f"partition_method {method!r} gives the stages {counts} pieces of the model; each needs at least one. "
+                "Use fewer stages, or leave partition_method out, which deals decoder layers evenly."
             )
 
     def _build(self) -> None:

@@ -75,7 +75,13 @@ class SentinelTrainer(Trainer):
         # transformers counts samples by processes; the config we hand to the engine counts by replicas
         filled = args.hf_deepspeed_config
         filled.mismatches = [line for line in filled.mismatches if not line.startswith("- ds train_batch_size=")]
-        self.pipeline = to_pipeline(model, self.mesh.stages, compute_loss_func=compute_loss_func, seed=args.seed)
+        self.pipeline = to_pipeline(
+            model,
+            self.mesh.stages,
+            partition_method=config["pipeline"].get("partition"),
+            compute_loss_func=compute_loss_func,
+            seed=args.seed,
+        )
         self._held: list[dict[str, Any]] = []
         self._rate = 0.0
         super().__init__(self.pipeline.stage_model, args, *others, compute_loss_func=compute_loss_func, **named)

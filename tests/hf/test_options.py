@@ -31,6 +31,14 @@ def test_without_a_number_of_stages_there_is_no_pipeline(tmp_path, pipeline):
         given_config(arguments(tmp_path, config))
 
 
+def test_pipeline_keys_without_effect_are_refused(tmp_path):
+    config = {**GOOD, "pipeline": {"stages": 1, "use_reentrant": True}}
+    with pytest.raises(
+        ValueError, match=r"\"pipeline\" has 'use_reentrant'.*allowed are stages, partition, activation"
+    ):
+        given_config(arguments(tmp_path, config))
+
+
 def test_without_a_config_it_is_said_how_it_looks(tmp_path):
     with pytest.raises(ValueError, match="SentinelTrainer needs a DeepSpeed config"):
         given_config(arguments(tmp_path))

@@ -1,0 +1,43 @@
+"""The examples run as they are; hf_trainer.py also shows that the Trainer runs under torchrun."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from transformers import AutoModelForCausalLM
+
+from integration_tests.harness import ROOT, base_environment, run_job
+
+
+def test_the_trainer_example_trains_and_saves_under_torchrun(tmp_path):
+    quick = ["--max_steps=3", "--logging_steps=1", "--eval_steps=3", "--disable_tqdm=True"]
+    job = run_job(
+        "examples/hf_trainer.py",
+        stages=2,
+        replicas=2,
+        folder=tmp_path / "job",
+        args=[f"--output_dir={tmp_path / 'out'}", *quick],
+        launcher="torchrun",
+        timeout=300,
+    ).check()
+    assert "'eval_loss'" in job.stdout[0]
+    assert "sentinel/alarms" in job.stdout[0]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_the_native_example_learns(tmp_path):
+    args = [tmp_path / "out"]
+    job = run_job("examples/deepspeed_native.py", 2, 2, folder=tmp_path / "job", args=args, timeout=300).check()
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in job.stdout[0].splitlines() if "loss " in line]
+    assert losses[0] > 3 > 1 > losses[-1]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+
+
+def test_the_arithmetic_of_the_4b_llama_is_checked_against_the_model():
+    script = [sys.executable, str(ROOT / "examples" / "llama_4b" / "check.py")]
+    done = subprocess.run(script, env=base_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.count("4.01 B parameters") == 2
+    largest = [float(line.split()[2]) for line in done.stdout.splitlines() if "largest stage" in line]
+    assert len(largest) == 2
+    assert all(5 < gib < 14 for gib in largest)
