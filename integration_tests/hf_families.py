@@ -134,6 +134,25 @@ def run(family: str, stages: int, kind: str, options: dict[str, Any], expected: 
     return result
 
 
+def refusals() -> dict[str, str]:
+    """What is said of pipelines that cannot be, with 8 processes."""
+    llama = configs()["llama"]
+    asked: dict[str, tuple[Any, int, dict[str, Any]]] = {
+        "stages": (llama, 3, {}),
+        "layers": (llama, 8, {}),
+        "interval": (llama, 4, {"activation_checkpoint_interval": 2}),
+        "partition": (llama, 4, {"partition_method": "type:lm_head|linear"}),
+    }
+    said = {}
+    for name, (config, stages, options) in asked.items():
+        try:
+            hf.to_pipeline(config, stages, **options)
+            said[name] = "no error"
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
 def run_all(wanted: Sequence[str], folder: Path) -> dict[str, Any]:
     """All cases, one after the other, on every rank of 8; the references are shared out over the ranks."""
     rank, results = torch.distributed.get_rank(), {}

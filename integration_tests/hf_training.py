@@ -199,7 +199,9 @@ def pipeline_only(runs: Runs) -> None:
 
     trainer = SentinelTrainer(
         str(runs.folder / "final" / "long"),
-        arguments(runs.folder / "evaluated", 2, {**BASE, "pipeline": {"stages": runs.stages}}),
+        arguments(
+            runs.folder / "evaluated", 2, {"zero_optimization": {"stage": 1}, "pipeline": {"stages": runs.stages}}
+        ),
         **DATA,
     )
     runs.results["evaluated"] = trainer.evaluate()

@@ -59,6 +59,20 @@ def test_the_named_families_were_tried_with_2_and_4_stages():
     assert {f"{family}/{stages}" for family in named for stages in (2, 4)} <= set(CASES)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("stages", "3 stages do not divide 8 processes; with so many, stages can be [1, 2, 4, 8]"),
+        ("layers", "8 stages but only 4 decoder layers"),
+        ("interval", "activation_checkpoint_interval is 2; allowed are 0 (off) and 1"),
+        ("partition", "each needs at least one"),
+    ],
+)
+def test_pipelines_that_cannot_be_are_refused_on_every_rank(jobs, asked, said):
+    for result in jobs[1].results:
+        assert said in result["refusals"][asked]
+
+
 def test_padding_and_packing_change_the_loss(families):
     """The cases above would pass on what they ignore; here it shows that they do not."""
     losses = {families[0][case]["losses"][0] for case in ("llama/4", "llama/plain", "llama/packed")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from deepspeed_sentinel.engine.sentinel import Sentinel
 from deepspeed_sentinel.judgement.verdict import Verdict
@@ -32,6 +33,28 @@ class SentinelCallback(TrainerCallback):
 def has_news(verdict: Verdict) -> bool:
     """There is something to tell of this step."""
     return bool(verdict.findings or verdict.disputed or verdict.newly_convicted or verdict.released or verdict.skip)
+
+
+def tell(
+    handler: CallbackHandler, args: TrainingArguments, state: TrainerState, control: TrainerControl, verdict: Verdict
+) -> TrainerControl:
+    """Call ``on_sentinel_verdict`` of every callback that has it, as the handler calls its own events."""
+    for callback in handler.callbacks:
+        event = getattr(callback, "on_sentinel_verdict", None)
+        if event is None:
+            continue
+        result = event(
+            args,
+            state,
+            control,
+            verdict=verdict,
+            model=handler.model,
+            processing_class=handler.processing_class,
+            optimizer=handler.optimizer,
+            lr_scheduler=handler.lr_scheduler,
+        )
+        control = control if result is None else result
+    return control
 
 
 def log_entries(sentinel: Sentinel) -> dict[str, float]:

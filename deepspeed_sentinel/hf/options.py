@@ -40,7 +40,7 @@ def given_config(args: TrainingArguments) -> dict[str, Any]:
         )
     pipeline = config.get("pipeline")
     stages = pipeline.get("stages") if isinstance(pipeline, Mapping) else None
-    if not isinstance(stages, int) or isinstance(stages, bool):
+    if not isinstance(pipeline, Mapping) or not isinstance(stages, int) or isinstance(stages, bool):
         raise ValueError(
             f'the DeepSpeed config must say how many stages: got "pipeline": {pipeline!r}, expected '
             '"pipeline": {"stages": 4} with a whole number. Without a pipeline use transformers\' own Trainer.'
@@ -134,9 +134,17 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ValueError("SentinelTrainer does not support these training arguments:\n" + "\n".join(problems))
 
 
-def engine_config(filled: Mapping[str, Any], args: TrainingArguments, mesh: Mesh) -> dict[str, Any]:
-    """The config for the engine: what transformers filled in, with replicas in place of processes."""
+def engine_config(
+    filled: Mapping[str, Any], args: TrainingArguments, mesh: Mesh, trains: bool = True
+) -> dict[str, Any]:
+    """The config for the engine: what transformers filled in, with replicas in place of processes.
+
+    Without training there is no optimizer, and so nothing that ZeRO could divide.
+    """
     config = copy.deepcopy(dict(filled))
+    if not trains:
+        for key in ("optimizer", "scheduler", "zero_optimization"):
+            config.pop(key, None)
     config["train_micro_batch_size_per_gpu"] = args.per_device_train_batch_size
     config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     config["train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * mesh.replicas

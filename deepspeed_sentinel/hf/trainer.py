@@ -9,7 +9,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedType, DummyOptim, DummyScheduler
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
 from torch.utils.data import DataLoader
@@ -21,7 +20,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from deepspeed_sentinel.engine import access
 from deepspeed_sentinel.engine.launch import initialize
 from deepspeed_sentinel.hf.batches import ALLOWED, Batch, announce_shapes, label_tokens, step_batches, to_batch
-from deepspeed_sentinel.hf.callback import has_news, log_entries
+from deepspeed_sentinel.hf.callback import has_news, log_entries, tell
+from deepspeed_sentinel.hf.data import prepare_by_replica
 from deepspeed_sentinel.hf.options import check_arguments, check_config, engine_config, given_config
 from deepspeed_sentinel.hf.pipeline import to_pipeline
 from deepspeed_sentinel.hf.saving import save_pretrained
@@ -45,7 +45,7 @@ class SentinelTrainer(Trainer):
         model: a causal LM, its config (for random weights), or the name or folder of a pretrained one (each stage
             then reads only its own weights). A model is taken over: pieces of other stages are removed from it.
         args: must have a DeepSpeed config with a pipeline.
-        others: as for Trainer.
+        data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func, others: as for Trainer.
 
     Attributes:
         pipeline: the PipelineModule; ``model`` is this stage's part of the model.
@@ -62,12 +62,17 @@ class SentinelTrainer(Trainer):
         self,
         model: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str],
         args: TrainingArguments,
-        *others: Any,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
         compute_loss_func: Callable[..., torch.Tensor] | None = None,
-        **named: Any,
+        **others: Any,
     ) -> None:
         for name, advice in _REFUSED.items():
-            if any(part is not None for part in (named.get(name) or ())) if name == "optimizers" else named.get(name):
+            given = others.get(name)
+            if any(part is not None for part in given) if isinstance(given, tuple) else given is not None:
                 raise ValueError(f"SentinelTrainer does not support {name}: {advice}.")
         config = given_config(args)
         check_arguments(args)
@@ -84,7 +89,16 @@ class SentinelTrainer(Trainer):
         )
         self._held: list[dict[str, Any]] = []
         self._rate = 0.0
-        super().__init__(self.pipeline.stage_model, args, *others, compute_loss_func=compute_loss_func, **named)
+        super().__init__(
+            self.pipeline.stage_model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_loss_func=compute_loss_func,
+            **others,
+        )
         self._signature_columns = [*ALLOWED, "label", "label_ids"]
 
     @property
@@ -104,23 +118,8 @@ class SentinelTrainer(Trainer):
             self.is_deepspeed_enabled = True
 
     def _prepare_data_loader(self, data_loader: DataLoader, *_: Any, **__: Any) -> DataLoader:
-        """``Accelerator.prepare_data_loader`` by replicas; batches stay on the host, where their shapes are read."""
-        accelerator = self.accelerator
-        prepared = prepare_data_loader(
-            data_loader,
-            accelerator.device,
-            num_processes=self.mesh.replicas,
-            process_index=self.pipeline.mpu().get_data_parallel_id(),
-            put_on_device=False,
-            rng_types=accelerator.rng_types.copy(),
-            dispatch_batches=False,
-            even_batches=True,
-            use_seedable_sampler=True,
-            data_seed=accelerator.dataloader_config.data_seed,
-            use_stateful_dataloader=accelerator.use_stateful_dataloader,
-        )
-        accelerator._dataloaders.append(prepared)
-        return prepared
+        replica = self.pipeline.mpu().get_data_parallel_id()
+        return prepare_by_replica(self.accelerator, data_loader, replica, self.mesh.replicas)
 
     def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler | None:
         sampler = super()._get_train_sampler(*args)
@@ -174,8 +173,9 @@ class SentinelTrainer(Trainer):
         self.callback_handler.train_dataloader = train_dataloader
         return engine, train_dataloader
 
-    def _start_engine(self, start: Callable[..., Any], **given: Any) -> tuple[Any, Any, Any]:
-        config = engine_config(self.accelerator.state.deepspeed_plugin.hf_ds_config.config, self.args, self.mesh)
+    def _start_engine(self, start: Callable[..., Any], trains: bool = True, **given: Any) -> tuple[Any, Any, Any]:
+        filled = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        config = engine_config(filled, self.args, self.mesh, trains)
         engine, optimizer, _, scheduler = start(model=self.pipeline, config=config, **given)
         access.keep_gradient_norm(engine)
         self.deepspeed = self.model_wrapped = engine
@@ -211,32 +211,13 @@ class SentinelTrainer(Trainer):
         loss = engine.train_batch(
             step_batches(engine, batches, num_items_in_batch, len(batches) if own_count else None)
         )
-        self._tell(engine)
+        if self.sentinel is not None and has_news(self.sentinel.last_verdict):
+            self.control = tell(self.callback_handler, self.args, self.state, self.control, self.sentinel.last_verdict)
         return loss.detach().to(self.args.device)
 
     def _get_learning_rate(self) -> float:
         """The rate of the step just made; the engine has already moved its scheduler on."""
         return self._rate if self.is_in_train else super()._get_learning_rate()
-
-    def _tell(self, engine: Any) -> None:
-        sentinel, handler = self.sentinel, self.callback_handler
-        if sentinel is None or not has_news(sentinel.last_verdict):
-            return
-        for callback in handler.callbacks:
-            event = getattr(callback, "on_sentinel_verdict", None)
-            if event is None:
-                continue
-            result = event(
-                self.args,
-                self.state,
-                self.control,
-                verdict=sentinel.last_verdict,
-                model=handler.model,
-                processing_class=handler.processing_class,
-                optimizer=handler.optimizer,
-                lr_scheduler=handler.lr_scheduler,
-            )
-            self.control = self.control if result is None else result
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.sentinel is not None and "loss" in logs:
@@ -247,7 +228,7 @@ class SentinelTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         if self.deepspeed is None:
-            self._start_engine(deepspeed.initialize)
+            self._start_engine(deepspeed.initialize, trains=False)
         self.gather_function = self._gather_replicas
         return super().evaluation_loop(*args, **kwargs)
 

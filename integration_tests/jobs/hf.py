@@ -34,6 +34,7 @@ def main(mode: str, *wanted: str) -> None:
         results["families"] = hf_families.run_all(
             [name for name in hf_families.CASES if not wanted or name in wanted], folder
         )
+        results["refusals"] = hf_families.refusals()
         results["families_seconds"] = time.perf_counter() - begin
         if not wanted or "training" in wanted:
             results["training"] = hf_training.run_all(folder / "pipeline", stages=4)

@@ -10,6 +10,7 @@ import pytest
 from transformers import TrainingArguments
 
 from deepspeed_sentinel.hf.options import Mesh, check_arguments, check_config, engine_config, given_config
+from deepspeed_sentinel.hf.trainer import SentinelTrainer
 
 GOOD = {"zero_optimization": {"stage": 0}, "pipeline": {"stages": 1}}
 
@@ -93,6 +94,19 @@ def test_the_engine_counts_by_replicas_and_clips_as_the_trainer_says(tmp_path):
     config = engine_config({"train_batch_size": 64}, args, Mesh(stages=4, replicas=3))
     assert (config["train_batch_size"], config["gradient_clipping"]) == (24, 0.5)
     assert engine_config({"gradient_clipping": 2.0}, args, Mesh(4, 3))["gradient_clipping"] == 2.0
+
+
+def test_without_training_the_engine_has_no_optimizer_and_no_zero(tmp_path):
+    filled = {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
+    config = engine_config(filled, arguments(tmp_path), Mesh(1, 1), trains=False)
+    assert config["bf16"] == {"enabled": True}
+    assert not {"optimizer", "zero_optimization"} & set(config)
+
+
+@pytest.mark.parametrize("given", [{"model_init": lambda: None}, {"optimizers": (object(), None)}])
+def test_models_and_optimizers_made_before_the_split_are_refused(tmp_path, given):
+    with pytest.raises(ValueError, match=f"does not support {next(iter(given))}: "):
+        SentinelTrainer(None, arguments(tmp_path, GOOD), **given)
 
 
 def test_importing_the_package_does_not_import_transformers():
