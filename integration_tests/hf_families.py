@@ -141,7 +141,7 @@ def refusals() -> dict[str, str]:
         "stages": (llama, 3, {}),
         "layers": (llama, 8, {}),
         "interval": (llama, 4, {"activation_checkpoint_interval": 2}),
-        "partition": (llama, 4, {"partition_method": "type:lm_head|linear"}),
+        "partition": (llama, 4, {"partition_method": "best"}),
     }
     said = {}
     for name, (config, stages, options) in asked.items():

@@ -26,7 +26,7 @@ def jobs(tmp_path_factory):
         start_job(SCRIPT, 1, 1, folder=folder / "plain", args=["plain"]) as plain,
         start_job(SCRIPT, 4, 2, folder=folder / "pipeline", args=["pipeline"]) as pipeline,
     ):
-        return plain.wait(300).check(), pipeline.wait(400).check()
+        return plain.wait(400).check(), pipeline.wait(600).check()
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_the_named_families_were_tried_with_2_and_4_stages():
         ("stages", "3 stages do not divide 8 processes; with so many, stages can be [1, 2, 4, 8]"),
         ("layers", "8 stages but only 4 decoder layers"),
         ("interval", "activation_checkpoint_interval is 2; allowed are 0 (off) and 1"),
-        ("partition", "each needs at least one"),
+        ("partition", "partition_method is 'best'; allowed are 'parameters', 'uniform'"),
     ],
 )
 def test_pipelines_that_cannot_be_are_refused_on_every_rank(jobs, asked, said):

@@ -138,15 +138,6 @@ class CausalLMPipeline(PipelineModule):
         """What DeepSpeed's universal checkpoint must know: the tied embedding is stored once."""
         return {PIPELINE_REPLICATED_PARAMETER_PATTERNS: [rf"tied_modules\.{_TIE}\.weight"] if self.plan.tied else []}
 
-    def _partition_layers(self, method: str = "uniform") -> None:
-        super()._partition_layers(method)
-        counts = [int(stop - start) for start, stop in zip(self.parts, self.parts[1:], strict=False)]
-        if 0 in counts:
-            raise ValueError(
-                f"partition_method {method!r} gives the stages {counts} pieces of the model; each needs at least one. "
-                "Use fewer stages, or leave partition_method out, which deals decoder layers evenly."
-            )
-
     def _build(self) -> None:
         """Called by PipelineModule when it knows which layers are local: drop the others, fill these with weights."""
         model, plan = self.stage_model, self.plan
@@ -211,6 +202,11 @@ def to_pipeline(
     Raises:
         ValueError: the model cannot be split, or not into this many stages; names what and why.
     """
+    if partition_method not in (None, "uniform", "parameters") and not partition_method.startswith("type:"):
+        raise ValueError(
+            f"partition_method is {partition_method!r}; allowed are 'parameters', 'uniform', 'type:REGEX' of module "
+            "classes, or none, for equally many decoder layers a stage."
+        )
     deepspeed.init_distributed(verbose=False)  # takes over a process group that torch has started
     world = dist.get_world_size()
     if num_stages < 1 or world % num_stages:
