@@ -42,9 +42,8 @@ def main() -> None:
         for kind, reason in kinds.items():
             if reason:
                 print(f"  {kind}: {reason[:160]}")
-    print(
-        f"\n{sum(result is None for result in found.values())} declare no plan (transformers {transformers.__version__})"
-    )
+    without = sum(result is None for result in found.values())
+    print(f"\n{without} declare no plan (transformers {transformers.__version__})")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,13 @@ def save_pretrained(pipeline: CausalLMPipeline, folder: str | os.PathLike[str]) 
     path.mkdir(parents=True, exist_ok=True)
     first = dist.get_rank() == 0
     if first:
-        for stale in path.glob("model*.safetensors*"):
-            stale.unlink()
+        stale = [
+            *path.glob("model-?????-of-?????.safetensors"),
+            path / SAFE_WEIGHTS_NAME,
+            path / SAFE_WEIGHTS_INDEX_NAME,
+        ]
+        for file in stale:
+            file.unlink(missing_ok=True)
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(path)

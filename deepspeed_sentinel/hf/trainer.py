@@ -191,6 +191,10 @@ class SentinelTrainer(Trainer):
         self.deepspeed.destroy()
         self.deepspeed, self.model_wrapped = None, self.model
 
+    def get_batch_samples(self, *args: Any) -> Any:
+        self._held = []  # a step that a callback broke off is not finished with the next one's batches
+        return super().get_batch_samples(*args)
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
