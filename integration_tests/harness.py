@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -299,9 +300,13 @@ def _signal_tree(process: subprocess.Popen[bytes], sent: signal.Signals) -> None
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    # Below the ports that the system hands out by itself: a job binds its port only after seconds of imports, and
+    # gloo opens many connections meanwhile.
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def _read_json(path: Path) -> Any:

@@ -127,7 +127,7 @@ class Runs:
         **changes: Any,
     ) -> Any:
         kind: Any = Trainer
-        replicas, config = 1, None
+        replicas, config = int(os.environ.get("WORLD_SIZE", "1")), None
         if self.stages is not None:
             from deepspeed_sentinel.hf import SentinelTrainer
 

@@ -22,10 +22,12 @@ from integration_tests import hf_families, hf_training
 
 def main(mode: str, *wanted: str) -> None:
     torch.set_num_threads(1)
-    folder = Path(os.environ["JOB_FOLDER"])
+    folder, rank = Path(os.environ["JOB_FOLDER"]), os.environ["RANK"]
     results: dict[str, Any] = {}
     begin = time.perf_counter()
     if mode == "plain":
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]  # no distributed training at all
         results["training"] = hf_training.run_all(folder / "plain", stages=None)
     else:
         import deepspeed
@@ -39,7 +41,7 @@ def main(mode: str, *wanted: str) -> None:
         if not wanted or "training" in wanted:
             results["training"] = hf_training.run_all(folder / "pipeline", stages=4)
     results["seconds"] = time.perf_counter() - begin
-    path = folder / f"{os.environ['RANK']}.json"
+    path = folder / f"{rank}.json"
     path.write_text(json.dumps(results), encoding="utf-8")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
