@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.utils import clip_grad_norm_
 
 from deepspeed_sentinel.mesh import Mesh, Worker
 
@@ -80,6 +81,17 @@ def overflow_limit(engine: PipelineEngine) -> float:
     """Unscaled magnitude above which a gradient overflows fp16 while the loss scale is still sought; or inf."""
     dynamic = engine.fp16_enabled() and engine.dynamic_loss_scale()
     return _LARGEST_FP16 * gradient_scale(engine) if dynamic else float("inf")
+
+
+def keep_gradient_norm(engine: PipelineEngine) -> None:
+    """Make ``engine.get_global_grad_norm()`` answer without mixed precision and ZeRO too, where it clips."""
+
+    def clip_fp32_gradients() -> None:
+        engine._global_grad_norm = clip_grad_norm_(
+            engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu
+        )
+
+    engine.clip_fp32_gradients = clip_fp32_gradients
 
 
 def skip_step(engine: PipelineEngine) -> None:

@@ -1,7 +1,8 @@
 """Fences: bounds from the inter-quartile range of recent clean residuals, one pair per boundary and statistic.
 
-A residual is a statistic minus the median over all replicas' messages of that link and direction in that step.
-With fewer than three replicas there is no majority in a step, so it is minus the running median of recent steps.
+A residual is a statistic minus the median over all replicas' messages of that link and direction in that step. Where
+there is no majority of sound columns in that step, as with fewer than three replicas, it is minus the running median
+of recent steps.
 
     score = distance beyond the nearer quartile / (k * IQR)            1 = on the fence
     k     = max(multiplier, margin * the clean score that the target rate of false alarms allows)
@@ -65,19 +66,21 @@ class Fences:
         low, high = self._residuals.quantiles
         return np.asarray(np.maximum(high - low, FLOORS[:, None, None]))
 
-    def residuals(self, comparable: np.ndarray, eligible: np.ndarray) -> np.ndarray:
+    def residuals(self, comparable: np.ndarray, eligible: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
         """Statistics [K, 2, L, C, M] in comparable units minus their centre.
 
         Args:
             comparable: float64 [K, 2, L, C, M].
             eligible: bool [2, L, C, M], messages that may set the centre.
+            doubtful: bool [2, L], links where they are not to be believed in this step.
         """
         current = self._centre_of(comparable, eligible)
-        if self.compares_replicas or self.learnt_steps == 0:
-            centre = current
-        else:
-            centre = median(self._centres)
-            centre = np.where(np.isnan(centre), current, centre)
+        columns = np.count_nonzero(eligible.any(-1), axis=-1)
+        majority = (2 * columns > self.mesh.replicas) & ~doubtful & self.compares_replicas
+        if majority.all() or self.learnt_steps == 0:
+            return comparable - current[..., None, None]
+        recent = median(self._centres)
+        centre = np.where(majority | np.isnan(recent), current, recent)
         return comparable - centre[..., None, None]
 
     def scores(self, residuals: np.ndarray) -> np.ndarray:
@@ -94,8 +97,10 @@ class Fences:
 
     def learn(self, comparable: np.ndarray, residuals: np.ndarray, clean: np.ndarray, step: int) -> None:
         """Remember the residuals of clean messages (bool [2, L, C, M]) and renew the bounds."""
-        if not self.compares_replicas:
-            self._centres[..., self.learnt_steps % self.window] = self._centre_of(comparable, clean)
+        # Among enough replicas the centre is what the residuals were taken from.
+        measured = comparable[..., 0, 0] - residuals[..., 0, 0]
+        centre = measured if self.compares_replicas else self._centre_of(comparable, clean)
+        self._centres[..., self.learnt_steps % self.window] = centre
         chosen = residuals if clean.all() else np.where(clean, residuals, np.nan)
         renewed = self._residuals.learn(chosen.reshape(*self._rows, -1), step)
         if renewed:

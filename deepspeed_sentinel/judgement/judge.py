@@ -162,18 +162,22 @@ class Judge:
 
         What follows an alarm must not set the centre that others are measured from: where every stage has its bad
         workers, most columns are spoilt by the last one, and the honest ones would stand out. So residuals are taken
-        anew without the cascade until it no longer changes.
+        anew without the cascade until it no longer changes. Where half of the columns left are in alarm, the median
+        may be anybody's, and the recent past decides.
         """
-        eligible = sound
+        eligible, doubtful = sound, np.zeros(sound.shape[:2], bool)
         for _ in range(_PASSES):
-            residuals = self.fences.residuals(compared, self._eligible(eligible))
+            residuals = self.fences.residuals(compared, self._eligible(eligible), doubtful)
             per_statistic = np.zeros_like(residuals) if warming_up else self.fences.scores(residuals)
             per_statistic[HARD] = np.where(values[HARD] > 0, np.inf, 0.0)
-            cascade = followers((per_statistic.max(0) > 1.0) | disputes)
+            alarms = per_statistic.max(0) > 1.0
+            cascade = followers(alarms | disputes)
             narrowed = sound & ~cascade
-            if np.array_equal(narrowed, eligible):
+            left, in_alarm = (np.count_nonzero(which.any(-1), axis=-1) for which in (narrowed, narrowed & alarms))
+            widened = doubtful | ((2 * in_alarm >= left) & (in_alarm > 0))
+            if np.array_equal(narrowed, eligible) and np.array_equal(widened, doubtful):
                 break
-            eligible = narrowed
+            eligible, doubtful = narrowed, widened
         return residuals, per_statistic, cascade
 
     def _contradictions(

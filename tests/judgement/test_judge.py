@@ -87,6 +87,22 @@ def test_honest_columns_do_not_stand_out_where_most_are_spoilt():
         assert verdict.excluded.tolist() == [True, True, True, True, False]
 
 
+def test_two_bad_workers_of_three_columns_do_not_put_the_honest_third_in_the_wrong():
+    def tampered(values):
+        for link in (1, 2):
+            louder(FORWARD, link, 0)(values)
+        louder(FORWARD, 2, 1)(values)
+        for link in range(3):
+            louder(BACKWARD, link, slice(0, 2))(values)
+
+    world = World(stages=4, replicas=3)
+    world.warm_up()
+    for _ in range(3):
+        verdict = world.step(tampered)
+        assert {finding.worker for finding in verdict.findings} == {Worker(1, 0), Worker(2, 1)}
+        assert verdict.excluded.tolist() == [True, True, False]
+
+
 def test_an_alarm_is_traced_back_to_the_message_that_stayed_just_inside_its_fence():
     world = World()
     world.warm_up()

@@ -1,0 +1,57 @@
+"""The loss on the last stage: the model's own, or a custom one, weighted as transformers' Trainer weights it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutput
+
+from deepspeed_sentinel.hf.router import Router
+
+
+class CausalLMLoss:
+    """``loss_fn`` of the pipeline.
+
+    With only labels it is what the model returns for this micro-batch: the mean over its label tokens, plus the
+    router loss. With ``(labels, num_items_in_batch, shares)`` it is ``shares * (sum of token losses /
+    num_items_in_batch + router loss)``; since the engine averages over micro-batches and replicas, of which there are
+    ``shares``, a step's loss and gradient are those of the Trainer: every label token of the step counts the same,
+    and router losses add up.
+
+    Args:
+        function: the model's ``loss_function``.
+        vocabulary: size of the vocabulary.
+        router: of the model, or None.
+        custom: ``compute_loss_func(outputs, labels, num_items_in_batch=...)`` in the model's place, as for the
+            Trainer. It is given logits only, and as there the router loss is not added to it.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., torch.Tensor],
+        vocabulary: int,
+        router: Router | None,
+        custom: Callable[..., torch.Tensor] | None = None,
+    ) -> None:
+        self._function = function
+        self._vocabulary = vocabulary
+        self._router = router
+        self.custom = custom
+        self.__name__ = "causal_lm_loss"
+
+    def __call__(
+        self, outputs: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor | tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        logits_BTV, *router_sums = outputs if isinstance(outputs, tuple) else (outputs,)
+        labels_BT, *weighting = labels if isinstance(labels, tuple) else (labels,)
+        items, shares = weighting if weighting else (None, None)
+        if self.custom is not None:
+            loss = self.custom(CausalLMOutput(logits=logits_BTV), labels_BT, num_items_in_batch=items)
+        else:
+            options: dict[str, Any] = {} if items is None else {"num_items_in_batch": items}
+            loss = self._function(logits=logits_BTV, labels=labels_BT, vocab_size=self._vocabulary, **options)
+            if self._router is not None:
+                loss = loss + self._router.loss(router_sums[0])
+        return loss if shares is None else loss * shares

@@ -1,0 +1,233 @@
+"""Part of jobs/hf.py: SentinelTrainer in several runs, or the Trainer of transformers in one process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models
+from torch.nn import functional
+from transformers import (
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from integration_tests.hf_models import SIZE, VOCABULARY, build
+
+STEPS, SHORT = 50, 6
+MICRO_BATCHES = 8  # of a step, over all replicas
+FAULT = {"stage": 1, "replica": 1, "attack": "constant", "value": 0.0, "start_step": 26, "stop_step": 31}
+
+
+def rows(count: int, seed: int) -> list[dict[str, list[int]]]:
+    """Texts of 6 to 14 tokens in which a token foretells the next."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        length = int(torch.randint(6, 15, (), generator=generator))
+        start, step = torch.randint(3, 60, (2,), generator=generator).tolist()
+        made.append({"input_ids": [3 + (start + step % 7 * index) % (VOCABULARY - 3) for index in range(length)]})
+    return made
+
+
+TRAIN, HELD_OUT = rows(440, seed=1), rows(16, seed=2)
+
+
+def collator() -> DataCollatorForLanguageModeling:
+    vocabulary = {f"t{index}": index for index in range(VOCABULARY)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t1")), pad_token="t0", eos_token="t2"
+    )
+    return DataCollatorForLanguageModeling(tokenizer, mlm=False)
+
+
+DATA = {"train_dataset": TRAIN, "eval_dataset": HELD_OUT, "data_collator": collator()}
+
+
+def z_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    """Cross-entropy plus 0.01 times the squared log partition function, over the label tokens."""
+    logits, targets = outputs["logits"][:, :-1].float(), labels[:, 1:]
+    kept = targets != -100
+    logits, targets = logits[kept], targets[kept]
+    total = functional.cross_entropy(logits, targets, reduction="sum") + 0.01 * logits.logsumexp(-1).square().sum()
+    return total / (num_items_in_batch if num_items_in_batch is not None else len(targets))
+
+
+def accuracy(predictions: Any) -> dict[str, float]:
+    guessed, labels = predictions.predictions[:, :-1].argmax(-1), predictions.label_ids[:, 1:]
+    kept = labels != -100
+    return {"accuracy": float((guessed == labels)[kept].mean())}
+
+
+def model(kind: str = "llama", seed: int = 0) -> Any:
+    size = {**SIZE, "initializer_range": 0.05}
+    if kind == "mixtral":
+        config = MixtralConfig(**size, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1)
+    else:
+        config = LlamaConfig(**size, tie_word_embeddings=kind == "tied")
+    return build(config, seed)
+
+
+def arguments(folder: Path, replicas: int, deepspeed: dict[str, Any] | None, **changes: Any) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": MICRO_BATCHES // replicas,
+        "max_steps": STEPS,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 5,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 25,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+    }
+    if deepspeed is not None:
+        options["deepspeed"] = deepspeed
+    return TrainingArguments(**{**options, **changes})
+
+
+BASE = {"zero_optimization": {"stage": 0}}  # accelerate insists on it
+SHORTLY = {"max_steps": SHORT, "eval_strategy": "no"}
+
+
+class Runs:
+    """Runs of one process, all on the same data."""
+
+    def __init__(self, folder: Path, stages: int | None) -> None:
+        self.folder, self.stages = folder, stages
+        self.results: dict[str, Any] = {}
+
+    def run(
+        self,
+        name: str,
+        what: Any,
+        deepspeed: dict[str, Any] | None = None,
+        resume: str | None = None,
+        save_to: str | None = None,
+        stages: int | None = None,
+        trainer_options: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Any:
+        kind: Any = Trainer
+        replicas, config = 1, None
+        if self.stages is not None:
+            from deepspeed_sentinel.hf import SentinelTrainer
+
+            kind, stages = SentinelTrainer, stages or self.stages
+            replicas = int(os.environ["WORLD_SIZE"]) // stages
+            config = {**BASE, "pipeline": {"stages": stages}, **(deepspeed or {})}
+        told: list[Any] = []
+        trainer = kind(
+            what,
+            arguments(self.folder / name, replicas, config, **changes),
+            callbacks=[listener(told)],
+            **{**DATA, **(trainer_options or {})},
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        if save_to is not None:
+            trainer.save_model(save_to)
+        self.results[name] = {"history": trainer.state.log_history, "told": told}
+        return trainer
+
+    def finish(self, trainer: Any) -> None:
+        if self.stages is not None:
+            trainer._release_engine()
+        gc.collect()
+
+
+def listener(told: list[Any]) -> Any:
+    from deepspeed_sentinel.hf import SentinelCallback
+
+    class Listener(SentinelCallback):
+        def on_sentinel_verdict(self, args, state, control, *, verdict, **kwargs):
+            blamed = sorted({(finding.worker.stage, finding.worker.replica) for finding in verdict.findings})
+            told.append({"step": verdict.step, "blamed": blamed, "excluded": verdict.excluded.tolist()})
+
+    return Listener()
+
+
+def both(runs: Runs) -> None:
+    """The runs that are compared, each the same with and without a pipeline."""
+    metrics = {"trainer_options": {"compute_metrics": accuracy}}
+    guard = {"sentinel": {"enabled": True, "output_dir": str(runs.folder / "events")}}
+    saving = {"save_strategy": "steps", "save_steps": 20}
+    final = runs.folder / "final"
+    runs.finish(runs.run("long", model(), guard, save_to=str(final / "long"), **metrics, **saving))
+    runs.finish(runs.run("mixtral", model("mixtral"), save_to=str(final / "mixtral"), **SHORTLY))
+    custom = {"trainer_options": {"compute_loss_func": z_loss}}
+    runs.finish(runs.run("z_loss", model("tied"), save_to=str(final / "z_loss"), **custom, **SHORTLY))
+    # 104 rows are 6 steps and a half, so that the last step of an epoch has fewer micro-batches
+    few = {"trainer_options": {"train_dataset": TRAIN[:104]}}
+    epochs = {**SHORTLY, "max_steps": -1, "num_train_epochs": 2}
+    runs.finish(runs.run("epochs", model(), guard, **few, **epochs, gradient_checkpointing=True))
+
+
+def pipeline_only(runs: Runs) -> None:
+    guard = {"enabled": True, "output_dir": str(runs.folder / "events")}
+    checkpoint = str(runs.folder / "long" / "checkpoint-40")
+    runs.finish(runs.run("resumed", model(seed=9), {"sentinel": guard}, resume=checkpoint))
+    attacked = {"sentinel": {**guard, "inject": [FAULT]}}
+    runs.finish(runs.run("attacked", model(), attacked, eval_strategy="no", max_steps=33))
+    from_config = {
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": 0.0, "torch_adam": True},
+        },
+        "gradient_clipping": "auto",
+    }
+    runs.finish(runs.run("config_optimizer", model(), from_config, **{**SHORTLY, "weight_decay": 0.0}))
+    runs.finish(runs.run("bf16", model(), {"bf16": {"enabled": True}}, **SHORTLY, bf16=True))
+    from deepspeed_sentinel.hf import SentinelTrainer
+
+    trainer = SentinelTrainer(
+        str(runs.folder / "final" / "long"),
+        arguments(
+            runs.folder / "evaluated", 2, {"zero_optimization": {"stage": 1}, "pipeline": {"stages": runs.stages}}
+        ),
+        **DATA,
+    )
+    runs.results["evaluated"] = trainer.evaluate()
+    runs.finish(trainer)
+    other_mesh(runs)
+
+
+def other_mesh(runs: Runs) -> None:
+    """Train with ZeRO-1 on 4 x 2, stop half-way, go on with 2 x 4 from a universal checkpoint."""
+    zero = {"zero_optimization": {"stage": 1}}
+    saving = {"save_strategy": "steps", "save_steps": SHORT // 2}
+    runs.finish(runs.run("zero1", model("tied"), zero, **SHORTLY, **saving))
+    checkpoint = runs.folder / "zero1" / f"checkpoint-{SHORT // 2}"
+    if os.environ["RANK"] == "0":
+        step = f"{checkpoint}/global_step{SHORT // 2}"
+        convert = ["-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", step]
+        subprocess.run([sys.executable, *convert, "--output_folder", f"{step}_universal"], check=True)
+    torch.distributed.barrier()
+    universal = {**zero, "checkpoint": {"load_universal": True}}
+    runs.finish(runs.run("other_mesh", model("tied", 9), universal, resume=str(checkpoint), stages=2, **SHORTLY))
+
+
+def run_all(folder: Path, stages: int | None) -> dict[str, Any]:
+    """{run: {"history": the Trainer's log history, "told": what its callback was told}}."""
+    runs = Runs(folder, stages)
+    both(runs)
+    if stages is not None:
+        pipeline_only(runs)
+    return runs.results

@@ -1,0 +1,78 @@
+"""The examples run as they are; hf_trainer.py also shows that the Trainer runs under torchrun."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+
+from transformers import AutoModelForCausalLM
+
+from integration_tests.harness import ROOT, base_environment, run_job, start_job
+
+
+def test_the_trainer_example_trains_and_saves_under_torchrun(tmp_path):
+    quick = ["--max_steps=3", "--logging_steps=1", "--eval_steps=3", "--disable_tqdm=True"]
+    job = run_job(
+        "examples/hf_trainer.py",
+        stages=2,
+        replicas=2,
+        folder=tmp_path / "job",
+        args=[f"--output_dir={tmp_path / 'out'}", *quick],
+        launcher="torchrun",
+        timeout=300,
+    ).check()
+    assert "'eval_loss'" in job.stdout[0]
+    assert "sentinel/alarms" in job.stdout[0]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def losses(text):
+    """Loss by epoch, as the Trainer prints them."""
+    lines = [ast.literal_eval(line) for line in text.splitlines() if line.startswith("{'loss'")]
+    return {line["epoch"]: line["loss"] for line in lines}
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happened(tmp_path):
+    script, out = "examples/hf_trainer.py", tmp_path / "out"
+    args = [f"--output_dir={out}", "--max_steps=9", "--logging_steps=1", "--eval_strategy=no", "--disable_tqdm=True"]
+    args += ["--save_strategy=steps", "--save_steps=3", "--save_total_limit=1"]
+    with start_job(script, 2, 1, folder=tmp_path / "killed", args=args) as job:
+        deadline = time.monotonic() + 300
+        while len(losses(job.log(0))) < 5:  # the checkpoint of step 3 is written, that of step 6 is not
+            assert time.monotonic() < deadline, job.log(0, "stderr")[-2000:]
+            time.sleep(0.02)
+        job.kill(1)
+        job.stop()
+        before = losses(job.log(0))
+    checkpoint = sorted(out.glob("checkpoint-*"))[0]
+    job = run_job(
+        script,
+        2,
+        1,
+        folder=tmp_path / "resumed",
+        args=[*args, f"--resume_from_checkpoint={checkpoint}"],
+        timeout=300,
+    ).check()
+    after = losses(job.stdout[0])
+    both = sorted(before.keys() & after.keys())
+    assert both and [after[epoch] for epoch in both] == [before[epoch] for epoch in both]
+    assert len(before.keys() | after.keys()) == 9
+
+
+def test_the_native_example_learns(tmp_path):
+    args = [tmp_path / "out"]
+    job = run_job("examples/deepspeed_native.py", 2, 1, folder=tmp_path / "job", args=args, timeout=300).check()
+    losses = [float(line.split("loss ")[1].split(",")[0]) for line in job.stdout[0].splitlines() if "loss " in line]
+    assert losses[0] > 3 > 1 > losses[-1]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+
+
+def test_the_arithmetic_of_the_4b_llama_is_checked_against_the_model():
+    script = [sys.executable, str(ROOT / "examples" / "llama_4b" / "check.py")]
+    done = subprocess.run(script, env=base_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.count("4.01 B parameters") == 2
+    largest = [float(line.split()[2]) for line in done.stdout.splitlines() if "largest stage" in line]
+    assert len(largest) == 2
+    assert all(5 < gib < 14 for gib in largest)

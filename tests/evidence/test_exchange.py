@@ -1,0 +1,37 @@
+import numpy as np
+
+from deepspeed_sentinel.evidence.exchange import Exchange
+from deepspeed_sentinel.evidence.probe import ENDS
+from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
+
+COSINE, ENERGY = NAMES.index("transfer_cosine"), NAMES.index("energy")
+
+
+def test_both_neighbours_of_a_sender_report_on_its_pair():
+    mesh = Mesh(5, 2)
+    values = np.zeros((5, 2, len(ENDS), 1, len(NAMES)), np.float32)
+    values[..., OF_PAIR] = np.nan
+    for stage in range(5):
+        for column in range(2):
+            for index, (direction, role) in enumerate(ENDS):
+                upward = (direction == FORWARD) == (role == SENT)
+                about = stage + (1 if upward else -1)
+                values[stage, column, index, 0, ENERGY] = 100 * stage + column
+                if 0 < about < 4:
+                    values[stage, column, index, 0, COSINE] = 1000 * about + 100 * stage + 10 * column + index
+    reports = np.concatenate([values.view(np.int32), np.zeros((*values.shape[:-1], 2), np.int32)], axis=-1)
+    statistics = Exchange(mesh, np.arange(10).reshape(5, 2), None).assemble(reports, step=0).statistics
+    for link in range(4):
+        for column in range(2):
+            for direction, sender, receiver in ((FORWARD, link, link + 1), (BACKWARD, link + 1, link)):
+                ends = statistics[:, direction, link, column, 0]
+                assert ends[SENT, ENERGY] == 100 * sender + column
+                assert ends[RECEIVED, ENERGY] == 100 * receiver + column
+                if sender in (0, 4):
+                    assert np.isnan(ends[:, COSINE]).all()
+                    continue
+                before = 2 * sender - receiver
+                left, entered = ENDS.index((direction, RECEIVED)), ENDS.index((direction, SENT))
+                assert ends[RECEIVED, COSINE] == 1000 * sender + 100 * receiver + 10 * column + left
+                assert ends[SENT, COSINE] == 1000 * sender + 100 * before + 10 * column + entered

@@ -1,0 +1,88 @@
+"""Batches: what is dropped, refused and announced. Loss: weighted by tokens over the whole step."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from deepspeed_sentinel.hf.batches import announce_shapes, label_tokens, to_batch
+from deepspeed_sentinel.hf.loss import CausalLMLoss
+
+IDS = torch.arange(8).reshape(2, 4)
+BATCH = {"input_ids": IDS, "labels": IDS}
+
+
+def test_a_mask_without_padding_is_dropped_but_not_beside_position_ids():
+    ones = torch.ones_like(IDS)
+    assert len(to_batch({**BATCH, "attention_mask": ones})[0]) == 1
+    inputs, _ = to_batch({**BATCH, "attention_mask": ones, "position_ids": torch.arange(4)[None]})
+    assert [part.dtype for part in inputs] == [torch.int64, torch.int64, torch.bool]
+    assert inputs[1].shape == IDS.shape
+    inputs, labels = to_batch({**BATCH, "attention_mask": ones.tril()}, num_items_in_batch=7, shares=6)
+    assert torch.equal(inputs[1], ones.tril().bool())
+    assert [int(part) for part in labels[1:]] == [7, 6]
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ({**BATCH, "token_type_ids": IDS}, "'token_type_ids'; allowed are input_ids"),
+        ({"input_ids": IDS}, "lacks 'labels'.*DataCollatorForLanguageModeling"),
+        ({**BATCH, "attention_mask": torch.ones(2, 1, 4, 4)}, r"shape \(2, 1, 4, 4\)"),
+    ],
+)
+def test_other_batches_are_refused(batch, said):
+    with pytest.raises(ValueError, match=said):
+        to_batch(batch)
+
+
+def test_the_first_token_of_a_row_is_no_target():
+    labels = torch.tensor([[1, 2, -100, 4], [5, -100, -100, -100]])
+    assert int(label_tokens([{"labels": labels}, {"labels": labels[:1]}])) == 4
+
+
+def test_shapes_are_announced_when_they_change_and_always_when_mixed():
+    resets = []
+    engine = SimpleNamespace(reset_activation_shape=lambda: resets.append(1), dynamic_shape=False)
+
+    def announce(*tokens):
+        announce_shapes(engine, [to_batch({"input_ids": IDS[:, :n], "labels": IDS[:, :n]}) for n in tokens])
+        return len(resets), engine.dynamic_shape
+
+    assert announce(4, 4) == (1, False)
+    assert announce(4, 4) == (1, False)
+    assert announce(3, 3) == (2, False)
+    assert announce(3, 4) == (3, True)
+    assert announce(3, 3) == (4, False)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 3])
+def test_the_average_over_micro_batches_and_replicas_is_the_mean_over_all_tokens(micro_batches):
+    replicas, generator = 2, torch.Generator().manual_seed(0)
+    loss_fn = CausalLMLoss(ForCausalLMLoss, vocabulary=10, router=None)
+    given = []
+    for index in range(micro_batches * replicas):
+        labels = torch.randint(0, 10, (2, 6), generator=generator)
+        labels[0, : 1 + index] = -100
+        given.append((torch.randn(2, 6, 10, generator=generator), labels))
+    items = sum(label_tokens([{"labels": labels}]) for _, labels in given)
+    shares = torch.tensor(len(given))
+    average = sum(loss_fn(logits, (labels, items, shares)) for logits, labels in given) / len(given)
+    logits = torch.cat([logits[:, :-1].flatten(0, 1) for logits, _ in given])
+    targets = torch.cat([labels[:, 1:].flatten() for _, labels in given])
+    torch.testing.assert_close(average, functional.cross_entropy(logits, targets))
+    mean_of_means = sum(loss_fn(logits, labels) for logits, labels in given) / len(given)
+    if micro_batches > 1:
+        assert abs(mean_of_means - average) > 1e-4
+
+
+def test_a_custom_loss_is_called_as_by_the_trainer():
+    def custom(outputs, labels, num_items_in_batch=None):
+        return outputs["logits"].sum() / num_items_in_batch
+
+    loss_fn = CausalLMLoss(ForCausalLMLoss, 10, None, custom)
+    assert float(loss_fn(torch.ones(1, 2, 10), (IDS, torch.tensor(5), torch.tensor(3)))) == pytest.approx(12.0)
