@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("stages", int, "pipeline stages")
     number("replicas", int, "replicas of each stage")
     number("malicious", float, "share of each middle stage's workers that tamper")
+    add("--attacker", action="append", default=[], metavar="STAGE,REPLICA", help="in place of that share, repeatable")
     add("--attack", metavar="NAME", help="an attack (see: attacks), or path/to/file.py:ClassName; without it, nobody")
     add("--attack-arg", action="append", default=[], metavar="NAME=VALUE", help="argument of the attack, repeatable")
     choice("direction", ("forward", "backward", "both"), "which messages are tampered with")
@@ -118,10 +119,11 @@ def options_from(args: argparse.Namespace) -> SimulationOptions:
     names = {field.name for field in fields(SimulationOptions)}
     given = {name: value for name, value in vars(args).items() if name in names}
     given["attack_arguments"] = parse_arguments(args.attack_arg)
+    given["attackers"] = tuple(parse_worker(text) for text in args.attacker)
     given["device"] = device(args.device)
     if args.attack is None:
-        if args.attack_arg:
-            raise ValueError("--attack-arg without --attack: say which attack")
+        if args.attack_arg or args.attacker:
+            raise ValueError("--attack-arg or --attacker without --attack: say which attack")
         given["malicious"] = 0.0
     if args.config is not None:
         block = load_block(args.config)
@@ -129,6 +131,18 @@ def options_from(args: argparse.Namespace) -> SimulationOptions:
             raise ValueError(f'--config {args.config}: it has no "sentinel" block')
         given["sentinel"] = block
     return SimulationOptions(**given)
+
+
+def parse_worker(text: str) -> tuple[int, int]:
+    """``"1,2"`` to (1, 2).
+
+    Raises:
+        ValueError: anything else.
+    """
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"--attacker must be STAGE,REPLICA such as 1,2, got {text!r}")
+    return int(parts[0]), int(parts[1])
 
 
 def device(wanted: str) -> str:

@@ -28,6 +28,7 @@ class SimulationOptions:
     Attributes:
         stages, replicas: the mesh; the first and the last stage are trusted.
         malicious: share of the workers of each middle stage that tamper, at least one where it is above zero.
+        attackers: [stage, replica] of each, in place of drawing that share.
         attack, attack_arguments: what they do; None is nobody tampers.
         direction: which messages they tamper with.
         steps, start: steps of training; the first step in which the attack may act.
@@ -47,6 +48,7 @@ class SimulationOptions:
     stages: int = 8
     replicas: int = 8
     malicious: float = 0.25
+    attackers: tuple[tuple[int, int], ...] = ()
     attack: str | None = None
     attack_arguments: dict[str, Any] = field(default_factory=dict)
     direction: str = "both"
@@ -86,6 +88,13 @@ class SimulationOptions:
     def _check_attack(self) -> None:
         if not 0.0 <= self.malicious <= 1.0:
             raise ValueError(f"malicious must be a share from 0 to 1, got {self.malicious!r}")
+        object.__setattr__(self, "attackers", tuple(tuple(worker) for worker in self.attackers))
+        for worker in self.attackers:
+            if len(worker) != 2 or not 0 < worker[0] < self.stages - 1 or not 0 <= worker[1] < self.replicas:
+                raise ValueError(
+                    f"attackers must be [stage, replica] with stages from 1 to {self.stages - 2} and replicas from 0 "
+                    f"to {self.replicas - 1}, got {list(worker)}"
+                )
         if 2 * self.attackers_per_stage >= self.replicas and self.attackers_per_stage and not self.majority:
             raise ValueError(
                 f"malicious={self.malicious} makes {self.attackers_per_stage} of {self.replicas} workers of a stage "
@@ -93,7 +102,7 @@ class SimulationOptions:
             )
         if self.attack is None:
             return
-        if self.attackers_per_stage and self.start >= self.steps:
+        if self.start >= self.steps and (self.attackers_per_stage or self.attackers):
             raise ValueError(f"start ({self.start}) must be less than steps ({self.steps}), or nobody ever attacks")
         needs = Needs.of(build_attack(self.attack, self.attack_arguments))
         if needs.false_report and self.verifier == "trusted":
@@ -112,7 +121,10 @@ class SimulationOptions:
 
     @property
     def attackers_per_stage(self) -> int:
-        return max(1, round(self.malicious * self.replicas)) if self.malicious > 0 else 0
+        """How many are drawn of each middle stage."""
+        if self.attackers or self.malicious == 0:
+            return 0
+        return max(1, round(self.malicious * self.replicas))
 
     def honest(self) -> SimulationOptions:
         """The same training without attack and guard: what all runs of these settings are compared with."""

@@ -49,6 +49,8 @@ class Simulation:
         self.stages = build_stages(options)
         self._text = Text(options)
         malicious = draw_attackers(self.mesh, options.attackers_per_stage, options.seed)
+        for worker in options.attackers:
+            malicious[worker] = True
         self.attackers = attackers_of(options, self.mesh, malicious)
         needs = self.attackers.needs if self.attackers else Needs()
         self._history = WeightHistory(self.stages, needs.recompute_steps)

@@ -1,0 +1,53 @@
+"""One attack module serves both: the same attacker is convicted in DeepSpeed and in the simulator, and nobody else."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepspeed_sentinel.simulation.options import SimulationOptions
+from deepspeed_sentinel.simulation.run import Simulation
+from integration_tests.runs import run_scenarios
+from integration_tests.scenario import Scenario
+
+STAGES, REPLICAS, SEED, START, STEPS = 4, 3, 0, 26, 36
+CULPRIT = (1, 2)
+ATTACKS = {
+    "constant": {},
+    "scaling": {"factor": -1},
+    "delay": {"steps": 5},
+    "token_shuffle": {},
+}
+
+
+def scenario(attack: str, folder) -> Scenario:
+    inject = [
+        {"stage": CULPRIT[0], "replica": CULPRIT[1], "direction": way, "start_step": START, "attack": attack}
+        | ATTACKS[attack]
+        for way in ("forward", "backward")
+    ]
+    block = {"enabled": True, "seed": SEED, "output_dir": str(folder / f"logs_{attack}"), "inject": inject}
+    return Scenario(name=attack, steps=STEPS, hidden=64, lengths=(64,), sentinel={**block, "events": "steps"})
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parity")
+    scenarios = [scenario(attack, folder) for attack in ATTACKS]
+    return run_scenarios(scenarios, stages=STAGES, replicas=REPLICAS, folder=folder, timeout=420)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_convictions_in_deepspeed_are_those_of_the_simulator(live, attack):
+    convicted = {tuple(worker) for verdict in live[attack][0].verdicts for worker in verdict["newly_convicted"]}
+    options = SimulationOptions(
+        stages=STAGES,
+        replicas=REPLICAS,
+        attackers=(CULPRIT,),
+        attack=attack,
+        attack_arguments=ATTACKS[attack],
+        steps=STEPS,
+        start=START,
+        seed=SEED,
+    )
+    result = Simulation(options).run()
+    assert sorted(convicted) == [tuple(worker) for worker in result["convicted"]] == [CULPRIT]
