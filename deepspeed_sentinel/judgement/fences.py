@@ -29,6 +29,7 @@ MARGIN = 2.0
 # after n steps the margin is widened by 1 + STEP_DOUBT / sqrt(n).
 STEP_DOUBT = 1.0
 _MAJORITY = 3
+_RECENT = 8
 
 
 class Fences:
@@ -79,7 +80,10 @@ class Fences:
         majority = (2 * columns > self.mesh.replicas) & ~doubtful & self.compares_replicas
         if majority.all() or self.learnt_steps == 0:
             return comparable - current[..., None, None]
-        recent = median(self._centres)
+        # Where replicas are compared the past only stands in for a step, so it should be the latest.
+        steps = _RECENT if self.compares_replicas else self.window
+        slots = (self.learnt_steps - 1 - np.arange(min(steps, self.learnt_steps))) % self.window
+        recent = median(self._centres[..., slots])
         centre = np.where(majority | np.isnan(recent), current, recent)
         return comparable - centre[..., None, None]
 

@@ -21,7 +21,7 @@ from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
 _MAX_ABS = NAMES.index("max_abs")
-_PASSES = 8
+_PASSES = 24
 # Overflow inside a stage can start this far below the largest gradient that crosses its links.
 _OVERFLOW_HEADROOM = 2.0**-10
 
@@ -173,11 +173,13 @@ class Judge:
             alarms = per_statistic.max(0) > 1.0
             cascade = followers(alarms | disputes)
             narrowed = sound & ~cascade
-            left, in_alarm = (np.count_nonzero(which.any(-1), axis=-1) for which in (narrowed, narrowed & alarms))
-            widened = doubtful | ((2 * in_alarm >= left) & (in_alarm > 0))
-            if np.array_equal(narrowed, eligible) and np.array_equal(widened, doubtful):
-                break
-            eligible, doubtful = narrowed, widened
+            if np.array_equal(narrowed, eligible):
+                left, in_alarm = (np.count_nonzero(which.any(-1), axis=-1) for which in (narrowed, narrowed & alarms))
+                widened = doubtful | ((2 * in_alarm >= left) & (in_alarm > 0))
+                if np.array_equal(widened, doubtful):
+                    break
+                doubtful = widened
+            eligible = narrowed
         return residuals, per_statistic, cascade
 
     def _contradictions(
