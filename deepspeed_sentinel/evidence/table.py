@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -94,19 +94,24 @@ class Evidence:
             statistic is not available. Ends are SENT and RECEIVED; of rows ``of_pair`` RECEIVED is what the
             receiver reports, SENT what the sender's neighbour on the other side does.
         digests: int64 [2 ends, 2 directions, links, columns, micro-batches].
-        served: int [S, C], the replica of each stage that served each column in this step; by default replica
-            ``c`` serves column ``c``, as in DeepSpeed.
+        dealt: int [S, C], the replica of each stage that served each column in this step, or None where replica
+            ``c`` served column ``c``, as in DeepSpeed.
     """
 
     mesh: Mesh
     step: int
     statistics: np.ndarray
     digests: np.ndarray
-    served: np.ndarray = field(default=None)  # type: ignore[assignment]
+    dealt: np.ndarray | None = None
+
+    @property
+    def served(self) -> np.ndarray:
+        """int [S, C], who served each column."""
+        if self.dealt is not None:
+            return self.dealt
+        return np.tile(np.arange(self.mesh.replicas), (self.mesh.stages, 1))
 
     def __post_init__(self) -> None:
-        if self.served is None:
-            object.__setattr__(self, "served", np.tile(np.arange(self.mesh.replicas), (self.mesh.stages, 1)))
         assert self.served.shape == (self.mesh.stages, self.mesh.replicas), self.served.shape
         shape = (2, 2, self.mesh.links, self.mesh.replicas)
         assert self.statistics.shape[:4] == shape, (self.statistics.shape, shape)

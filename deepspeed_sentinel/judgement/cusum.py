@@ -23,7 +23,7 @@ from deepspeed_sentinel.judgement.robust import median
 from deepspeed_sentinel.judgement.window import Window
 from deepspeed_sentinel.mesh import Mesh
 
-SLACK, LIMIT = 1.5, 9.0
+SLACK, LIMIT = 1.5, 8.0
 _HIGHEST = 1.5 * LIMIT  # so that a worker that stops tampering is heard of soon
 _STEPS = 64
 _USUAL_DECAY, _SPREAD_DECAY = 0.97, 0.7
