@@ -11,7 +11,8 @@ import torch
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-START, STEPS = 26, 31
+# One clean run warms up for all: the others go on from its checkpoint.
+RESUMED, START, STEPS = 22, 26, 31
 BASE = Scenario(name="base", steps=STEPS, hidden=64, lengths=(48,))
 CULPRIT = [1, 2]
 SEEN = {
@@ -50,6 +51,7 @@ ENDS = {  # link, sender, receiver of the disputed messages
 
 
 def scenario(name: str, fault: dict, folder) -> Scenario:
+    """From the clean run's checkpoint on, with a fault from START on."""
     direction = "backward" if name.startswith("backward") else "forward"
     inject = {"stage": 1, "replica": 2, "direction": direction, "start_step": START, **fault}
     block = {
@@ -58,15 +60,20 @@ def scenario(name: str, fault: dict, folder) -> Scenario:
         "events": "steps",
         "inject": [inject],
     }
-    return BASE.with_(name=name, sentinel=block)
+    return BASE.with_(name=name, sentinel=block, load={"directory": str(folder / "clean")})
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     scenarios = [scenario(name, fault, folder) for name, fault in {**SEEN, **DISPUTED}.items()]
-    clean = BASE.with_(name="clean", steps=80, sentinel={"enabled": True, "output_dir": str(folder / "logs_clean")})
-    return run_scenarios([*scenarios, clean], stages=3, replicas=3, folder=folder, timeout=420)
+    clean = BASE.with_(
+        name="clean",
+        steps=80,
+        sentinel={"enabled": True, "output_dir": str(folder / "logs_clean")},
+        save={"directory": str(folder / "clean"), "after_step": RESUMED},
+    )
+    return run_scenarios([clean, *scenarios], stages=3, replicas=3, folder=folder, timeout=420)
 
 
 def attacked(run):
@@ -112,8 +119,9 @@ def test_no_false_conviction_and_few_false_alarms_in_clean_traffic(runs):
 
 def test_before_the_attack_nobody_is_convicted_or_disputed(runs):
     for name in (*SEEN, *DISPUTED):
-        for verdict in runs[name][0].verdicts[:START]:
-            assert not verdict["newly_convicted"] and not verdict["disputed"]
+        before = [verdict for verdict in runs[name][0].verdicts if verdict["step"] < START]
+        assert len(before) == START - RESUMED and not any(verdict["warming_up"] for verdict in before)
+        assert not any(verdict["newly_convicted"] or verdict["disputed"] for verdict in before)
 
 
 def test_events_tell_it(runs):
@@ -121,7 +129,7 @@ def test_events_tell_it(runs):
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert events[0]["kind"] == "start" and events[0]["injecting"]
     assert events[0]["mesh"] == {"stages": 3, "replicas": 3}
-    assert sum(event["kind"] == "step" for event in events) == STEPS
+    assert sum(event["kind"] == "step" for event in events) == STEPS - RESUMED
     (conviction,) = [event for event in events if event["kind"] == "conviction"]
     assert (conviction["stage"], conviction["replica"], conviction["step"]) == (1, 2, START + 2)
 

@@ -9,7 +9,8 @@ from deepspeed_sentinel.simulation.run import Simulation
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-STAGES, REPLICAS, SEED, START, STEPS = 4, 3, 0, 26, 36
+STAGES, REPLICAS, SEED = 4, 3, 0
+WARM, START, STEPS = 20, 26, 34
 CULPRIT = (1, 2)
 ATTACKS = {
     "constant": {},
@@ -19,6 +20,9 @@ ATTACKS = {
 }
 
 
+BASE = Scenario(name="base", steps=STEPS, hidden=64, lengths=(64,))
+
+
 def scenario(attack: str, folder) -> Scenario:
     inject = [
         {"stage": CULPRIT[0], "replica": CULPRIT[1], "direction": way, "start_step": START, "attack": attack}
@@ -26,14 +30,17 @@ def scenario(attack: str, folder) -> Scenario:
         for way in ("forward", "backward")
     ]
     block = {"enabled": True, "seed": SEED, "output_dir": str(folder / f"logs_{attack}"), "inject": inject}
-    return Scenario(name=attack, steps=STEPS, hidden=64, lengths=(64,), sentinel={**block, "events": "steps"})
+    return BASE.with_(name=attack, sentinel={**block, "events": "steps"}, load={"directory": str(folder / "warm")})
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parity")
     scenarios = [scenario(attack, folder) for attack in ATTACKS]
-    return run_scenarios(scenarios, stages=STAGES, replicas=REPLICAS, folder=folder, timeout=420)
+    block = {"enabled": True, "seed": SEED, "output_dir": str(folder / "logs_warm")}
+    saved = {"directory": str(folder / "warm"), "after_step": WARM}
+    warm = BASE.with_(name="warm", steps=WARM, sentinel=block, save=saved)
+    return run_scenarios([warm, *scenarios], stages=STAGES, replicas=REPLICAS, folder=folder, timeout=420)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
