@@ -27,7 +27,7 @@ from deepspeed_sentinel.mesh import Mesh
 MARGIN = 2.0
 # Messages of one step share the drift of training, so the tail is known only as well as the number of steps allows:
 # after n steps the margin is widened by 1 + STEP_DOUBT / sqrt(n).
-STEP_DOUBT = 1.0
+STEP_DOUBT = 2.0
 _MAJORITY = 3
 _RECENT = 8
 
