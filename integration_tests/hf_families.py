@@ -81,13 +81,17 @@ def reference(family: str, kind: str, folder: Path) -> None:
     losses, gradients = unsplit(whole, kind)
     whole.eval()
     with torch.no_grad():
-        held_out = [float(whole(**batch, use_cache=False).loss) for batch in batches(HELD_OUT, MICRO_BATCHES, kind)]
+        outputs = [whole(**batch, use_cache=False) for batch in batches(HELD_OUT, MICRO_BATCHES, kind)]
     weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
-    found = {"losses": losses, "gradients": gradients, "weights": weights, "evaluation": sum(held_out) / MICRO_BATCHES}
+    evaluation = sum(float(output.loss) for output in outputs) / MICRO_BATCHES
+    found = {"losses": losses, "gradients": gradients, "weights": weights, "evaluation": evaluation}
+    found["logits"] = outputs[0].logits
     torch.save(found, folder / f"{family}-{kind}.pt")
 
 
-def run(family: str, stages: int, kind: str, options: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
+def run(
+    family: str, stages: int, kind: str, options: dict[str, Any], expected: dict[str, Any], saved: Path
+) -> dict[str, Any]:
     before = groups.known()
     pipeline = hf.to_pipeline(build(configs()[family]), stages, **options)
     optimizer = torch.optim.AdamW(pipeline.parameters(), **OPTIMIZER)
@@ -129,6 +133,7 @@ def run(family: str, stages: int, kind: str, options: dict[str, Any], expected: 
         "all_names": sorted(expected["weights"]),
         "layers": [int(part) for part in pipeline.parts],
     }
+    hf.save_pretrained(pipeline, saved)
     engine.destroy()
     groups.end(before)
     return result
@@ -163,7 +168,7 @@ def run_all(wanted: Sequence[str], folder: Path) -> dict[str, Any]:
     for name in wanted:
         clock = time.perf_counter()
         family, _, kind, _ = CASES[name]
-        results[name] = run(*CASES[name], torch.load(folder / f"{family}-{kind}.pt"))
+        results[name] = run(*CASES[name], torch.load(folder / f"{family}-{kind}.pt"), folder / f"saved-{name}")
         results[name]["seconds"] = time.perf_counter() - clock
         gc.collect()
     return results

@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from integration_tests.harness import start_job
-from integration_tests.hf_families import CASES
+from integration_tests.hf_families import CASES, HELD_OUT, MICRO_BATCHES
 from integration_tests.hf_models import batches, configs
 from integration_tests.hf_training import FAULT, SHORT, STEPS
 
 # float32 sums in another order; measured maxima: loss 8e-7, gradient 9e-7 of its tensor's largest entry
 LOSS, GRADIENT, WEIGHT = 5e-6, 5e-6, 2e-3
+LOGITS = 1e-3  # of the largest, after five steps of AdamW, which amplifies the rounding of small gradients
 SCRIPT = "integration_tests/jobs/hf.py"
 
 
@@ -52,6 +53,19 @@ def check(families, case):
 def test_a_family_trains_as_the_unsplit_model(families, case):
     """Also without masks, packed, checkpointed and in one stage."""
     check(families, case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_saved_family_gives_the_logits_of_the_unsplit_model(jobs, case):
+    folder, (family, _, kind, _) = jobs[1].folder, CASES[case]
+    expected = torch.load(folder / f"{family}-{kind}.pt")["logits"]
+    batch = batches(HELD_OUT, MICRO_BATCHES, kind)[0]
+    model = AutoModelForCausalLM.from_pretrained(folder / f"saved-{case}").eval()
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False).logits
+    counted = batch["labels"] != -100
+    assert counted.any()
+    assert float((logits - expected)[counted].abs().max()) < LOGITS * float(expected[counted].abs().max())
 
 
 def test_the_named_families_were_tried_with_2_and_4_stages():
