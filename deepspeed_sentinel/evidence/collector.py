@@ -16,7 +16,7 @@ from deepspeed_sentinel.evidence.table import Evidence
 from deepspeed_sentinel.evidence.transfer import Sketches, Transfers
 from deepspeed_sentinel.mesh import BACKWARD, Mesh, Worker
 
-_PUBLIC_SEED = 0  # everybody may know it: it has to serve both ends of every link
+PUBLIC_SEED = 0  # everybody may know it: it has to serve both ends of every link
 
 
 class Collector:
@@ -49,7 +49,7 @@ class Collector:
     ) -> None:
         self._device = device
         self._decays = decays
-        self.probe = Probe(mesh, worker.stage, device, _PUBLIC_SEED)
+        self.probe = Probe(mesh, worker.stage, device, PUBLIC_SEED)
         self._pairs = PairSketches(mesh, worker, ranks, device, seed, control)
         self._exchange = Exchange(mesh, ranks, replica_group)
         self._statistics: dict[End, EndStatistics] = {}
@@ -61,7 +61,7 @@ class Collector:
         self._baselines, self._transfers = Baselines(*self._decays), Transfers(*self._decays)
 
     def begin_step(self, step: int, micro_batches: int) -> None:
-        self.probe.begin_step(micro_batches, self._pairs.seeds(step, _PUBLIC_SEED))
+        self.probe.begin_step(micro_batches, self._pairs.seeds(step, PUBLIC_SEED))
 
     def collect(self, step: int, gradient_scale: float) -> Evidence:
         """All ranks' evidence of the step; ``gradient_scale`` undoes accumulation and loss scaling."""

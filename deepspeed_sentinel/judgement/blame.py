@@ -17,6 +17,12 @@ def chain_order(per_message: np.ndarray) -> np.ndarray:
     return np.concatenate([per_message[0], per_message[1][::-1]])
 
 
+def _by_link(ordered: np.ndarray) -> np.ndarray:
+    """The inverse of ``chain_order``."""
+    links = len(ordered) // 2
+    return np.stack([ordered[:links], ordered[links:][::-1]])
+
+
 CONSPICUOUS = 0.5
 
 
@@ -26,8 +32,7 @@ def trace_back(alarms: np.ndarray, scores: np.ndarray) -> np.ndarray:
     alarm_follows = np.logical_or.accumulate(ordered[::-1], axis=0)[::-1]
     mean_score = np.where(alarm_follows, ordered_scores, 0.0).sum(2) / np.maximum(alarm_follows.sum(2), 1)
     traced = ordered | (alarm_follows & (mean_score >= CONSPICUOUS)[:, :, None])
-    links = alarms.shape[1]
-    return np.stack([traced[:links], traced[links:][::-1]])
+    return _by_link(traced)
 
 
 def followers(events: np.ndarray) -> np.ndarray:
@@ -35,13 +40,11 @@ def followers(events: np.ndarray) -> np.ndarray:
     ordered = chain_order(events)
     after = np.zeros_like(ordered)
     after[1:] = np.logical_or.accumulate(ordered, axis=0)[:-1]
-    links = events.shape[1]
-    return np.stack([after[:links], after[links:][::-1]])
+    return _by_link(after)
 
 
 def first_events(events: np.ndarray) -> np.ndarray:
     """Keep of the events (bool [2, L, C, M]) only the first on each micro-batch's way."""
     ordered = chain_order(events)
     first = ordered & (np.cumsum(ordered, axis=0) == 1)
-    links = events.shape[1]
-    return np.stack([first[:links], first[links:][::-1]])
+    return _by_link(first)

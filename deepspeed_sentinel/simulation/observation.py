@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from deepspeed_sentinel.evidence.collector import PUBLIC_SEED
 from deepspeed_sentinel.evidence.probe import EndStatistics
 from deepspeed_sentinel.evidence.transfer import Sketches
 from deepspeed_sentinel.kernels.message_statistics import message_statistics_reference
@@ -19,7 +20,6 @@ from deepspeed_sentinel.kernels.sliced_wasserstein import sliced_wasserstein_ref
 from deepspeed_sentinel.kernels.token_sketch import TOKENS, token_sketch_reference
 from deepspeed_sentinel.mesh import Mesh
 
-PUBLIC_SEED = 0  # as in evidence/collector.py: everybody may know it
 _BITS = 62
 
 
