@@ -4,6 +4,14 @@ With e_t, l_t the sketches of token t entering and leaving and |.| the full norm
 
     cosine       = mean_t <e_t, l_t> / (|e_t| |l_t|)
     gain         = mean_t log(|l_t| / |e_t|)
+
+A few tokens are often far longer than all others (massive activations, Sun et al. 2024), and would be all that sums
+over tokens tell of. So everything else is of E and L with both rows of a token shrunk by its Huber weight
+
+    h_t          = min(1, 2 <e> / |e_t|, 2 <l> / |l_t|),    <x> = (mean_t |x_t|^(1/4))^4
+
+which lets no token be longer than twice a typical one:
+
     step         = ||L - E||_F / ||E||_F
     cross_k      = mean_t e_tk l_tk / sqrt(mean_t e_tk^2 mean_t l_tk^2)
     cka          = ||Ec^T Lc||_F^2 / (||Ec^T Ec||_F ||Lc^T Lc||_F)      c: minus each dimension's mean over the tokens
@@ -125,6 +133,15 @@ def _load_tokens(ptr, t, tokens, stride_m, stride_k, scale, K: tl.constexpr):
     return tl.div_rn(tl.load(ptr + places, mask=(t < tokens)[:, None], other=0.0), scale)
 
 
+@triton.jit
+def _huber(e_norms_ptr, l_norms_ptr, t, tokens, en_m, ln_m, longest_e, longest_l):
+    TINY: tl.constexpr = 1.1754943508222875e-38
+    length_e = tl.maximum(tl.load(e_norms_ptr + t * en_m, mask=t < tokens, other=0.0), TINY)
+    length_l = tl.maximum(tl.load(l_norms_ptr + t * ln_m, mask=t < tokens, other=0.0), TINY)
+    weight = tl.minimum(tl.div_rn(longest_e, length_e), tl.div_rn(longest_l, length_l))
+    return tl.minimum(weight, 1.0)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _transfer_kernel(
     e_ptr,
@@ -166,8 +183,14 @@ def _transfer_kernel(
 
     largest_e = tl.zeros([BT, K], tl.float32)
     largest_l = tl.zeros([BT, K], tl.float32)
+    roots_e = tl.zeros([BT], tl.float32)
+    roots_l = tl.zeros([BT], tl.float32)
     for first in range(0, tokens, BT):
         t = first + block
+        length_e = tl.maximum(tl.load(e_norms_ptr + t * en_m, mask=t < tokens, other=0.0), TINY)
+        length_l = tl.maximum(tl.load(l_norms_ptr + t * ln_m, mask=t < tokens, other=0.0), TINY)
+        roots_e += tl.where(t < tokens, tl.sqrt_rn(tl.sqrt_rn(length_e)), 0.0)
+        roots_l += tl.where(t < tokens, tl.sqrt_rn(tl.sqrt_rn(length_l)), 0.0)
         largest_e = tl.maximum(largest_e, tl.abs(_load_tokens(e_ptr, t, tokens, e_m, e_k, 1.0, K)))
         largest_l = tl.maximum(largest_l, tl.abs(_load_tokens(l_ptr, t, tokens, l_m, l_k, 1.0, K)))
     scale_e = tl.max(tl.max(largest_e, 1), 0)
@@ -177,14 +200,19 @@ def _transfer_kernel(
     scale_e = tl.where(scale_e > 0, scale_e, both)
     scale_l = tl.where(scale_l > 0, scale_l, both)
     ratio = tl.minimum(tl.div_rn(scale_l, scale_e), RATIO)
+    root_e = tl.div_rn(tl.sum(roots_e, 0), count)
+    root_l = tl.div_rn(tl.sum(roots_l, 0), count)
+    longest_e = 2.0 * root_e * root_e * root_e * root_e
+    longest_l = 2.0 * root_l * root_l * root_l * root_l
 
     sum_e = tl.zeros([BT, K], tl.float32)
     sum_l = tl.zeros([BT, K], tl.float32)
     sum_d = tl.zeros([BT, K], tl.float32)
     for first in range(0, tokens, BT):
         t = first + block
-        e = _load_tokens(e_ptr, t, tokens, e_m, e_k, scale_e, K)
-        left = _load_tokens(l_ptr, t, tokens, l_m, l_k, scale_l, K)
+        huber = _huber(e_norms_ptr, l_norms_ptr, t, tokens, en_m, ln_m, longest_e, longest_l)[:, None]
+        e = _load_tokens(e_ptr, t, tokens, e_m, e_k, scale_e, K) * huber
+        left = _load_tokens(l_ptr, t, tokens, l_m, l_k, scale_l, K) * huber
         sum_e += e
         sum_l += left
         sum_d += left * ratio - e
@@ -208,13 +236,16 @@ def _transfer_kernel(
         valid = t < tokens
         e = _load_tokens(e_ptr, t, tokens, e_m, e_k, scale_e, K)
         left = _load_tokens(l_ptr, t, tokens, l_m, l_k, scale_l, K)
-        d = left * ratio - e
         length_e = tl.maximum(tl.load(e_norms_ptr + t * en_m, mask=valid, other=1.0), TINY)
         length_l = tl.maximum(tl.load(l_norms_ptr + t * ln_m, mask=valid, other=1.0), TINY)
         units_e = tl.minimum(tl.div_rn(scale_e, length_e), COSINE)
         units_l = tl.minimum(tl.div_rn(scale_l, length_l), COSINE)
         cosines += tl.minimum(tl.maximum(tl.sum(e * left, 1) * units_e * units_l, -COSINE), COSINE)
         gains += _log(length_l) - _log(length_e)
+        huber = _huber(e_norms_ptr, l_norms_ptr, t, tokens, en_m, ln_m, longest_e, longest_l)[:, None]
+        e = e * huber
+        left = left * huber
+        d = left * ratio - e
         squares_e += tl.sum(e * e, 0)
         squares_l += tl.sum(left * left, 0)
         squares_d += tl.sum(d * d, 0)
@@ -284,7 +315,6 @@ def transfer_statistics_reference(
     scale_l_X11 = torch.where(scale_l_X11 > 0, scale_l_X11, both_X11)
     ratio_X11 = (scale_l_X11 / scale_e_X11).clamp_max(_RATIO)
     e_XmK, l_XmK = entering_XmK / scale_e_X11, leaving_XmK / scale_l_X11
-    change_XmK = l_XmK * ratio_X11 - e_XmK
     tokens = e_XmK.shape[-2]
 
     length_e_Xm, length_l_Xm = entering_norms_Xm.clamp_min(_TINY), leaving_norms_Xm.clamp_min(_TINY)
@@ -295,6 +325,10 @@ def transfer_statistics_reference(
     )
     cosine_Xm = (dots_Xm * units_e_Xm * units_l_Xm).clamp(-_COSINE, _COSINE)
     gain_X = (length_l_Xm.log() - length_e_Xm.log()).mean(-1)
+
+    huber_Xm1 = huber_weights(entering_norms_Xm, leaving_norms_Xm)[..., None]
+    e_XmK, l_XmK = e_XmK * huber_Xm1, l_XmK * huber_Xm1
+    change_XmK = l_XmK * ratio_X11 - e_XmK
     step_X = _norm(change_XmK) / _norm(e_XmK).clamp_min(_TINY)
 
     moments_e_XK, moments_l_XK = e_XmK.square().mean(-2), l_XmK.square().mean(-2)
@@ -330,6 +364,15 @@ def transfer_statistics_reference(
         (gram_XKK * scale_e_X11 * scale_e_X11).clamp(-_LARGEST, _LARGEST) for gram_XKK in (gram_e_XKK, gram_ed_XKK)
     )
     return TransferStatistics(scalars_X6, cross_XK, a_XKK, b_XKK)
+
+
+def huber_weights(entering_norms_Xm: torch.Tensor, leaving_norms_Xm: torch.Tensor) -> torch.Tensor:
+    """float [..., m], at most 1: what shrinks both rows of a token."""
+    entering_Xm, leaving_Xm = (
+        2.0 * length_Xm.sqrt().sqrt().mean(-1, keepdim=True) ** 4 / length_Xm
+        for length_Xm in (entering_norms_Xm.clamp_min(_TINY), leaving_norms_Xm.clamp_min(_TINY))
+    )
+    return torch.minimum(entering_Xm, leaving_Xm).clamp_max(1.0)
 
 
 def _norm(matrix_XRC: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -10,6 +10,9 @@ import numpy as np
 from deepspeed_sentinel.mesh import Mesh
 
 SENT, RECEIVED = 0, 1
+_LARGEST_CORRELATION = 1.0 - 1e-6
+_TINY = float(np.finfo(np.float32).tiny)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Statistic:
         scale: the unit that is compared. "log" cancels the growth of activations and the decay of gradients;
             "arcsine" gives a share of counts the same spread everywhere, "fisher" (the inverse hyperbolic tangent)
             a correlation; "plain" is compared as it is.
+        resolution: of a "log" row, the value below which differences mean nothing; log(value + resolution) is compared.
         floor: smallest inter-quartile range assumed, in the unit that is compared; below it a difference is
             rounding, not behaviour.
         hard: no fence; any value above zero is an alarm.
@@ -34,6 +38,7 @@ class Statistic:
     formula: str
     source: str
     scale: Literal["log", "arcsine", "fisher", "plain"] = "log"
+    resolution: float = _TINY
     floor: float = 1e-3
     hard: bool = False
     of_pair: bool = False
@@ -56,7 +61,12 @@ TABLE: tuple[Statistic, ...] = (
     _of_pair("transfer_cosine", "mean_t cos(e_t, l_t): token entering, same token leaving", "fisher"),
     _of_pair("transfer_gain", "mean_t log(|l_t| / |e_t|)", "plain"),
     _of_pair("transfer_step", "||L - E|| / ||E||", "log"),
-    _of_pair("cross_moment", "mean_k |corr_k(E, L) - EMA of it|, uncentred, per sketch dimension", "log"),
+    # A difference between correlations has a size of its own: a few thousandths are neither harm nor evidence.
+    replace(
+        _of_pair("cross_moment", "mean_k |corr_k(E, L) - EMA of it|, uncentred, per sketch dimension", "log"),
+        resolution=0.01,
+        floor=0.2,
+    ),
     _of_pair("token_gram", "linear CKA of E and L: alignment of their token Gram matrices", "arcsine"),
     _of_pair("prediction_correlation", "corr(E W, L - E), both centred over tokens; W by ridge regression", "fisher"),
     _of_pair("prediction_slope", "slope of L - E on E W, both centred over tokens", "plain"),
@@ -65,9 +75,6 @@ NAMES = tuple(row.name for row in TABLE)
 HARD = np.array([row.hard for row in TABLE])
 OF_PAIR = np.array([row.of_pair for row in TABLE])
 FLOORS = np.array([row.floor for row in TABLE])
-_LARGEST_CORRELATION = 1.0 - 1e-6
-_TINY = float(np.finfo(np.float32).tiny)
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 def comparable(statistics: np.ndarray) -> np.ndarray:
@@ -75,7 +82,7 @@ def comparable(statistics: np.ndarray) -> np.ndarray:
     result = np.where(np.isinf(statistics), np.copysign(_LARGEST, statistics), statistics)
     for index, row in enumerate(TABLE):
         if row.scale == "log":
-            result[index] = np.log(np.maximum(result[index], _TINY))
+            result[index] = np.log(np.maximum(result[index], 0.0) + row.resolution)
         elif row.scale == "arcsine":
             result[index] = np.arcsin(np.sqrt(np.clip(result[index], 0.0, 1.0)))
         elif row.scale == "fisher":

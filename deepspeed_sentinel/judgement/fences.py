@@ -4,11 +4,14 @@ A residual is a statistic minus the median over all replicas' messages of that l
 there is no majority of sound columns in that step, as with fewer than three replicas, it is minus the running median
 of recent steps.
 
-    score = distance beyond the nearer quartile / (k * IQR)            1 = on the fence
+    score = distance beyond the nearer quartile / (k * IQR * w)            1 = on the fence
     k     = max(multiplier, margin * the clean score that the target rate of false alarms allows)
+    w     = max(1, shortest interval that holds a third of this step's residuals / IQR)
 
 Tukey's fences (1977) with the multiplier k learnt from the tail of clean traffic, as arXiv 2603.03592 adapts its
-thresholds to a false-positive rate.
+thresholds to a false-positive rate. Training has turns after which honest replicas differ more than they used to. Half
+of the honest residuals lie within an IQR, and they are a third of all even if a third of the workers are bad; where
+they lie further apart, all differ more, and the fences are wider by as much (w, after the shorth of Tukey).
 
 Arrays follow the axes [statistic, direction, link, column, micro-batch].
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 
 from deepspeed_sentinel.evidence.table import FLOORS, HARD
-from deepspeed_sentinel.judgement.robust import median, quantiles
+from deepspeed_sentinel.judgement.robust import median, quantiles, shortest_interval
 from deepspeed_sentinel.judgement.window import Window
 from deepspeed_sentinel.mesh import Mesh
 
@@ -76,8 +79,7 @@ class Fences:
             doubtful: bool [2, L], links where they are not to be believed in this step.
         """
         current = self._centre_of(comparable, eligible)
-        columns = np.count_nonzero(eligible.any(-1), axis=-1)
-        majority = (2 * columns > self.mesh.replicas) & ~doubtful & self.compares_replicas
+        majority = self._majority(eligible, doubtful)
         if majority.all() or self.learnt_steps == 0:
             return comparable - current[..., None, None]
         # Where replicas are compared the past only stands in for a step, so it should be the latest.
@@ -87,11 +89,19 @@ class Fences:
         centre = np.where(majority | np.isnan(recent), current, recent)
         return comparable - centre[..., None, None]
 
-    def scores(self, residuals: np.ndarray) -> np.ndarray:
-        """Residuals [K, 2, L, C, M] to scores: 0 between the quartiles or not available, 1 on the fence."""
+    def scores(self, residuals: np.ndarray, eligible: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
+        """Residuals to scores, of the same shapes: 0 between the quartiles or not available, 1 on the fence."""
         low, high = (bound[..., None, None] for bound in self._residuals.quantiles)
         outside = np.fmax(np.fmax(low - residuals, residuals - high), 0.0)
-        return np.asarray(outside / np.where(np.isnan(self.reach), np.inf, self.reach)[..., None, None])
+        scores = outside / np.where(np.isnan(self.reach), np.inf, self.reach)[..., None, None]
+        if not (scores > 1.0).any():
+            return np.asarray(scores)
+        values = np.where(eligible, residuals, np.nan).reshape(*self._rows, -1)
+        spread = shortest_interval(values, 1.0 / 3.0)
+        columns = np.count_nonzero(eligible.any(-1), axis=-1)
+        most = (3 * columns > 2 * self.mesh.replicas) & ~doubtful & self.compares_replicas
+        widening = np.where(most & ~np.isnan(spread), np.maximum(spread / self.iqr, 1.0), 1.0)
+        return np.asarray(scores / widening[..., None, None])
 
     def bounds(self, direction: int, link: int, statistic: int) -> tuple[float, float]:
         """Lower and upper fence of a residual."""
@@ -116,6 +126,11 @@ class Fences:
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         self._residuals.load_state_dict(state)
         self._centres, self.reach = np.array(state["centres"]), np.array(state["reach"])
+
+    def _majority(self, eligible: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
+        """Links whose eligible columns are most of all, so that their median is that of honest ones, bool [2, L]."""
+        columns = np.count_nonzero(eligible.any(-1), axis=-1)
+        return (2 * columns > self.mesh.replicas) & ~doubtful & self.compares_replicas
 
     def _centre_of(self, comparable: np.ndarray, eligible: np.ndarray) -> np.ndarray:
         values = comparable if eligible.all() else np.where(eligible, comparable, np.nan)

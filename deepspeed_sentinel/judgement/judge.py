@@ -82,8 +82,10 @@ class Judge:
         compared = comparable(values)
         contradicted, contested = self._contradictions(evidence, compared, hard, warming_up)
         disputes = contradicted | contested
-        broken = disputes | hard[RECEIVED] | self._convicted_columns(served)[None, None, :, None]
-        residuals, per_statistic, cascade = self._hold_against_fences(values, compared, disputes, ~broken, warming_up)
+        whole = ~(disputes | hard[RECEIVED])
+        convicted = self._sent_by_convicted(served, disputes.shape)
+        sound = whole & ~convicted & ~followers(convicted)
+        residuals, per_statistic, cascade = self._hold_against_fences(values, compared, whole, sound, warming_up)
         if self.fences.compares_replicas:
             counted = ~(disputes | hard[RECEIVED] | cascade)
             sums = self.cusum.step(
@@ -156,7 +158,7 @@ class Judge:
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
 
     def _hold_against_fences(
-        self, values: np.ndarray, compared: np.ndarray, disputes: np.ndarray, sound: np.ndarray, warming_up: bool
+        self, values: np.ndarray, compared: np.ndarray, whole: np.ndarray, sound: np.ndarray, warming_up: bool
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Residuals and scores [K, 2, L, C, M], and which messages are cascade, bool [2, L, C, M].
 
@@ -164,15 +166,25 @@ class Judge:
         workers, most columns are spoilt by the last one, and the honest ones would stand out. So residuals are taken
         anew without the cascade until it no longer changes. Where half of the columns left are in alarm, the median
         may be anybody's, and the recent past decides.
+
+        Args:
+            values, compared: float64 [K, 2, L, C, M], statistics as reported and in the units that fences compare.
+            whole: bool [2, L, C, M], finite messages that nobody disputes.
+            sound: bool [2, L, C, M], those of them that no convicted worker had a hand in.
+            warming_up: there are no fences yet.
         """
-        eligible, doubtful = sound, np.zeros(sound.shape[:2], bool)
+        doubtful = np.zeros(sound.shape[:2], bool)
+        eligible = _first_with_any(sound, whole)
         for _ in range(_PASSES):
-            residuals = self.fences.residuals(compared, self._eligible(eligible), doubtful)
-            per_statistic = np.zeros_like(residuals) if warming_up else self.fences.scores(residuals)
+            residuals = self.fences.residuals(compared, eligible, doubtful)
+            if warming_up:
+                per_statistic = np.zeros_like(residuals)
+            else:
+                per_statistic = self.fences.scores(residuals, eligible, doubtful)
             per_statistic[HARD] = np.where(values[HARD] > 0, np.inf, 0.0)
             alarms = per_statistic.max(0) > 1.0
-            cascade = followers(alarms | disputes)
-            narrowed = sound & ~cascade
+            cascade = followers(alarms | ~whole)
+            narrowed = _first_with_any(sound & ~cascade, whole & ~cascade, whole)
             if np.array_equal(narrowed, eligible):
                 left, in_alarm = (np.count_nonzero(which.any(-1), axis=-1) for which in (narrowed, narrowed & alarms))
                 widened = doubtful | ((2 * in_alarm >= left) & (in_alarm > 0))
@@ -201,10 +213,6 @@ class Judge:
         apart |= np.isnan(sent) != np.isnan(compared)
         return np.asarray(differ | apart[~(HARD | OF_PAIR)].any(0)), np.asarray(apart[OF_PAIR].any(0))
 
-    def _eligible(self, sound: np.ndarray) -> np.ndarray:
-        """Where no message of a link is sound, let all set the centre rather than none."""
-        return np.where(sound.any(axis=(2, 3), keepdims=True), sound, True)
-
     def _overflow(self, values: np.ndarray, non_finite: np.ndarray, limit: float) -> tuple[np.ndarray, bool]:
         """Non-finite gradients that loss scaling may explain: bool [links], and whether most columns have them."""
         if not np.isfinite(limit):
@@ -217,6 +225,11 @@ class Judge:
     def _convicted_columns(self, served: np.ndarray) -> np.ndarray:
         """Columns that pass through a convicted worker, bool [C]."""
         return np.asarray(np.take_along_axis(self.record.convicted, served, axis=1).any(0))
+
+    def _sent_by_convicted(self, served: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Messages whose sender is convicted, bool [2, L, C, M]."""
+        convicted = np.take_along_axis(self.record.convicted, served, axis=1)
+        return np.broadcast_to(np.stack([convicted[:-1], convicted[1:]])[..., None], shape)
 
     def _worker_scores(self, scores: np.ndarray, served: np.ndarray) -> np.ndarray:
         per_link = scores.max(axis=3)
@@ -308,6 +321,14 @@ class Judge:
             links = [f"link {link}, column {column}" for link, column in np.argwhere(self.record.lasting_disputes)]
             return f'lasting dispute over {"; ".join(links)} ("action": "halt")'
         return None
+
+
+def _first_with_any(*choices: np.ndarray) -> np.ndarray:
+    """Of each link the first choice (bool [2, L, C, M]) that holds any of its messages, else all of them."""
+    result = np.ones_like(choices[0])
+    for choice in reversed(choices):
+        result = np.where(choice.any(axis=(2, 3), keepdims=True), choice, result)
+    return result
 
 
 def _workers(mask: np.ndarray) -> tuple[Worker, ...]:

@@ -36,3 +36,22 @@ def median(values: np.ndarray) -> np.ndarray:
     ordered = np.partition(values, (lower, middle), axis=-1)
     low, high = ordered[..., lower], ordered[..., middle]
     return np.asarray(np.where(absent, np.nan, low + (high - low) * 0.5))
+
+
+def shortest_interval(values: np.ndarray, share: float) -> np.ndarray:
+    """Length of the shortest interval that holds at least a share of a row's values, NaN skipped.
+
+    Args:
+        values: float64 [..., N].
+        share: above 0, at most 1.
+
+    Returns:
+        float64 [...]; NaN where every value is NaN.
+    """
+    ordered = np.sort(values, axis=-1)  # NaN sort last
+    count = np.count_nonzero(~np.isnan(ordered), axis=-1)
+    further = np.maximum(np.ceil(share * count).astype(np.intp) - 1, 0)[..., None]
+    last = np.arange(values.shape[-1]) + further
+    ends = np.take_along_axis(ordered, np.minimum(last, values.shape[-1] - 1), -1)
+    lengths = np.where(last < count[..., None], ends - ordered, np.inf)
+    return np.asarray(np.where(count > 0, lengths.min(-1), np.nan))

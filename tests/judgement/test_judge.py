@@ -5,8 +5,8 @@ from synthetic import World
 from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
 
-NON_FINITE, ENERGY, MAX_ABS, COSINE = (
-    NAMES.index(name) for name in ("non_finite", "energy", "max_abs", "transfer_cosine")
+NON_FINITE, ENERGY, MAX_ABS, COSINE, STEP = (
+    NAMES.index(name) for name in ("non_finite", "energy", "max_abs", "transfer_cosine", "transfer_step")
 )
 
 
@@ -85,6 +85,36 @@ def test_honest_columns_do_not_stand_out_where_most_are_spoilt():
         verdict = world.step(tampered)
         assert {finding.worker for finding in verdict.findings} == {Worker(stage, stage - 1) for stage in range(1, 5)}
         assert verdict.excluded.tolist() == [True, True, True, True, False]
+
+
+def test_a_turn_of_training_that_all_replicas_share_convicts_nobody():
+    """From one step to the next honest replicas differ ten times as much."""
+
+    def wilder(values):
+        of_gradients = values[:, BACKWARD, 1, ..., STEP]
+        of_gradients[:] = 0.4 * (of_gradients / 0.4) ** 10
+
+    world = World(replicas=8)
+    world.warm_up()
+    verdicts = [world.step(wilder) for _ in range(20)]
+    assert sum(verdict.suspected.sum() for verdict in verdicts) <= 0.02 * 20 * 8
+    assert not verdicts[-1].convicted.any()
+    assert world.step(louder(BACKWARD, 1, 3)).findings[0].worker == Worker(2, 3)
+
+
+def test_a_stage_whose_workers_are_all_convicted_leaves_the_others_their_centre():
+    def tampered(values):
+        for column, first in ((0, 1), (1, 1), (2, 2)):
+            for link in range(first, 4):
+                louder(FORWARD, link, column)(values)
+            for link in range(4):
+                louder(BACKWARD, link, column)(values)
+
+    world = World(stages=5, replicas=5)
+    world.warm_up()
+    world.judge.record.convicted[3] = True
+    verdict = world.step(tampered)
+    assert {finding.worker for finding in verdict.findings} == {Worker(1, 0), Worker(1, 1), Worker(2, 2)}
 
 
 def test_two_bad_workers_of_three_columns_do_not_put_the_honest_third_in_the_wrong():

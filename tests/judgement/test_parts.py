@@ -6,7 +6,7 @@ from hypothesis.extra import numpy as hnp
 
 from deepspeed_sentinel.judgement.blame import first_events
 from deepspeed_sentinel.judgement.record import Record
-from deepspeed_sentinel.judgement.robust import quantiles
+from deepspeed_sentinel.judgement.robust import quantiles, shortest_interval
 from deepspeed_sentinel.mesh import Mesh
 
 
@@ -22,6 +22,25 @@ def test_quantiles_equal_numpy_on_what_is_there(values, probability):
             assert result == pytest.approx(np.quantile(there, probability), rel=1e-9, abs=1e-6)
         else:
             assert np.isnan(result)
+
+
+@given(
+    hnp.arrays(np.float64, (3, 9), elements=st.floats(-1e6, 1e6) | st.just(np.nan)),
+    st.floats(0.01, 1),
+)
+def test_shortest_interval_by_trying_all(values, share):
+    for row, length in zip(values, shortest_interval(values, share), strict=True):
+        there = row[~np.isnan(row)]
+        if not there.size:
+            assert np.isnan(length)
+            continue
+        holds = [
+            high - low
+            for low in there
+            for high in there
+            if low <= high and np.count_nonzero((there >= low) & (there <= high)) >= share * there.size
+        ]
+        assert length == min(holds)
 
 
 @given(hnp.arrays(bool, (2, 3, 2, 4)))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from deepspeed_sentinel.kernels.dispatch import INTERPRETED
 from deepspeed_sentinel.kernels.transfer_statistics import (
     TRANSFER,
+    huber_weights,
     transfer_statistics,
     transfer_statistics_reference,
 )
@@ -37,7 +38,9 @@ def compute(device, *arguments):
 def test_values_against_float64(device, messages, tokens, seed, exponent):
     arguments = pair(messages, tokens, seed, scale=10.0**exponent)
     scalars, cross, a, b = compute(device, *arguments)
-    entering, leaving, _, _, w = (argument.double() for argument in arguments)
+    entering, leaving, entering_norms, leaving_norms, w = (argument.double() for argument in arguments)
+    huber = huber_weights(entering_norms, leaving_norms)[..., None]
+    entering, leaving = entering * huber, leaving * huber
     exact = transfer_statistics_reference(*(argument.double() for argument in arguments))
     # Each statistic is a sum of products over its norms. By Cauchy-Schwarz the sum of the products' magnitudes is at
     # most the product of the norms, so an error of n u of it (n: additions and roundings in a row) is n u of the
@@ -69,6 +72,19 @@ def test_meaning(device):
     assert negated[0] == -scalars[0, 0] and negated[4] < 0
     passed = compute(device, entering, entering, entering_norms, entering_norms, w)[0][0]
     assert passed[1] == 0 and passed[2] == 0 and passed[4] == 0 and passed[5] == 0
+
+
+def test_a_massive_token_does_not_drown_the_others(device):
+    entering, leaving, entering_norms, leaving_norms, w = pair(1, 200, seed=6)
+    usual = compute(device, entering, leaving, entering_norms, leaving_norms, w)[0][0]
+    massive = entering.clone(), leaving.clone(), entering_norms.clone(), leaving_norms.clone()
+    for values in massive:
+        values[:, 7] *= 1000.0
+    found, cross, a, _ = compute(device, *massive, w)
+    assert ((found - usual).abs() <= 0.02).all(), (found, usual)
+    assert a.diagonal(dim1=1, dim2=2).mean() < 1.2 and cross.min() > 0.5
+    grown = compute(device, entering, massive[1], entering_norms, massive[3], w)[0][0]
+    assert ((grown - usual).abs()[[2, 3, 4, 5]] <= 0.05).all(), (grown, usual)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17])
