@@ -1,4 +1,4 @@
-"""One attack module serves both: the same attacker is convicted in DeepSpeed and in the simulator, and nobody else."""
+"""One attack module serves both: the same attackers are convicted in DeepSpeed and in the simulator, and nobody else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from integration_tests.scenario import Scenario
 
 STAGES, REPLICAS, SEED = 4, 3, 0
 WARM, START, STEPS = 20, 26, 34
-CULPRIT = (1, 2)
+CULPRITS = ((1, 2), (2, 1))
 ATTACKS = {
     "constant": {},
     "scaling": {"factor": -1},
@@ -25,8 +25,8 @@ BASE = Scenario(name="base", steps=STEPS, hidden=64, lengths=(64,))
 
 def scenario(attack: str, folder) -> Scenario:
     inject = [
-        {"stage": CULPRIT[0], "replica": CULPRIT[1], "direction": way, "start_step": START, "attack": attack}
-        | ATTACKS[attack]
+        {"stage": stage, "replica": replica, "direction": way, "start_step": START, "attack": attack} | ATTACKS[attack]
+        for stage, replica in CULPRITS
         for way in ("forward", "backward")
     ]
     block = {"enabled": True, "seed": SEED, "output_dir": str(folder / f"logs_{attack}"), "inject": inject}
@@ -49,7 +49,7 @@ def test_convictions_in_deepspeed_are_those_of_the_simulator(live, attack):
     options = SimulationOptions(
         stages=STAGES,
         replicas=REPLICAS,
-        attackers=(CULPRIT,),
+        attackers=CULPRITS,
         attack=attack,
         attack_arguments=ATTACKS[attack],
         steps=STEPS,
@@ -57,4 +57,4 @@ def test_convictions_in_deepspeed_are_those_of_the_simulator(live, attack):
         seed=SEED,
     )
     result = Simulation(options).run()
-    assert sorted(convicted) == [tuple(worker) for worker in result["convicted"]] == [CULPRIT]
+    assert sorted(convicted) == [tuple(worker) for worker in result["convicted"]] == [*CULPRITS]
