@@ -3,8 +3,9 @@
 A small Llama on this machine's own Python sources, 2 stages x 2 replicas:
 
     torchrun --nproc_per_node 4 examples/hf_trainer.py
+    accelerate launch --multi_gpu --num_processes 4 examples/hf_trainer.py
 
-On GPUs the same line uses one GPU a process. A pretrained model and a data set of the hub:
+On GPUs the same lines use one GPU a process. A pretrained model and a data set of the hub:
 
     torchrun --nproc_per_node 8 examples/hf_trainer.py --stages 4 --model Qwen/Qwen3-0.6B \
         --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 --bf16 True

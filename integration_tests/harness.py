@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # one for each venv: the build's flags name its paths, and two venvs in one folder rebuild for ever
 EXTENSIONS = ROOT / ".cache" / f"torch_extensions_{zlib.crc32(sys.prefix.encode()):08x}"
 BUILD_SECONDS = 600
-Launcher = Literal["bare", "torchrun", "deepspeed"]
+Launcher = Literal["bare", "torchrun", "deepspeed", "accelerate"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ class JobHandle:
             files = [self.folder / f"{rank}.{stream}"]
         elif self.launcher == "torchrun":
             files = sorted(self.folder.glob(f"torchrun/**/{rank}/{stream}.log"))
+        elif self.launcher == "accelerate":
+            files = [self.folder / f"launcher.{stream}"]  # of all ranks
         else:
             files = sorted(self.folder.glob(f"deepspeed/*_rank{rank}.log"))
         return "".join(path.read_text(errors="replace") for path in files if path.exists())
@@ -174,7 +176,8 @@ def start_job(
         args: of the script.
         env: added to the environment, for all ranks.
         launcher: "bare" starts each process with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT,
-            as Slurm's srun does; "torchrun" leaves it to torch.distributed.run, "deepspeed" to DeepSpeed's.
+            as Slurm's srun does; "torchrun" leaves it to torch.distributed.run, "deepspeed" to DeepSpeed's,
+            "accelerate" to ``accelerate launch``.
         module: ``script`` is the name of a module to run with ``-m``.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,6 +192,11 @@ def start_job(
             run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}"]
             run += [f"--master_port={port}", f"--log-dir={folder / 'torchrun'}", "--redirects=3", *command]
             processes.append(_spawn(run, environment, folder / "launcher"))
+            return job
+        if launcher == "accelerate":
+            run = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={size}"]
+            run += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+            processes.append(_spawn([*run, *command], environment, folder / "launcher"))
             return job
         if launcher == "deepspeed":
             run = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={size}", f"--master_port={port}"]
@@ -233,6 +241,7 @@ def base_environment() -> dict[str, str]:
         "ROLE_",
         "OMPI_",
         "SLURM_",
+        "ACCELERATE_",
     )
     kept = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
     path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)

@@ -1,4 +1,4 @@
-"""The examples run as they are; hf_trainer.py also shows that the Trainer runs under torchrun."""
+"""The examples run as they are; hf_trainer.py also shows that the Trainer runs under torchrun and accelerate."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 
+import pytest
 from transformers import AutoModelForCausalLM
 
 from integration_tests.harness import ROOT, base_environment, run_job, start_job
 
 
-def test_the_trainer_example_trains_and_saves_under_torchrun(tmp_path):
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_the_trainer_example_trains_and_saves(tmp_path, launcher):
     quick = ["--max_steps=3", "--logging_steps=1", "--eval_steps=3", "--disable_tqdm=True"]
     job = run_job(
         "examples/hf_trainer.py",
@@ -20,7 +22,7 @@ def test_the_trainer_example_trains_and_saves_under_torchrun(tmp_path):
         replicas=2,
         folder=tmp_path / "job",
         args=[f"--output_dir={tmp_path / 'out'}", *quick],
-        launcher="torchrun",
+        launcher=launcher,
         timeout=300,
     ).check()
     assert "'eval_loss'" in job.stdout[0]

@@ -173,7 +173,7 @@ class Sentinel:
         """Stop all ranks unless they came to the same verdict."""
         mine = torch.tensor([verdict.digest()])
         everyone = torch.empty(self.mesh.stages * self.mesh.replicas, dtype=mine.dtype)
-        dist.all_gather_into_tensor(everyone, mine, group=self._control)
+        dist.all_gather_single(everyone, mine, group=self._control)
         values, counts = everyone.unique(return_counts=True)
         if len(values) > 1:
             common = values[counts.argmax()]

@@ -60,14 +60,14 @@ class Exchange:
         """All ranks' reports as Evidence: one all-gather, one copy to the host."""
         world = self._ranks.size
         gathered = torch.empty((world * report.shape[0], *report.shape[1:]), dtype=report.dtype, device=report.device)
-        dist.all_gather_into_tensor(gathered, report)
+        dist.all_gather_single(gathered, report)
         host = gathered.cpu().numpy().reshape(world, *report.shape)
         return self.assemble(host[self._ranks], step)
 
     def gather_summaries(self, summary: torch.Tensor) -> torch.Tensor:
         """float32 [V] of this replica -> float32 [R, V] of all replicas of the stage."""
         gathered = summary.new_empty(self._mesh.replicas * summary.numel())
-        dist.all_gather_into_tensor(gathered, summary, group=self._replica_group)
+        dist.all_gather_single(gathered, summary, group=self._replica_group)
         return gathered.view(self._mesh.replicas, -1)
 
     def assemble(self, reports: np.ndarray, step: int) -> Evidence:
