@@ -1,4 +1,4 @@
-"""One attack module serves both: the same attackers are convicted in DeepSpeed and in the simulator, and nobody else."""
+"""One attack module serves both: in DeepSpeed and in the simulator the same attackers are convicted, nobody else."""
 
 from __future__ import annotations
 
