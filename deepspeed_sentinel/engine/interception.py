@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.engine.access import as_tuple, floating
+from deepspeed_sentinel.evidence.keeping import Keeping
 from deepspeed_sentinel.evidence.probe import End, Probe, judged_index
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD
@@ -25,9 +26,10 @@ class Interception:
     Only training schedules are watched: ``eval_batch`` runs the same instructions, but passes through.
     """
 
-    def __init__(self, engine: PipelineEngine, probe: Probe, faults: Faults) -> None:
+    def __init__(self, engine: PipelineEngine, probe: Probe, keeping: Keeping, faults: Faults) -> None:
         self._engine = engine
         self._probe = probe
+        self._keeping = keeping
         self._faults = faults
         self.watching = False
         self._original = dict(type(engine)._INSTRUCTION_MAP)
@@ -94,6 +96,7 @@ class Interception:
 
     def _observe(self, end: End, micro_batch: int, message: Tensors) -> None:
         self._probe.observe(end, micro_batch, message)
+        self._keeping.observe(end, micro_batch, message)
         forged = self._tamper("sketch", end[0], micro_batch, message)
         index = judged_index(message)
         if forged is not message and index is not None:
