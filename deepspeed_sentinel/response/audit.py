@@ -73,9 +73,9 @@ def audits_due(verdict: Verdict, evidence: Evidence) -> tuple[Audit, ...]:
     for finding in verdict.findings:
         worker, column = finding.worker, finding.column
         convicted_before = verdict.convicted[worker] and worker not in verdict.newly_convicted
-        if finding.trusted or convicted_before or worker in standing or worker in audits:
+        if not finding.rests_on_pair or worker in standing or worker in audits:
             continue
-        if mesh.neighbours_are_trusted(worker.stage):
+        if finding.trusted or convicted_before or mesh.neighbours_are_trusted(worker.stage):
             continue
         before = worker.stage + (-1 if finding.direction == FORWARD else 1)
         after = 2 * worker.stage - before

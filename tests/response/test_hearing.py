@@ -72,7 +72,8 @@ def hold(monkeypatch, case, wire, said=None, gives=None):
         try:
             learnt[worker.stage] = Hearing(worker, RANKS, None, CPU, gives or testify).hold(audits, case.evidence)
         except (SentinelError, threading.BrokenBarrierError) as error:
-            wire.barrier.abort()
+            if wire.here.rank not in wire.gathered:
+                wire.barrier.abort()  # else the others wait for it
             learnt[worker.stage] = error
 
     threads = [threading.Thread(target=take_part, args=(Worker(stage, COLUMN),)) for stage in range(MESH.stages)]
