@@ -23,10 +23,11 @@ class Injection(BaseModel):
     stage: int = Field(ge=0, description="stage of the worker at fault")
     replica: int = Field(ge=0, description="replica of the worker at fault")
     direction: Literal["forward", "backward"] = Field("forward", description="which message is altered")
-    where: Literal["compute", "transit", "report"] = Field(
+    where: Literal["compute", "transit", "report", "sketch"] = Field(
         "compute",
         description="compute: the worker's own result is wrong; transit: altered after its report on what it "
-        "sent; report: it lies about what it received",
+        "sent; report: it lies about what it received; sketch: it lies in its secret sketches alone, of what it "
+        "sends and receives",
     )
     attack: str = Field(description="name of an attack, or path/to/file.py:ClassName")
     start_step: int = Field(0, ge=0, description="first global step at which it acts")
@@ -46,6 +47,11 @@ class Injection(BaseModel):
             )
         if needs.false_report and self.where != "report":
             raise ValueError(f'attack {self.attack!r} acts on reports only, got where={self.where!r}; use "report"')
+        if self.where == "sketch" and (needs.uses_previous or needs.history_steps):
+            raise ValueError(
+                f"attack {self.attack!r} remembers messages, and where='sketch' alters two kinds of them; choose an "
+                "attack without memory"
+            )
         if self.stop_step is not None and self.stop_step <= self.start_step:
             raise ValueError(f"stop_step ({self.stop_step}) must be greater than start_step ({self.start_step})")
         return self
@@ -57,6 +63,13 @@ class Injection(BaseModel):
                 f"inject: stage {self.stage}, replica {self.replica} is not in the mesh; allowed are stages "
                 f"0 to {mesh.stages - 1} and replicas 0 to {mesh.replicas - 1}."
             )
+        if self.where == "sketch":
+            if not (self.stage >= 2 or self.stage + 2 < mesh.stages):
+                raise ValueError(
+                    f"inject: stage {self.stage} of {mesh.stages} keeps no secret sketches, because no worker stands "
+                    "two stages from it; choose another stage."
+                )
+            return
         sends_forward = (self.direction == "forward") == (self.where != "report")
         edge = mesh.stages - 1 if sends_forward else 0
         if self.stage == edge:

@@ -56,3 +56,7 @@ class Mesh:
     def is_trusted(self, stage: int) -> bool:
         """First and last stage hold the data and the loss and are trusted, as in arXiv 2603.03592."""
         return stage in (0, self.stages - 1)
+
+    def neighbours_are_trusted(self, stage: int) -> bool:
+        """Both workers beside a middle stage's are trusted, so what they report of it needs no second look."""
+        return self.is_trusted(stage - 1) and self.is_trusted(stage + 1)

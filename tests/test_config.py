@@ -48,7 +48,11 @@ def test_enabled_is_enough_and_the_default_is_off():
         ),
         (
             {"inject": [{**FAULT, "where": "wire"}]},
-            ["sentinel.inject.0.where", "'compute', 'transit' or 'report'"],
+            ["sentinel.inject.0.where", "'compute', 'transit', 'report' or 'sketch'"],
+        ),
+        (
+            {"inject": [{"stage": 1, "replica": 2, "attack": "replay", "where": "sketch"}]},
+            ["sentinel.inject.0", "'replay'", "where='sketch'", "without memory"],
         ),
         ({"inject": [{**FAULT, "probability": 2.0}]}, ["sentinel.inject.0.probability", "2.0"]),
         (
@@ -93,6 +97,13 @@ def test_faults_outside_the_mesh_are_refused(fault, said):
     config = SentinelConfig.parse({"inject": [{"attack": "nan", **fault}]})
     with pytest.raises(ValueError, match=said):
         config.inject[0].check_mesh(Mesh(4, 3))
+
+
+def test_only_who_has_a_partner_two_stages_away_can_lie_in_its_sketches():
+    (entry,) = SentinelConfig.parse({"inject": [{**FAULT, "where": "sketch"}]}).inject
+    entry.check_mesh(Mesh(4, 3))
+    with pytest.raises(ValueError, match="stage 1 of 3 keeps no secret sketches"):
+        entry.check_mesh(Mesh(3, 3))
 
 
 def test_one_stage_is_refused():

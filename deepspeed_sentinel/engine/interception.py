@@ -12,7 +12,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.engine.access import as_tuple, floating
-from deepspeed_sentinel.evidence.probe import Probe, judged_index
+from deepspeed_sentinel.evidence.keeping import Keeping
+from deepspeed_sentinel.evidence.probe import End, Probe, judged_index
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD
 
@@ -25,9 +26,10 @@ class Interception:
     Only training schedules are watched: ``eval_batch`` runs the same instructions, but passes through.
     """
 
-    def __init__(self, engine: PipelineEngine, probe: Probe, faults: Faults) -> None:
+    def __init__(self, engine: PipelineEngine, probe: Probe, keeping: Keeping, faults: Faults) -> None:
         self._engine = engine
         self._probe = probe
+        self._keeping = keeping
         self._faults = faults
         self.watching = False
         self._original = dict(type(engine)._INSTRUCTION_MAP)
@@ -81,7 +83,7 @@ class Interception:
         end = (direction, SENT)
         micro_batch = self._probe.next_micro_batch(end)
         message = self._tamper("compute", direction, micro_batch, message)
-        self._probe.observe(end, micro_batch, message)
+        self._observe(end, micro_batch, message)
         return self._tamper("transit", direction, micro_batch, message)
 
     def _observe_received(self, direction: int, message: Tensors) -> None:
@@ -90,7 +92,15 @@ class Interception:
         index = judged_index(message)
         if self._faults and index is not None:
             self._faults.enter(DIRECTIONS[direction], micro_batch, message[index])
-        self._probe.observe(end, micro_batch, self._tamper("report", direction, micro_batch, message))
+        self._observe(end, micro_batch, self._tamper("report", direction, micro_batch, message))
+
+    def _observe(self, end: End, micro_batch: int, message: Tensors) -> None:
+        self._probe.observe(end, micro_batch, message)
+        self._keeping.observe(end, micro_batch, message)
+        forged = self._tamper("sketch", end[0], micro_batch, message)
+        index = judged_index(message)
+        if forged is not message and index is not None:
+            self._probe.forge_sketch(end, micro_batch, forged[index])
 
     def _tamper(self, where: str, direction: int, micro_batch: int, message: Tensors) -> Tensors:
         index = judged_index(message)
@@ -98,4 +108,6 @@ class Interception:
             return message
         step = self._engine.global_steps
         tampered = self._faults.apply(where, DIRECTIONS[direction], step, micro_batch, message[index])
+        if tampered is message[index]:
+            return message
         return [tampered if position == index else tensor for position, tensor in enumerate(message)]

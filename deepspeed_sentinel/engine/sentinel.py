@@ -19,9 +19,12 @@ from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
+from deepspeed_sentinel.evidence.table import Evidence
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.response.audit import audits_due, rule
 from deepspeed_sentinel.response.gate import Share
+from deepspeed_sentinel.response.hearing import Hearing
 from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
 
 _WRAPPED = ("_exec_schedule", "_aggregate_total_loss", "save_checkpoint", "load_checkpoint")
@@ -53,21 +56,23 @@ class Sentinel:
         )
         self._control = dist.new_group(backend="gloo")
         self._events = self._open_events()
+        ranks, device = access.ranks_of(engine), torch.device(engine.device)
         self._collector = Collector(
             self.mesh,
             self.worker,
-            access.ranks_of(engine),
+            ranks,
             replica_group=engine.mpu.get_data_parallel_group(),
             control=self._control,
-            device=torch.device(engine.device),
+            device=device,
             decays=(config.activation_decay, config.gradient_decay),
             seed=config.seed,
         )
         faults = Faults(config.inject, self.worker, config.seed or 0)
-        self._interception = Interception(engine, self._collector.probe, faults)
+        self._interception = Interception(engine, self._collector.probe, self._collector.keeping, faults)
+        self._hearing = Hearing(self.worker, ranks, self._control, device, self._collector.testify)
         self._originals = {name: getattr(engine, name) for name in _WRAPPED}
         self.reset()
-        self._liveness = Liveness(self.mesh, access.ranks_of(engine))
+        self._liveness = Liveness(self.mesh, ranks)
         self._wrap()
         self._announce()
 
@@ -162,6 +167,7 @@ class Sentinel:
         evidence = self._collector.collect(step, access.gradient_scale(self.engine))
         verdict = self._judge.step(evidence, access.overflow_limit(self.engine))
         self._agree(verdict)
+        verdict = self._audit(verdict, evidence)
         self._collector.learn(self._judge.clean_columns)
         self._share = Share.of(verdict.excluded, self.worker.replica)
         if not verdict.skip:
@@ -183,6 +189,14 @@ class Sentinel:
                 f"{int(counts.max())} ranks from the same evidence. No gradient of this step was applied. Their "
                 "memory, software versions or state differ; resume from the last checkpoint without them."
             )
+
+    def _audit(self, verdict: Verdict, evidence: Evidence) -> Verdict:
+        """Take back the strikes that rest on neighbours' words and that no trusted worker could confirm."""
+        audits = audits_due(verdict, evidence)
+        if not audits:
+            return verdict
+        ruling = rule(verdict, audits, self._hearing.hold(audits, evidence))
+        return self._judge.retract(ruling.verdict, ruling.opened, ruling.refuted)
 
     def _aggregate_total_loss(self) -> torch.Tensor:
         """The engine's mean loss over the columns that took part; NaN when none did."""

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.exchange import Exchange, build_report
+from deepspeed_sentinel.evidence.keeping import Keeping, Statement
 from deepspeed_sentinel.evidence.probe import End, EndStatistics, Probe
 from deepspeed_sentinel.evidence.sketch import PairSketches
 from deepspeed_sentinel.evidence.table import Evidence
@@ -24,6 +25,7 @@ class Collector:
 
     Attributes:
         probe: reads the messages.
+        keeping: keeps those that an audit may ask for.
 
     Args:
         mesh, worker: the mesh and this worker.
@@ -50,6 +52,8 @@ class Collector:
         self._device = device
         self._decays = decays
         self.probe = Probe(mesh, worker.stage, device, PUBLIC_SEED)
+        self.keeping = Keeping()
+        self._step = 0
         self._pairs = PairSketches(mesh, worker, ranks, device, seed, control)
         self._exchange = Exchange(mesh, ranks, replica_group)
         self._statistics: dict[End, EndStatistics] = {}
@@ -61,7 +65,9 @@ class Collector:
         self._baselines, self._transfers = Baselines(*self._decays), Transfers(*self._decays)
 
     def begin_step(self, step: int, micro_batches: int) -> None:
+        self._step = step
         self.probe.begin_step(micro_batches, self._pairs.seeds(step, PUBLIC_SEED))
+        self.keeping.begin_step(self._pairs.to_keep(step, micro_batches))
 
     def collect(self, step: int, gradient_scale: float) -> Evidence:
         """All ranks' evidence of the step; ``gradient_scale`` undoes accumulation and loss scaling."""
@@ -74,6 +80,11 @@ class Collector:
             pair_rows[end], self._lessons[end] = self._transfer(end, entering, leaving)
         report = build_report(self.probe.micro_batches, self._baselines, self._statistics, pair_rows)
         return self._exchange.gather_reports(report, step)
+
+    def testify(self, end: End) -> Statement:
+        """For an audit, between ``collect`` and ``learn``: what this worker kept at an end, and how it looked at it."""
+        micro_batch, tensors = self.keeping.kept(end)
+        return Statement(micro_batch, self._pairs.step_seeds(end, self._step), self._transfers.known(end), tensors)
 
     def learn(self, clean: np.ndarray) -> None:
         """Learn from the step's clean columns, bool [C]; one gather among the replicas of a stage."""

@@ -11,7 +11,7 @@ from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT
 from deepspeed_sentinel.kernels.observe_message import observe_message
 from deepspeed_sentinel.kernels.sliced_wasserstein import sliced_wasserstein
 from deepspeed_sentinel.kernels.tensor_digest import DIGEST_WORDS, tensor_digest
-from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS, sketch_rows
+from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS, sketch_rows, token_sketch
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 from deepspeed_sentinel.mesh import DIRECTIONS as DIRECTION_NAMES
 
@@ -150,6 +150,25 @@ class Probe:
         for position, other in enumerate(tensors):
             if position != index and other.numel():
                 buffers.digest_M2[micro_batch].mul_(31).add_(tensor_digest(other))
+
+    def forge_sketch(self, end: End, micro_batch: int, message: torch.Tensor) -> None:
+        """For drills: put the secret sketch of another message in place of the observed one's, where there is one.
+
+        Args:
+            end, micro_batch: of a message that was observed.
+            message: as large as that one.
+        """
+        buffers, seeds_J2 = self._buffers[end], self._seeds[end]
+        if len(seeds_J2) <= SECRET:
+            return
+        x_TD = message.reshape(-1, message.shape[-1]) if message.dim() > 1 else message.reshape(-1, 1)
+        rows, secret = sketch_rows(x_TD.shape[0]), slice(SECRET, SECRET + 1)
+        token_sketch(
+            x_TD,
+            seeds_J2[secret],
+            buffers.sketch_JMmK[secret, micro_batch, :rows],
+            buffers.norms_JMm[secret, micro_batch, :rows],
+        )
 
     def end_statistics(self, end: End, scale: float) -> EndStatistics:
         """The rows of one end; ``scale`` undoes gradient accumulation and loss scaling."""

@@ -52,6 +52,7 @@ class PairSketches:
         control: dist.ProcessGroup | None,
     ) -> None:
         self._device = device
+        self._mesh, self._stage = mesh, worker.stage
         self.partners = {
             side: int(ranks[worker.stage + 2 * side, worker.replica])
             for side in (ABOVE, BELOW)
@@ -76,12 +77,25 @@ class PairSketches:
         """Per end of a pair int64 [2, 2] on the device: sample and projection seed, public row first."""
         rows = {
             side: torch.tensor(
-                [[public_seed, public_seed], [_derive(self._samples[side], step), self.projections[side]]],
+                [[public_seed, public_seed], self.step_seeds(PAIR_ENDS[side][0], step)],
                 dtype=torch.int64,
             ).to(self._device, non_blocking=True)
             for side in self.partners
         }
         return {end: rows[_side(end)] for end in self.ends}
+
+    def step_seeds(self, end: End, step: int) -> tuple[int, int]:
+        """Seeds of the secret sketches at an end: of the step's sample, and of the projection."""
+        side = _side(end)
+        return _derive(self._samples[side], step), self.projections[side]
+
+    def to_keep(self, step: int, micro_batches: int) -> dict[End, int]:
+        """Per end of a pair the micro-batch that both neighbours keep for an audit, where one can come to it."""
+        return {
+            end: _derive(self._samples[_side(end)], step, "keep") % micro_batches
+            for end in self.ends
+            if not self._mesh.neighbours_are_trusted(self._stage + _side(end))
+        }
 
     def swap(self, probe: Probe) -> dict[End, tuple[Sketches, Sketches]]:
         """What entered and what left the neighbouring stages: {own end: (entering, leaving)}, [M, m, ...] each."""

@@ -51,6 +51,38 @@ class Sketches:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What a stage's messages are measured against.
+
+    Attributes:
+        expected_K: float32, usual correlation of what enters and leaves, per sketch dimension.
+        w_KK: float32, the map that predicts the change.
+    """
+
+    expected_K: torch.Tensor
+    w_KK: torch.Tensor
+
+
+def pair_rows(entering: Sketches, leaving: Sketches, known: Known | None) -> tuple[torch.Tensor, TransferStatistics]:
+    """Statistics of messages [...] that passed one stage.
+
+    Returns:
+        float32 [M, PAIR_ROWS] in the order of the table, M over all leading dimensions, NaN where it takes what is
+        not known yet; and all that was computed on the way.
+    """
+    found: TransferStatistics = transfer_statistics(
+        entering.sketch_XmK.flatten(0, -3),
+        leaving.sketch_XmK.flatten(0, -3),
+        entering.norms_Xm.flatten(0, -2),
+        leaving.norms_Xm.flatten(0, -2),
+        known.w_KK if known else entering.sketch_XmK.new_zeros(DIMENSIONS, DIMENSIONS),
+    )
+    cosine, gain, step, gram, correlation, slope = found.scalars_M6.unbind(1)
+    cross = (found.cross_MK - known.expected_K).abs().mean(1) if known else torch.full_like(cosine, float("nan"))
+    return torch.stack([cosine, gain, step, cross, gram, correlation, slope], dim=1), found
+
+
+@dataclass(frozen=True)
 class _Learnt:
     """EMAs without bias correction: cross moments [K], normal equations [K, K] each, and the map from them."""
 
@@ -74,6 +106,13 @@ class Transfers:
         self._decays = (activation_decay, gradient_decay)
         self._learnt: dict[End, _Learnt] = {}
 
+    def known(self, end: End) -> Known | None:
+        """What was learnt up to now, or None."""
+        learnt = self._learnt.get(end)
+        if learnt is None:
+            return None
+        return Known(learnt.cross_K / (1.0 - self._decay(end) ** learnt.steps), learnt.w_KK)
+
     def statistics(self, end: End, entering: Sketches, leaving: Sketches) -> tuple[torch.Tensor, torch.Tensor]:
         """Statistics of messages [...] that passed the stage, and what they teach.
 
@@ -82,22 +121,7 @@ class Transfers:
             [..., V], to be averaged over a replica's micro-batches and handed to ``learn``.
         """
         leading = entering.sketch_XmK.shape[:-2]
-        learnt = self._learnt.get(end)
-        nothing = entering.sketch_XmK.new_zeros(DIMENSIONS, DIMENSIONS)
-        found: TransferStatistics = transfer_statistics(
-            entering.sketch_XmK.flatten(0, -3),
-            leaving.sketch_XmK.flatten(0, -3),
-            entering.norms_Xm.flatten(0, -2),
-            leaving.norms_Xm.flatten(0, -2),
-            learnt.w_KK if learnt else nothing,
-        )
-        cosine, gain, step, gram, correlation, slope = found.scalars_M6.unbind(1)
-        if learnt:
-            expected_K = learnt.cross_K / (1.0 - self._decay(end) ** learnt.steps)
-            cross = (found.cross_MK - expected_K).abs().mean(1)
-        else:
-            cross = torch.full_like(cosine, float("nan"))
-        rows_MS = torch.stack([cosine, gain, step, cross, gram, correlation, slope], dim=1)
+        rows_MS, found = pair_rows(entering, leaving, self.known(end))
         return rows_MS.unflatten(0, leading), self._lesson(found).unflatten(0, leading)
 
     @staticmethod

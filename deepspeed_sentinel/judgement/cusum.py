@@ -50,6 +50,7 @@ class Cusum:
         self._mesh = mesh
         shape = (_STATISTICS, 2, mesh.links, mesh.replicas)
         self._sums = np.zeros((2, *shape))
+        self._sums_before = self._sums
         self._usual = np.zeros(shape)
         self._weight = np.zeros(shape)
         self._spread = np.full(shape[:-1], np.nan)
@@ -83,6 +84,7 @@ class Cusum:
         difference = np.where(self._weight > 0, deviation - usual, np.nan)
         # By the sums before this step: what is learnt must not depend on whether it is far out.
         quiet = self._sums.max(0) < _QUIET
+        self._sums_before = self._sums
         if not warming_up:
             score = self._normal_score(difference)
             grown = np.clip(self._sums + np.stack([score, -score]) - SLACK, 0.0, _HIGHEST)
@@ -92,6 +94,16 @@ class Cusum:
         self._learn(deviation, difference, trusted & quiet, step)
         senders = np.stack([served[:-1], served[1:]])
         return np.take_along_axis(scores, np.broadcast_to(senders, (_STATISTICS, *senders.shape)), axis=-1)
+
+    def retract(self, direction: int, link: int, replica: int, to_zero: bool) -> None:
+        """Take back what the last step added for the replica that sends over a link, or with ``to_zero`` all of it.
+
+        The neighbours of a worker could otherwise raise its sums with lies, and let honest steps convict it.
+        """
+        of_worker = (..., direction, link, replica)
+        kept = np.zeros_like(self._sums_before[of_worker]) if to_zero else self._sums_before[of_worker]
+        self._sums = self._sums.copy()
+        self._sums[of_worker] = kept
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {**self._window.state_dict(), **{name: getattr(self, f"_{name}").copy() for name in _STATE}}

@@ -7,7 +7,8 @@ of false alarms equally.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR, RECEIVED, SE
 from deepspeed_sentinel.judgement.blame import first_events, followers, trace_back
 from deepspeed_sentinel.judgement.cusum import Cusum
 from deepspeed_sentinel.judgement.fences import Fences
+from deepspeed_sentinel.judgement.grounds import grounds
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
@@ -86,12 +88,13 @@ class Judge:
         convicted = self._sent_by_convicted(served, disputes.shape)
         sound = whole & ~convicted & ~followers(convicted)
         residuals, per_statistic, cascade = self._hold_against_fences(values, compared, whole, sound, warming_up)
+        fenced = per_statistic[OF_PAIR]
         if self.fences.compares_replicas:
             counted = ~(disputes | hard[RECEIVED] | cascade)
             sums = self.cusum.step(
                 residuals[OF_PAIR], counted, served, self.record.convicted, evidence.step, warming_up
             )
-            per_statistic[OF_PAIR] = np.maximum(per_statistic[OF_PAIR], np.where(counted, sums[..., None], 0.0))
+            per_statistic[OF_PAIR] = np.maximum(fenced, np.where(counted, sums[..., None], 0.0))
         scores = per_statistic.max(0)
         alarms = scores > 1.0
         overflow, shared = self._overflow(values, hard[RECEIVED], overflow_limit)
@@ -102,9 +105,9 @@ class Judge:
             scores = np.where(judged, scores, 0.0)
 
         first = first_events(trace_back(alarms, scores) | disputes)
-        findings = self._findings(first & ~disputes, scores, per_statistic, values, residuals, overflow, served)
+        findings = self._findings(first & ~disputes, scores, per_statistic, fenced, values, residuals, overflow, served)
         disputed = self._list_disputes(first & disputes, contradicted, served)
-        newly, released = self._enter(findings, first & disputes)
+        newly, released = self.record.update(*self._entries(findings, disputed))
 
         suspected = (alarms | disputes).any(axis=(0, 1, 3))
         convicted_columns = self._convicted_columns(served)
@@ -140,6 +143,29 @@ class Judge:
             newly_convicted=_workers(newly),
             released=_workers(released),
             skip=skip,
+            halt=self._halt_reason(newly),
+        )
+
+    def retract(self, verdict: Verdict, opened: tuple[Finding, ...], refuted: tuple[Finding, ...]) -> Verdict:
+        """Take back strikes of the last step that no audit confirmed, and a conviction by them.
+
+        Args:
+            verdict: of that step, its findings and disputes as they should have been.
+            opened: those of its findings that are no strikes.
+            refuted: findings that were untrue and are disputes now; what has been added up by them goes with them.
+
+        Returns:
+            the verdict after it. What is excluded in that step stays excluded.
+        """
+        strikes = [finding for finding in verdict.findings if finding not in opened]
+        newly, released = self.record.update_again(*self._entries(strikes, verdict.disputed))
+        for finding in (*opened, *refuted):
+            self.cusum.retract(finding.direction, finding.link, finding.worker.replica, to_zero=finding in refuted)
+        return replace(
+            verdict,
+            convicted=self.record.convicted.copy(),
+            newly_convicted=_workers(newly),
+            released=_workers(released),
             halt=self._halt_reason(newly),
         )
 
@@ -244,15 +270,19 @@ class Judge:
         blamed: np.ndarray,
         scores: np.ndarray,
         per_statistic: np.ndarray,
+        fenced: np.ndarray,
         values: np.ndarray,
         residuals: np.ndarray,
         overflow: np.ndarray,
         served: np.ndarray,
     ) -> tuple[Finding, ...]:
         findings = []
+        own = per_statistic[~OF_PAIR]
         for direction, link, column in np.argwhere(blamed.any(3)).tolist():
             where = (direction, link, column)
             micro_batches = np.flatnonzero(blamed[where])
+            own_B, fenced_B = (rows[(slice(None), *where)].max(0)[micro_batches] for rows in (own, fenced))
+            why = grounds(own_B, fenced_B, scores[where][micro_batches], micro_batches)
             worst = int(micro_batches[np.argmax(scores[where][micro_batches])])
             statistic = int(np.argmax(per_statistic[(slice(None), *where, worst)]))
             stage = self.mesh.sender_stage(direction, link)
@@ -273,6 +303,8 @@ class Judge:
                     score=float(scores[where][worst]),
                     trusted=self.mesh.is_trusted(stage),
                     overflow=bool(HARD[statistic] and direction == BACKWARD and overflow[link]),
+                    rests_on_pair=why.rests_on_pair,
+                    telling=why.telling,
                 )
             )
         return tuple(sorted(findings, key=lambda finding: (-finding.score, finding.worker)))
@@ -300,12 +332,16 @@ class Judge:
             )
         return tuple(disputes)
 
-    def _enter(self, findings: tuple[Finding, ...], disputes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _entries(self, findings: Iterable[Finding], disputes: Iterable[Dispute]) -> tuple[np.ndarray, np.ndarray]:
+        """For the record: strikes, bool [S, R], and disputed links, bool [L, C]."""
         struck = np.zeros((self.mesh.stages, self.mesh.replicas), bool)
+        disputed = np.zeros((self.mesh.links, self.mesh.replicas), bool)
         for finding in findings:
             if not finding.overflow:
                 struck[finding.worker] = True
-        return self.record.update(struck, np.asarray(disputes.any(axis=(0, 3))))
+        for dispute in disputes:
+            disputed[dispute.link, dispute.column] = True
+        return struck, disputed
 
     def _halt_reason(self, newly: np.ndarray) -> str | None:
         if self.skipped_in_a_row >= self.settings.max_skipped_steps:

@@ -25,6 +25,7 @@ class Record:
         self.on_probation = np.zeros(shape, bool)
         self._quiet_steps = np.zeros(shape, np.int64)
         self._position = 0
+        self._before: dict[str, np.ndarray] | None = None
         self._trusted = np.zeros(shape, bool)
         self._trusted[[0, -1]] = True
 
@@ -48,6 +49,7 @@ class Record:
         Returns:
             bool [S, R] twice: newly convicted, released.
         """
+        self._before = self.state_dict()
         slot = self._position % len(self._struck)
         self._struck[slot], self._disputed[slot] = struck, disputed
         self._position += 1
@@ -64,6 +66,15 @@ class Record:
         self._quiet_steps = np.where(released, 0, self._quiet_steps)
         self._struck[:, released] = False
         return newly, released
+
+    def update_again(self, struck: np.ndarray, disputed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Enter the last step anew, in place of what was entered: strikes were taken back, links found in dispute.
+
+        Args and returns as of ``update``.
+        """
+        assert self._before is not None, "no step was entered yet"
+        self.load_state_dict(self._before)
+        return self.update(struck, disputed)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {

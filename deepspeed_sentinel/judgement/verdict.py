@@ -25,6 +25,8 @@ class Finding:
         score: distance from the nearer quartile over the fence's; above 1 is outside. Infinite for a hard row.
         trusted: the worker is in the first or last stage, so it gets no strike: suspect hardware or data.
         overflow: a non-finite gradient that fp16 loss scaling may explain, so it gets no strike.
+        rests_on_pair, telling: see ``Grounds``; what rests on a pair is what the worker's neighbours say of it.
+        audit: what an audit found, "confirmed" or "open" (no strike); empty without one.
     """
 
     worker: Worker
@@ -41,12 +43,16 @@ class Finding:
     score: float
     trusted: bool
     overflow: bool
+    rests_on_pair: bool
+    telling: tuple[int, ...]
+    audit: str = ""
 
     def __str__(self) -> str:
+        audited = {"": "", "open": ", audit open: no strike"}.get(self.audit, f", audit {self.audit}")
         return (
             f"{self.worker} sent {DIRECTIONS[self.direction]} messages outside the fences over link {self.link}: "
             f"{self.statistic} = {self.value:.6g}, score {self.score:.3g} (1 is on the fence), "
-            f"micro-batches {list(self.micro_batches)}"
+            f"micro-batches {list(self.micro_batches)}{audited}"
         )
 
 
@@ -60,6 +66,7 @@ class Dispute:
         about: None where the ends of the link differ in what crossed it; else the worker whose neighbours differ in
             what entered it and left it.
         micro_batches: which messages.
+        audit: "refuted" where the two agree, accuse ``about``, and an audit found it untrue; else empty.
     """
 
     direction: int
@@ -69,8 +76,15 @@ class Dispute:
     receiver: Worker
     about: Worker | None
     micro_batches: tuple[int, ...]
+    audit: str = ""
 
     def __str__(self) -> str:
+        if self.audit:
+            return (
+                f"audit {self.audit} what {self.sender} and {self.receiver} report of what entered and left "
+                f"{self.about} {DIRECTIONS[self.direction]}, micro-batches {list(self.micro_batches)}: one of the two "
+                "lies or errs"
+            )
         if self.about:
             return (
                 f"{self.sender} and {self.receiver} report different things about what entered and left {self.about} "
@@ -124,6 +138,8 @@ class Verdict:
     def digest(self) -> int:
         """A checksum of everything that ranks must agree on."""
         crc = zlib.crc32(f"{self.step} {self.warming_up} {self.skip} {self.halt}".encode())
+        suspects = [(one.worker, one.direction, one.rests_on_pair, one.telling) for one in self.findings]
+        crc = zlib.crc32(str(suspects).encode(), crc)
         for array in (self.scores, self.alarms, self.disputes, self.excluded, self.convicted):
             crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
         return crc

@@ -39,6 +39,7 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
             "score": min(finding.score, 1e9),
             "trusted": finding.trusted,
             "overflow": finding.overflow,
+            "audit": finding.audit or None,
         }
     for dispute in verdict.disputed:
         yield {
@@ -50,6 +51,7 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
             "receiver": list(dispute.receiver),
             "about": list(dispute.about) if dispute.about else None,
             "micro_batches": list(dispute.micro_batches),
+            "audit": dispute.audit or None,
         }
     if verdict.excluded.any():
         yield {"kind": "excluded", "columns": np.flatnonzero(verdict.excluded).tolist()}

@@ -79,7 +79,7 @@ def plain(value: Any) -> Any:
 
 
 FINDING = ("worker", "direction", "link", "column", "micro_batch", "statistic", "value", "score", "trusted")
-DISPUTE = ("direction", "link", "column", "sender", "receiver", "micro_batches")
+DISPUTE = ("direction", "link", "column", "sender", "receiver", "about", "micro_batches")
 
 
 def summary(verdict: Any) -> dict[str, Any] | None:

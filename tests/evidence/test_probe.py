@@ -4,7 +4,7 @@ import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.exchange import Exchange, build_report
-from deepspeed_sentinel.evidence.probe import ENDS, Probe
+from deepspeed_sentinel.evidence.probe import ENDS, PUBLIC, SECRET, Probe
 from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
@@ -55,6 +55,20 @@ def test_a_changed_mask_changes_the_digest():
     one.observe((FORWARD, SENT), 1, (hidden, mask))
     digests = one._buffers[(FORWARD, SENT)].digest_M2
     assert not torch.equal(digests[0], digests[1])
+
+
+def test_a_forged_sketch_changes_nothing_but_the_secret_sketch():
+    end, seeds = (FORWARD, SENT), {(FORWARD, SENT): torch.tensor([[0, 0], [5, 6]])}
+    message = torch.randn(3, 9, 6, generator=torch.Generator().manual_seed(2))
+    honest, liar = (Probe(Mesh(4, 2), 1, CPU, seed=0) for _ in range(2))
+    for one in (honest, liar):
+        one.begin_step(1, seeds)
+        one.observe(end, one.next_micro_batch(end), (message,))
+    liar.forge_sketch(end, 0, -message)
+    assert torch.equal(liar.sketches(end, PUBLIC)[0], honest.sketches(end, PUBLIC)[0])
+    assert torch.equal(liar.sketches(end, SECRET)[0], -honest.sketches(end, SECRET)[0])
+    mine, true = liar.end_statistics(end, 1.0), honest.end_statistics(end, 1.0)
+    assert torch.equal(mine.digest_M2, true.digest_M2) and torch.equal(mine.means_MD, true.means_MD)
 
 
 def test_number_of_tokens_may_change_hidden_size_may_not():

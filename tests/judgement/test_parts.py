@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from deepspeed_sentinel.judgement.blame import first_events
+from deepspeed_sentinel.judgement.grounds import grounds
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.robust import quantiles, shortest_interval
 from deepspeed_sentinel.mesh import Mesh
@@ -67,3 +68,38 @@ def test_strikes_must_fall_within_the_window():
     record.update(strike, quiet)
     newly, _ = record.update(strike, quiet)
     assert newly[1, 0]
+
+
+def test_a_step_can_be_entered_again():
+    mesh = Mesh(4, 2)
+    one, other = (Record(mesh, strikes=2, window=3, probation=4) for _ in range(2))
+    rng = np.random.default_rng(0)
+    quiet = np.zeros((3, 2), bool)
+    for _ in range(40):
+        struck, disputed = rng.random((4, 2)) < 0.4, rng.random((3, 2)) < 0.2
+        one.update(struck, quiet)
+        for mine, theirs in zip(one.update_again(struck, disputed), other.update(struck, disputed), strict=True):
+            assert np.array_equal(mine, theirs)
+        for name, state in one.state_dict().items():
+            assert np.array_equal(state, other.state_dict()[name]), name
+
+
+OWN, PAIR, QUIET = 3.0, 2.0, 0.1
+
+
+@pytest.mark.parametrize(
+    ("own", "fenced", "scores", "rests_on_pair", "telling"),
+    [
+        ([QUIET, QUIET], [PAIR, QUIET], [PAIR, QUIET], True, (4,)),
+        ([OWN, QUIET], [PAIR, PAIR], [OWN, PAIR], False, (4, 6)),
+        ([QUIET, QUIET], [QUIET, 0.9], [1.3, 1.3], True, (4, 6)),  # the sums
+        ([0.6, 0.2], [0.6, 0.9], [0.6, 0.9], True, (4, 6)),  # traced back to
+        ([0.6, 0.5], [0.6, 0.2], [0.6, 0.5], False, (4,)),
+        ([QUIET, QUIET], [0.6, 0.2], [0.6, 0.4], True, (4,)),
+        ([QUIET, QUIET], [QUIET, QUIET], [0.7, 0.7], True, (4, 6)),  # the sums, traced back to
+        ([QUIET, QUIET], [QUIET, QUIET], [0.3, 0.3], True, ()),
+    ],
+)
+def test_what_a_finding_rests_on(own, fenced, scores, rests_on_pair, telling):
+    found = grounds(np.array(own), np.array(fenced), np.array(scores), np.array([4, 6]))
+    assert (found.rests_on_pair, found.telling) == (rests_on_pair, telling)

@@ -1,0 +1,105 @@
+"""What the neighbours of a stage keep of a step, so that a trusted worker can look again at what they report of it.
+
+Of the messages that enter and leave stage s, its two neighbours keep those of one micro-batch, whole, in both
+directions. They draw it from their secret, so stage s cannot know which. If an audit asks, each testifies: the
+messages, the seeds of their sketches, and what the two have learnt of the stage.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from deepspeed_sentinel.evidence.probe import SECRET, End, Probe, judged_index
+from deepspeed_sentinel.evidence.transfer import Known, Sketches
+from deepspeed_sentinel.mesh import Mesh
+
+
+class Keeping:
+    """Copies of the chosen messages of one worker, until the next step begins."""
+
+    def __init__(self) -> None:
+        self._chosen: dict[End, int] = {}
+        self._kept: dict[End, tuple[torch.Tensor, ...]] = {}
+
+    def begin_step(self, chosen: Mapping[End, int]) -> None:
+        """``chosen``: per end the micro-batch to keep."""
+        self._chosen = dict(chosen)
+        self._kept = {}
+
+    def observe(self, end: End, micro_batch: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy a message's tensors if it is the chosen one. Nothing waits for the device."""
+        if self._chosen.get(end) == micro_batch:
+            self._kept[end] = tuple(tensor.detach().clone() for tensor in tensors)
+
+    def kept(self, end: End) -> tuple[int, tuple[torch.Tensor, ...]]:
+        """The micro-batch and its tensors as observed."""
+        return self._chosen[end], self._kept[end]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What one neighbour of a stage tells the auditor about one direction.
+
+    Attributes:
+        micro_batch: which it kept.
+        seeds: of this step's sample, and of the projection.
+        known: what the statistics of the pair were measured against; None before anything was learnt.
+        tensors: all tensors of the message.
+    """
+
+    micro_batch: int
+    seeds: tuple[int, int]
+    known: Known | None
+    tensors: tuple[torch.Tensor, ...]
+
+    def to_bytes(self) -> torch.Tensor:
+        """uint8 [N] on the CPU."""
+        buffer = io.BytesIO()
+        known = [self.known.expected_K.cpu(), self.known.w_KK.cpu()] if self.known else []
+        torch.save([self.micro_batch, *self.seeds, known, [tensor.cpu() for tensor in self.tensors]], buffer)
+        return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
+
+    @classmethod
+    def from_bytes(cls, data_N: torch.Tensor, device: torch.device) -> Statement:
+        """The inverse of ``to_bytes``, its tensors on ``device``; it runs no code that the bytes may hold."""
+        parts = torch.load(io.BytesIO(data_N.numpy().tobytes()), map_location=device, weights_only=True)
+        micro_batch, sample, projection, known, tensors = parts
+        return cls(micro_batch, (sample, projection), Known(*known) if known else None, tuple(tensors))
+
+
+@dataclass(frozen=True)
+class SecondLook:
+    """A kept message, observed anew.
+
+    Attributes:
+        digest: as in ``Evidence.digests``.
+        sketches: the secret ones, float32 [1, TOKENS, K]; the first ``rows`` tokens are filled.
+    """
+
+    digest: int
+    sketches: Sketches
+    rows: int
+
+
+def look_again(statement: Statement, end: End, stage: int, mesh: Mesh, device: torch.device) -> SecondLook | None:
+    """Observe a kept message as the witness at ``stage`` did; None if there is nothing in it to observe.
+
+    Args:
+        statement: of that witness.
+        end: at which it observed the message.
+    """
+    index = judged_index(statement.tensors)
+    if index is None or statement.tensors[index].numel() == 0:
+        return None
+    probe = Probe(mesh, stage, device, seed=0)
+    # Both sketches are the secret one: the probe wants a public one, and nobody looks at it.
+    probe.begin_step(1, {end: torch.tensor([statement.seeds] * 2, dtype=torch.int64, device=device)})
+    probe.observe(end, probe.next_micro_batch(end), statement.tensors)
+    words_12 = probe.end_statistics(end, 1.0).digest_M2.cpu().numpy()
+    digest = int(np.ascontiguousarray(words_12).view(np.int64)[0, 0])
+    return SecondLook(digest, Sketches(*probe.sketches(end, SECRET)), probe.sketched_rows(end)[0])

@@ -1,0 +1,97 @@
+"""An accusation by a pair's statistics counts only when a trusted worker has confirmed it (P4)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from integration_tests.runs import run_scenarios
+from integration_tests.scenario import Scenario
+
+# One clean run warms up for all: the others go on from its checkpoint.
+RESUMED, START, STEPS = 14, 15, 18
+BASE = Scenario(name="clean", steps=RESUMED, hidden=64, lengths=(48,))
+FAULT = {"replica": 1, "start_step": START}
+FLIP = {"attack": "scaling", "factor": -1}
+LIES = {
+    # name: direction of the messages whose sketches worker (1, 1) forges
+    "lie_forward": "forward",
+    "lie_backward": "backward",
+}
+ATTACKS = {
+    "flip_forward": {"stage": 1, **FLIP},
+    "shuffle_forward": {"stage": 1, "attack": "token_shuffle"},
+    "flip_backward": {"stage": 2, "direction": "backward", **FLIP},
+}
+STANDS_ALONE = ["flip_forward"]  # the mean of its messages gives it away too, so nothing hangs on its neighbours' word
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("audit")
+    faults = {
+        **{name: {"stage": 1, "where": "sketch", "direction": way, **FLIP} for name, way in LIES.items()},
+        **ATTACKS,
+    }
+    block = {"enabled": True, "warmup_steps": 12}
+    clean = BASE.with_(
+        sentinel={**block, "output_dir": str(folder / "logs_clean")},
+        save={"directory": str(folder / "clean"), "after_step": RESUMED},
+    )
+    scenarios = [
+        BASE.with_(
+            name=name,
+            steps=STEPS,
+            sentinel={**block, "output_dir": str(folder / f"logs_{name}"), "inject": [{**FAULT, **fault}]},
+            load={"directory": str(folder / "clean")},
+        )
+        for name, fault in faults.items()
+    ]
+    return run_scenarios(
+        [BASE.with_(name="plain"), clean, *scenarios], stages=4, replicas=3, folder=folder, timeout=240
+    )
+
+
+def test_keeping_messages_changes_nothing(runs):
+    for plain, guarded in zip(runs["plain"], runs["clean"], strict=True):
+        for key in ("losses", "weights_sha256"):
+            assert guarded.record[key] == plain.record[key], key
+        assert guarded.record["watched"] and not plain.record["watched"]
+
+
+def attacked(run):
+    return [verdict for verdict in run.verdicts if verdict["step"] >= START]
+
+
+def events(runs, name, kind):
+    lines = (runs.job.folder / f"logs_{name}" / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_who_lies_in_its_sketches_convicts_nobody_and_takes_out_its_own_column(runs, name):
+    for run in runs[name]:
+        assert not any(verdict["newly_convicted"] for verdict in run.verdicts)
+        for verdict in attacked(run):
+            assert verdict["excluded"] == [False, True, False]
+            assert [(d["sender"], d["receiver"], d["about"]) for d in verdict["disputed"]] == [
+                ([1, 1], [3, 1], [2, 1]) if LIES[name] == "forward" else ([3, 1], [1, 1], [2, 1])
+            ]
+            assert not verdict["findings"]
+    assert {event["audit"] for event in events(runs, name, "dispute")} == {"refuted"}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_true_accusation_is_confirmed_and_convicts(runs, name):
+    culprit = [ATTACKS[name]["stage"], 1]
+    for run in runs[name]:
+        convicted = [worker for verdict in run.verdicts for worker in verdict["newly_convicted"]]
+        assert convicted == [culprit]
+        assert attacked(run)[2]["newly_convicted"] == [culprit]
+        assert all(verdict["excluded"] == [False, True, False] for verdict in attacked(run))
+        assert not any(verdict["disputed"] for verdict in run.verdicts)
+    told = [event for event in events(runs, name, "alarm") if [event["stage"], event["replica"]] == culprit]
+    # From its conviction on no strike of it needs an audit.
+    audited = [] if name in STANDS_ALONE else ["confirmed"] * 3
+    assert [event["audit"] for event in told if event["audit"]] == audited

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+
+from deepspeed_sentinel.evidence.keeping import Keeping, Statement, look_again
+from deepspeed_sentinel.evidence.probe import SECRET, Probe
+from deepspeed_sentinel.evidence.sketch import PairSketches
+from deepspeed_sentinel.evidence.table import RECEIVED, SENT
+from deepspeed_sentinel.evidence.transfer import Known
+from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+
+CPU = torch.device("cpu")
+END = (FORWARD, SENT)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pairs(mesh, worker):
+    ranks = np.arange(mesh.stages * mesh.replicas).reshape(mesh.stages, mesh.replicas)
+    return PairSketches(mesh, worker, ranks, CPU, 7, None)
+
+
+def test_only_the_chosen_message_is_kept_and_as_it_was():
+    keeping, message = Keeping(), normal(3, 4)
+    keeping.begin_step({END: 1})
+    for micro_batch in range(3):
+        keeping.observe(END, micro_batch, (message + micro_batch, torch.arange(3)))
+        keeping.observe((BACKWARD, SENT), micro_batch, (message,))
+    micro_batch, (kept, positions) = keeping.kept(END)
+    assert micro_batch == 1 and torch.equal(kept, message + 1) and torch.equal(positions, torch.arange(3))
+    assert not keeping._kept.keys() - {END}
+    keeping.observe(END, 1, (message,))
+    assert keeping.kept(END)[1][0] is not message, "the engine reuses its buffers"
+    keeping.begin_step({})
+    assert not keeping._kept
+
+
+def test_both_neighbours_keep_the_same_micro_batch_and_it_changes():
+    mesh = Mesh(5, 2)
+    below, above = pairs(mesh, Worker(1, 0)), pairs(mesh, Worker(3, 0))
+    chosen = [below.to_keep(step, 8)[END] for step in range(40)]
+    assert chosen == [above.to_keep(step, 8)[FORWARD, RECEIVED] for step in range(40)]
+    assert chosen == [above.to_keep(step, 8)[BACKWARD, SENT] for step in range(40)]
+    assert set(chosen) == set(range(8))
+    between = pairs(mesh, Worker(2, 0))
+    assert chosen != [between.to_keep(step, 8)[END] for step in range(40)]
+
+
+def test_nothing_is_kept_where_both_neighbours_are_trusted():
+    assert pairs(Mesh(3, 2), Worker(0, 0)).ends and not pairs(Mesh(3, 2), Worker(0, 0)).to_keep(0, 4)
+    assert pairs(Mesh(4, 2), Worker(0, 0)).to_keep(0, 4).keys() == {END, (BACKWARD, RECEIVED)}
+
+
+@pytest.mark.parametrize("known", [None, Known(normal(DIMENSIONS), normal(DIMENSIONS, DIMENSIONS))])
+def test_a_statement_travels_bit_by_bit(known):
+    tensors = (normal(2, 5, 6).bfloat16(), torch.arange(4), torch.tensor([True, False]))
+    told = Statement(3, (2**61 + 1, 5), known, tensors)
+    heard = Statement.from_bytes(told.to_bytes(), CPU)
+    assert (heard.micro_batch, heard.seeds) == (3, (2**61 + 1, 5))
+    assert all(
+        torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(tensors, heard.tensors, strict=True)
+    )
+    if known is None:
+        assert heard.known is None
+    else:
+        assert torch.equal(heard.known.expected_K, known.expected_K) and torch.equal(heard.known.w_KK, known.w_KK)
+
+
+@pytest.mark.parametrize("tokens", [9, 400])
+def test_a_second_look_sees_what_the_witness_saw(tokens):
+    mesh, seeds, message = Mesh(5, 2), (11, 12), (normal(tokens, 80), torch.arange(7))
+    probe = Probe(mesh, 1, CPU, seed=0)
+    probe.begin_step(1, {END: torch.tensor([[0, 0], seeds])})
+    probe.observe(END, probe.next_micro_batch(END), message)
+    look = look_again(Statement(0, seeds, None, message), END, 1, mesh, CPU)
+    sketch_MmK, norms_Mm = probe.sketches(END, SECRET)
+    assert torch.equal(look.sketches.sketch_XmK, sketch_MmK) and torch.equal(look.sketches.norms_Xm, norms_Mm)
+    digest_M2 = probe.end_statistics(END, 1.0).digest_M2.numpy()
+    assert look.digest == digest_M2.view(np.int64)[0, 0] and look.rows == min(tokens, 256)
+
+
+def test_there_may_be_nothing_to_look_at():
+    for tensors in ((), (torch.arange(3),), (torch.empty(0, 4),)):
+        assert look_again(Statement(0, (1, 2), None, tensors), END, 1, Mesh(5, 2), CPU) is None
