@@ -26,7 +26,7 @@ CLIP = 1.0
 HELD_OUT = 99  # a step that is not trained on
 # Attention ignores an offset common to all keys: the gradient of a key's bias is rounding noise, which Adam blows up.
 KEY_BIASES = ("k_proj.bias", "query_key_value.bias")
-EXTRA = ("llama_eager", "gemma2", "olmo2")
+EXTRA = ("gemma2",)
 CHECKPOINTED = {"activation_checkpoint_interval": 1}
 # name: (family, stages, kind of batches, options of to_pipeline)
 CASES: dict[str, tuple[str, int, str, dict[str, Any]]] = {

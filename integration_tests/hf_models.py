@@ -13,7 +13,6 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
-    Olmo2Config,
     OlmoConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -45,7 +44,6 @@ def configs() -> dict[str, PreTrainedConfig]:
     return {
         "llama": LlamaConfig(**SIZE),
         "llama_tied": LlamaConfig(**SIZE, tie_word_embeddings=True),
-        "llama_eager": LlamaConfig(**SIZE, attn_implementation="eager"),
         "mistral": MistralConfig(**SIZE, sliding_window=5),
         "qwen2": Qwen2Config(**SIZE, use_sliding_window=True, sliding_window=5, layer_types=MIXED),
         "qwen3": Qwen3Config(**SIZE, head_dim=8),
@@ -56,7 +54,6 @@ def configs() -> dict[str, PreTrainedConfig]:
             **{**SIZE, "num_key_value_heads": None}, hidden_dropout=0.0, attention_dropout=0.0, rotary_pct=0.5
         ),
         "olmo": OlmoConfig(**SIZE, clip_qkv=2.0),
-        "olmo2": Olmo2Config(**SIZE),
         "mixtral": MixtralConfig(
             **SIZE, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.5
         ),

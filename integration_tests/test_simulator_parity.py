@@ -10,7 +10,7 @@ from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
 STAGES, REPLICAS, SEED = 4, 3, 0
-WARM, START, STEPS = 20, 26, 34
+WARM, START, STEPS = 20, 25, 31
 CULPRITS = ((1, 2), (2, 1))
 ATTACKS = {
     "constant": {},

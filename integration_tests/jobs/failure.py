@@ -2,7 +2,7 @@
 
     failure.py MODE FOLDER [STEPS]
 
-``plain`` trains and saves a checkpoint every second step. ``resume`` loads the last one first. ``mismatch`` makes
+``plain`` trains and saves a checkpoint after step 4. ``resume`` loads it first. ``mismatch`` makes
 rank 2 come to another verdict at step 3. ``empty`` hands replica 1 a batch without tokens at step 3. ``halt`` halts
 when stage 1 of replica 1 tampers.
 """
@@ -17,21 +17,11 @@ import deepspeed
 import torch
 
 import deepspeed_sentinel
-from deepspeed_sentinel.demo import model
-from deepspeed_sentinel.demo.options import DemoOptions
+from integration_tests.models import build_model
+from integration_tests.scenario import Scenario
 
-OPTIONS = DemoOptions(
-    stages=3,
-    replicas=2,
-    layers=4,
-    hidden=32,
-    intermediate=64,
-    heads=2,
-    key_value_heads=2,
-    sequence=32,
-    steps=2,
-    start_step=0,
-)
+STAGES, TOKENS = 3, 32
+SMALL = Scenario(name="failure")
 FAULT = {"stage": 1, "replica": 1, "attack": "nan", "start_step": 3}
 
 
@@ -51,7 +41,7 @@ def disagree(engine) -> None:
 def main(mode: str, folder: str, steps: str = "8") -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60), verbose=False)
-    module = model.build(OPTIONS)
+    module = build_model(SMALL, STAGES)
     block = {"enabled": True, "output_dir": f"{folder}/sentinel", "warmup_steps": 2}
     if mode == "halt":
         block |= {"action": "halt", "inject": [FAULT]}
@@ -72,12 +62,12 @@ def main(mode: str, folder: str, steps: str = "8") -> None:
         disagree(engine)
     replica = engine.grid.get_data_parallel_id()
     while engine.global_steps < int(steps):
-        tokens = 0 if mode == "empty" and engine.global_steps == 3 and replica == 1 else OPTIONS.sequence
+        tokens = 0 if mode == "empty" and engine.global_steps == 3 and replica == 1 else TOKENS
         generator = torch.Generator().manual_seed(10 * engine.global_steps + replica)
         rows = torch.randint(256, (2, 2, tokens + 1), generator=generator)
         loss = float(engine.train_batch(iter([(row[:, :-1], row[:, 1:]) for row in rows])))
         print(f"step {engine.global_steps} loss {loss}", flush=True)
-        if mode in ("plain", "resume") and engine.global_steps % 2 == 0:
+        if mode == "plain" and engine.global_steps == 4:
             engine.save_checkpoint(f"{folder}/checkpoints")
     print("finished", flush=True)
     torch.distributed.destroy_process_group()
