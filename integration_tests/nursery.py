@@ -218,6 +218,8 @@ def main(imports: Sequence[str]) -> None:
         if "triton" not in sys.modules:  # which prints a page to stderr at exit about objects of it that are left
             gc.collect()
             gc.freeze()  # or each child would copy everything to look for cycles in it at exit: 0.5 s of CPU
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("an import has started a thread, which forked processes would lack")
     answers.write(json.dumps(dict(os.environ)).encode() + b"\n")
     task = serve(requests, answers, {name: value for name, value in os.environ.items() if before.get(name) != value})
     if task is not None:

@@ -151,9 +151,16 @@ def test_a_variable_that_an_import_sets_stays_set(tmp_path):
     nursery.close()
 
 
-def test_what_keeps_the_nursery_from_starting_is_said():
-    with pytest.raises(NurseryError, match=r"exit code 1:(.|\n)*No module named 'not_there'"):
-        Nursery(base_environment(), ["not_there"], ROOT)
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [("not_there", "No module named 'not_there'"), ("starts", "an import has started a thread")],
+)
+def test_what_keeps_the_nursery_from_starting_is_said(tmp_path, module, said):
+    (tmp_path / "starts.py").write_text(
+        "import threading, time\nthreading.Thread(target=time.sleep, args=[60], daemon=True).start()"
+    )
+    with pytest.raises(NurseryError, match=rf"exit code 1:(.|\n)*{said}"):
+        Nursery({**base_environment(), "PYTHONPATH": f"{ROOT}:{tmp_path}"}, [module], ROOT)
 
 
 PYTEST = """
