@@ -9,29 +9,27 @@ with start_job(...) as job:
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
+from integration_tests.processes import (
+    ROOT,
+    Process,
+    base_environment,
+    free_port,
+    signal_tree,
+    spawn,
+    start_rank,
+    warm_extensions,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
-# one for each venv: the build's flags name its paths, and two venvs in one folder rebuild for ever
-EXTENSIONS = ROOT / ".cache" / f"torch_extensions_{zlib.crc32(sys.prefix.encode()):08x}"
-BUILD_SECONDS = 600
 Launcher = Literal["bare", "torchrun", "deepspeed", "accelerate"]
 
 
@@ -85,7 +83,7 @@ class JobHandle:
     replicas: int
     folder: Path
     launcher: Launcher
-    processes: list[subprocess.Popen[bytes]]
+    processes: list[Process]
     started: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> JobHandle:
@@ -98,7 +96,7 @@ class JobHandle:
         """Send a signal to one rank; only for launcher "bare", where each rank is a process of ours."""
         if self.launcher != "bare":
             raise ValueError(f'kill() needs launcher="bare", this job runs under {self.launcher!r}.')
-        _signal_tree(self.processes[rank], sent)
+        signal_tree(self.processes[rank], sent)
 
     def log(self, rank: int, stream: Literal["stdout", "stderr"] = "stdout") -> str:
         """What a rank has written so far."""
@@ -139,7 +137,7 @@ class JobHandle:
     def stop(self) -> None:
         """End every process of the job that still runs, and what these started."""
         for process in self.processes:
-            _signal_tree(process, signal.SIGKILL)
+            signal_tree(process, signal.SIGKILL)
             process.wait()
 
     def _result(self, timed_out: bool) -> JobResult:
@@ -182,31 +180,32 @@ def start_job(
     """
     folder.mkdir(parents=True, exist_ok=True)
     warm_extensions()
-    size, port = stages * replicas, str(_free_port())
+    size, port = stages * replicas, str(free_port())
     environment = {**base_environment(), "JOB_FOLDER": str(folder), **(env or {})}
-    command = [*(["-m", str(script)] if module else [str(ROOT / script)]), *map(str, args)]
-    processes: list[subprocess.Popen[bytes]] = []
+    target, args = str(script) if module else str(ROOT / script), [*map(str, args)]
+    command = [*(["-m"] if module else []), target, *args]
+    processes: list[Process] = []
     job = JobHandle(stages, replicas, folder, launcher, processes)
     try:
         if launcher == "torchrun":
             run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}"]
             run += [f"--master_port={port}", f"--log-dir={folder / 'torchrun'}", "--redirects=3", *command]
-            processes.append(_spawn(run, environment, folder / "launcher"))
+            processes.append(spawn(run, environment, folder / "launcher"))
             return job
         if launcher == "accelerate":
             run = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={size}"]
             run += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
-            processes.append(_spawn([*run, *command], environment, folder / "launcher"))
+            processes.append(spawn([*run, *command], environment, folder / "launcher"))
             return job
         if launcher == "deepspeed":
             run = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={size}", f"--master_port={port}"]
             run += [f"--enable_each_rank_log={folder / 'deepspeed'}", *(["--module"] if module else [])]
-            processes.append(_spawn([*run, *command[module:]], environment, folder / "launcher"))
+            processes.append(spawn([*run, *command[module:]], environment, folder / "launcher"))
             return job
         shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for rank in range(size):
             own = {**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(_spawn([sys.executable, "-u", *command], own, folder / str(rank)))
+            processes.append(start_rank(target, module, args, own, folder / str(rank)))
     except BaseException:
         job.stop()
         raise
@@ -227,95 +226,6 @@ def run_job(
     """``start_job`` and wait; a job that is not done after ``timeout`` seconds is ended (``timed_out``)."""
     with start_job(script, stages, replicas, folder=folder, args=args, env=env, launcher=launcher) as job:
         return job.wait(timeout)
-
-
-def base_environment() -> dict[str, str]:
-    """This process's environment made fit for a job: CPU, one thread, nothing left over from another job."""
-    launchers = (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-        "MASTER_",
-        "TORCHELASTIC_",
-        "GROUP_",
-        "ROLE_",
-        "OMPI_",
-        "SLURM_",
-        "ACCELERATE_",
-    )
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
-    path = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH", "")) if part)
-    return {
-        **kept,
-        "PYTHONPATH": path,
-        "PYTHONUNBUFFERED": "1",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "TORCH_EXTENSIONS_DIR": str(EXTENSIONS),
-    }
-
-
-@lru_cache
-def warm_extensions() -> None:
-    """Compile DeepSpeed's CPU communication op once, before many ranks want it at the same time.
-
-    The build's own lock is a file that a killed build leaves behind, on which all later ones would wait for
-    ever; ours ends with its process, so whoever holds it may remove the other.
-    """
-    EXTENSIONS.mkdir(parents=True, exist_ok=True)
-    done = EXTENSIONS / "done"
-    with (EXTENSIONS / "warm.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if done.exists():
-            return
-        for stale in EXTENSIONS.rglob("lock"):
-            stale.unlink()
-        code = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
-        build = _spawn([sys.executable, "-c", code], base_environment(), EXTENSIONS / "build")
-        try:
-            if build.wait(timeout=BUILD_SECONDS) != 0:
-                log = (EXTENSIONS / "build.stderr").read_text()
-                raise RuntimeError(f"DeepSpeed's CPU communication op does not build:\n{log}")
-        finally:
-            _signal_tree(build, signal.SIGKILL)
-        done.touch()
-
-
-def _spawn(command: list[str], environment: dict[str, str], logs: Path) -> subprocess.Popen[bytes]:
-    with Path(f"{logs}.stdout").open("wb") as stdout, Path(f"{logs}.stderr").open("wb") as stderr:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
-        )
-
-
-def _signal_tree(process: subprocess.Popen[bytes], sent: signal.Signals) -> None:
-    # torchrun puts each of its workers into a session of its own, so the group alone is not enough
-    if process.poll() is not None:
-        return
-    children: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        children = psutil.Process(process.pid).children(recursive=True)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, sent)
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.send_signal(sent)
-
-
-def _free_port() -> int:
-    # Below the ports that the system hands out by itself: a job binds its port only after seconds of imports, and
-    # gloo opens many connections meanwhile.
-    while True:
-        port = random.SystemRandom().randrange(15_000, 30_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
 
 
 def _read_json(path: Path) -> Any:

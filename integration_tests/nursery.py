@@ -1,0 +1,232 @@
+"""Processes that are forked from one warm parent, so that they need not import torch and deepspeed themselves.
+
+The parent, the nursery, has done imports and nothing more: no thread, no group, no tensor. ``Nursery`` is its side in
+pytest; run as a module, this file is the nursery. Its stdin brings a line of JSON for each request, its stdout
+takes a line of JSON for each answer:
+
+    {"start": fields of a Task}  ->  pid
+    {"poll": pid}                ->  returncode, null while the process runs
+
+When stdin ends, at the latest with pytest itself, the nursery kills what it has started and ends.
+
+Forked processes share the nursery's hash seed, where fresh ones draw one each, unless PYTHONHASHSEED is set. What
+imports print is in the nursery's log, not in theirs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+# All that may differ between a job's environment and the nursery's: torch and transformers read hundreds of variables
+# at import, but none of these.
+OF_A_JOB = {"JOB_FOLDER", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTEST_CURRENT_TEST"}
+PR_SET_PDEATHSIG = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a forked process runs, as ``python target args`` or ``python -m target args`` would.
+
+    Attributes:
+        target: absolute path of a script, or with ``module`` the name of a module.
+        environment: the whole of it.
+        folder: working directory.
+        stdout, stderr: existing files.
+    """
+
+    target: str
+    module: bool
+    args: Sequence[str]
+    environment: Mapping[str, str]
+    folder: str
+    stdout: str
+    stderr: str
+
+
+class NurseryError(RuntimeError):
+    """The nursery did not start or has ended."""
+
+
+class Nursery:
+    """Starts and owns a nursery.
+
+    Args:
+        environment: of the nursery; only jobs with the same one may start here, see ``fits``.
+        imports: names of modules, to be imported in this order.
+        folder: the repository's root.
+    """
+
+    def __init__(self, environment: Mapping[str, str], imports: Sequence[str], folder: Path) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the nursery
+        self._process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "integration_tests.nursery", *imports],
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,  # Ctrl-C is for pytest, which then ends the jobs
+        )
+        self._before = dict(environment)
+        self._after: dict[str, str] = self._answer()
+
+    def fits(self, environment: Mapping[str, str]) -> bool:
+        """A fresh process with this environment would have imported the same as the nursery has.
+
+        Imports set some variables, in pytest too: such a one may have its value from before or from after them.
+        """
+        names = (environment.keys() | self._before.keys()) - OF_A_JOB
+        return all(environment.get(name) in (self._before.get(name), self._after.get(name)) for name in names)
+
+    def start(self, task: Task) -> Child:
+        """Fork a process for the task."""
+        return Child(self, self.ask({"start": dataclasses.asdict(task)}), task.target)
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """The answer to a request."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either, and _answer says why
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        """End the nursery and every process of it."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self._process.stdin.close()
+        self._process.wait()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._log.seek(0)
+            raise NurseryError(f"the nursery ended with exit code {code}:\n{self._log.read().decode(errors='replace')}")
+        return json.loads(line)
+
+
+class Child:
+    """A process of a nursery, with those parts of ``subprocess.Popen`` that a job needs."""
+
+    def __init__(self, nursery: Nursery, pid: int, args: str) -> None:
+        self.pid, self.args = pid, args
+        self.returncode: int | Any = None  # as Popen has it
+        self._nursery = nursery
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while the process runs."""
+        if self.returncode is None:
+            self.returncode = self._nursery.ask({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code once the process has ended; ``subprocess.TimeoutExpired`` if it does not in time."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+            time.sleep(0.01)
+        return code
+
+
+def serve(requests: BinaryIO, answers: BinaryIO, set_by_imports: Mapping[str, str]) -> Task | None:
+    """Answer requests until they end. Returns None then, and in every forked process the task that it is for."""
+    running: set[int] = set()
+    while line := requests.readline():
+        request = json.loads(line)
+        if "start" in request:
+            task = Task(**request["start"])
+            ready, entered = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                # or the nursery's end would not be seen while this process runs
+                for pipe in (requests, answers):
+                    pipe.close()
+                os.close(ready)
+                enter(task, set_by_imports)
+                os.close(entered)
+                return task
+            os.close(entered)
+            os.read(ready, 1)  # the answer must not come before the process leads its group, which may be killed next
+            os.close(ready)
+            running.add(pid)
+            answer: int | None = pid
+        else:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+            running.discard(pid)
+        answers.write(json.dumps(answer).encode() + b"\n")
+    for pid in running:
+        os.killpg(pid, signal.SIGKILL)
+    return None
+
+
+def enter(task: Task, set_by_imports: Mapping[str, str]) -> None:
+    """Give a process that was just forked what a fresh one has that is through with the same imports."""
+    os.setsid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no orphan even if the nursery is killed
+    for number, path in ((1, task.stdout), (2, task.stderr)):
+        file = os.open(path, os.O_WRONLY)
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(task.folder)
+    os.environ.clear()
+    os.environ.update({**set_by_imports, **task.environment})
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()  # python's own random does that by itself after a fork
+    importlib.invalidate_caches()
+
+
+def run(task: Task) -> None:
+    """Run the task's code as ``__main__``."""
+    sys.argv = ["-m" if task.module else task.target, *task.args]
+    if not sys.flags.safe_path:
+        sys.path[0] = task.folder if task.module else os.path.dirname(os.path.realpath(task.target))
+    if task.module:
+        runpy.run_module(task.target, run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(task.target, run_name="__main__")
+
+
+def main(imports: Sequence[str]) -> None:
+    """Import, say so, and serve; in a forked process run its task."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)  # what an import prints is no answer
+    before = dict(os.environ)
+    for name in imports:
+        importlib.import_module(name)
+        if "triton" not in sys.modules:  # which prints a page to stderr at exit about objects of it that are left
+            gc.collect()
+            gc.freeze()  # or each child would copy everything to look for cycles in it at exit: 0.5 s of CPU
+    if len(os.listdir("/proc/self/task")) > 1:
+        raise RuntimeError("an import has started a thread, which forked processes would lack")
+    answers.write(json.dumps(dict(os.environ)).encode() + b"\n")
+    task = serve(requests, answers, {name: value for name, value in os.environ.items() if before.get(name) != value})
+    if task is not None:
+        # Back here, at the bottom of the stack, python itself ends the process when the code is done: it joins threads,
+        # runs atexit handlers, prints an exception, makes SystemExit an exit code. os._exit would do none of it.
+        run(task)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
