@@ -60,6 +60,11 @@ def judged_index(tensors: Sequence[torch.Tensor]) -> int | None:
     return next((index for index, tensor in enumerate(tensors) if tensor.is_floating_point()), None)
 
 
+def _as_tokens(message: torch.Tensor) -> torch.Tensor:
+    """The message as x_TD."""
+    return message.reshape(-1, message.shape[-1]) if message.dim() > 1 else message.reshape(-1, 1)
+
+
 class Probe:
     """Statistics of the messages that one worker sends and receives in a step.
 
@@ -129,7 +134,7 @@ class Probe:
                 "so a message must carry one. Let the stages pass it, not token ids alone."
             )
         message = tensors[index]
-        x_TD = message.reshape(-1, message.shape[-1]) if message.dim() > 1 else message.reshape(-1, 1)
+        x_TD = _as_tokens(message)
         if x_TD.numel() == 0:
             raise ValueError(
                 f"{self._name(end)}, micro-batch {micro_batch}, has zero tokens: its shape is "
@@ -161,7 +166,7 @@ class Probe:
         buffers, seeds_J2 = self._buffers[end], self._seeds[end]
         if len(seeds_J2) <= SECRET:
             return
-        x_TD = message.reshape(-1, message.shape[-1]) if message.dim() > 1 else message.reshape(-1, 1)
+        x_TD = _as_tokens(message)
         rows, secret = sketch_rows(x_TD.shape[0]), slice(SECRET, SECRET + 1)
         token_sketch(
             x_TD,

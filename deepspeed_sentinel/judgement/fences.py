@@ -78,8 +78,8 @@ class Fences:
             eligible: bool [2, L, C, M], messages that may set the centre.
             doubtful: bool [2, L], links where they are not to be believed in this step.
         """
-        current = self._centre_of(comparable, eligible)
-        majority = self._majority(eligible, doubtful)
+        current = median(self._samples(comparable, eligible))
+        majority = self._more_than(1, 2, eligible, doubtful)
         if majority.all() or self.learnt_steps == 0:
             return comparable - current[..., None, None]
         # Where replicas are compared the past only stands in for a step, so it should be the latest.
@@ -96,11 +96,9 @@ class Fences:
         scores = outside / np.where(np.isnan(self.reach), np.inf, self.reach)[..., None, None]
         if not (scores > 1.0).any():
             return np.asarray(scores)
-        values = np.where(eligible, residuals, np.nan).reshape(*self._rows, -1)
-        spread = shortest_interval(values, 1.0 / 3.0)
-        columns = np.count_nonzero(eligible.any(-1), axis=-1)
-        most = (3 * columns > 2 * self.mesh.replicas) & ~doubtful & self.compares_replicas
-        widening = np.where(most & ~np.isnan(spread), np.maximum(spread / self.iqr, 1.0), 1.0)
+        spread = shortest_interval(self._samples(residuals, eligible), 1.0 / 3.0)
+        known = self._more_than(2, 3, eligible, doubtful) & ~np.isnan(spread)
+        widening = np.where(known, np.maximum(spread / self.iqr, 1.0), 1.0)
         return np.asarray(scores / widening[..., None, None])
 
     def bounds(self, direction: int, link: int, statistic: int) -> tuple[float, float]:
@@ -113,10 +111,9 @@ class Fences:
         """Remember the residuals of clean messages (bool [2, L, C, M]) and renew the bounds."""
         # Among enough replicas the centre is what the residuals were taken from.
         measured = comparable[..., 0, 0] - residuals[..., 0, 0]
-        centre = measured if self.compares_replicas else self._centre_of(comparable, clean)
+        centre = measured if self.compares_replicas else median(self._samples(comparable, clean))
         self._centres[..., self.learnt_steps % self.window] = centre
-        chosen = residuals if clean.all() else np.where(clean, residuals, np.nan)
-        renewed = self._residuals.learn(chosen.reshape(*self._rows, -1), step)
+        renewed = self._residuals.learn(self._samples(residuals, clean), step)
         if renewed:
             self._renew(renewed)
 
@@ -127,14 +124,14 @@ class Fences:
         self._residuals.load_state_dict(state)
         self._centres, self.reach = np.array(state["centres"]), np.array(state["reach"])
 
-    def _majority(self, eligible: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
-        """Links whose eligible columns are most of all, so that their median is that of honest ones, bool [2, L]."""
+    def _more_than(self, numerator: int, denominator: int, eligible: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
+        """Links where more than that share of the columns is eligible and nothing in doubt, bool [2, L]."""
         columns = np.count_nonzero(eligible.any(-1), axis=-1)
-        return (2 * columns > self.mesh.replicas) & ~doubtful & self.compares_replicas
+        return (denominator * columns > numerator * self.mesh.replicas) & ~doubtful & self.compares_replicas
 
-    def _centre_of(self, comparable: np.ndarray, eligible: np.ndarray) -> np.ndarray:
-        values = comparable if eligible.all() else np.where(eligible, comparable, np.nan)
-        return median(values.reshape(*self._rows, -1))
+    def _samples(self, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Those of a link's messages (bool [2, L, C, M]) in one axis, float64 [K, 2, L, C * M], NaN for the others."""
+        return (values if chosen.all() else np.where(chosen, values, np.nan)).reshape(*self._rows, -1)
 
     def _renew(self, links: list[int]) -> None:
         samples = self._residuals.samples(links)

@@ -7,23 +7,22 @@ of false alarms equally.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR, RECEIVED, SENT, Evidence, comparable
+from deepspeed_sentinel.judgement.account import Account, Judged, entries
 from deepspeed_sentinel.judgement.blame import first_events, followers, trace_back
+from deepspeed_sentinel.judgement.cascade import hold_against_fences
 from deepspeed_sentinel.judgement.cusum import Cusum
 from deepspeed_sentinel.judgement.fences import Fences
-from deepspeed_sentinel.judgement.grounds import grounds
 from deepspeed_sentinel.judgement.record import Record
-from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+from deepspeed_sentinel.judgement.verdict import Finding, Verdict
+from deepspeed_sentinel.mesh import BACKWARD, Mesh, Worker
 
 _MAX_ABS = NAMES.index("max_abs")
-_PASSES = 24
 # Overflow inside a stage can start this far below the largest gradient that crosses its links.
 _OVERFLOW_HEADROOM = 2.0**-10
 
@@ -85,12 +84,13 @@ class Judge:
         contradicted, contested = self._contradictions(evidence, compared, hard, warming_up)
         disputes = contradicted | contested
         whole = ~(disputes | hard[RECEIVED])
-        convicted = self._sent_by_convicted(served, disputes.shape)
-        sound = whole & ~convicted & ~followers(convicted)
-        residuals, per_statistic, cascade = self._hold_against_fences(values, compared, whole, sound, warming_up)
+        convicted = self._served_by_convicted(served)
+        by_convicted = np.broadcast_to(np.stack([convicted[:-1], convicted[1:]])[..., None], whole.shape)
+        sound = whole & ~by_convicted & ~followers(by_convicted)
+        residuals, per_statistic, cascade = hold_against_fences(self.fences, values, compared, whole, sound, warming_up)
         fenced = per_statistic[OF_PAIR]
         if self.fences.compares_replicas:
-            counted = ~(disputes | hard[RECEIVED] | cascade)
+            counted = whole & ~cascade
             sums = self.cusum.step(
                 residuals[OF_PAIR], counted, served, self.record.convicted, evidence.step, warming_up
             )
@@ -105,12 +105,14 @@ class Judge:
             scores = np.where(judged, scores, 0.0)
 
         first = first_events(trace_back(alarms, scores) | disputes)
-        findings = self._findings(first & ~disputes, scores, per_statistic, fenced, values, residuals, overflow, served)
-        disputed = self._list_disputes(first & disputes, contradicted, served)
-        newly, released = self.record.update(*self._entries(findings, disputed))
+        account = Account(self.mesh, served)
+        judged_step = Judged(values, residuals, per_statistic, fenced, scores, overflow)
+        findings = account.findings(first & ~disputes, judged_step, self.fences)
+        disputed = account.disputes(first & disputes, contradicted)
+        newly, released = self.record.update(*entries(self.mesh, findings, disputed))
 
         suspected = (alarms | disputes).any(axis=(0, 1, 3))
-        convicted_columns = self._convicted_columns(served)
+        convicted_columns = self._served_by_convicted(served).any(0)
         excluded = np.zeros_like(suspected)
         if self.settings.action != "observe":
             excluded |= suspected
@@ -134,7 +136,7 @@ class Judge:
             scores=scores,
             alarms=alarms,
             disputes=disputes,
-            worker_scores=self._worker_scores(scores, served),
+            worker_scores=account.worker_scores(scores),
             suspected=suspected,
             excluded=excluded,
             convicted=self.record.convicted.copy(),
@@ -158,7 +160,7 @@ class Judge:
             the verdict after it. What is excluded in that step stays excluded.
         """
         strikes = [finding for finding in verdict.findings if finding not in opened]
-        newly, released = self.record.update_again(*self._entries(strikes, verdict.disputed))
+        newly, released = self.record.update_again(*entries(self.mesh, strikes, verdict.disputed))
         for finding in (*opened, *refuted):
             self.cusum.retract(finding.direction, finding.link, finding.worker.replica, to_zero=finding in refuted)
         return replace(
@@ -182,43 +184,6 @@ class Judge:
         self.cusum.load_state_dict(state["cusum"])
         self.record.load_state_dict(state["record"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
-
-    def _hold_against_fences(
-        self, values: np.ndarray, compared: np.ndarray, whole: np.ndarray, sound: np.ndarray, warming_up: bool
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Residuals and scores [K, 2, L, C, M], and which messages are cascade, bool [2, L, C, M].
-
-        What follows an alarm must not set the centre that others are measured from: where every stage has its bad
-        workers, most columns are spoilt by the last one, and the honest ones would stand out. So residuals are taken
-        anew without the cascade until it no longer changes. Where half of the columns left are in alarm, the median
-        may be anybody's, and the recent past decides.
-
-        Args:
-            values, compared: float64 [K, 2, L, C, M], statistics as reported and in the units that fences compare.
-            whole: bool [2, L, C, M], finite messages that nobody disputes.
-            sound: bool [2, L, C, M], those of them that no convicted worker had a hand in.
-            warming_up: there are no fences yet.
-        """
-        doubtful = np.zeros(sound.shape[:2], bool)
-        eligible = _first_with_any(sound, whole)
-        for _ in range(_PASSES):
-            residuals = self.fences.residuals(compared, eligible, doubtful)
-            if warming_up:
-                per_statistic = np.zeros_like(residuals)
-            else:
-                per_statistic = self.fences.scores(residuals, eligible, doubtful)
-            per_statistic[HARD] = np.where(values[HARD] > 0, np.inf, 0.0)
-            alarms = per_statistic.max(0) > 1.0
-            cascade = followers(alarms | ~whole)
-            narrowed = _first_with_any(sound & ~cascade, whole & ~cascade, whole)
-            if np.array_equal(narrowed, eligible):
-                left, in_alarm = (np.count_nonzero(which.any(-1), axis=-1) for which in (narrowed, narrowed & alarms))
-                widened = doubtful | ((2 * in_alarm >= left) & (in_alarm > 0))
-                if np.array_equal(widened, doubtful):
-                    break
-                doubtful = widened
-            eligible = narrowed
-        return residuals, per_statistic, cascade
 
     def _contradictions(
         self, evidence: Evidence, compared: np.ndarray, hard: np.ndarray, warming_up: bool
@@ -248,100 +213,9 @@ class Judge:
         shared = 2 * np.count_nonzero(columns) >= len(columns) > 0 and columns.any()
         return largest > limit * _OVERFLOW_HEADROOM, bool(shared)
 
-    def _convicted_columns(self, served: np.ndarray) -> np.ndarray:
-        """Columns that pass through a convicted worker, bool [C]."""
-        return np.asarray(np.take_along_axis(self.record.convicted, served, axis=1).any(0))
-
-    def _sent_by_convicted(self, served: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Messages whose sender is convicted, bool [2, L, C, M]."""
-        convicted = np.take_along_axis(self.record.convicted, served, axis=1)
-        return np.broadcast_to(np.stack([convicted[:-1], convicted[1:]])[..., None], shape)
-
-    def _worker_scores(self, scores: np.ndarray, served: np.ndarray) -> np.ndarray:
-        per_link = scores.max(axis=3)
-        result = np.zeros((self.mesh.stages, self.mesh.replicas))
-        stages = np.arange(self.mesh.stages)[:, None]
-        np.maximum.at(result, (stages[:-1], served[:-1]), per_link[FORWARD])
-        np.maximum.at(result, (stages[1:], served[1:]), per_link[BACKWARD])
-        return result
-
-    def _findings(
-        self,
-        blamed: np.ndarray,
-        scores: np.ndarray,
-        per_statistic: np.ndarray,
-        fenced: np.ndarray,
-        values: np.ndarray,
-        residuals: np.ndarray,
-        overflow: np.ndarray,
-        served: np.ndarray,
-    ) -> tuple[Finding, ...]:
-        findings = []
-        own = per_statistic[~OF_PAIR]
-        for direction, link, column in np.argwhere(blamed.any(3)).tolist():
-            where = (direction, link, column)
-            micro_batches = np.flatnonzero(blamed[where])
-            own_B, fenced_B = (rows[(slice(None), *where)].max(0)[micro_batches] for rows in (own, fenced))
-            why = grounds(own_B, fenced_B, scores[where][micro_batches], micro_batches)
-            worst = int(micro_batches[np.argmax(scores[where][micro_batches])])
-            statistic = int(np.argmax(per_statistic[(slice(None), *where, worst)]))
-            stage = self.mesh.sender_stage(direction, link)
-            low, high = (0.0, 0.0) if HARD[statistic] else self.fences.bounds(direction, link, statistic)
-            findings.append(
-                Finding(
-                    worker=Worker(stage, int(served[stage, column])),
-                    direction=direction,
-                    link=link,
-                    column=column,
-                    micro_batches=tuple(micro_batches.tolist()),
-                    micro_batch=worst,
-                    statistic=NAMES[statistic],
-                    value=float(values[(statistic, *where, worst)]),
-                    residual=float(residuals[(statistic, *where, worst)]),
-                    low=low,
-                    high=high,
-                    score=float(scores[where][worst]),
-                    trusted=self.mesh.is_trusted(stage),
-                    overflow=bool(HARD[statistic] and direction == BACKWARD and overflow[link]),
-                    rests_on_pair=why.rests_on_pair,
-                    telling=why.telling,
-                )
-            )
-        return tuple(sorted(findings, key=lambda finding: (-finding.score, finding.worker)))
-
-    def _list_disputes(self, first: np.ndarray, contradicted: np.ndarray, served: np.ndarray) -> tuple[Dispute, ...]:
-        disputes = []
-        for direction, link, column in np.argwhere(first.any(3)).tolist():
-            where = (direction, link, column)
-            sender, receiver = self.mesh.sender_stage(direction, link), self.mesh.receiver_stage(direction, link)
-            about = None
-            if not (first & contradicted)[where].any():
-                # The neighbours of the sender contradict each other, so it is between these two.
-                about = Worker(sender, int(served[sender, column]))
-                sender = 2 * sender - receiver
-            disputes.append(
-                Dispute(
-                    direction=direction,
-                    link=link,
-                    column=column,
-                    sender=Worker(sender, int(served[sender, column])),
-                    receiver=Worker(receiver, int(served[receiver, column])),
-                    about=about,
-                    micro_batches=tuple(np.flatnonzero(first[where]).tolist()),
-                )
-            )
-        return tuple(disputes)
-
-    def _entries(self, findings: Iterable[Finding], disputes: Iterable[Dispute]) -> tuple[np.ndarray, np.ndarray]:
-        """For the record: strikes, bool [S, R], and disputed links, bool [L, C]."""
-        struck = np.zeros((self.mesh.stages, self.mesh.replicas), bool)
-        disputed = np.zeros((self.mesh.links, self.mesh.replicas), bool)
-        for finding in findings:
-            if not finding.overflow:
-                struck[finding.worker] = True
-        for dispute in disputes:
-            disputed[dispute.link, dispute.column] = True
-        return struck, disputed
+    def _served_by_convicted(self, served: np.ndarray) -> np.ndarray:
+        """Where the worker that serves a column is convicted, bool [S, C]."""
+        return np.take_along_axis(self.record.convicted, served, axis=1)
 
     def _halt_reason(self, newly: np.ndarray) -> str | None:
         if self.skipped_in_a_row >= self.settings.max_skipped_steps:
@@ -357,14 +231,6 @@ class Judge:
             links = [f"link {link}, column {column}" for link, column in np.argwhere(self.record.lasting_disputes)]
             return f'lasting dispute over {"; ".join(links)} ("action": "halt")'
         return None
-
-
-def _first_with_any(*choices: np.ndarray) -> np.ndarray:
-    """Of each link the first choice (bool [2, L, C, M]) that holds any of its messages, else all of them."""
-    result = np.ones_like(choices[0])
-    for choice in reversed(choices):
-        result = np.where(choice.any(axis=(2, 3), keepdims=True), choice, result)
-    return result
 
 
 def _workers(mask: np.ndarray) -> tuple[Worker, ...]:

@@ -57,7 +57,7 @@ class Hearing:
             if outcome is not None:
                 mine[index] = 1 + _OUTCOMES.index(outcome)
         everyone = torch.empty(self._ranks.size * len(audits), dtype=mine.dtype)
-        dist.all_gather_into_tensor(everyone, mine, group=self._control)
+        dist.all_gather_single(everyone, mine, group=self._control)
         told = everyone.view(self._ranks.size, len(audits))
         return tuple(self._outcome_of(audit, int(told[self._rank(audit.auditor), i])) for i, audit in enumerate(audits))
 

@@ -1,0 +1,142 @@
+"""The account of a judged step: what its arrays say about workers, for the verdict and for the record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR
+from deepspeed_sentinel.judgement.fences import Fences
+from deepspeed_sentinel.judgement.grounds import grounds
+from deepspeed_sentinel.judgement.verdict import Dispute, Finding
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+
+
+@dataclass(frozen=True)
+class Judged:
+    """All messages of a step as they were judged.
+
+    Attributes:
+        values: float64 [K, 2, L, C, M], statistics as reported.
+        residuals: of the same shape, in the units that fences compare.
+        per_statistic: of the same shape, scores by fences and sums.
+        fenced: float64 [statistics of pairs, 2, L, C, M], scores by fences alone.
+        scores: float64 [2, L, C, M], the largest of all statistics; 0 where nothing was judged.
+        overflow: bool [L], links whose non-finite gradients loss scaling may explain.
+    """
+
+    values: np.ndarray
+    residuals: np.ndarray
+    per_statistic: np.ndarray
+    fenced: np.ndarray
+    scores: np.ndarray
+    overflow: np.ndarray
+
+
+class Account:
+    """Names workers in the arrays of one step.
+
+    Args:
+        mesh: the mesh judged.
+        served: int [S, C], who served each column.
+    """
+
+    def __init__(self, mesh: Mesh, served: np.ndarray) -> None:
+        self._mesh = mesh
+        self._served = served
+
+    def worker_scores(self, scores: np.ndarray) -> np.ndarray:
+        """float64 [S, R], the largest score (of [2, L, C, M]) of what each worker sent."""
+        per_link = scores.max(axis=3)
+        result = np.zeros((self._mesh.stages, self._mesh.replicas))
+        stages = np.arange(self._mesh.stages)[:, None]
+        np.maximum.at(result, (stages[:-1], self._served[:-1]), per_link[FORWARD])
+        np.maximum.at(result, (stages[1:], self._served[1:]), per_link[BACKWARD])
+        return result
+
+    def findings(self, blamed: np.ndarray, judged: Judged, fences: Fences) -> tuple[Finding, ...]:
+        """One finding a link and column with blamed messages (bool [2, L, C, M]), the worst first."""
+        findings = [
+            self._finding(direction, link, column, blamed, judged, fences)
+            for direction, link, column in np.argwhere(blamed.any(3)).tolist()
+        ]
+        return tuple(sorted(findings, key=lambda finding: (-finding.score, finding.worker)))
+
+    def _finding(
+        self, direction: int, link: int, column: int, blamed: np.ndarray, judged: Judged, fences: Fences
+    ) -> Finding:
+        where = (direction, link, column)
+        micro_batches = np.flatnonzero(blamed[where])
+        scores_B = judged.scores[where][micro_batches]
+        by_statistic_KM, fenced_KM = (rows[(slice(None), *where)] for rows in (judged.per_statistic, judged.fenced))
+        own_B, fenced_B = (rows.max(0)[micro_batches] for rows in (by_statistic_KM[~OF_PAIR], fenced_KM))
+        why = grounds(own_B, fenced_B, scores_B, micro_batches)
+        worst = int(micro_batches[np.argmax(scores_B)])
+        statistic = int(np.argmax(by_statistic_KM[:, worst]))
+        stage = self._mesh.sender_stage(direction, link)
+        low, high = (0.0, 0.0) if HARD[statistic] else fences.bounds(direction, link, statistic)
+        return Finding(
+            worker=self._worker(stage, column),
+            direction=direction,
+            link=link,
+            column=column,
+            micro_batches=tuple(micro_batches.tolist()),
+            micro_batch=worst,
+            statistic=NAMES[statistic],
+            value=float(judged.values[(statistic, *where, worst)]),
+            residual=float(judged.residuals[(statistic, *where, worst)]),
+            low=low,
+            high=high,
+            score=float(judged.scores[where][worst]),
+            trusted=self._mesh.is_trusted(stage),
+            overflow=bool(HARD[statistic] and direction == BACKWARD and judged.overflow[link]),
+            rests_on_pair=why.rests_on_pair,
+            telling=why.telling,
+        )
+
+    def disputes(self, first: np.ndarray, contradicted: np.ndarray) -> tuple[Dispute, ...]:
+        """One dispute a link and column.
+
+        Args:
+            first: bool [2, L, C, M], disputed messages.
+            contradicted: bool [2, L, C, M], those whose two ends report different things; of the others it is the
+                sender's neighbours who do.
+        """
+        disputes = []
+        for direction, link, column in np.argwhere(first.any(3)).tolist():
+            where = (direction, link, column)
+            sender, receiver = self._mesh.sender_stage(direction, link), self._mesh.receiver_stage(direction, link)
+            about = None
+            if not (first & contradicted)[where].any():
+                # The neighbours of the sender contradict each other, so it is between these two.
+                about = self._worker(sender, column)
+                sender = 2 * sender - receiver
+            disputes.append(
+                Dispute(
+                    direction=direction,
+                    link=link,
+                    column=column,
+                    sender=self._worker(sender, column),
+                    receiver=self._worker(receiver, column),
+                    about=about,
+                    micro_batches=tuple(np.flatnonzero(first[where]).tolist()),
+                )
+            )
+        return tuple(disputes)
+
+    def _worker(self, stage: int, column: int) -> Worker:
+        return Worker(stage, int(self._served[stage, column]))
+
+
+def entries(mesh: Mesh, findings: Iterable[Finding], disputes: Iterable[Dispute]) -> tuple[np.ndarray, np.ndarray]:
+    """For the record: strikes, bool [S, R], and disputed links, bool [L, C]."""
+    struck = np.zeros((mesh.stages, mesh.replicas), bool)
+    disputed = np.zeros((mesh.links, mesh.replicas), bool)
+    for finding in findings:
+        if not finding.overflow:
+            struck[finding.worker] = True
+    for dispute in disputes:
+        disputed[dispute.link, dispute.column] = True
+    return struck, disputed
