@@ -10,14 +10,8 @@ from __future__ import annotations
 import torch
 
 from deepspeed_sentinel.kernels.dispatch import KINDS, LAUNCH, runs_on_triton, tl, triton
-from deepspeed_sentinel.kernels.message_statistics import (
-    REDUCED,
-    check_statistics,
-    launch_stream,
-    message_statistics,
-    plan_stream,
-    reduce_partials,
-)
+from deepspeed_sentinel.kernels.message_statistics import check_statistics, message_statistics
+from deepspeed_sentinel.kernels.message_stream import REDUCED, launch_stream, plan_stream, reduce_partials
 from deepspeed_sentinel.kernels.token_sketch import (
     SHAPE,
     check_sketch,

@@ -17,10 +17,11 @@ from triton.compiler import ASTSource
 from deepspeed_sentinel.kernels import (
     baseline_distances,
     message_statistics,
+    message_stream,
     observe_message,
     sliced_wasserstein,
     token_sketch,
-    transfer_statistics,
+    transfer_kernel,
 )
 from deepspeed_sentinel.kernels.dispatch import INTERPRETED, LAUNCH
 
@@ -41,13 +42,13 @@ KINDS = tuple(LANES)
 
 STREAM = {kind: {"KIND": kind, "COPY": False, "WHOLE": True, "BT": 8, "BD": lanes} for kind, lanes in LANES.items()}
 KERNELS = {
-    **{f"stream-{kind}": (message_statistics._stream_kernel, STREAM[kind], 4) for kind in KINDS},
-    "reduce": (message_statistics._reduce_kernel, {"BLOCK": message_statistics.REDUCED}, 4),
+    **{f"stream-{kind}": (message_stream._stream_kernel, STREAM[kind], 4) for kind in KINDS},
+    "reduce": (message_statistics._reduce_kernel, {"BLOCK": message_stream.REDUCED}, 4),
     **{f"sketch-{kind}": (token_sketch._sketch_kernel, {"KIND": kind, **token_sketch.SHAPE}, 4) for kind in KINDS},
     **{
         f"observe-{kind}": (
             observe_message._observe_kernel,
-            {"KIND": kind, "BLOCK": message_statistics.REDUCED, **token_sketch.SHAPE},
+            {"KIND": kind, "BLOCK": message_stream.REDUCED, **token_sketch.SHAPE},
             4,
         )
         for kind in KINDS
@@ -59,7 +60,7 @@ KERNELS = {
     ),
     "distances": (baseline_distances._distances_kernel, {"BLOCK": baseline_distances.BLOCK}, 4),
     "update": (baseline_distances._update_kernel, {"BV": 256, "BR": 8}, 4),
-    "transfer": (transfer_statistics._transfer_kernel, transfer_statistics.SHAPE, transfer_statistics.WARPS),
+    "transfer": (transfer_kernel.transfer_kernel, transfer_kernel.SHAPE, transfer_kernel.WARPS),
 }
 # What messages of unusual shapes make of the arguments: no multiples of 16, no unit stride, indices beyond 32 bits.
 UNUSUAL = {

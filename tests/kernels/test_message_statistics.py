@@ -6,11 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspeed_sentinel.kernels.dispatch import INTERPRETED, integer_view, runs_on_triton
-from deepspeed_sentinel.kernels.message_statistics import (
-    message_statistics,
-    message_statistics_reference,
-    plan_stream,
-)
+from deepspeed_sentinel.kernels.message_statistics import message_statistics, message_statistics_reference
+from deepspeed_sentinel.kernels.message_stream import plan_stream
 from deepspeed_sentinel.kernels.tensor_digest import tensor_digest
 
 U = 2.0**-24  # float32's unit roundoff
