@@ -98,8 +98,9 @@ class Interception:
         self._probe.observe(end, micro_batch, message)
         self._keeping.observe(end, micro_batch, message)
         forged = self._tamper("sketch", end[0], micro_batch, message)
-        index = judged_index(message)
-        if forged is not message and index is not None:
+        if forged is not message:
+            index = judged_index(forged)
+            assert index is not None
             self._probe.forge_sketch(end, micro_batch, forged[index])
 
     def _tamper(self, where: str, direction: int, micro_batch: int, message: Tensors) -> Tensors:
