@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice("guard", ("on", "off"), "off lets the attack through")
     add("--majority", action="store_true", help="allow half of a stage's workers or more to be malicious")
     number("chunk", int, "micro-batches computed at once, 0 for all; fewer need less memory")
-    add("--threads", type=int, default=0, help="of the CPU; 0 is 1 for tiny, whose operations are too small to share")
+    add("--threads", type=int, default=0, help="of the CPU; 0 is 1 for tiny, which leaves a core to its clean run")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default %(default)s)")
     choice("dtype", ("float32", "bfloat16"), "what to compute in")
     add("--config", type=Path, help='JSON file with a "sentinel" block: how to judge (default: its defaults)')
