@@ -66,7 +66,7 @@ def transfer_kernel(
     TINY: tl.constexpr = 1.1754943508222875e-38
     LARGEST: tl.constexpr = 3.4028234663852886e38
     RATIO: tl.constexpr = 2.0**50
-    COSINE: tl.constexpr = 2.0**20
+    SHORT: tl.constexpr = 2.0**-63
     message = tl.program_id(0).to(tl.int64)
     e_ptr += message * e_M
     l_ptr += message * l_M
@@ -135,9 +135,9 @@ def transfer_kernel(
         left = _load_tokens(l_ptr, t, tokens, l_m, l_k, scale_l, K)
         length_e = _load_lengths(e_norms_ptr, t, tokens, en_m)
         length_l = _load_lengths(l_norms_ptr, t, tokens, ln_m)
-        units_e = tl.minimum(tl.div_rn(scale_e, length_e), COSINE)
-        units_l = tl.minimum(tl.div_rn(scale_l, length_l), COSINE)
-        cosines += tl.minimum(tl.maximum(tl.sum(e * left, 1) * units_e * units_l, -COSINE), COSINE)
+        norms_e = tl.maximum(tl.sqrt_rn(tl.sum(e * e, 1)), SHORT)
+        norms_l = tl.maximum(tl.sqrt_rn(tl.sum(left * left, 1)), SHORT)
+        cosines += tl.div_rn(tl.div_rn(tl.sum(e * left, 1), norms_e), norms_l)
         gains += _log(length_l) - _log(length_e)
         huber = _huber(length_e, length_l, longest_e, longest_l)[:, None]
         e = e * huber

@@ -2,8 +2,11 @@
 
 With e_t, l_t the sketches of token t entering and leaving and |.| the full norms of those tokens:
 
-    cosine       = mean_t <e_t, l_t> / (|e_t| |l_t|)
+    cosine       = mean_t <e_t, l_t> / sqrt(<e_t, e_t> <l_t, l_t>)
     gain         = mean_t log(|l_t| / |e_t|)
+
+The cosine is that of the sketches: its error then shrinks with the angle, as Fisher's transformation takes for
+granted, where full norms under a sketched product would leave an error of an eighth near a cosine of one.
 
 A few tokens are often far longer than all others (massive activations, Sun et al. 2024), and would be all that sums
 over tokens tell of. So everything else is of E and L with both rows of a token shrunk by its Huber weight
@@ -23,11 +26,11 @@ and with P = Ec W the change that a linear map W learnt before predicts, and Dc 
     A, B         = Ec^T Ec / m, Ec^T Dc / m             the normal equations from which W is learnt
 
 For finite input everything is finite but for correlation and slope where nothing is predicted (P = 0, as with W = 0
-or a message of one token): these are NaN, not available. In cosine a token without length counts as zero; in cross
-and cka a side without variation gives zero; a norm below float32's smallest normal number counts as that number, and
-a cosine beyond 2^20, which takes norms that do not belong to the sketches, as 2^20. E and L are scaled by their
-largest magnitudes first, so that no square overflows and none that matters underflows; when these differ by more than
-2^50 their ratio counts as 2^50. A and B beyond float32's range become its largest.
+or a message of one token): these are NaN, not available. In cross and cka a side without variation gives zero; a norm
+below float32's smallest normal number counts as that number. E and L are scaled by their largest magnitudes first, so
+that no square overflows and none that matters underflows; when these differ by more than 2^50 their ratio counts as
+2^50. In cosine a sketch shorter than 2^-63 of the largest magnitude counts as that long, so a token without length
+gives zero. A and B beyond float32's range become its largest.
 
 Linear CKA: Kornblith et al. 2019. The rest is ours.
 """
@@ -43,7 +46,7 @@ from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS
 from deepspeed_sentinel.kernels.transfer_kernel import SHAPE, WARPS, transfer_kernel
 
 TRANSFER = ("cosine", "gain", "step", "cka", "correlation", "slope")
-_TINY, _LARGEST, _RATIO, _COSINE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max, 2.0**50, 2.0**20
+_TINY, _LARGEST, _RATIO, _SHORT = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max, 2.0**50, 2.0**-63
 
 
 class TransferStatistics(NamedTuple):
@@ -133,12 +136,8 @@ def transfer_statistics_reference(
     tokens = e_XmK.shape[-2]
 
     length_e_Xm, length_l_Xm = entering_norms_Xm.clamp_min(_TINY), leaving_norms_Xm.clamp_min(_TINY)
-    dots_Xm = (e_XmK * l_XmK).sum(-1)
-    units_e_Xm, units_l_Xm = (
-        (scale_X11[..., 0] / length_Xm).clamp_max(_COSINE)
-        for scale_X11, length_Xm in ((scale_e_X11, length_e_Xm), (scale_l_X11, length_l_Xm))
-    )
-    cosine_Xm = (dots_Xm * units_e_Xm * units_l_Xm).clamp(-_COSINE, _COSINE)
+    norms_e_Xm, norms_l_Xm = (torch.linalg.vector_norm(x_XmK, dim=-1).clamp_min(_SHORT) for x_XmK in (e_XmK, l_XmK))
+    cosine_Xm = (e_XmK * l_XmK).sum(-1) / norms_e_Xm / norms_l_Xm
     gain_X = (length_l_Xm.log() - length_e_Xm.log()).mean(-1)
 
     huber_Xm1 = huber_weights(length_e_Xm, length_l_Xm)[..., None]

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspeed_sentinel.kernels.dispatch import INTERPRETED
+from deepspeed_sentinel.kernels.token_sketch import projection
 from deepspeed_sentinel.kernels.transfer_statistics import (
     TRANSFER,
     huber_weights,
@@ -72,6 +73,23 @@ def test_meaning(device):
     assert negated[0] == -scalars[0, 0] and negated[4] < 0
     passed = compute(device, entering, entering, entering_norms, entering_norms, w)[0][0]
     assert passed[1] == 0 and passed[2] == 0 and passed[4] == 0 and passed[5] == 0
+
+
+@pytest.mark.parametrize("change", [0.01, 0.1, 1.0])
+def test_cosine_is_known_equally_well_however_little_a_stage_changes(device, change):
+    # Tokens that share a direction share the projection's error too, so averaging over them does not remove it.
+    generator = torch.Generator().manual_seed(8)
+    entering = 2.0 * torch.randn(300, generator=generator) + torch.randn(16, 300, generator=generator)
+    leaving = entering + change * torch.randn(16, 300, generator=generator)
+    exact = torch.nn.functional.cosine_similarity(entering, leaving, dim=-1).mean().double()
+    projections = projection(300, torch.arange(24))
+    norms = [torch.linalg.vector_norm(x, dim=-1).expand(24, 16) for x in (entering, leaving)]
+    scalars, *_ = compute(device, entering @ projections, leaving @ projections, *norms, torch.zeros(K, K))
+    cosines = scalars[:, 0].double()
+    assert (cosines.abs() <= 1).all(), cosines
+    # Fisher: the inverse hyperbolic tangent of a correlation of K samples is off by 1 / sqrt(K - 3).
+    error = (cosines.atanh() - exact.atanh()).square().mean().sqrt()
+    assert error <= 1.5 / (K - 3) ** 0.5, error
 
 
 def test_a_massive_token_does_not_drown_the_others(device):
