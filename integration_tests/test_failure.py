@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 JOB = "integration_tests/jobs/failure.py"
 STAGES, REPLICAS = 3, 2
 SIZE = STAGES * REPLICAS
+LOST = "LostWorker: lost rank 3 = worker (stage 1, replica 1). Resume"
 
 
 def start(jobs, tmp_path: Path, mode: str, steps: int, **options):
@@ -24,13 +26,30 @@ def test_a_killed_worker_is_named_by_all_others_and_the_last_checkpoint_resumes(
     assert not result.timed_out
     for rank in set(range(SIZE)) - {victim}:
         assert result.returncodes[rank] != 0
-        assert "lost rank 3 = worker (stage 1, replica 1)" in result.stderr[rank], result.describe()
+        assert LOST in result.stderr[rank], result.describe()
     last = int((tmp_path / "checkpoints" / "latest").read_text().removeprefix("global_step"))
     with start(jobs, tmp_path, "resume", last + 2) as job:
         resumed = job.wait(timeout=150).check()
     for text in resumed.stdout:
         assert f"at step {last}" in text and f"step {last + 2} " in text and "finished" in text
     assert "start anew" not in resumed.stderr[0] + resumed.stdout[0]
+
+
+def test_a_worker_that_dies_as_losses_are_averaged_is_named(jobs, tmp_path):
+    with start(jobs, tmp_path, "loss", 10) as job:
+        result = job.wait(timeout=150)
+    assert not result.timed_out and result.returncodes[3] == -signal.SIGKILL, result.describe()
+    for rank in (0, 1, 2, 4, 5):
+        assert LOST in result.stderr[rank], result.describe()
+
+
+def test_who_ends_by_an_error_of_its_own_is_not_taken_for_lost(jobs, tmp_path):
+    with start(jobs, tmp_path, "leave", 10) as job:
+        result = job.wait(timeout=150)
+    assert not result.timed_out and result.returncodes[3] == -signal.SIGKILL, result.describe()
+    assert "my own collective broke" in result.stderr[5]
+    for rank in (0, 1, 2, 4):
+        assert LOST in result.stderr[rank], result.describe()
 
 
 def test_different_verdicts_stop_all_ranks_before_the_step(jobs, tmp_path):

@@ -8,24 +8,27 @@ A rank that is stuck where no exception reaches it (a GPU collective, say) ends 
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 
-from deepspeed_sentinel.errors import LostWorker, SentinelError
+from deepspeed_sentinel.errors import LostWorker, SentinelError, SentinelHalt
 from deepspeed_sentinel.mesh import Mesh, Worker
 
 BEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 5.0
 GRACE_SECONDS = 10.0
 EXIT_CODE = 70
+_ENDED = "ended"
 _COMMUNICATION = ("gloo", "nccl", "connection", "socket", "timed out", "broken pipe", "store")
 _instances = itertools.count()
 
@@ -60,16 +63,25 @@ class Liveness:
         return f"rank {rank} = {self._workers[rank]}"
 
     def stop(self) -> None:
+        """Stop beating, and let the others know that this is the end of a run or of a script, not of a machine."""
         self._stopped.set()
         self._thread.join(timeout=2 * BEAT_SECONDS)
         atexit.unregister(self.stop)
+        # Where the store has ended before, nobody is left who could ask.
+        with suppress(RuntimeError):
+            self._store.set(self._beat_key(self._rank), _ENDED)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Turn a communication error inside into LostWorker, and tell the other ranks of any error."""
+        """Turn a communication error inside into LostWorker, and tell the other ranks of any error but a halt."""
+        if self._busy:
+            yield
+            return
         self._busy = True
         try:
             yield
+        except SentinelHalt:
+            raise
         except SentinelError as error:
             self._post(f"{self.name(self._rank)} stopped: {error}")
             raise
@@ -80,6 +92,16 @@ class Liveness:
             raise
         finally:
             self._busy = False
+
+    def watched(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """``method``, whole in ``watch``."""
+
+        @functools.wraps(method)
+        def in_watch(*args: Any, **kwargs: Any) -> Any:
+            with self.watch():
+                return method(*args, **kwargs)
+
+        return in_watch
 
     def _diagnose(self, error: Exception) -> str:
         before = self._read_beats()
@@ -93,8 +115,11 @@ class Liveness:
                 "the rendezvous store is gone: the process that holds it (rank 0, or the launcher of the first node) "
                 f"ended, {self.name(0)}. This rank saw: {error}"
             )
-        gone = [self.name(rank) for rank in self._workers if rank != self._rank and before[rank] == after[rank]]
-        what = f"lost {', '.join(gone)}" if gone else "a link between two live ranks broke"
+        silent = [rank for rank in self._workers if rank != self._rank and after[rank] in (before[rank], _ENDED)]
+        # Who went by an error of its own may only have met the loss of another in a collective of the user's.
+        gone = [rank for rank in silent if after[rank] != _ENDED] or silent
+        names = ", ".join(map(self.name, gone))
+        what = f"lost {names}" if gone else "a link between two live ranks broke"
         text = f"{what}. Resume from the last checkpoint. {self.name(self._rank)} saw: {error}"
         self._post(text)
         return text
@@ -114,11 +139,14 @@ class Liveness:
                 os._exit(EXIT_CODE)
 
     def _beat(self) -> None:
-        self._store.set(f"{self._prefix}/beat/{self._rank}", str(next(self._beats)))
+        self._store.set(self._beat_key(self._rank), str(next(self._beats)))
+
+    def _beat_key(self, rank: int) -> str:
+        return f"{self._prefix}/beat/{rank}"
 
     def _read_beats(self) -> dict[int, str] | None:
         try:
-            values = self._store.multi_get([f"{self._prefix}/beat/{rank}" for rank in self._workers])
+            values = self._store.multi_get([self._beat_key(rank) for rank in self._workers])
         except RuntimeError:
             return None
         return {rank: value.decode() for rank, value in zip(self._workers, values, strict=True)}

@@ -27,7 +27,9 @@ from deepspeed_sentinel.response.gate import Share
 from deepspeed_sentinel.response.hearing import Hearing
 from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
 
-_WRAPPED = ("_exec_schedule", "_aggregate_total_loss", "save_checkpoint", "load_checkpoint")
+# All that communicates, whole: a worker can be lost in any of it.
+_WATCHED = ("train_batch", "eval_batch", "save_checkpoint", "load_checkpoint")
+_WRAPPED = ("_exec_schedule", "_aggregate_total_loss", *_WATCHED)
 
 
 class Sentinel:
@@ -127,6 +129,8 @@ class Sentinel:
         engine._aggregate_total_loss = self._aggregate_total_loss
         engine.save_checkpoint = checkpoint.saver(self._originals["save_checkpoint"], self)
         engine.load_checkpoint = checkpoint.loader(self._originals["load_checkpoint"], self)
+        for name in _WATCHED:
+            setattr(engine, name, self._liveness.watched(getattr(engine, name)))
         engine.sentinel = self
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
@@ -135,8 +139,7 @@ class Sentinel:
             return
         self._collector.begin_step(self.engine.global_steps, self.engine.micro_batches)
         self._interception.watching = True
-        with self._liveness.watch():
-            self._originals["_exec_schedule"](pipe_schedule)
+        self._originals["_exec_schedule"](pipe_schedule)
         self._interception.watching = False
         if self.last_verdict and self.last_verdict.halt:
             self._halt(self.last_verdict.halt)

@@ -4,12 +4,15 @@
 
 ``plain`` trains and saves a checkpoint after step 4. ``resume`` loads it first. ``mismatch`` makes
 rank 2 come to another verdict at step 3. ``empty`` hands replica 1 a batch without tokens at step 3. ``halt`` halts
-when stage 1 of replica 1 tampers.
+when stage 1 of replica 1 tampers. Rank 3 dies at step 3: in ``loss`` when losses are averaged; in ``leave`` before
+the step, and rank 5 ends by an error of its own then.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
 from datetime import timedelta
 
@@ -38,6 +41,10 @@ def disagree(engine) -> None:
         judge.step = step
 
 
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(mode: str, folder: str, steps: str = "8") -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60), verbose=False)
@@ -60,10 +67,17 @@ def main(mode: str, folder: str, steps: str = "8") -> None:
         print(f"resumed {path} at step {engine.global_steps}", flush=True)
     if mode == "mismatch":
         disagree(engine)
-    replica = engine.grid.get_data_parallel_id()
+    replica, rank = engine.grid.get_data_parallel_id(), torch.distributed.get_rank()
     while engine.global_steps < int(steps):
         tokens = 0 if mode == "empty" and engine.global_steps == 3 and replica == 1 else TOKENS
         generator = torch.Generator().manual_seed(10 * engine.global_steps + replica)
+        if engine.global_steps == 3:
+            if mode == "loss" and rank == 3:
+                engine._aggregate_total_loss = die
+            if mode == "leave" and rank == 3:
+                die()
+            if mode == "leave" and rank == 5:
+                raise RuntimeError("my own collective broke")
         rows = torch.randint(256, (2, 2, tokens + 1), generator=generator)
         loss = float(engine.train_batch(iter([(row[:, :-1], row[:, 1:]) for row in rows])))
         print(f"step {engine.global_steps} loss {loss}", flush=True)
