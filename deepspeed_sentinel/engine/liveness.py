@@ -74,9 +74,6 @@ class Liveness:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Turn a communication error inside into LostWorker, and tell the other ranks of any error but a halt."""
-        if self._busy:
-            yield
-            return
         self._busy = True
         try:
             yield

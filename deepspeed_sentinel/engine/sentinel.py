@@ -27,9 +27,10 @@ from deepspeed_sentinel.response.gate import Share
 from deepspeed_sentinel.response.hearing import Hearing
 from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
 
-# All that communicates, whole: a worker can be lost in any of it.
-_WATCHED = ("train_batch", "eval_batch", "save_checkpoint", "load_checkpoint")
-_WRAPPED = ("_exec_schedule", "_aggregate_total_loss", *_WATCHED)
+# Whole, not their schedules alone: they communicate before and after. Checkpoints are not watched, since a script may
+# go on after an error in one, and what a watched method fails with ends all ranks.
+_WATCHED = ("train_batch", "eval_batch")
+_WRAPPED = ("_exec_schedule", "_aggregate_total_loss", "save_checkpoint", "load_checkpoint", *_WATCHED)
 
 
 class Sentinel:
