@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.mesh import Mesh
 
 SENT, RECEIVED = 0, 1
@@ -82,15 +83,15 @@ FLOORS = np.array([row.floor for row in TABLE])
 
 
 def comparable(statistics: np.ndarray) -> np.ndarray:
-    """Statistics [K, ...] in the unit that fences compare; NaN (not available) stays NaN."""
+    """Statistics [K, ...] in the unit that fences compare, the same bits on every host; NaN (missing) stays NaN."""
     result = np.where(np.isinf(statistics), np.copysign(_LARGEST, statistics), statistics)
     for index, row in enumerate(TABLE):
         if row.scale == "log":
-            result[index] = np.log(np.maximum(result[index], 0.0) + row.resolution)
+            result[index] = exact.log(np.maximum(result[index], 0.0) + row.resolution)
         elif row.scale == "arcsine":
-            result[index] = np.arcsin(np.sqrt(np.clip(result[index], 0.0, 1.0)))
+            result[index] = exact.arcsin(np.sqrt(np.clip(result[index], 0.0, 1.0)))
         elif row.scale == "fisher":
-            result[index] = np.arctanh(np.clip(result[index], -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
+            result[index] = exact.arctanh(np.clip(result[index], -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
     return result
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
+
 
 def chain_order(per_message: np.ndarray) -> np.ndarray:
     """[2, L, C, M] -> [2L, C, M] in the order in which a micro-batch passes."""
@@ -30,7 +32,8 @@ def trace_back(alarms: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Alarms (bool [2, L, C, M]) and, where a micro-batch has one, the conspicuous messages before it as well."""
     ordered, ordered_scores = chain_order(alarms), chain_order(scores)
     alarm_follows = np.logical_or.accumulate(ordered[::-1], axis=0)[::-1]
-    mean_score = np.where(alarm_follows, ordered_scores, 0.0).sum(2) / np.maximum(alarm_follows.sum(2), 1)
+    led = np.count_nonzero(alarm_follows, axis=2)
+    mean_score = exact.total(np.where(alarm_follows, ordered_scores, 0.0)) / np.maximum(led, 1)
     traced = ordered | (alarm_follows & (mean_score >= CONSPICUOUS)[:, :, None])
     return _by_link(traced)
 

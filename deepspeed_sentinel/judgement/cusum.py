@@ -14,10 +14,9 @@ one half as rare as it is for fences.
 
 from __future__ import annotations
 
-from statistics import NormalDist
-
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.evidence.table import OF_PAIR
 from deepspeed_sentinel.judgement.robust import median
 from deepspeed_sentinel.judgement.window import Window
@@ -30,12 +29,12 @@ _USUAL_DECAY, _SPREAD_DECAY = 0.97, 0.7
 _QUIET = 1.0
 _TYPICAL = 4.0  # spreads; what lies further out would move the worker's usual deviation for long
 _HIGHEST_SCORE = 4.0  # of what lies further out than anything in the window
-_KNOTS = np.linspace(-3.0, 3.0, 25)
+_KNOTS = np.arange(-12, 13) / 4.0
 _SMALLEST = 1e-9
 _STATE = ("sums", "usual", "weight", "spread")
 _STATISTICS = int(np.count_nonzero(OF_PAIR))
-_OUTERMOST = np.array([0.0, *(NormalDist().inv_cdf(n / (n + 1)) for n in range(1, 1024))])
-_PROBABILITIES = tuple(NormalDist().cdf(float(knot)) for knot in _KNOTS)
+_OUTERMOST = np.array([0.0, *(exact.normal_quantile(n / (n + 1)) for n in range(1, 1024))])
+_PROBABILITIES = tuple(exact.normal_probability(float(knot)) for knot in _KNOTS)
 
 
 class Cusum:
@@ -89,7 +88,8 @@ class Cusum:
             score = self._normal_score(difference)
             grown = np.clip(self._sums + np.stack([score, -score]) - SLACK, 0.0, _HIGHEST)
             self._sums = np.where(np.isnan(score), self._sums, grown)
-        scores = (self._sums.max(0) / LIMIT) ** 2
+        share_of_limit = self._sums.max(0) / LIMIT
+        scores = share_of_limit * share_of_limit
         trusted = ~np.stack([convicted[:-1], convicted[1:]])
         self._learn(deviation, difference, trusted & quiet, step)
         senders = np.stack([served[:-1], served[1:]])
@@ -131,7 +131,7 @@ class Cusum:
     def _normal_score(self, difference: np.ndarray) -> np.ndarray:
         """float64 [K, 2, L, R], linear between the knots and beyond them; NaN where not available."""
         knots = np.moveaxis(self._window.quantiles, 0, -1)[..., None, :]
-        above = (difference[..., None] > knots).sum(-1)
+        above = np.count_nonzero(difference[..., None] > knots, axis=-1)
         right = np.clip(above, 1, len(_KNOTS) - 1)
         everywhere = np.broadcast_to(knots, (*difference.shape, len(_KNOTS)))
         at_left, at_right = (
@@ -152,11 +152,13 @@ class Cusum:
         """Mean over each sender's messages that count, [K, 2, L, R], NaN where none does; and how many columns."""
         values = residuals if counted.all() else np.where(counted, residuals, np.nan)
         known = ~np.isnan(values)
-        sums, counts = np.where(known, values, 0.0).sum(-1), known.sum(-1).astype(float)
-        # one-hot [2, L, C, R]: which columns a worker served
-        serves = (np.stack([served[:-1], served[1:]])[..., None] == np.arange(self._mesh.replicas)).astype(float)
+        sums, counts = exact.total(np.where(known, values, 0.0)), np.count_nonzero(known, axis=-1)
+        senders = np.stack([served[:-1], served[1:]])
+        rows = np.arange(sums[..., 0].size).reshape(*sums.shape[:-1], 1) * self._mesh.replicas
+        # column after column: a matrix product would add in an order of its own
         total, messages, columns = (
-            (array[..., None, :] @ serves)[..., 0, :] for array in (sums, counts, (counts > 0).astype(float))
+            np.bincount((rows + senders).ravel(), array.ravel(), sums.size).reshape(sums.shape)
+            for array in (sums, counts, counts > 0)
         )
         with np.errstate(invalid="ignore", divide="ignore"):
             return total / messages, columns

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.evidence.table import FLOORS, HARD
 from deepspeed_sentinel.judgement.robust import median, quantiles, shortest_interval
 from deepspeed_sentinel.judgement.window import Window
@@ -141,6 +142,6 @@ class Fences:
         (tail,) = quantiles(beyond, (1.0 - self._rate,))
         seen = np.maximum(self._residuals.counts[..., links], 2)
         # With fewer samples than 1 / rate the tail is extended as if scores fell off exponentially.
-        stretch = np.maximum(1.0, np.log(self._rate) / np.log(1.0 / seen))
+        stretch = np.maximum(1.0, -exact.log(np.array(self._rate)) / exact.log(seen))
         doubt = 1.0 + STEP_DOUBT / np.sqrt(min(self.learnt_steps, self.window))
         self.reach[..., links] = np.maximum(self.multiplier * iqr, MARGIN * doubt * stretch * tail)

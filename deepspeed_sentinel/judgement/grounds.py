@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.judgement.blame import CONSPICUOUS
 
 
@@ -35,10 +36,10 @@ def grounds(own_B: np.ndarray, fenced_B: np.ndarray, scores_B: np.ndarray, micro
     """
     alarmed = (scores_B > 1.0).any()
     if alarmed:
-        stands_alone, telling = (own_B > 1.0).any(), fenced_B > 1.0
+        stands_alone, telling = bool((own_B > 1.0).any()), fenced_B > 1.0
         summed = not telling.any()
     else:
-        stands_alone, telling = own_B.mean() >= CONSPICUOUS, fenced_B >= CONSPICUOUS
+        stands_alone, telling = bool(exact.total(own_B) >= CONSPICUOUS * len(own_B)), fenced_B >= CONSPICUOUS
         summed = not telling.any() and bool((scores_B >= CONSPICUOUS).any())
     chosen = micro_batches if summed else micro_batches[telling]
     return Grounds(not stands_alone, tuple(chosen.tolist()))

@@ -32,12 +32,12 @@ class Record:
     @property
     def strikes(self) -> np.ndarray:
         """Strikes within the window, int [S, R]."""
-        return self._struck.sum(0)
+        return np.count_nonzero(self._struck, axis=0)
 
     @property
     def lasting_disputes(self) -> np.ndarray:
         """Links disputed as often as it takes strikes to convict, bool [L, C]."""
-        return self._disputed.sum(0) >= self.strikes_needed
+        return np.count_nonzero(self._disputed, axis=0) >= self.strikes_needed
 
     def update(self, struck: np.ndarray, disputed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Enter one step.

@@ -9,6 +9,8 @@ import numpy as np
 
 from deepspeed_sentinel.mesh import DIRECTIONS, Worker
 
+_SCORE_GRID, _LARGEST_SCORE = 64.0, 1e6
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -136,10 +138,22 @@ class Verdict:
     halt: str | None
 
     def digest(self) -> int:
-        """A checksum of everything that ranks must agree on."""
+        """A checksum of everything that ranks must agree on: all that is decided, and scores on a coarse grid.
+
+        Scores decide nothing any more. They are there so that a rank whose state is another one (memory that fails,
+        another checkpoint) is found before it decides otherwise.
+        """
         crc = zlib.crc32(f"{self.step} {self.warming_up} {self.skip} {self.halt}".encode())
-        suspects = [(one.worker, one.direction, one.rests_on_pair, one.telling) for one in self.findings]
-        crc = zlib.crc32(str(suspects).encode(), crc)
-        for array in (self.scores, self.alarms, self.disputes, self.excluded, self.convicted):
+        suspects = [
+            (one.worker, one.direction, one.link, one.column, one.micro_batches, one.rests_on_pair, one.telling)
+            for one in self.findings
+        ]
+        disputed = [
+            (one.direction, one.link, one.column, one.sender, one.receiver, one.about, one.micro_batches)
+            for one in self.disputed
+        ]
+        crc = zlib.crc32(str((suspects, disputed, self.newly_convicted, self.released)).encode(), crc)
+        scores = np.rint(np.fmin(self.scores, _LARGEST_SCORE) * _SCORE_GRID).astype(np.int64)
+        for array in (scores, self.alarms, self.disputes, self.excluded, self.convicted):
             crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
         return crc
