@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR
+from deepspeed_sentinel.judgement.blame import Blame
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.grounds import grounds
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding
@@ -24,7 +25,7 @@ class Judged:
         per_statistic: of the same shape, scores by fences and sums.
         fenced: float64 [statistics of pairs, 2, L, C, M], scores by fences alone.
         scores: float64 [2, L, C, M], the largest of all statistics; 0 where nothing was judged.
-        overflow: bool [L], links whose non-finite gradients loss scaling may explain.
+        overflow: bool [2, L, C, M], non-finite gradients that loss scaling may explain.
     """
 
     values: np.ndarray
@@ -56,42 +57,45 @@ class Account:
         np.maximum.at(result, (stages[1:], self._served[1:]), per_link[BACKWARD])
         return result
 
-    def findings(self, blamed: np.ndarray, judged: Judged, fences: Fences) -> tuple[Finding, ...]:
-        """One finding a link and column with blamed messages (bool [2, L, C, M]), the worst first."""
+    def findings(self, blame: Blame, judged: Judged, fences: Fences) -> tuple[Finding, ...]:
+        """One finding a link and column with messages that are named, what strikes first and the worst first."""
         findings = [
-            self._finding(direction, link, column, blamed, judged, fences)
-            for direction, link, column in np.argwhere(blamed.any(3)).tolist()
+            self._finding((direction, link, column), blame, judged, fences)
+            for direction, link, column in np.argwhere(blame.named.any(3)).tolist()
         ]
-        return tuple(sorted(findings, key=lambda finding: (-finding.score, finding.worker)))
+        return tuple(sorted(findings, key=lambda finding: (not finding.strikes, -finding.score, finding.worker)))
 
-    def _finding(
-        self, direction: int, link: int, column: int, blamed: np.ndarray, judged: Judged, fences: Fences
-    ) -> Finding:
-        where = (direction, link, column)
-        micro_batches = np.flatnonzero(blamed[where])
-        scores_B = judged.scores[where][micro_batches]
+    def _finding(self, where: tuple[int, int, int], blame: Blame, judged: Judged, fences: Fences) -> Finding:
+        direction, link, column = where
+        micro_batches = np.flatnonzero(blame.named[where])
+        striking = np.flatnonzero(blame.strikes[where])
+        telling = striking if striking.size else micro_batches
         by_statistic_KM, fenced_KM = (rows[(slice(None), *where)] for rows in (judged.per_statistic, judged.fenced))
-        own_B, fenced_B = (rows.max(0)[micro_batches] for rows in (by_statistic_KM[~OF_PAIR], fenced_KM))
-        why = grounds(own_B, fenced_B, scores_B, micro_batches)
-        worst = int(micro_batches[np.argmax(scores_B)])
+        own_B, fenced_B = (rows.max(0)[telling] for rows in (by_statistic_KM[~OF_PAIR], fenced_KM))
+        why = grounds(own_B, fenced_B, telling)
+        worst = int(telling[np.argmax(judged.scores[where][telling])])
+        score = float(judged.scores[where][worst])
         statistic = int(np.argmax(by_statistic_KM[:, worst]))
         stage = self._mesh.sender_stage(direction, link)
         low, high = (0.0, 0.0) if HARD[statistic] else fences.bounds(direction, link, statistic)
+        summed = OF_PAIR[statistic] and fenced_KM[np.count_nonzero(OF_PAIR[:statistic]), worst] <= 1.0
         return Finding(
             worker=self._worker(stage, column),
             direction=direction,
             link=link,
             column=column,
             micro_batches=tuple(micro_batches.tolist()),
+            striking=tuple(striking.tolist()),
             micro_batch=worst,
+            cause="later alarms" if score <= 1.0 else "sums" if summed else "fences",
             statistic=NAMES[statistic],
             value=float(judged.values[(statistic, *where, worst)]),
             residual=float(judged.residuals[(statistic, *where, worst)]),
             low=low,
             high=high,
-            score=float(judged.scores[where][worst]),
+            score=score,
             trusted=self._mesh.is_trusted(stage),
-            overflow=bool(HARD[statistic] and direction == BACKWARD and judged.overflow[link]),
+            overflow=bool(judged.overflow[(*where, worst)]),
             rests_on_pair=why.rests_on_pair,
             telling=why.telling,
         )
@@ -135,7 +139,7 @@ def entries(mesh: Mesh, findings: Iterable[Finding], disputes: Iterable[Dispute]
     struck = np.zeros((mesh.stages, mesh.replicas), bool)
     disputed = np.zeros((mesh.links, mesh.replicas), bool)
     for finding in findings:
-        if not finding.overflow:
+        if finding.strikes:
             struck[finding.worker] = True
     for dispute in disputes:
         disputed[dispute.link, dispute.column] = True

@@ -14,7 +14,7 @@ import numpy as np
 
 from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR, RECEIVED, SENT, Evidence, comparable
 from deepspeed_sentinel.judgement.account import Account, Judged, entries
-from deepspeed_sentinel.judgement.blame import first_events, followers, trace_back
+from deepspeed_sentinel.judgement.blame import Blame, followers
 from deepspeed_sentinel.judgement.cascade import hold_against_fences
 from deepspeed_sentinel.judgement.cusum import Cusum
 from deepspeed_sentinel.judgement.fences import Fences
@@ -97,18 +97,20 @@ class Judge:
             per_statistic[OF_PAIR] = np.maximum(fenced, np.where(counted, sums[..., None], 0.0))
         scores = per_statistic.max(0)
         alarms = scores > 1.0
-        overflow, shared = self._overflow(values, hard[RECEIVED], overflow_limit)
+        links, shared = self._overflow(values, hard[RECEIVED], overflow_limit)
+        overflow = np.zeros_like(alarms)
+        overflow[BACKWARD] = hard[RECEIVED][BACKWARD] & links[:, None, None]
         judged = np.ones_like(alarms)
         if shared:
             judged[BACKWARD] = False
             alarms[BACKWARD] = disputes[BACKWARD] = False
             scores = np.where(judged, scores, 0.0)
 
-        first = first_events(trace_back(alarms, scores) | disputes)
+        blame = Blame.of(alarms, disputes, scores, overflow)
         account = Account(self.mesh, served)
         judged_step = Judged(values, residuals, per_statistic, fenced, scores, overflow)
-        findings = account.findings(first & ~disputes, judged_step, self.fences)
-        disputed = account.disputes(first & disputes, contradicted)
+        findings = account.findings(blame, judged_step, self.fences)
+        disputed = account.disputes(blame.disputes, contradicted)
         newly, released = self.record.update(*entries(self.mesh, findings, disputed))
 
         suspected = (alarms | disputes).any(axis=(0, 1, 3))

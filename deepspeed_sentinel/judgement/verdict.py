@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -12,21 +13,29 @@ from deepspeed_sentinel.mesh import DIRECTIONS, Worker
 _SCORE_GRID, _LARGEST_SCORE = 64.0, 1e6
 
 
+Cause = Literal["fences", "sums", "later alarms"]
+
+
 @dataclass(frozen=True)
 class Finding:
-    """A suspect of this step: the worker that the blame rule points at, and the worst of its alarms.
+    """A suspect of this step: the worker that the blame rule points at, and the worst of what points at it.
 
     Attributes:
         worker: who produced the messages.
         direction, link, column: where they crossed.
-        micro_batches: which of its messages are alarms and first on their micro-batch's way.
-        micro_batch: the worst of them.
+        micro_batches: which of its messages are alarms and first on their micro-batch's way, or conspicuous before
+            later alarms.
+        striking: those of them that tell against the worker. Without any there is no strike: something before them, or
+            loss scaling, may explain them.
+        micro_batch: the worst of those that strike, or else of all.
+        cause: why that one is among them: it is outside the fences; its sender's deviations have added up to the
+            limit; or later alarms were traced back to it, which is in no alarm itself.
         statistic: the row of the table that is furthest outside.
         value: that statistic as reported, in its own unit.
         residual, low, high: what was compared and its fences, in the compared unit.
         score: distance from the nearer quartile over the fence's; above 1 is outside. Infinite for a hard row.
-        trusted: the worker is in the first or last stage, so it gets no strike: suspect hardware or data.
-        overflow: a non-finite gradient that fp16 loss scaling may explain, so it gets no strike.
+        trusted: the worker is in the first or last stage and never convicted: suspect hardware or data.
+        overflow: fp16 loss scaling may explain that one, a non-finite gradient.
         rests_on_pair, telling: see ``Grounds``; what rests on a pair is what the worker's neighbours say of it.
         audit: what an audit found, "confirmed" or "open" (no strike); empty without one.
     """
@@ -36,7 +45,9 @@ class Finding:
     link: int
     column: int
     micro_batches: tuple[int, ...]
+    striking: tuple[int, ...]
     micro_batch: int
+    cause: Cause
     statistic: str
     value: float
     residual: float
@@ -49,13 +60,32 @@ class Finding:
     telling: tuple[int, ...]
     audit: str = ""
 
+    @property
+    def strikes(self) -> bool:
+        """It counts against the worker, as far as no audit objects."""
+        return bool(self.striking) and self.audit != "open"
+
     def __str__(self) -> str:
-        audited = {"": "", "open": ", audit open: no strike"}.get(self.audit, f", audit {self.audit}")
-        return (
-            f"{self.worker} sent {DIRECTIONS[self.direction]} messages outside the fences over link {self.link}: "
-            f"{self.statistic} = {self.value:.6g}, score {self.score:.3g} (1 is on the fence), "
-            f"micro-batches {list(self.micro_batches)}{audited}"
-        )
+        sent = f"{self.worker} sent {DIRECTIONS[self.direction]} messages"
+        measured = f"{self.statistic} = {self.value:.6g}, score {self.score:.3g}"
+        told = {
+            "fences": f"{sent} outside the fences over link {self.link}: {measured} (1 is on the fence)",
+            "sums": f"{sent} over link {self.link} whose deviations have added up: {measured} (1 is the limit)",
+            "later alarms": f"{sent} over link {self.link} that were conspicuous before later alarms: {measured} "
+            "(1 is on the fence)",
+        }[self.cause]
+        return f"{told}, micro-batches {list(self.micro_batches)}{self._in_its_favour()}"
+
+    def _in_its_favour(self) -> str:
+        if self.audit:
+            return f", audit {self.audit}{'' if self.strikes else ': no strike'}"
+        if self.strikes:
+            return ""
+        if self.overflow:
+            return ", loss scaling may explain it: no strike"
+        if self.cause == "later alarms":
+            return ", in no alarm of its own: no strike"
+        return ", conspicuous work before it may explain it: no strike"
 
 
 @dataclass(frozen=True)
@@ -145,7 +175,16 @@ class Verdict:
         """
         crc = zlib.crc32(f"{self.step} {self.warming_up} {self.skip} {self.halt}".encode())
         suspects = [
-            (one.worker, one.direction, one.link, one.column, one.micro_batches, one.rests_on_pair, one.telling)
+            (
+                one.worker,
+                one.direction,
+                one.link,
+                one.column,
+                one.micro_batches,
+                one.striking,
+                one.rests_on_pair,
+                one.telling,
+            )
             for one in self.findings
         ]
         disputed = [

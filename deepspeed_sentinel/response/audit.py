@@ -68,12 +68,12 @@ def audits_due(verdict: Verdict, evidence: Evidence) -> tuple[Audit, ...]:
     neighbour is trusted, so fewer tensors travel, and both ends of the pipeline share the work.
     """
     mesh, served = evidence.mesh, evidence.served
-    standing = {finding.worker for finding in verdict.findings if not (finding.rests_on_pair or finding.overflow)}
+    standing = {finding.worker for finding in verdict.findings if finding.strikes and not finding.rests_on_pair}
     audits: dict[Worker, Audit] = {}
     for finding in verdict.findings:
         worker, column = finding.worker, finding.column
         convicted_before = verdict.convicted[worker] and worker not in verdict.newly_convicted
-        if not finding.rests_on_pair or worker in standing or worker in audits:
+        if not (finding.strikes and finding.rests_on_pair) or worker in standing or worker in audits:
             continue
         if finding.trusted or convicted_before or mesh.neighbours_are_trusted(worker.stage):
             continue

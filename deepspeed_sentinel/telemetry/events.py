@@ -39,6 +39,8 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
             "score": min(finding.score, 1e9),
             "trusted": finding.trusted,
             "overflow": finding.overflow,
+            "cause": finding.cause,
+            "strikes": finding.strikes,
             "audit": finding.audit or None,
         }
     for dispute in verdict.disputed:

@@ -38,15 +38,16 @@ def settings(**changes) -> JudgeSettings:
 class World:
     """Evidence of a mesh in which everybody is honest until a test changes the arrays."""
 
-    def __init__(self, stages=4, replicas=3, seed=0, **changes):
+    def __init__(self, stages=4, replicas=3, seed=0, micro_batches=MICRO_BATCHES, **changes):
         self.mesh = Mesh(stages, replicas)
         self.judge = Judge(self.mesh, settings(**changes))
+        self.micro_batches = micro_batches
         self.generator = np.random.default_rng(seed)
         self.time = 0
 
     def statistics(self):
         """[2 ends, 2, L, C, M, K], both ends alike."""
-        shape = (2, self.mesh.links, self.mesh.replicas, MICRO_BATCHES, len(NAMES))
+        shape = (2, self.mesh.links, self.mesh.replicas, self.micro_batches, len(NAMES))
         values = np.exp(0.1 * self.generator.standard_normal(shape) + 0.01 * self.time)
         values[..., NAMES.index("sign_flip")] = np.clip(0.2 + 0.02 * self.generator.standard_normal(shape[:-1]), 0, 1)
         values[..., NAMES.index("non_finite")] = 0

@@ -108,7 +108,8 @@ def test_no_audit_where_nothing_hangs_on_it():
     assert audits_due(verdict(finding(), newly=[ACCUSED]), evidence)
     assert not audits_due(verdict(finding(rests_on_pair=False)), evidence)
     assert not audits_due(verdict(finding(), finding(BACKWARD, rests_on_pair=False)), evidence)
-    overflow = finding(BACKWARD, rests_on_pair=False, overflow=True)
+    overflow = finding(BACKWARD, rests_on_pair=False, overflow=True, striking=())
+    assert not audits_due(verdict(finding(striking=())), evidence)
     assert [audit.finding for audit in audits_due(verdict(overflow, finding()), evidence)] == [finding()]
     assert not audits_due(verdict(overflow), evidence)
     assert not audits_due(verdict(finding(worker=Worker(0, 1), trusted=True)), evidence)
