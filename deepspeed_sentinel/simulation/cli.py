@@ -17,6 +17,7 @@ from deepspeed_sentinel.attacks.loading import parse_arguments
 from deepspeed_sentinel.config import load_block
 from deepspeed_sentinel.simulation.options import SimulationOptions
 from deepspeed_sentinel.simulation.processes import one_thread_pool, run_alone
+from deepspeed_sentinel.simulation.sizes import SIZES
 
 if TYPE_CHECKING:
     from deepspeed_sentinel.judgement.verdict import Verdict
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("steps", int, "training steps")
     number("start", int, "first step in which the attack may act")
     number("seed", int, "of weights, data, routing, attackers and attack")
-    choice("model", ("tiny", "0.6b", "1.2b", "4b"), "size of the Llama")
+    choice("model", tuple(SIZES), "size of the Llama; tiny is for a quick look, see docs/simulator.md")
     add("--moe", action="store_true", help="a mixture of experts in place of each MLP")
     for name in ("micro_batches", "micro_batch_size", "sequence"):
         add(f"--{name.replace('_', '-')}", type=int, default=0, help="of each column (default: by the model's size)")

@@ -29,6 +29,7 @@ def model_config(options: SimulationOptions) -> LlamaConfig | MixtralConfig:
         "num_hidden_layers": max(size.layers, options.stages),
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.key_value_heads,
+        "head_dim": size.head_dimension,
         "max_position_embeddings": max(options.sequence, 128),
         "tie_word_embeddings": False,
         "attn_implementation": "sdpa",
