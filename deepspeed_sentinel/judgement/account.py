@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR
+from deepspeed_sentinel.evidence.table import Rows
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.grounds import grounds
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding
@@ -41,11 +41,13 @@ class Account:
     Args:
         mesh: the mesh judged.
         served: int [S, C], who served each column.
+        table: the rows judged.
     """
 
-    def __init__(self, mesh: Mesh, served: np.ndarray) -> None:
+    def __init__(self, mesh: Mesh, served: np.ndarray, table: Rows) -> None:
         self._mesh = mesh
         self._served = served
+        self._table = table
 
     def worker_scores(self, scores: np.ndarray) -> np.ndarray:
         """float64 [S, R], the largest score (of [2, L, C, M]) of what each worker sent."""
@@ -71,12 +73,13 @@ class Account:
         micro_batches = np.flatnonzero(blamed[where])
         scores_B = judged.scores[where][micro_batches]
         by_statistic_KM, fenced_KM = (rows[(slice(None), *where)] for rows in (judged.per_statistic, judged.fenced))
-        own_B, fenced_B = (rows.max(0)[micro_batches] for rows in (by_statistic_KM[~OF_PAIR], fenced_KM))
+        own_B, fenced_B = (rows.max(0)[micro_batches] for rows in (by_statistic_KM[~self._table.of_pair], fenced_KM))
         why = grounds(own_B, fenced_B, scores_B, micro_batches)
         worst = int(micro_batches[np.argmax(scores_B)])
         statistic = int(np.argmax(by_statistic_KM[:, worst]))
         stage = self._mesh.sender_stage(direction, link)
-        low, high = (0.0, 0.0) if HARD[statistic] else fences.bounds(direction, link, statistic)
+        hard = bool(self._table.hard[statistic])
+        low, high = (0.0, 0.0) if hard else fences.bounds(direction, link, statistic)
         return Finding(
             worker=self._worker(stage, column),
             direction=direction,
@@ -84,16 +87,17 @@ class Account:
             column=column,
             micro_batches=tuple(micro_batches.tolist()),
             micro_batch=worst,
-            statistic=NAMES[statistic],
+            statistic=Rows.name(statistic),
             value=float(judged.values[(statistic, *where, worst)]),
             residual=float(judged.residuals[(statistic, *where, worst)]),
             low=low,
             high=high,
             score=float(judged.scores[where][worst]),
             trusted=self._mesh.is_trusted(stage),
-            overflow=bool(HARD[statistic] and direction == BACKWARD and judged.overflow[link]),
+            overflow=bool(Rows.name(statistic) == "non_finite" and direction == BACKWARD and judged.overflow[link]),
             rests_on_pair=why.rests_on_pair,
             telling=why.telling,
+            part=Rows.part(statistic) if self._table.parts > 1 else None,
         )
 
     def disputes(self, first: np.ndarray, contradicted: np.ndarray) -> tuple[Dispute, ...]:

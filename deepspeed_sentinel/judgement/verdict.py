@@ -10,6 +10,10 @@ import numpy as np
 from deepspeed_sentinel.mesh import DIRECTIONS, Worker
 
 _SCORE_GRID, _LARGEST_SCORE = 64.0, 1e6
+_NOT_FENCED = {
+    "passed_on": "other tensors than entered it, {:g} of those that it always passed on unchanged",
+    "from_nothing": "a gradient that it made from one that was zero",
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Finding:
         overflow: a non-finite gradient that fp16 loss scaling may explain, so it gets no strike.
         rests_on_pair, telling: see ``Grounds``; what rests on a pair is what the worker's neighbours say of it.
         audit: what an audit found, "confirmed" or "open" (no strike); empty without one.
+        part: which judged part of the message that statistic is of, from 0; None where messages have but one.
     """
 
     worker: Worker
@@ -48,12 +53,20 @@ class Finding:
     rests_on_pair: bool
     telling: tuple[int, ...]
     audit: str = ""
+    part: int | None = None
 
     def __str__(self) -> str:
         audited = {"": "", "open": ", audit open: no strike"}.get(self.audit, f", audit {self.audit}")
+        if self.statistic in _NOT_FENCED:
+            return (
+                f"{self.worker} sent over link {self.link} {_NOT_FENCED[self.statistic].format(self.value)}: "
+                f"{DIRECTIONS[self.direction]}, {self.statistic} = {self.value:g}, "
+                f"micro-batches {list(self.micro_batches)}"
+            )
+        of_part = "" if self.part is None else f" of part {self.part}"
         return (
             f"{self.worker} sent {DIRECTIONS[self.direction]} messages outside the fences over link {self.link}: "
-            f"{self.statistic} = {self.value:.6g}, score {self.score:.3g} (1 is on the fence), "
+            f"{self.statistic}{of_part} = {self.value:.6g}, score {self.score:.3g} (1 is on the fence), "
             f"micro-batches {list(self.micro_batches)}{audited}"
         )
 
