@@ -48,7 +48,7 @@ def measure(stages: int, replicas: int, micro_batches: int, fill: int, steps: in
         # All statistics between 0 and 1, which every unit of comparison takes.
         values = 0.5 * np.exp(0.05 * generator.standard_normal(shape))
         values[..., HARD] = 0.0
-        evidence = Evidence(mesh, step, np.stack([values, values]), np.zeros((2, *shape[:-1]), np.int64))
+        evidence = Evidence(mesh, step, np.stack([values, values]), np.zeros((2, *shape[:-1], 1), np.int64))
         begin = time.perf_counter()
         judge.step(evidence)
         seconds.append(time.perf_counter() - begin)

@@ -30,6 +30,12 @@ class Injection(BaseModel):
         "sends and receives",
     )
     attack: str = Field(description="name of an attack, or path/to/file.py:ClassName")
+    tensor: int | None = Field(
+        None,
+        ge=0,
+        description="which tensor of the message is altered, counted from 0; of a gradient message among the "
+        "gradients. null is the hidden state, the largest floating-point one",
+    )
     start_step: int = Field(0, ge=0, description="first global step at which it acts")
     stop_step: int | None = Field(None, ge=0, description="first global step at which it no longer acts")
     probability: float = Field(1.0, ge=0.0, le=1.0, description="chance that it acts on a message")

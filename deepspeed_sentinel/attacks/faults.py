@@ -13,6 +13,8 @@ from deepspeed_sentinel.attacks.context import AttackContext, seeded
 from deepspeed_sentinel.attacks.memory import Memory
 from deepspeed_sentinel.mesh import Worker
 
+Tensors = Sequence[torch.Tensor]
+
 
 class InjectionLike(Protocol):
     """What is needed of one entry of the ``inject`` block."""
@@ -27,6 +29,8 @@ class InjectionLike(Protocol):
     def where(self) -> str: ...
     @property
     def attack(self) -> str: ...
+    @property
+    def tensor(self) -> int | None: ...
     @property
     def start_step(self) -> int: ...
     @property
@@ -70,26 +74,31 @@ class Faults:
             _Fault(index, entry) for index, entry in enumerate(injections) if (entry.stage, entry.replica) == worker
         )
         self._keeps_entered = {fault.settings.direction for fault in self._faults if fault.needs.uses_entered}
-        self._entered: dict[tuple[str, int], torch.Tensor] = {}
+        self._entered: dict[tuple[str, int], tuple[torch.Tensor, ...]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._faults)
 
-    def enter(self, direction: str, micro_batch: int, message: torch.Tensor) -> None:
+    def enter(self, direction: str, micro_batch: int, message: Tensors) -> None:
         """Keep what enters the stage until the message that it becomes has left, where an attack needs it."""
         if direction in self._keeps_entered:
-            self._entered[direction, micro_batch] = message.detach().clone()
+            self._entered[direction, micro_batch] = tuple(tensor.detach().clone() for tensor in message)
 
-    def apply(self, where: str, direction: str, step: int, micro_batch: int, message: torch.Tensor) -> torch.Tensor:
-        """The message as tampered with at ``where``; the very same object if nothing acts on it.
+    def apply(self, where: str, direction: str, step: int, micro_batch: int, message: Tensors) -> Tensors:
+        """The tensors of a message as tampered with at ``where``; the very same object if nothing acts on it.
+
+        Each fault acts on the tensor that it names, by default on the hidden state: the largest floating-point one.
 
         Raises:
-            ValueError: an attack raised, or gave back another shape, dtype or no tensor at all.
+            ValueError: an attack raised, or gave back another shape, dtype or no tensor at all; or a message has no
+                such tensor.
         """
+        entered = self._entered.get((direction, micro_batch))
         for fault in self._faults:
             entry = fault.settings
             if (entry.where, entry.direction) != (where, direction):
                 continue
+            index = _target(entry.tensor, message)
             generator = seeded(self._seed, fault.index, step, micro_batch, where, direction, self._worker)
             context = AttackContext(
                 direction,
@@ -99,15 +108,31 @@ class Faults:
                 generator,
                 start=entry.start_step,
                 seed=self._seed,
-                entered=self._entered.get((direction, micro_batch)) if fault.needs.uses_entered else None,
+                entered=_counterpart(entered, message, index) if entered and fault.needs.uses_entered else None,
                 previous=fault.memory.previous,
                 past=partial(fault.memory.history, step, micro_batch),
             )
-            honest = message
+            honest = message[index]
             show_honest(fault.attack, honest, context)
             if fault.acts(step, generator):
-                message = apply_attack(fault.attack, honest, context)
+                tampered = apply_attack(fault.attack, honest, context)
+                message = [*message[:index], tampered, *message[index + 1 :]]
             fault.memory.put(step, micro_batch, honest)
         if where == "transit":
             self._entered.pop((direction, micro_batch), None)
         return message
+
+
+def _target(named: int | None, message: Tensors) -> int:
+    if named is None:
+        floating = [index for index, tensor in enumerate(message) if tensor.is_floating_point()]
+        return max(floating, key=lambda index: message[index].numel(), default=0)
+    if named >= len(message):
+        raise ValueError(f'inject: "tensor": {named}, but the message has {len(message)} tensors, counted from 0')
+    return named
+
+
+def _counterpart(entered: Tensors, message: Tensors, index: int) -> torch.Tensor | None:
+    """What entered in the place of a tensor that leaves: the same place in a message of as many tensors, else the
+    hidden state."""
+    return entered[index if len(entered) == len(message) else _target(None, entered)]

@@ -58,7 +58,9 @@ def _problem(state: Any, sentinel: Sentinel) -> str | None:
         return "has no Sentinel state"
     here = sentinel.state_shape()
     differing = [
-        f"{name} {state['shape'][name]} (here {here[name]})" for name in here if state["shape"][name] != here[name]
+        f"{name} {state['shape'].get(name)} (here {here[name]})"
+        for name in here
+        if state["shape"].get(name) != here[name]
     ]
     return f"is of a run with {', '.join(differing)}" if differing else None
 

@@ -13,7 +13,8 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.engine.access import as_tuple, floating
 from deepspeed_sentinel.evidence.keeping import Keeping
-from deepspeed_sentinel.evidence.probe import End, Probe, judged_index
+from deepspeed_sentinel.evidence.parts import describe
+from deepspeed_sentinel.evidence.probe import End, Probe
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD
 
@@ -51,6 +52,7 @@ class Interception:
         if not self.watching:
             return self.run_original(schedule.SendActivation, buffer_id=buffer_id)
         kept = outputs[buffer_id]
+        self._check_differentiable(as_tuple(kept))
         wire = self._observe_sent(FORWARD, as_tuple(kept))
         # The graph keeps the true output; only what crosses the link is tampered with.
         outputs[buffer_id] = wire[0] if isinstance(kept, torch.Tensor) else tuple(wire)
@@ -67,7 +69,7 @@ class Interception:
     def _send_gradient(self, engine: PipelineEngine, buffer_id: int) -> None:
         if self.watching:
             inputs = floating(engine.pipe_buffers["inputs"][buffer_id])
-            gradients = [tensor.grad for tensor in inputs if tensor.grad is not None]
+            gradients = self._gradients(as_tuple(engine.pipe_buffers["inputs"][buffer_id]))
             wire = self._observe_sent(BACKWARD, gradients)
             for tensor, gradient in zip(inputs, wire, strict=True):
                 if gradient is not tensor.grad:
@@ -89,9 +91,8 @@ class Interception:
     def _observe_received(self, direction: int, message: Tensors) -> None:
         end = (direction, RECEIVED)
         micro_batch = self._probe.next_micro_batch(end)
-        index = judged_index(message)
-        if self._faults and index is not None:
-            self._faults.enter(DIRECTIONS[direction], micro_batch, message[index])
+        if self._faults:
+            self._faults.enter(DIRECTIONS[direction], micro_batch, message)
         self._observe(end, micro_batch, self._tamper("report", direction, micro_batch, message))
 
     def _observe(self, end: End, micro_batch: int, message: Tensors) -> None:
@@ -99,16 +100,35 @@ class Interception:
         self._keeping.observe(end, micro_batch, message)
         forged = self._tamper("sketch", end[0], micro_batch, message)
         if forged is not message:
-            index = judged_index(forged)
-            assert index is not None
-            self._probe.forge_sketch(end, micro_batch, forged[index])
+            self._probe.forge_sketch(end, micro_batch, forged)
 
     def _tamper(self, where: str, direction: int, micro_batch: int, message: Tensors) -> Tensors:
-        index = judged_index(message)
-        if not self._faults or index is None:
+        if not self._faults:
             return message
-        step = self._engine.global_steps
-        tampered = self._faults.apply(where, DIRECTIONS[direction], step, micro_batch, message[index])
-        if tampered is message[index]:
-            return message
-        return [tampered if position == index else tensor for position, tensor in enumerate(message)]
+        return self._faults.apply(where, DIRECTIONS[direction], self._engine.global_steps, micro_batch, message)
+
+    def _check_differentiable(self, message: Tensors) -> None:
+        """DeepSpeed will want to run backward from every floating-point tensor of a message that it sends."""
+        for index, tensor in enumerate(message):
+            if tensor.is_floating_point() and not tensor.requires_grad:
+                raise ValueError(
+                    f"stage {self._engine.stage_id} sends tensor {index} of a message, {describe(tensor)}, without "
+                    "requires_grad, but DeepSpeed sends a gradient back for every floating-point tensor. Send it as "
+                    "integers or bools, or let the message not carry it."
+                )
+
+    def _gradients(self, message: Tensors) -> Tensors:
+        """The gradients that DeepSpeed is about to send, one for each floating-point tensor of a message."""
+        gradients = []
+        for index, tensor in enumerate(message):
+            if not tensor.is_floating_point():
+                continue
+            if tensor.grad is None:
+                raise ValueError(
+                    f"stage {self._engine.stage_id} has no gradient for tensor {index} of the message that it "
+                    f"received, {describe(tensor)}: it does not use it, or not in a way that can be differentiated, "
+                    "and DeepSpeed sends a gradient back for every floating-point tensor. Send it as integers or bools "
+                    "(a mask as bool), or do not send it to this stage."
+                )
+            gradients.append(tensor.grad)
+        return gradients

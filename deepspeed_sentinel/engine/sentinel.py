@@ -19,6 +19,7 @@ from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
+from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.table import Evidence
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
@@ -91,10 +92,14 @@ class Sentinel:
 
     def reset(self) -> None:
         """Forget baselines, fences and record; warm up again."""
-        values = {name: getattr(self.config, name) for name in JudgeSettings.__dataclass_fields__}
-        self._judge = Judge(self.mesh, JudgeSettings(**{**values, "seed": self.config.seed or 0}))
+        layout = self._collector.layout
+        self._judge = self._new_judge(layout.parts if layout else 1)
         self._collector.reset()
         self._share = Share(included=True, factor=1.0)
+
+    def _new_judge(self, parts: int) -> Judge:
+        values = {name: getattr(self.config, name) for name in JudgeSettings.__dataclass_fields__}
+        return Judge(self.mesh, JudgeSettings(**{**values, "seed": self.config.seed or 0}), parts)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later verdicts depend on; the same on all replicas of a stage."""
@@ -106,14 +111,17 @@ class Sentinel:
 
     def state_shape(self) -> dict[str, int]:
         """What must be equal for a state to be taken over."""
+        layout = self._collector.layout
         return {
             "stages": self.mesh.stages,
             "replicas": self.mesh.replicas,
             "fence_window": self.config.fence_window,
             "strike_window": self.config.strike_window,
+            **({"parts": layout.parts} if layout else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._judge = self._new_judge(state["shape"].get("parts", 1))
         self._judge.load_state_dict(checkpoint.to_arrays(state["judge"]))
         self._collector.load_state_dict(state["evidence"])
 
@@ -168,7 +176,10 @@ class Sentinel:
     def _pass_gate(self) -> None:
         """Evidence, verdict, exclusion: all that happens between backward and reduction."""
         step = self.engine.global_steps
+        first = self._collector.layout is None
         evidence = self._collector.collect(step, access.gradient_scale(self.engine))
+        if first:
+            self._tell_layout()
         verdict = self._judge.step(evidence, access.overflow_limit(self.engine))
         self._agree(verdict)
         verdict = self._audit(verdict, evidence)
@@ -199,7 +210,7 @@ class Sentinel:
         audits = audits_due(verdict, evidence)
         if not audits:
             return verdict
-        ruling = rule(verdict, audits, self._hearing.hold(audits, evidence))
+        ruling = rule(verdict, audits, self._hearing.hold(audits, evidence, self._layout))
         return self._judge.retract(ruling.verdict, ruling.opened, ruling.refuted)
 
     def _aggregate_total_loss(self) -> torch.Tensor:
@@ -244,6 +255,26 @@ class Sentinel:
             logger.warning(f"[sentinel] step {verdict.step}: {told}")
         if verdict.skip:
             logger.warning(f"[sentinel] step {verdict.step}: every column excluded, step skipped")
+
+    @property
+    def _layout(self) -> Layout:
+        assert self._collector.layout is not None, "agreed on before the first verdict"
+        return self._collector.layout
+
+    def _tell_layout(self) -> None:
+        """Say once what is not judged, and judge as many parts as there are."""
+        if self.worker.replica == 0 and (told := self._collector.not_judged()):
+            logger.info(f"[sentinel] {told}")
+        parts = self._layout.parts
+        if self._judge.table.parts == parts:
+            return
+        if self._judge.fences.learnt_steps and dist.get_rank() == 0:
+            logger.warning(
+                f"[sentinel] messages have {parts} judged parts, and the state taken over is of "
+                f"{self._judge.table.parts}: fences and convictions start anew, with {self.config.warmup_steps} steps "
+                "of warm-up"
+            )
+        self.reset()
 
     def _open_events(self) -> EventLog | None:
         """Only rank 0 writes, but all ranks must fail together when it cannot."""

@@ -36,10 +36,20 @@ class Baselines:
         correction = 1.0 - self._decay(end) ** self._counts[end]
         return baseline_distances(statistics.means_MD, statistics.quantiles_MQ, self._averages[end], correction)
 
-    @staticmethod
-    def summary(statistics: EndStatistics) -> torch.Tensor:
-        """What one replica contributes: float32 [D + Q], mean over its micro-batches."""
-        return torch.cat([statistics.means_MD.mean(0), statistics.quantiles_MQ.mean(0)])
+    def summary(self, end: End, statistics: EndStatistics) -> torch.Tensor:
+        """What one replica contributes: float32 [D + Q], mean over its messages that are not zero or missing.
+
+        Without any it is the average as it stands, which changes nothing.
+        """
+        values_MV = torch.cat([statistics.means_MD, statistics.quantiles_MQ], dim=1)
+        carries_M1 = statistics.scalars_M3[:, 1:2] > 0
+        count_1 = carries_M1.sum(0)
+        mean_V = torch.where(carries_M1, values_MV, 0.0).sum(0) / count_1.clamp_min(1)
+        average_V = self._averages.get(end)
+        if average_V is None or average_V.numel() != mean_V.numel():
+            return mean_V
+        correction = 1.0 - self._decay(end) ** max(self._counts[end], 1)
+        return torch.where(count_1 > 0, mean_V, average_V / correction)
 
     def learn(self, end: End, summaries_RV: torch.Tensor, clean_R: np.ndarray) -> None:
         """Add one step.

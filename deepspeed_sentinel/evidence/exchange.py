@@ -8,38 +8,48 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from deepspeed_sentinel.evidence.baseline import Baselines
-from deepspeed_sentinel.evidence.probe import ENDS, End, EndStatistics
-from deepspeed_sentinel.evidence.table import OF_PAIR, RECEIVED, SENT, TABLE, Evidence
+from deepspeed_sentinel.evidence.parts import Layout
+from deepspeed_sentinel.evidence.probe import ENDS, End
+from deepspeed_sentinel.evidence.table import BY_JUDGE, OF_PAIR, RECEIVED, SENT, TABLE, Evidence
 from deepspeed_sentinel.kernels.tensor_digest import DIGEST_WORDS
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
-_STATISTICS = len(TABLE)
-_PAIR = int(np.argmax(OF_PAIR))
-assert OF_PAIR[_PAIR:].all(), "rows of pairs stand last"
+Place = tuple[End, int]  # an end and a part
+REPORTED = int(np.count_nonzero(~BY_JUDGE))
+OWN = int(np.argmax(OF_PAIR))  # rows of a message alone
+assert OF_PAIR[OWN:REPORTED].all() and not BY_JUDGE[:REPORTED].any(), "rows of pairs stand after those of messages"
 
 
 def build_report(
     micro_batches: int,
-    baselines: Baselines,
-    statistics: Mapping[End, EndStatistics],
-    pair_rows: Mapping[End, torch.Tensor],
+    layout: Layout,
+    own_rows: Mapping[Place, torch.Tensor],
+    pair_rows: Mapping[Place, torch.Tensor],
+    digests: Mapping[End, torch.Tensor],
 ) -> torch.Tensor:
-    """int32 [4 ends, M, statistics + digest words]: float32 statistics by their bits, then the digest.
+    """int32 [4 ends, M, P * statistics + T * digest words]: float32 statistics by their bits, then the digests.
 
-    Ends that this worker does not have (first and last stage) stay zero, statistics of pairs it does not have NaN.
+    Ends that this worker does not have (first and last stage) stay zero, statistics that it does not have NaN.
+
+    Args:
+        micro_batches: M.
+        layout: how many parts and digests there are.
+        own_rows: float32 [M, OWN] of each judged part.
+        pair_rows: float32 [M, PAIR_ROWS], where there are any.
+        digests: int32 [M, T, words] of each end.
     """
-    device = next(iter(statistics.values())).means_MD.device
-    values = torch.zeros(len(ENDS), micro_batches, len(TABLE), device=device)
-    values[..., _PAIR:] = float("nan")
-    digests = torch.zeros(len(ENDS), micro_batches, DIGEST_WORDS, dtype=torch.int32, device=device)
-    for end, rows in statistics.items():
-        index = ENDS.index(end)
-        values[index, :, :_PAIR] = torch.cat([baselines.distances(end, rows), rows.scalars_M3], dim=1)
-        digests[index] = rows.digest_M2
-    for end, pair in pair_rows.items():
-        values[ENDS.index(end), :, _PAIR:] = pair
-    return torch.cat([values.view(torch.int32), digests], dim=-1)
+    device = next(iter(digests.values())).device
+    values = torch.zeros(len(ENDS), micro_batches, layout.parts, REPORTED, device=device)
+    values[..., OWN:] = torch.nan
+    words = torch.zeros(len(ENDS), micro_batches, layout.slots, DIGEST_WORDS, dtype=torch.int32, device=device)
+    for end, digests_MT2 in digests.items():
+        words[ENDS.index(end)] = digests_MT2
+        values[ENDS.index(end)] = torch.nan
+    for (end, part), rows in own_rows.items():
+        values[ENDS.index(end), :, part, :OWN] = rows
+    for (end, part), rows in pair_rows.items():
+        values[ENDS.index(end), :, part, OWN:] = rows
+    return torch.cat([values.view(torch.int32).flatten(2), words.flatten(2)], dim=-1)
 
 
 class Exchange:
@@ -56,13 +66,13 @@ class Exchange:
         self._ranks = ranks
         self._replica_group = replica_group
 
-    def gather_reports(self, report: torch.Tensor, step: int) -> Evidence:
+    def gather_reports(self, report: torch.Tensor, step: int, layout: Layout) -> Evidence:
         """All ranks' reports as Evidence: one all-gather, one copy to the host."""
         world = self._ranks.size
         gathered = torch.empty((world * report.shape[0], *report.shape[1:]), dtype=report.dtype, device=report.device)
         dist.all_gather_single(gathered, report)
         host = gathered.cpu().numpy().reshape(world, *report.shape)
-        return self.assemble(host[self._ranks], step)
+        return self.assemble(host[self._ranks], step, layout)
 
     def gather_summaries(self, summary: torch.Tensor) -> torch.Tensor:
         """float32 [V] of this replica -> float32 [R, V] of all replicas of the stage."""
@@ -70,8 +80,8 @@ class Exchange:
         dist.all_gather_single(gathered, summary, group=self._replica_group)
         return gathered.view(self._mesh.replicas, -1)
 
-    def assemble(self, reports: np.ndarray, step: int) -> Evidence:
-        """int32 [S, R, 4 ends, M, statistics + digest words] -> Evidence."""
+    def assemble(self, reports: np.ndarray, step: int, layout: Layout) -> Evidence:
+        """int32 [S, R, 4 ends, M, P * statistics + T * digest words] -> Evidence."""
 
         def ends(direction: int, role: int) -> np.ndarray:
             of_all_stages = reports[:, :, ENDS.index((direction, role))]
@@ -81,11 +91,18 @@ class Exchange:
         packed = np.ascontiguousarray(
             [[ends(direction, role) for direction in (FORWARD, BACKWARD)] for role in (SENT, RECEIVED)]
         )
-        statistics = np.ascontiguousarray(packed[..., :_STATISTICS]).view(np.float32).astype(np.float64)
+        reported = np.ascontiguousarray(packed[..., : layout.parts * REPORTED]).view(np.float32)
+        statistics = np.zeros((*packed.shape[:-1], layout.parts, len(TABLE)))
+        statistics[..., :REPORTED] = reported.reshape(*packed.shape[:-1], layout.parts, REPORTED)
         # The stage that sends cannot be asked about its pair: its neighbour on the other side reports it, one stage
         # before the sender, at the end over which the micro-batch entered it.
-        pair = statistics[SENT, ..., _PAIR:]
+        pair = statistics[SENT, ..., OWN:REPORTED]
         pair[FORWARD, 1:], pair[FORWARD, :1] = pair[FORWARD, :-1].copy(), np.nan
         pair[BACKWARD, :-1], pair[BACKWARD, -1:] = pair[BACKWARD, 1:].copy(), np.nan
-        digests = np.ascontiguousarray(packed[..., _STATISTICS:]).view(np.int64)[..., 0]
-        return Evidence(self._mesh, step, statistics, digests)
+        words = np.ascontiguousarray(packed[..., layout.parts * REPORTED :])
+        return Evidence(
+            self._mesh,
+            step,
+            statistics.reshape(*packed.shape[:-1], -1),
+            layout.mark_all(words.view(np.int64)),
+        )

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deepspeed_sentinel.evidence.probe import SECRET, End, Probe, judged_index
+from deepspeed_sentinel.evidence.parts import Layout, parts_of
+from deepspeed_sentinel.evidence.probe import SECRET, End, Probe
 from deepspeed_sentinel.evidence.transfer import Known, Sketches
 from deepspeed_sentinel.mesh import Mesh
 
@@ -48,19 +49,19 @@ class Statement:
     Attributes:
         micro_batch: which it kept.
         seeds: of this step's sample, and of the projection.
-        known: what the statistics of the pair were measured against; None before anything was learnt.
+        known: what the statistics of the pair were measured against, part by part; None before anything was learnt.
         tensors: all tensors of the message.
     """
 
     micro_batch: int
     seeds: tuple[int, int]
-    known: Known | None
+    known: tuple[Known | None, ...]
     tensors: tuple[torch.Tensor, ...]
 
     def to_bytes(self) -> torch.Tensor:
         """uint8 [N] on the CPU."""
         buffer = io.BytesIO()
-        known = [self.known.expected_K.cpu(), self.known.w_KK.cpu()] if self.known else []
+        known = [[one.expected_K.cpu(), one.w_KK.cpu()] if one else [] for one in self.known]
         torch.save([self.micro_batch, *self.seeds, known, [tensor.cpu() for tensor in self.tensors]], buffer)
         return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
 
@@ -69,7 +70,9 @@ class Statement:
         """The inverse of ``to_bytes``, its tensors on ``device``; it runs no code that the bytes may hold."""
         parts = torch.load(io.BytesIO(data_N.numpy().tobytes()), map_location=device, weights_only=True)
         micro_batch, sample, projection, known, tensors = parts
-        return cls(micro_batch, (sample, projection), Known(*known) if known else None, tuple(tensors))
+        return cls(
+            micro_batch, (sample, projection), tuple(Known(*one) if one else None for one in known), tuple(tensors)
+        )
 
 
 @dataclass(frozen=True)
@@ -77,29 +80,40 @@ class SecondLook:
     """A kept message, observed anew.
 
     Attributes:
-        digest: as in ``Evidence.digests``.
-        sketches: the secret ones, float32 [1, TOKENS, K]; the first ``rows`` tokens are filled.
+        digests: int64 [T], as in ``Evidence.digests``.
+        sketches: the secret ones of each part, float32 [1, TOKENS, K].
+        tokens: of each part, how many the message has, 0 where it is not judged; so many of a sketch's tokens are
+            filled.
     """
 
-    digest: int
-    sketches: Sketches
-    rows: int
+    digests: np.ndarray
+    sketches: tuple[Sketches, ...]
+    tokens: tuple[int, ...]
 
 
-def look_again(statement: Statement, end: End, stage: int, mesh: Mesh, device: torch.device) -> SecondLook | None:
+def look_again(
+    statement: Statement, end: End, stage: int, mesh: Mesh, layout: Layout, device: torch.device
+) -> SecondLook | None:
     """Observe a kept message as the witness at ``stage`` did; None if there is nothing in it to observe.
 
     Args:
         statement: of that witness.
         end: at which it observed the message.
+        layout: what messages are made of.
     """
-    index = judged_index(statement.tensors)
-    if index is None or statement.tensors[index].numel() == 0:
+    if not any(statement.tensors[index].numel() for index in parts_of(statement.tensors)):
         return None
     probe = Probe(mesh, stage, device, seed=0)
+    probe.adopt(layout)
     # Both sketches are the secret one: the probe wants a public one, and nobody looks at it.
     probe.begin_step(1, {end: torch.tensor([statement.seeds] * 2, dtype=torch.int64, device=device)})
     probe.observe(end, probe.next_micro_batch(end), statement.tensors)
-    words_12 = probe.end_statistics(end, 1.0).digest_M2.cpu().numpy()
-    digest = int(np.ascontiguousarray(words_12).view(np.int64)[0, 0])
-    return SecondLook(digest, Sketches(*probe.sketches(end, SECRET)), probe.sketched_rows(end)[0])
+    words_T2 = np.ascontiguousarray(probe.digests(end)[0].cpu().numpy())
+    digests_T = layout.mark(words_T2.view(np.int64)[..., 0], end[0], probe.link(end))
+    sketches = Sketches(*probe.sketches(end, SECRET))
+    parts = range(layout.parts)
+    return SecondLook(
+        digests_T,
+        tuple(sketches.of(part) for part in parts),
+        tuple(probe.tokens(end, part)[0] for part in parts),
+    )

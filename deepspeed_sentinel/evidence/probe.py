@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from deepspeed_sentinel.evidence.parts import Layout, Seen, as_tokens, describe, digest_of, parts_of
 from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT
 from deepspeed_sentinel.kernels.observe_message import observe_message
-from deepspeed_sentinel.kernels.sliced_wasserstein import sliced_wasserstein
-from deepspeed_sentinel.kernels.tensor_digest import DIGEST_WORDS, tensor_digest
+from deepspeed_sentinel.kernels.sliced_wasserstein import DIRECTIONS, QUANTILES, sliced_wasserstein
+from deepspeed_sentinel.kernels.tensor_digest import DIGEST_WORDS
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS, sketch_rows, token_sketch
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 from deepspeed_sentinel.mesh import DIRECTIONS as DIRECTION_NAMES
@@ -23,50 +24,45 @@ End = tuple[int, int]
 
 @dataclass(frozen=True)
 class EndStatistics:
-    """All messages of a step at one end of a link, in the unit of an unscaled mean-loss gradient or activation.
+    """One part of all messages of a step at one end of a link, in the unit of an unscaled mean-loss gradient or
+    activation. A message that has no such part, or one of another hidden size, has NaN.
 
     Attributes:
         means_MD: float32, mean over the tokens.
         quantiles_MQ: float32, projected quantiles.
         scalars_M3: float32, mean square, largest magnitude, non-finite count.
-        digest_M2: int32, of the bits as they were sent.
     """
 
     means_MD: torch.Tensor
     quantiles_MQ: torch.Tensor
     scalars_M3: torch.Tensor
-    digest_M2: torch.Tensor
 
 
 class _Buffers:
-    """The step's rows of one end of a link, one a micro-batch. Sketches of short messages fill their first tokens."""
+    """The step's rows of one part at one end, one a micro-batch. Sketches of short messages fill their first tokens."""
 
     def __init__(self, micro_batches: int, hidden: int, jobs: int, device: torch.device) -> None:
         # Zeros, because sketches of short messages leave rows that travel all the same.
-        def blank(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+        def blank(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
 
         self.hidden = hidden
         self.column_sums_MD = blank(micro_batches, hidden)
         self.scalars_M3 = blank(micro_batches, 3)
-        self.digest_M2 = blank(micro_batches, DIGEST_WORDS, dtype=torch.int32)
         self.sketch_JMmK = blank(jobs, micro_batches, TOKENS, DIMENSIONS)
         self.norms_JMm = blank(jobs, micro_batches, TOKENS)
-        self.tokens = [0] * micro_batches
-
-
-def judged_index(tensors: Sequence[torch.Tensor]) -> int | None:
-    """Which tensor of a message is judged: the first floating-point one, the hidden state by convention."""
-    return next((index for index, tensor in enumerate(tensors) if tensor.is_floating_point()), None)
-
-
-def _as_tokens(message: torch.Tensor) -> torch.Tensor:
-    """The message as x_TD."""
-    return message.reshape(-1, message.shape[-1]) if message.dim() > 1 else message.reshape(-1, 1)
+        self.tokens = [0] * micro_batches  # 0 where nothing was read
 
 
 class Probe:
     """Statistics of the messages that one worker sends and receives in a step.
+
+    Before ``adopt`` the first message at an end says how many tensors and which hidden sizes to expect there.
+
+    Attributes:
+        micro_batches: M of the step.
+        ends: those that this worker has.
+        kinds: per end, dtype and shape of each tensor of the first message.
 
     Args:
         mesh: the mesh.
@@ -79,8 +75,15 @@ class Probe:
         self._device = device
         self._public_J2 = torch.tensor([[seed, seed]], dtype=torch.int64, device=device)
         self._seeds: dict[End, torch.Tensor] = {}
+        self._mesh = mesh
         self._stage = stage
-        self._buffers: dict[End, _Buffers] = {}
+        self._layout: Layout | None = None
+        self._expected: dict[End, list[int]] = {}
+        self._changed: set[tuple[End, int]] = set()
+        self._buffers: dict[tuple[End, int], _Buffers] = {}
+        self._digests: dict[End, torch.Tensor] = {}
+        self._positions: dict[End, list[int]] = {}
+        self.kinds: dict[End, tuple[str, ...]] = {}
         self.micro_batches = 0
         first, last = stage == 0, stage == mesh.stages - 1
         absent = {
@@ -92,6 +95,31 @@ class Probe:
         self.ends = tuple(end for end in ENDS if not absent[end])
         self._next = dict.fromkeys(ENDS, 0)
 
+    def link(self, end: End) -> int:
+        """Over which link messages cross at an end."""
+        above = end in ((FORWARD, SENT), (BACKWARD, RECEIVED))
+        return self._stage if above else self._stage - 1
+
+    def seen(self, end: End) -> Seen | None:
+        """What messages were made of up to now, None where this worker has no such end."""
+        if end not in self._expected:
+            return None
+        widths = [0 if (end, part) in self._changed else width for part, width in enumerate(self._expected[end])]
+        return Seen(self._digests[end].shape[1], tuple(widths))
+
+    def adopt(self, layout: Layout) -> None:
+        """Expect from now on what all ranks agreed on, and leave out what was read of anything else."""
+        self._layout = layout
+        for end in self.ends:
+            self._expected[end] = layout.of_link(self.link(end))
+            if end in self._digests:
+                self._digests[end] = _with_slots(self._digests[end], layout.slots)
+        self._buffers = {
+            (end, part): buffers
+            for (end, part), buffers in self._buffers.items()
+            if part < layout.parts and self._expected[end][part] == buffers.hidden
+        }
+
     def begin_step(self, micro_batches: int, seeds: Mapping[End, torch.Tensor] | None = None) -> None:
         """Start a step of so many micro-batches; rows of the step before are forgotten.
 
@@ -101,10 +129,13 @@ class Probe:
                 its messages; row PUBLIC must be equal on all ranks. Ends left out take the public sketch alone.
         """
         self._seeds = {end: (seeds or {}).get(end, self._public_J2) for end in self.ends}
-        jobs_changed = any(len(self._seeds[end]) != len(buffers.sketch_JMmK) for end, buffers in self._buffers.items())
+        jobs_changed = any(len(self._seeds[end]) != len(one.sketch_JMmK) for (end, _), one in self._buffers.items())
         if micro_batches != self.micro_batches or jobs_changed:
             self._buffers.clear()
+            self._digests.clear()
             self.micro_batches = micro_batches
+        for buffers in self._buffers.values():
+            buffers.tokens = [0] * micro_batches
         self._next = dict.fromkeys(ENDS, 0)
 
     def next_micro_batch(self, end: End) -> int:
@@ -120,27 +151,130 @@ class Probe:
         Args:
             end: direction, and SENT or RECEIVED.
             micro_batch: row to write.
-            tensors: all tensors of the message; the first floating-point one is judged, the others are
-                compared by checksum.
+            tensors: all tensors of the message; the floating-point ones are judged, the others are compared by
+                checksum.
 
         Raises:
-            ValueError: no floating-point tensor, no token, or another hidden size than before.
+            ValueError: no floating-point tensor, or no element in any.
         """
-        index = judged_index(tensors)
-        if index is None:
-            kinds = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors)
-            raise ValueError(
-                f"{self._name(end)} has no floating-point tensor, got ({kinds}): sentinel judges the hidden state, "
-                "so a message must carry one. Let the stages pass it, not token ids alone."
+        judged = parts_of(tensors)
+        self._check(end, micro_batch, tensors, judged)
+        if end not in self._digests:
+            slots = self._layout.slots if self._layout else len(tensors)
+            self._digests[end] = torch.zeros(
+                self.micro_batches, slots, DIGEST_WORDS, dtype=torch.int32, device=self._device
             )
-        message = tensors[index]
-        x_TD = _as_tokens(message)
-        if x_TD.numel() == 0:
+        if end not in self._expected:
+            self._expected[end] = [as_tokens(tensors[index]).shape[1] for index in judged]
+        if end not in self.kinds:
+            self.kinds[end] = tuple(describe(tensor) for tensor in tensors)
+            self._positions[end] = judged
+        digest_T2 = self._digests[end][micro_batch]
+        if len(tensors) < len(digest_T2):
+            digest_T2[len(tensors) :].zero_()
+        for index, tensor in enumerate(tensors):
+            into_2 = digest_T2[index] if index < len(digest_T2) else torch.empty_like(digest_T2[-1])
+            if index not in judged or not self._read(end, judged.index(index), micro_batch, tensor, into_2):
+                into_2.copy_(digest_of(tensor)) if tensor.numel() else into_2.zero_()
+            if index >= len(digest_T2):
+                digest_T2[-1].mul_(31).add_(into_2)
+
+    def forge_sketch(self, end: End, micro_batch: int, tensors: Sequence[torch.Tensor]) -> None:
+        """For drills: put secret sketches of another message in place of the observed one's, where there are any.
+
+        Args:
+            end, micro_batch: of a message that was observed.
+            tensors: as large as that one's.
+        """
+        seeds_J2, secret = self._seeds[end], slice(SECRET, SECRET + 1)
+        if len(seeds_J2) <= SECRET:
+            return
+        for part, index in enumerate(parts_of(tensors)):
+            buffers = self._buffers.get((end, part))
+            if buffers is None or not buffers.tokens[micro_batch]:
+                continue
+            rows = sketch_rows(buffers.tokens[micro_batch])
+            token_sketch(
+                as_tokens(tensors[index]),
+                seeds_J2[secret],
+                buffers.sketch_JMmK[secret, micro_batch, :rows],
+                buffers.norms_JMm[secret, micro_batch, :rows],
+            )
+
+    def parts(self, end: End) -> list[int]:
+        """Which parts are judged at an end."""
+        return [part for part, width in enumerate(self._expected[end]) if width]
+
+    def judged(self, end: End) -> list[int]:
+        """Which tensors of the first message at an end are judged."""
+        return [self._positions[end][part] for part in self.parts(end) if part < len(self._positions[end])]
+
+    def end_statistics(self, end: End, scale: float, part: int = 0) -> EndStatistics:
+        """The rows of one judged part at one end; ``scale`` undoes gradient accumulation and loss scaling."""
+        buffers = self._buffers_of(end, part, self._expected[end][part])
+        assert self._next[end] == self.micro_batches, (end, self._next[end], self.micro_batches)
+        tokens_M1 = self._counts(buffers)[:, None]
+        energy, max_abs, non_finite = buffers.scalars_M3.unbind(1)
+        mean_square = energy / (tokens_M1[:, 0] * buffers.hidden) * scale**2
+        statistics = EndStatistics(
+            means_MD=buffers.column_sums_MD / tokens_M1 * scale,
+            quantiles_MQ=self._quantiles(buffers) * scale,
+            scalars_M3=torch.stack([mean_square, max_abs * scale, non_finite], dim=1),
+        )
+        if all(buffers.tokens):
+            return statistics
+        absent_M1 = tokens_M1 == 0
+        return EndStatistics(
+            *(rows.masked_fill(absent_M1, torch.nan) for rows in vars(statistics).values()),
+        )
+
+    def digests(self, end: End) -> torch.Tensor:
+        """int32 [M, T, 2], of the bits of each tensor as they were sent."""
+        return self._digests[end]
+
+    def sketches(self, end: End, job: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sketches float32 [P * M, 256, K] and norms float32 [P * M, 256] of one end, part by part."""
+        if self._layout is None or self._layout.parts == 1:
+            buffers = self._buffers_of(end, 0, self._expected[end][0])
+            return buffers.sketch_JMmK[job], buffers.norms_JMm[job]
+        every = [self._buffers.get((end, part)) for part in range(self._layout.parts)]
+        blank = torch.zeros(self.micro_batches, TOKENS, DIMENSIONS + 1, device=self._device)
+        sketches = [one.sketch_JMmK[job] if one else blank[..., :DIMENSIONS] for one in every]
+        norms = [one.norms_JMm[job] if one else blank[..., DIMENSIONS] for one in every]
+        return torch.cat(sketches), torch.cat(norms)
+
+    def tokens(self, end: End, part: int = 0) -> list[int]:
+        """How many tokens each micro-batch's message had, 0 where the part was not there or not as agreed on."""
+        buffers = self._buffers.get((end, part))
+        return buffers.tokens if buffers else [0] * self.micro_batches
+
+    def token_counts(self, end: End) -> torch.Tensor:
+        """``tokens`` of all parts, part by part, float32 [P * M] on the device."""
+        counts = [
+            count for part in range(self._layout.parts if self._layout else 1) for count in self.tokens(end, part)
+        ]
+        return torch.tensor(counts, dtype=torch.float32).to(self._device, non_blocking=True)
+
+    def _check(self, end: End, micro_batch: int, tensors: Sequence[torch.Tensor], judged: Sequence[int]) -> None:
+        if not judged:
+            raise ValueError(
+                f"{self._name(end)} has no floating-point tensor, got ({', '.join(map(describe, tensors))}): sentinel "
+                "judges the hidden state, so a message must carry one. Let the stages pass it, not token ids alone."
+            )
+        if not any(tensors[index].numel() for index in judged):
             raise ValueError(
                 f"{self._name(end)}, micro-batch {micro_batch}, has zero tokens: its shape is "
-                f"{tuple(message.shape)}. Drop empty batches before they enter the pipeline."
+                f"{tuple(tensors[judged[0]].shape)}. Drop empty batches before they enter the pipeline."
             )
-        buffers = self._buffers_of(end, x_TD)
+
+    def _read(self, end: End, part: int, micro_batch: int, tensor: torch.Tensor, digest_2: torch.Tensor) -> bool:
+        """Read a part, its digest included; False if it is not one that is judged."""
+        x_TD = as_tokens(tensor)
+        expected = self._expected[end]
+        if part >= len(expected) or expected[part] != x_TD.shape[1] or x_TD.numel() == 0:
+            self._changed.add((end, part))
+            return False
+        buffers = self._buffers_of(end, part, expected[part])
         buffers.tokens[micro_batch] = x_TD.shape[0]
         rows = sketch_rows(x_TD.shape[0])
         observe_message(
@@ -148,83 +282,49 @@ class Probe:
             self._seeds[end],
             buffers.column_sums_MD[micro_batch],
             buffers.scalars_M3[micro_batch],
-            buffers.digest_M2[micro_batch],
+            digest_2,
             buffers.sketch_JMmK[:, micro_batch, :rows],
             buffers.norms_JMm[:, micro_batch, :rows],
         )
-        for position, other in enumerate(tensors):
-            if position != index and other.numel():
-                buffers.digest_M2[micro_batch].mul_(31).add_(tensor_digest(other))
+        return True
 
-    def forge_sketch(self, end: End, micro_batch: int, message: torch.Tensor) -> None:
-        """For drills: put the secret sketch of another message in place of the observed one's, where there is one.
-
-        Args:
-            end, micro_batch: of a message that was observed.
-            message: as large as that one.
-        """
-        buffers, seeds_J2 = self._buffers[end], self._seeds[end]
-        if len(seeds_J2) <= SECRET:
-            return
-        x_TD = _as_tokens(message)
-        rows, secret = sketch_rows(x_TD.shape[0]), slice(SECRET, SECRET + 1)
-        token_sketch(
-            x_TD,
-            seeds_J2[secret],
-            buffers.sketch_JMmK[secret, micro_batch, :rows],
-            buffers.norms_JMm[secret, micro_batch, :rows],
-        )
-
-    def end_statistics(self, end: End, scale: float) -> EndStatistics:
-        """The rows of one end; ``scale`` undoes gradient accumulation and loss scaling."""
-        buffers = self._buffers[end]
-        assert self._next[end] == self.micro_batches, (end, self._next[end], self.micro_batches)
-        tokens_M1 = torch.tensor(buffers.tokens, dtype=torch.float32).to(self._device, non_blocking=True)[:, None]
-        energy, max_abs, non_finite = buffers.scalars_M3.unbind(1)
-        mean_square = energy / (tokens_M1[:, 0] * buffers.hidden) * scale**2
-        return EndStatistics(
-            means_MD=buffers.column_sums_MD / tokens_M1 * scale,
-            quantiles_MQ=self._quantiles(buffers) * scale,
-            scalars_M3=torch.stack([mean_square, max_abs * scale, non_finite], dim=1),
-            digest_M2=buffers.digest_M2,
-        )
-
-    def sketches(self, end: End, job: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sketches float32 [M, 256, K] and norms float32 [M, 256] of one end; see ``sketched_rows``."""
-        buffers = self._buffers[end]
-        return buffers.sketch_JMmK[job], buffers.norms_JMm[job]
-
-    def sketched_rows(self, end: End) -> list[int]:
-        """How many rows of each micro-batch's sketch are tokens."""
-        return [sketch_rows(tokens) for tokens in self._buffers[end].tokens]
+    def _counts(self, buffers: _Buffers) -> torch.Tensor:
+        return torch.tensor(buffers.tokens, dtype=torch.float32).to(self._device, non_blocking=True)
 
     @staticmethod
     def _quantiles(buffers: _Buffers) -> torch.Tensor:
         """Of the public sketches; messages with equally many sketched tokens together, most often all of them."""
         rows_M = [sketch_rows(tokens) for tokens in buffers.tokens]
         sketch_MmK = buffers.sketch_JMmK[PUBLIC]
-        if len(set(rows_M)) == 1:
+        if len(set(rows_M)) == 1 and rows_M[0]:
             return sliced_wasserstein(sketch_MmK[:, : rows_M[0]], buffers.hidden)
         one_by_one = [
             sliced_wasserstein(sketch_mK[None, :rows], buffers.hidden)
+            if rows
+            else sketch_mK.new_zeros(1, DIRECTIONS * QUANTILES)
             for sketch_mK, rows in zip(sketch_MmK, rows_M, strict=True)
         ]
         return torch.cat(one_by_one)
 
-    def _buffers_of(self, end: End, x_TD: torch.Tensor) -> _Buffers:
-        hidden = x_TD.shape[1]
-        if end not in self._buffers:
-            self._buffers[end] = _Buffers(self.micro_batches, hidden, len(self._seeds[end]), self._device)
-        if self._buffers[end].hidden != hidden:
-            raise ValueError(
-                f"{self._name(end)} changed its hidden size from {self._buffers[end].hidden} to {hidden}: the number "
-                "of tokens may change between messages, the hidden size may not."
-            )
-        return self._buffers[end]
+    def _buffers_of(self, end: End, part: int, hidden: int) -> _Buffers:
+        if (end, part) not in self._buffers:
+            self._buffers[end, part] = _Buffers(self.micro_batches, hidden, len(self._seeds[end]), self._device)
+        return self._buffers[end, part]
 
     def _name(self, end: End) -> str:
         verb = "sent" if end[1] == SENT else "received"
         return f"the {DIRECTION_NAMES[end[0]]} message {verb} by stage {self._stage}"
+
+
+def _with_slots(digests_MT2: torch.Tensor, slots: int) -> torch.Tensor:
+    """[M, T, 2] with more slots, or fewer, of which the last one holds all that follow it."""
+    messages, tensors, words = digests_MT2.shape
+    if slots >= tensors:
+        return torch.cat([digests_MT2, digests_MT2.new_zeros(messages, slots - tensors, words)], dim=1)
+    kept_MT2 = digests_MT2[:, :slots].clone()
+    for index in range(slots, tensors):
+        kept_MT2[:, -1].mul_(31).add_(digests_MT2[:, index])
+    return kept_MT2
 
 
 assert NAMES[4:7] == ("energy", "max_abs", "non_finite"), "scalars_M3 follows the order of the table"

@@ -98,7 +98,7 @@ class PairSketches:
         }
 
     def swap(self, probe: Probe) -> dict[End, tuple[Sketches, Sketches]]:
-        """What entered and what left the neighbouring stages: {own end: (entering, leaving)}, [M, m, ...] each."""
+        """What entered and what left the neighbouring stages: {own end: (entering, leaving)}, [P * M, m, ...] each."""
         own = {side: self._pack(probe, side) for side in self.partners}
         theirs = {side: torch.empty_like(packed) for side, packed in own.items()}
         operations = []
@@ -125,16 +125,21 @@ class PairSketches:
 
     @staticmethod
     def _pack(probe: Probe, side: int) -> torch.Tensor:
-        """float32 [2 directions, M, TOKENS, K + 1]."""
+        """float32 [2 directions, P * M, TOKENS, K + 2]: sketches, norms, and how many tokens the message had."""
         parts = []
         for end in PAIR_ENDS[side]:
             sketch_MmK, norms_Mm = probe.sketches(end, SECRET)
-            parts.append(torch.cat([sketch_MmK, norms_Mm[..., None]], dim=-1))
+            tokens_Mm = probe.token_counts(end)[:, None].expand_as(norms_Mm)
+            parts.append(torch.cat([sketch_MmK, norms_Mm[..., None], tokens_Mm[..., None]], dim=-1))
         return torch.stack(parts)
 
 
 def _unpack(packed_MmV: torch.Tensor) -> Sketches:
-    return Sketches(packed_MmV[..., :DIMENSIONS].contiguous(), packed_MmV[..., DIMENSIONS].contiguous())
+    return Sketches(
+        packed_MmV[..., :DIMENSIONS].contiguous(),
+        packed_MmV[..., DIMENSIONS].contiguous(),
+        packed_MmV[..., 0, DIMENSIONS + 1],
+    )
 
 
 def _side(end: End) -> int:

@@ -35,6 +35,7 @@ class Statistic:
         hard: no fence; any value above zero is an alarm.
         of_pair: of what entered the sender and what left it, so the sender's two neighbours report it, not the
             two ends of the link. Messages of the first and last stage have none.
+        by_judge: the judge finds it in the reports of both ends of two links; nobody reports it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Statistic:
     floor: float = 1e-3
     hard: bool = False
     of_pair: bool = False
+    by_judge: bool = False
 
 
 _PAPER, _OURS = "arXiv 2603.03592", "ours, see docs/statistics.md"
@@ -77,17 +79,91 @@ TABLE: tuple[Statistic, ...] = (
     _of_pair("token_gram", "linear CKA of E and L: alignment of their token Gram matrices", "arcsine"),
     _of_pair("prediction_correlation", "corr(E W, L - E), both centred over tokens; W by ridge regression", "fisher"),
     _of_pair("prediction_slope", "slope of L - E on E W, both centred over tokens", "plain"),
+    Statistic(
+        "passed_on",
+        "number of tensors that used to pass the sender unchanged and did not",
+        _OURS,
+        scale="plain",
+        hard=True,
+        by_judge=True,
+    ),
+    Statistic(
+        "from_nothing",
+        "1 where the sender made a gradient from one that was zero",
+        _OURS,
+        scale="plain",
+        hard=True,
+        by_judge=True,
+    ),
 )
 NAMES = tuple(row.name for row in TABLE)
 HARD = np.array([row.hard for row in TABLE])
 OF_PAIR = np.array([row.of_pair for row in TABLE])
+BY_JUDGE = np.array([row.by_judge for row in TABLE])
 FLOORS = np.array([row.floor for row in TABLE])
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The table once for each judged part of a message: part 0 first, K rows, then part 1, and so on.
+
+    A part is a floating-point tensor; the first of a message is part 0. Where a message has fewer parts than another,
+    its rows are NaN. Example: with K rows and two parts, row K + 4 is the ``energy`` of the second.
+
+    Args:
+        parts: how many, P.
+
+    Attributes:
+        hard, of_pair, by_judge: bool [P * K], as of ``Statistic``.
+        floors: float64 [P * K].
+    """
+
+    parts: int
+
+    @classmethod
+    def of(cls, statistics: np.ndarray) -> Rows:
+        """Of statistics [..., P * K]."""
+        return cls(statistics.shape[-1] // len(TABLE))
+
+    def __len__(self) -> int:
+        return self.parts * len(TABLE)
+
+    @property
+    def hard(self) -> np.ndarray:
+        return np.tile(HARD, self.parts)
+
+    @property
+    def of_pair(self) -> np.ndarray:
+        return np.tile(OF_PAIR, self.parts)
+
+    @property
+    def by_judge(self) -> np.ndarray:
+        return np.tile(BY_JUDGE, self.parts)
+
+    @property
+    def floors(self) -> np.ndarray:
+        return np.tile(FLOORS, self.parts)
+
+    @staticmethod
+    def part(row: int) -> int:
+        """Which part a row is of."""
+        return row // len(TABLE)
+
+    @staticmethod
+    def name(row: int) -> str:
+        """The statistic's."""
+        return NAMES[row % len(TABLE)]
+
+    @staticmethod
+    def all_of(name: str) -> slice:
+        """The rows of one statistic, part by part."""
+        return slice(NAMES.index(name), None, len(TABLE))
+
+
 def comparable(statistics: np.ndarray) -> np.ndarray:
-    """Statistics [K, ...] in the unit that fences compare, the same bits on every host; NaN (missing) stays NaN."""
+    """Statistics [P * K, ...] in the unit that fences compare, the same bits on every host; NaN (missing) stays NaN."""
     result = np.where(np.isinf(statistics), np.copysign(_LARGEST, statistics), statistics)
-    for index, row in enumerate(TABLE):
+    for index, row in enumerate(TABLE * (len(statistics) // len(TABLE))):
         if row.scale == "log":
             result[index] = exact.log(np.maximum(result[index], 0.0) + row.resolution)
         elif row.scale == "arcsine":
@@ -104,10 +180,12 @@ class Evidence:
     Attributes:
         mesh: the workers it is about.
         step: the engine's global step.
-        statistics: float64 [2 ends, 2 directions, links, columns, micro-batches, len(TABLE)]; NaN where a
-            statistic is not available. Ends are SENT and RECEIVED; of rows ``of_pair`` RECEIVED is what the
-            receiver reports, SENT what the sender's neighbour on the other side does.
-        digests: int64 [2 ends, 2 directions, links, columns, micro-batches].
+        statistics: float64 [2 ends, 2 directions, links, columns, micro-batches, P * len(TABLE)], laid out as
+            ``Rows``; NaN where a statistic is not available. Ends are SENT and RECEIVED; of rows ``of_pair`` RECEIVED
+            is what the receiver reports, SENT what the sender's neighbour on the other side does. Rows ``by_judge``
+            hold nothing.
+        digests: int64 [2 ends, 2 directions, links, columns, micro-batches, tensors], one for each tensor of a
+            message in its order, of any kind; 0 where there is none.
         dealt: int [S, C], the replica of each stage that served each column in this step, or None where replica
             ``c`` served column ``c``, as in DeepSpeed.
     """
@@ -129,5 +207,5 @@ class Evidence:
         assert self.served.shape == (self.mesh.stages, self.mesh.replicas), self.served.shape
         shape = (2, 2, self.mesh.links, self.mesh.replicas)
         assert self.statistics.shape[:4] == shape, (self.statistics.shape, shape)
-        assert self.statistics.shape[5] == len(TABLE), self.statistics.shape
-        assert self.digests.shape == self.statistics.shape[:5], self.digests.shape
+        assert self.statistics.shape[5] in range(len(TABLE), 1 << 20, len(TABLE)), self.statistics.shape
+        assert self.digests.ndim == 6 and self.digests.shape[:5] == self.statistics.shape[:5], self.digests.shape

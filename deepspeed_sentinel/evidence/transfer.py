@@ -35,10 +35,18 @@ class Sketches:
     Attributes:
         sketch_XmK: float32 [..., m, K].
         norms_Xm: float32 [..., m], full norms of the sampled tokens.
+        tokens_X: float32 [...], how many tokens each message had; None where all have equally many.
     """
 
     sketch_XmK: torch.Tensor
     norms_Xm: torch.Tensor
+    tokens_X: torch.Tensor | None = None
+
+    def part(self, part: int, micro_batches: int) -> Sketches:
+        """Those of one part, [M, m, ...] of [P * M, m, ...]."""
+        chosen = slice(part * micro_batches, (part + 1) * micro_batches)
+        tokens_M = None if self.tokens_X is None else self.tokens_X[chosen]
+        return Sketches(self.sketch_XmK[chosen], self.norms_Xm[chosen], tokens_M)
 
     def first(self, rows: int) -> Sketches:
         """Without the rows that no token fills."""

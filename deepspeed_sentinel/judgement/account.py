@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR
+from deepspeed_sentinel.evidence.table import Rows
 from deepspeed_sentinel.judgement.blame import Blame
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.grounds import grounds
@@ -42,11 +42,13 @@ class Account:
     Args:
         mesh: the mesh judged.
         served: int [S, C], who served each column.
+        table: the rows judged.
     """
 
-    def __init__(self, mesh: Mesh, served: np.ndarray) -> None:
+    def __init__(self, mesh: Mesh, served: np.ndarray, table: Rows) -> None:
         self._mesh = mesh
         self._served = served
+        self._table = table
 
     def worker_scores(self, scores: np.ndarray) -> np.ndarray:
         """float64 [S, R], the largest score (of [2, L, C, M]) of what each worker sent."""
@@ -71,14 +73,16 @@ class Account:
         striking = np.flatnonzero(blame.strikes[where])
         telling = striking if striking.size else micro_batches
         by_statistic_KM, fenced_KM = (rows[(slice(None), *where)] for rows in (judged.per_statistic, judged.fenced))
-        own_B, fenced_B = (rows.max(0)[telling] for rows in (by_statistic_KM[~OF_PAIR], fenced_KM))
+        own_B, fenced_B = (rows.max(0)[telling] for rows in (by_statistic_KM[~self._table.of_pair], fenced_KM))
         why = grounds(own_B, fenced_B, telling)
         worst = int(telling[np.argmax(judged.scores[where][telling])])
         score = float(judged.scores[where][worst])
         statistic = int(np.argmax(by_statistic_KM[:, worst]))
         stage = self._mesh.sender_stage(direction, link)
-        low, high = (0.0, 0.0) if HARD[statistic] else fences.bounds(direction, link, statistic)
-        summed = OF_PAIR[statistic] and fenced_KM[np.count_nonzero(OF_PAIR[:statistic]), worst] <= 1.0
+        hard = bool(self._table.hard[statistic])
+        low, high = (0.0, 0.0) if hard else fences.bounds(direction, link, statistic)
+        of_pair = self._table.of_pair
+        summed = of_pair[statistic] and fenced_KM[np.count_nonzero(of_pair[:statistic]), worst] <= 1.0
         return Finding(
             worker=self._worker(stage, column),
             direction=direction,
@@ -88,7 +92,7 @@ class Account:
             striking=tuple(striking.tolist()),
             micro_batch=worst,
             cause="later alarms" if score <= 1.0 else "sums" if summed else "fences",
-            statistic=NAMES[statistic],
+            statistic=Rows.name(statistic),
             value=float(judged.values[(statistic, *where, worst)]),
             residual=float(judged.residuals[(statistic, *where, worst)]),
             low=low,
@@ -98,6 +102,7 @@ class Account:
             overflow=bool(judged.overflow[(*where, worst)]),
             rests_on_pair=why.rests_on_pair,
             telling=why.telling,
+            part=Rows.part(statistic) if self._table.parts > 1 else None,
         )
 
     def disputes(self, first: np.ndarray, contradicted: np.ndarray) -> tuple[Dispute, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import HARD
 from deepspeed_sentinel.judgement.blame import followers
 from deepspeed_sentinel.judgement.fences import Fences
 
@@ -17,6 +16,7 @@ def hold_against_fences(
     compared: np.ndarray,
     whole: np.ndarray,
     sound: np.ndarray,
+    hard: np.ndarray,
     warming_up: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Residuals and scores [K, 2, L, C, M], and which messages are cascade, bool [2, L, C, M].
@@ -31,6 +31,7 @@ def hold_against_fences(
         values, compared: float64 [K, 2, L, C, M], statistics as reported and in the units that fences compare.
         whole: bool [2, L, C, M], finite messages that nobody disputes.
         sound: bool [2, L, C, M], those of them that no convicted worker had a hand in.
+        hard: bool [K], rows without a fence.
         warming_up: there are no fences yet.
     """
     doubtful = np.zeros(sound.shape[:2], bool)
@@ -41,7 +42,7 @@ def hold_against_fences(
             per_statistic = np.zeros_like(residuals)
         else:
             per_statistic = fences.scores(residuals, eligible, doubtful)
-        per_statistic[HARD] = np.where(values[HARD] > 0, np.inf, 0.0)
+        per_statistic[hard] = np.where(values[hard] > 0, np.inf, 0.0)
         alarms = per_statistic.max(0) > 1.0
         cascade = followers(alarms | ~whole)
         narrowed = _first_with_any(sound & ~cascade, whole & ~cascade, whole)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from deepspeed_sentinel.evidence import exact
-from deepspeed_sentinel.evidence.table import OF_PAIR
+from deepspeed_sentinel.evidence.table import Rows
 from deepspeed_sentinel.judgement.robust import median
 from deepspeed_sentinel.judgement.window import Window
 from deepspeed_sentinel.mesh import Mesh
@@ -31,8 +31,8 @@ _TYPICAL = 4.0  # spreads; what lies further out would move the worker's usual d
 _HIGHEST_SCORE = 4.0  # of what lies further out than anything in the window
 _KNOTS = np.arange(-12, 13) / 4.0
 _SMALLEST = 1e-9
+_ONE_PART = Rows(1)
 _STATE = ("sums", "usual", "weight", "spread")
-_STATISTICS = int(np.count_nonzero(OF_PAIR))
 _OUTERMOST = np.array([0.0, *(exact.normal_quantile(n / (n + 1)) for n in range(1, 1024))])
 _PROBABILITIES = tuple(exact.normal_probability(float(knot)) for knot in _KNOTS)
 
@@ -43,11 +43,12 @@ class Cusum:
     Args:
         mesh: the mesh judged.
         seed: of the choice which samples are remembered.
+        table: the rows judged.
     """
 
-    def __init__(self, mesh: Mesh, seed: int) -> None:
+    def __init__(self, mesh: Mesh, seed: int, table: Rows = _ONE_PART) -> None:
         self._mesh = mesh
-        shape = (_STATISTICS, 2, mesh.links, mesh.replicas)
+        shape = (int(np.count_nonzero(table.of_pair)), 2, mesh.links, mesh.replicas)
         self._sums = np.zeros((2, *shape))
         self._sums_before = self._sums
         self._usual = np.zeros(shape)
@@ -93,7 +94,7 @@ class Cusum:
         trusted = ~np.stack([convicted[:-1], convicted[1:]])
         self._learn(deviation, difference, trusted & quiet, step)
         senders = np.stack([served[:-1], served[1:]])
-        return np.take_along_axis(scores, np.broadcast_to(senders, (_STATISTICS, *senders.shape)), axis=-1)
+        return np.take_along_axis(scores, np.broadcast_to(senders, (len(scores), *senders.shape)), axis=-1)
 
     def retract(self, direction: int, link: int, replica: int, to_zero: bool) -> None:
         """Take back what the last step added for the replica that sends over a link, or with ``to_zero`` all of it.

@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 
 from deepspeed_sentinel.evidence import exact
-from deepspeed_sentinel.evidence.table import FLOORS, HARD
+from deepspeed_sentinel.evidence.table import Rows
 from deepspeed_sentinel.judgement.robust import median, quantiles, shortest_interval
 from deepspeed_sentinel.judgement.window import Window
 from deepspeed_sentinel.mesh import Mesh
@@ -34,6 +34,7 @@ MARGIN = 2.0
 STEP_DOUBT = 2.0
 _MAJORITY = 3
 _RECENT = 8
+_ONE_PART = Rows(1)
 
 
 class Fences:
@@ -45,14 +46,18 @@ class Fences:
         multiplier: smallest k.
         target_rate: share of clean messages that may be alarms, over all statistics together.
         seed: of the choice which residuals are remembered when a step has more than the window can hold.
+        table: the rows judged.
     """
 
-    def __init__(self, mesh: Mesh, window: int, multiplier: float, target_rate: float, seed: int) -> None:
+    def __init__(
+        self, mesh: Mesh, window: int, multiplier: float, target_rate: float, seed: int, table: Rows = _ONE_PART
+    ) -> None:
         self.mesh = mesh
         self.window = window
         self.multiplier = multiplier
-        self._rate = target_rate / np.count_nonzero(~HARD)
-        self._rows = (len(HARD), 2, mesh.links)
+        self._rate = target_rate / np.count_nonzero(~table.hard)
+        self._floors = table.floors[:, None, None]
+        self._rows = (len(table), 2, mesh.links)
         self._residuals = Window(self._rows, window, (0.25, 0.75), seed)
         self._centres = np.full((*self._rows, window), np.nan)
         self.reach = np.full(self._rows, np.nan)
@@ -69,7 +74,7 @@ class Fences:
     def iqr(self) -> np.ndarray:
         """float64 [K, 2, L], never below the table's floor."""
         low, high = self._residuals.quantiles
-        return np.asarray(np.maximum(high - low, FLOORS[:, None, None]))
+        return np.asarray(np.maximum(high - low, self._floors))
 
     def residuals(self, comparable: np.ndarray, eligible: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
         """Statistics [K, 2, L, C, M] in comparable units minus their centre.

@@ -12,17 +12,20 @@ from typing import Literal
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR, RECEIVED, SENT, Evidence, comparable
+from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, Evidence, Rows, comparable
 from deepspeed_sentinel.judgement.account import Account, Judged, entries
 from deepspeed_sentinel.judgement.blame import Blame, followers
 from deepspeed_sentinel.judgement.cascade import hold_against_fences
 from deepspeed_sentinel.judgement.cusum import Cusum
 from deepspeed_sentinel.judgement.fences import Fences
+from deepspeed_sentinel.judgement.nothing import Nothing
+from deepspeed_sentinel.judgement.passing import Passing
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, Mesh, Worker
 
-_MAX_ABS = NAMES.index("max_abs")
+_MAX_ABS = Rows.all_of("max_abs")
+_PASSED_ON, _FROM_NOTHING = NAMES.index("passed_on"), NAMES.index("from_nothing")
 # Overflow inside a stage can start this far below the largest gradient that crosses its links.
 _OVERFLOW_HEADROOM = 2.0**-10
 
@@ -46,21 +49,31 @@ class JudgeSettings:
 class Judge:
     """Turns the evidence of successive steps into verdicts and learns from what was clean.
 
+    Args:
+        mesh: the mesh judged.
+        settings: how to judge.
+        parts: judged parts of a message; its evidence must have as many.
+
     Attributes:
+        table: the rows judged.
         clean_columns: bool [C], the columns of the last step that baselines may learn from.
     """
 
-    def __init__(self, mesh: Mesh, settings: JudgeSettings) -> None:
+    def __init__(self, mesh: Mesh, settings: JudgeSettings, parts: int = 1) -> None:
         self.mesh = mesh
         self.settings = settings
+        self.table = Rows(parts)
         self.fences = Fences(
             mesh,
             settings.fence_window,
             settings.fence_multiplier,
             settings.target_false_positive_rate,
             settings.seed,
+            self.table,
         )
-        self.cusum = Cusum(mesh, settings.seed)
+        self.cusum = Cusum(mesh, settings.seed, self.table)
+        self.passing = Passing(mesh, settings.warmup_steps)
+        self.nothing = Nothing(mesh)
         self.record = Record(mesh, settings.strikes, settings.strike_window, settings.probation_steps)
         self.skipped_in_a_row = 0
         self.clean_columns = np.zeros(mesh.replicas, bool)
@@ -77,24 +90,32 @@ class Judge:
             overflow_limit: the magnitude at which an honest gradient overflows under dynamic loss scaling, in
                 the unit of the evidence; infinite without such scaling.
         """
-        warming_up, served = self.warming_up, evidence.served
-        values = np.ascontiguousarray(np.moveaxis(evidence.statistics[RECEIVED], -1, 0))
-        hard = np.nan_to_num(evidence.statistics[..., HARD]).any(-1)
+        warming_up, served, of_pair = self.warming_up, evidence.served, self.table.of_pair
+        void, made = self.nothing.step(evidence.statistics, warming_up)
+        statistics = self._available(evidence.statistics, void)
+        values = np.ascontiguousarray(np.moveaxis(statistics[RECEIVED], -1, 0))
+        hard = np.nan_to_num(statistics[..., self.table.hard & ~self.table.by_judge]).any(-1)
         compared = comparable(values)
-        contradicted, contested = self._contradictions(evidence, compared, hard, warming_up)
+        differ = (evidence.digests[SENT] != evidence.digests[RECEIVED]).any(-1) | (hard[SENT] != hard[RECEIVED])
+        contradicted, contested = self._contradictions(statistics, compared, differ, warming_up)
         disputes = contradicted | contested
+        values[self.table.by_judge] = 0.0
+        values[_PASSED_ON] = self.passing.step(evidence.digests[RECEIVED], ~differ)
+        values[_FROM_NOTHING, BACKWARD] = made
         whole = ~(disputes | hard[RECEIVED])
         convicted = self._served_by_convicted(served)
         by_convicted = np.broadcast_to(np.stack([convicted[:-1], convicted[1:]])[..., None], whole.shape)
         sound = whole & ~by_convicted & ~followers(by_convicted)
-        residuals, per_statistic, cascade = hold_against_fences(self.fences, values, compared, whole, sound, warming_up)
-        fenced = per_statistic[OF_PAIR]
+        residuals, per_statistic, cascade = hold_against_fences(
+            self.fences, values, compared, whole, sound, self.table.hard, warming_up
+        )
+        fenced = per_statistic[of_pair]
         if self.fences.compares_replicas:
             counted = whole & ~cascade
             sums = self.cusum.step(
-                residuals[OF_PAIR], counted, served, self.record.convicted, evidence.step, warming_up
+                residuals[of_pair], counted, served, self.record.convicted, evidence.step, warming_up
             )
-            per_statistic[OF_PAIR] = np.maximum(fenced, np.where(counted, sums[..., None], 0.0))
+            per_statistic[of_pair] = np.maximum(fenced, np.where(counted, sums[..., None], 0.0))
         scores = per_statistic.max(0)
         alarms = scores > 1.0
         links, shared = self._overflow(values, hard[RECEIVED], overflow_limit)
@@ -107,7 +128,7 @@ class Judge:
             scores = np.where(judged, scores, 0.0)
 
         blame = Blame.of(alarms, disputes, scores, overflow)
-        account = Account(self.mesh, served)
+        account = Account(self.mesh, served, self.table)
         judged_step = Judged(values, residuals, per_statistic, fenced, scores, overflow)
         findings = account.findings(blame, judged_step, self.fences)
         disputed = account.disputes(blame.disputes, contradicted)
@@ -178,6 +199,8 @@ class Judge:
             "fences": self.fences.state_dict(),
             "cusum": self.cusum.state_dict(),
             "record": self.record.state_dict(),
+            "passing": self.passing.state_dict(),
+            "nothing": self.nothing.state_dict(),
             "skipped_in_a_row": np.array(self.skipped_in_a_row),
         }
 
@@ -185,10 +208,20 @@ class Judge:
         self.fences.load_state_dict(state["fences"])
         self.cusum.load_state_dict(state["cusum"])
         self.record.load_state_dict(state["record"])
+        self.passing.load_state_dict(state["passing"])
+        self.nothing.load_state_dict(state["nothing"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
 
+    def _available(self, statistics: np.ndarray, void: np.ndarray) -> np.ndarray:
+        """Statistics as reported, but not available for gradients that carry nothing (bool [L, C, M])."""
+        if not void.any():
+            return statistics
+        statistics = statistics.copy()
+        statistics[:, BACKWARD] = np.where(void[..., None] & ~self.table.hard, np.nan, statistics[:, BACKWARD])
+        return statistics
+
     def _contradictions(
-        self, evidence: Evidence, compared: np.ndarray, hard: np.ndarray, warming_up: bool
+        self, statistics: np.ndarray, compared: np.ndarray, differ: np.ndarray, warming_up: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Messages about which the two ends, and those about whose sender its two neighbours, report different things.
 
@@ -196,21 +229,22 @@ class Judge:
         because each end measures against its own copy of the baseline, and a liar among the replicas that hold one
         copy must not be able to set honest neighbours at odds.
         """
-        differ = (evidence.digests[SENT] != evidence.digests[RECEIVED]) | (hard[SENT] != hard[RECEIVED])
-        bits = np.ascontiguousarray(evidence.statistics).view(np.int64)
+        bits = np.ascontiguousarray(statistics).view(np.int64)
         if warming_up or np.array_equal(bits[SENT], bits[RECEIVED]):
             return differ, np.zeros_like(differ)
-        sent = comparable(np.moveaxis(evidence.statistics[SENT], -1, 0))
+        sent = comparable(np.moveaxis(statistics[SENT], -1, 0))
         with np.errstate(invalid="ignore"):
             apart = np.abs(sent - compared) > self.fences.iqr[..., None, None]
         apart |= np.isnan(sent) != np.isnan(compared)
-        return np.asarray(differ | apart[~(HARD | OF_PAIR)].any(0)), np.asarray(apart[OF_PAIR].any(0))
+        of_pair = self.table.of_pair
+        return np.asarray(differ | apart[~(self.table.hard | of_pair)].any(0)), np.asarray(apart[of_pair].any(0))
 
     def _overflow(self, values: np.ndarray, non_finite: np.ndarray, limit: float) -> tuple[np.ndarray, bool]:
         """Non-finite gradients that loss scaling may explain: bool [links], and whether most columns have them."""
         if not np.isfinite(limit):
             return np.zeros(self.mesh.links, bool), False
-        largest = np.where(non_finite, 0.0, values[_MAX_ABS])[BACKWARD].max(axis=(1, 2))
+        magnitudes = np.fmax.reduce(np.nan_to_num(values[_MAX_ABS]), axis=0)
+        largest = np.where(non_finite, 0.0, magnitudes)[BACKWARD].max(axis=(1, 2))
         columns = non_finite[BACKWARD].any(axis=(0, 2))
         shared = 2 * np.count_nonzero(columns) >= len(columns) > 0 and columns.any()
         return largest > limit * _OVERFLOW_HEADROOM, bool(shared)

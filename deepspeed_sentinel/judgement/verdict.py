@@ -11,6 +11,10 @@ import numpy as np
 from deepspeed_sentinel.mesh import DIRECTIONS, Worker
 
 _SCORE_GRID, _LARGEST_SCORE = 64.0, 1e6
+_NOT_FENCED = {
+    "passed_on": "other tensors than entered it, {:g} of those that it always passed on unchanged",
+    "from_nothing": "a gradient that it made from one that was zero",
+}
 
 
 Cause = Literal["fences", "sums", "later alarms"]
@@ -38,6 +42,7 @@ class Finding:
         overflow: fp16 loss scaling may explain that one, a non-finite gradient.
         rests_on_pair, telling: see ``Grounds``; what rests on a pair is what the worker's neighbours say of it.
         audit: what an audit found, "confirmed" or "open" (no strike); empty without one.
+        part: which judged part of the message that statistic is of, from 0; None where messages have but one.
     """
 
     worker: Worker
@@ -59,6 +64,7 @@ class Finding:
     rests_on_pair: bool
     telling: tuple[int, ...]
     audit: str = ""
+    part: int | None = None
 
     @property
     def strikes(self) -> bool:
@@ -67,7 +73,14 @@ class Finding:
 
     def __str__(self) -> str:
         sent = f"{self.worker} sent {DIRECTIONS[self.direction]} messages"
-        measured = f"{self.statistic} = {self.value:.6g}, score {self.score:.3g}"
+        of_part = "" if self.part is None else f" of part {self.part}"
+        measured = f"{self.statistic}{of_part} = {self.value:.6g}, score {self.score:.3g}"
+        if self.statistic in _NOT_FENCED:
+            what = _NOT_FENCED[self.statistic].format(self.value)
+            return (
+                f"{self.worker} sent over link {self.link} {what}: {DIRECTIONS[self.direction]}, "
+                f"{self.statistic} = {self.value:g}, micro-batches {list(self.micro_batches)}{self._in_its_favour()}"
+            )
         told = {
             "fences": f"{sent} outside the fences over link {self.link}: {measured} (1 is on the fence)",
             "sums": f"{sent} over link {self.link} whose deviations have added up: {measured} (1 is the limit)",

@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from deepspeed_sentinel.evidence.keeping import SecondLook, Statement, look_again
+from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import End
-from deepspeed_sentinel.evidence.table import FLOORS, OF_PAIR, RECEIVED, SENT, Evidence, comparable
-from deepspeed_sentinel.evidence.transfer import Known, Sketches, pair_rows
+from deepspeed_sentinel.evidence.table import FLOORS, OF_PAIR, RECEIVED, SENT, TABLE, Evidence, comparable
+from deepspeed_sentinel.evidence.transfer import PAIR_ROWS, Known, Sketches, pair_rows
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
+from deepspeed_sentinel.kernels.token_sketch import sketch_rows
 from deepspeed_sentinel.mesh import FORWARD, Worker
 
 # float32 rounding, which differs from device to device; a row may also differ by its floor in the compared unit.
@@ -85,28 +87,33 @@ def audits_due(verdict: Verdict, evidence: Evidence) -> tuple[Audit, ...]:
     return tuple(audits.values())
 
 
-def examine(audit: Audit, evidence: Evidence, first: Statement, second: Statement, device: torch.device) -> Outcome:
+def examine(
+    audit: Audit, evidence: Evidence, first: Statement, second: Statement, layout: Layout, device: torch.device
+) -> Outcome:
     """Hold what the two neighbours kept against what they reported in the evidence.
 
     Args:
         audit: the accusation.
         evidence: of the step.
         first, second: statements of the neighbours, tensors on ``device``.
+        layout: what messages are made of.
     """
     finding, mesh = audit.finding, evidence.mesh
     if first.micro_batch != second.micro_batch or first.seeds != second.seeds:
         return Outcome.REFUTED
-    if not _same(first.known, second.known) or not 0 <= first.micro_batch < evidence.digests.shape[-1]:
+    if not 0 <= first.micro_batch < evidence.digests.shape[-2]:
+        return Outcome.REFUTED
+    if any(len(one.known) != layout.parts for one in (first, second)) or not all(map(_same, first.known, second.known)):
         return Outcome.REFUTED
     looks = []
     entered = finding.link + (-1 if finding.direction == FORWARD else 1)
     for statement, (worker, end), link in zip((first, second), audit.witnesses, (entered, finding.link), strict=True):
         sent, received = evidence.digests[:, finding.direction, link, finding.column, first.micro_batch]
-        if sent != received:
+        if (sent != received).any():
             # A dispute of its own, which leaves nothing to hold the kept message against.
             return Outcome.OPEN
-        look = look_again(statement, end, worker.stage, mesh, device)
-        if look is None or look.digest != sent:
+        look = look_again(statement, end, worker.stage, mesh, layout, device)
+        if look is None or (look.digests != sent).any():
             return Outcome.REFUTED
         looks.append(look)
     if not _rows_are_true(audit, evidence, (first, second), looks):
@@ -117,13 +124,19 @@ def examine(audit: Audit, evidence: Evidence, first: Statement, second: Statemen
 def _rows_are_true(
     audit: Audit, evidence: Evidence, statements: Sequence[Statement], looks: Sequence[SecondLook]
 ) -> bool:
-    """Each neighbour reports the row, as it measured it."""
+    """Each neighbour reports the rows, as it measured them, of every part."""
     finding, micro_batch = audit.finding, statements[0].micro_batch
     reported = evidence.statistics[:, finding.direction, finding.link, finding.column, micro_batch]
-    for end, statement, look in zip((SENT, RECEIVED), statements, looks, strict=True):
-        entering, leaving = (each.sketches.first(look.rows) for each in looks)
-        if not _close(reported[end], _row(entering, leaving, statement.known)):
-            return False
+    by_part = reported.reshape(2, -1, len(TABLE))
+    for part, (entered, left) in enumerate(zip(*(look.tokens for look in looks), strict=True)):
+        for end, statement in zip((SENT, RECEIVED), statements, strict=True):
+            found = np.full(PAIR_ROWS, np.nan)
+            if entered == left > 0:
+                rows = sketch_rows(entered)
+                entering, leaving = (look.sketches[part].first(rows) for look in looks)
+                found = _row(entering, leaving, statement.known[part])
+            if not _close(by_part[end, part], found):
+                return False
     return True
 
 
@@ -133,7 +146,7 @@ def _row(entering: Sketches, leaving: Sketches, known: Known | None) -> np.ndarr
 
 
 def _close(reported: np.ndarray, found: np.ndarray) -> bool:
-    """Whether the row of a whole message (float64 [len(TABLE)]) holds these statistics of its pair."""
+    """Whether the row of a whole part (float64 [len(TABLE)]) holds these statistics of its pair."""
     whole = np.where(OF_PAIR, 0.0, reported)
     whole[OF_PAIR] = found
     by_value = np.isclose(reported, whole, equal_nan=True, **ROUNDING)

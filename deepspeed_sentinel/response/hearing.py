@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.keeping import Statement
+from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import End
 from deepspeed_sentinel.evidence.table import Evidence
 from deepspeed_sentinel.mesh import Worker
@@ -45,15 +46,20 @@ class Hearing:
         self._device = device
         self._testify = testify
 
-    def hold(self, audits: Sequence[Audit], evidence: Evidence) -> tuple[Outcome, ...]:
+    def hold(self, audits: Sequence[Audit], evidence: Evidence, layout: Layout) -> tuple[Outcome, ...]:
         """What each audit found: the same on all ranks. All must call it with the same audits in the same order.
+
+        Args:
+            audits: those of the step.
+            evidence: of the step.
+            layout: what messages are made of.
 
         Raises:
             SentinelError: a witness sent nothing, or an auditor no outcome.
         """
         mine = torch.zeros(len(audits), dtype=torch.int64)
         for index, audit in enumerate(audits):
-            outcome = self._take_part(audit, evidence)
+            outcome = self._take_part(audit, evidence, layout)
             if outcome is not None:
                 mine[index] = 1 + _OUTCOMES.index(outcome)
         everyone = torch.empty(self._ranks.size * len(audits), dtype=mine.dtype)
@@ -61,10 +67,10 @@ class Hearing:
         told = everyone.view(self._ranks.size, len(audits))
         return tuple(self._outcome_of(audit, int(told[self._rank(audit.auditor), i])) for i, audit in enumerate(audits))
 
-    def _take_part(self, audit: Audit, evidence: Evidence) -> Outcome | None:
+    def _take_part(self, audit: Audit, evidence: Evidence, layout: Layout) -> Outcome | None:
         if self._worker == audit.auditor:
             first, second = (self._hear(witness, end) for witness, end in audit.witnesses)
-            return examine(audit, evidence, first, second, self._device)
+            return examine(audit, evidence, first, second, layout, self._device)
         for witness, end in audit.witnesses:
             if self._worker == witness:
                 data_N = self._testify(end).to_bytes()

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
-from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR, RECEIVED, SENT, TABLE, Evidence
+from deepspeed_sentinel.evidence.table import BY_JUDGE, HARD, NAMES, OF_PAIR, RECEIVED, SENT, TABLE, Evidence
 from deepspeed_sentinel.evidence.transfer import Transfers
 from deepspeed_sentinel.kernels.baseline_distances import DISTANCES
 from deepspeed_sentinel.mesh import FORWARD, Mesh
 from deepspeed_sentinel.simulation.observation import Observation, Observer, join
 
 _PAPER = np.array([name in DISTANCES for name in NAMES]) | HARD
-_OWN = ~OF_PAIR
+_OWN = ~(OF_PAIR | BY_JUDGE)
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class Verifiers:
         messages = observed[FORWARD, 0].of_end[RECEIVED].means_MD.shape[0]
         shape = (2, 2, self._mesh.links, self._mesh.replicas, messages // self._mesh.replicas)
         statistics = np.full((*shape, len(TABLE)), np.nan)
-        digests = np.zeros(shape, np.int64)
+        digests = np.zeros((*shape, 1), np.int64)
         for (direction, link), observation in observed.items():
             for end in (SENT, RECEIVED):
                 rows = observation.of_end[end]
                 own = torch.cat([self._baselines[link].distances((direction, end), rows), rows.scalars_M3], dim=1)
                 statistics[end, direction, link][..., _OWN] = self._numbers(own)
-                digests[end, direction, link] = self._numbers(rows.digest_M2).view(np.int64)[..., 0]
+                digests[end, direction, link] = self._numbers(observation.digests[end]).view(np.int64)
             lessons = None
             entered = observed.get((direction, link + (-1 if direction == FORWARD else 1)))
             if observation.leaving is not None and entered is not None:

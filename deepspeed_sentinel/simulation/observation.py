@@ -29,11 +29,13 @@ class Observation:
 
     Attributes:
         of_end: statistics as reported by the senders and by the receivers; rows are messages.
+        digests: int32 [N, 2], likewise.
         leaving: the receivers' sketches for the pair around the senders' stage; None for first and last stage.
         entering: the senders' sketches for the pair around the receivers' stage; None for first and last stage.
     """
 
     of_end: tuple[EndStatistics, EndStatistics]
+    digests: tuple[torch.Tensor, torch.Tensor]
     leaving: Sketches | None
     entering: Sketches | None
 
@@ -64,7 +66,8 @@ class Observer:
         at_sender = end_statistics(sent.flatten(0, 1))
         at_receiver = at_sender if received is sent else end_statistics(received.flatten(0, 1))
         return Observation(
-            (at_sender, at_receiver),
+            (at_sender[0], at_receiver[0]),
+            (at_sender[1], at_receiver[1]),
             leaving=self._sketch(self._mesh.sender_stage(direction, link), received),
             entering=self._sketch(self._mesh.receiver_stage(direction, link), sent),
         )
@@ -85,19 +88,20 @@ class Observer:
 
 
 @torch.no_grad()
-def end_statistics(x_NTD: torch.Tensor) -> EndStatistics:
-    """Statistics of N messages in the unit they come in: what ``Probe`` gives for one end, N in place of M."""
+def end_statistics(x_NTD: torch.Tensor) -> tuple[EndStatistics, torch.Tensor]:
+    """Statistics of N messages in the unit they come in, and their digests, int32 [N, 2]: what ``Probe`` gives for one
+    end, N in place of M."""
     tokens, hidden = x_NTD.shape[1:]
     sums_ND, scalars_N3, digest_N2 = message_statistics_reference(x_NTD)
     energy_N, max_abs_N, non_finite_N = scalars_N3.unbind(1)
     public = torch.tensor([[PUBLIC_SEED, PUBLIC_SEED]], device=x_NTD.device)
     sketch_NJmK, _ = token_sketch_reference(x_NTD, public)
-    return EndStatistics(
+    statistics = EndStatistics(
         means_MD=sums_ND / tokens,
         quantiles_MQ=sliced_wasserstein_reference(sketch_NJmK[:, 0], hidden),
         scalars_M3=torch.stack([energy_N / (tokens * hidden), max_abs_N, non_finite_N], dim=1),
-        digest_M2=digest_N2,
     )
+    return statistics, digest_N2
 
 
 def join(parts: list[Observation], columns: int) -> Observation:
@@ -120,7 +124,8 @@ def join(parts: list[Observation], columns: int) -> Observation:
             rows(lambda part: getattr(part, name).sketch_XmK), rows(lambda part: getattr(part, name).norms_Xm)
         )
 
-    return Observation((end(0), end(1)), sketches("leaving"), sketches("entering"))
+    digests = (rows(lambda part: part.digests[0]), rows(lambda part: part.digests[1]))
+    return Observation((end(0), end(1)), digests, sketches("leaving"), sketches("entering"))
 
 
 def _secret(*parts: int) -> int:

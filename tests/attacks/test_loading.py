@@ -101,8 +101,8 @@ def test_an_attack_from_a_file_gets_its_arguments_and_what_it_declares(path):
 def test_it_works_in_the_inject_block(path):
     entry = {"stage": 1, "replica": 2, "attack": f"{path}:Halfway", "weight": 0.5}
     faults = Faults(SentinelConfig.parse({"inject": [entry]}).inject, Worker(1, 2), seed=0)
-    faults.enter("forward", 0, 3 * MESSAGE)
-    assert torch.equal(faults.apply("compute", "forward", 0, 0, MESSAGE), 2 * MESSAGE)
+    faults.enter("forward", 0, (3 * MESSAGE,))
+    assert torch.equal(faults.apply("compute", "forward", 0, 0, (MESSAGE,))[0], 2 * MESSAGE)
 
 
 def test_the_same_class_name_in_two_files(path, tmp_path):
@@ -140,7 +140,7 @@ def test_asking_for_more_history_than_declared(path):
     entry = {"stage": 1, "replica": 2, "attack": f"{path}:TooFarBack"}
     faults = Faults(SentinelConfig.parse({"inject": [entry]}).inject, Worker(1, 2), seed=0)
     with pytest.raises(ValueError, match=r"TooFarBack .* declare the class attribute history_steps = 3"):
-        faults.apply("compute", "forward", 0, 0, MESSAGE)
+        faults.apply("compute", "forward", 0, 0, (MESSAGE,))
 
 
 def test_an_observer_that_fails_is_named(path):

@@ -1,6 +1,7 @@
 import numpy as np
 
-from deepspeed_sentinel.evidence.exchange import Exchange
+from deepspeed_sentinel.evidence.exchange import REPORTED, Exchange
+from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import ENDS
 from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
@@ -10,8 +11,8 @@ COSINE, ENERGY = NAMES.index("transfer_cosine"), NAMES.index("energy")
 
 def test_both_neighbours_of_a_sender_report_on_its_pair():
     mesh = Mesh(5, 2)
-    values = np.zeros((5, 2, len(ENDS), 1, len(NAMES)), np.float32)
-    values[..., OF_PAIR] = np.nan
+    values = np.zeros((5, 2, len(ENDS), 1, REPORTED), np.float32)
+    values[..., OF_PAIR[:REPORTED]] = np.nan
     for stage in range(5):
         for column in range(2):
             for index, (direction, role) in enumerate(ENDS):
@@ -21,7 +22,8 @@ def test_both_neighbours_of_a_sender_report_on_its_pair():
                 if 0 < about < 4:
                     values[stage, column, index, 0, COSINE] = 1000 * about + 100 * stage + 10 * column + index
     reports = np.concatenate([values.view(np.int32), np.zeros((*values.shape[:-1], 2), np.int32)], axis=-1)
-    statistics = Exchange(mesh, np.arange(10).reshape(5, 2), None).assemble(reports, step=0).statistics
+    layout = Layout(np.full((4, 1), 6), np.ones((2, 4), np.int64))
+    statistics = Exchange(mesh, np.arange(10).reshape(5, 2), None).assemble(reports, 0, layout).statistics
     for link in range(4):
         for column in range(2):
             for direction, sender, receiver in ((FORWARD, link, link + 1), (BACKWARD, link + 1, link)):

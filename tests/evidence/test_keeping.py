@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from deepspeed_sentinel.evidence.keeping import Keeping, Statement, look_again
+from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import SECRET, Probe
 from deepspeed_sentinel.evidence.sketch import PairSketches
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
@@ -54,7 +55,7 @@ def test_nothing_is_kept_where_both_neighbours_are_trusted():
     assert pairs(Mesh(4, 2), Worker(0, 0)).to_keep(0, 4).keys() == {END, (BACKWARD, RECEIVED)}
 
 
-@pytest.mark.parametrize("known", [None, Known(normal(DIMENSIONS), normal(DIMENSIONS, DIMENSIONS))])
+@pytest.mark.parametrize("known", [(None,), (None, Known(normal(DIMENSIONS), normal(DIMENSIONS, DIMENSIONS)))])
 def test_a_statement_travels_bit_by_bit(known):
     tensors = (normal(2, 5, 6).bfloat16(), torch.arange(4), torch.tensor([True, False]))
     told = Statement(3, (2**61 + 1, 5), known, tensors)
@@ -63,10 +64,11 @@ def test_a_statement_travels_bit_by_bit(known):
     assert all(
         torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(tensors, heard.tensors, strict=True)
     )
-    if known is None:
-        assert heard.known is None
-    else:
-        assert torch.equal(heard.known.expected_K, known.expected_K) and torch.equal(heard.known.w_KK, known.w_KK)
+    for one, other in zip(heard.known, known, strict=True):
+        if other is None:
+            assert one is None
+        else:
+            assert torch.equal(one.expected_K, other.expected_K) and torch.equal(one.w_KK, other.w_KK)
 
 
 @pytest.mark.parametrize("tokens", [9, 400])
@@ -75,13 +77,16 @@ def test_a_second_look_sees_what_the_witness_saw(tokens):
     probe = Probe(mesh, 1, CPU, seed=0)
     probe.begin_step(1, {END: torch.tensor([[0, 0], seeds])})
     probe.observe(END, probe.next_micro_batch(END), message)
-    look = look_again(Statement(0, seeds, None, message), END, 1, mesh, CPU)
+    layout = Layout(np.full((4, 1), 80), np.full((2, 4), 2))
+    look = look_again(Statement(0, seeds, (None,), message), END, 1, mesh, layout, CPU)
     sketch_MmK, norms_Mm = probe.sketches(END, SECRET)
-    assert torch.equal(look.sketches.sketch_XmK, sketch_MmK) and torch.equal(look.sketches.norms_Xm, norms_Mm)
-    digest_M2 = probe.end_statistics(END, 1.0).digest_M2.numpy()
-    assert look.digest == digest_M2.view(np.int64)[0, 0] and look.rows == min(tokens, 256)
+    (sketches,) = look.sketches
+    assert torch.equal(sketches.sketch_XmK, sketch_MmK) and torch.equal(sketches.norms_Xm, norms_Mm)
+    digests_T2 = probe.digests(END)[0].numpy()
+    assert (look.digests == layout.mark(digests_T2.view(np.int64)[:, 0], *END)).all() and look.tokens == (tokens,)
 
 
 def test_there_may_be_nothing_to_look_at():
     for tensors in ((), (torch.arange(3),), (torch.empty(0, 4),)):
-        assert look_again(Statement(0, (1, 2), None, tensors), END, 1, Mesh(5, 2), CPU) is None
+        layout = Layout(np.full((4, 1), 4), np.ones((2, 4), np.int64))
+        assert look_again(Statement(0, (1, 2), (None,), tensors), END, 1, Mesh(5, 2), layout, CPU) is None

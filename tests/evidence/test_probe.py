@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
-from deepspeed_sentinel.evidence.exchange import Exchange, build_report
+from deepspeed_sentinel.evidence.exchange import REPORTED, Exchange, build_report
+from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import ENDS, PUBLIC, SECRET, Probe
-from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT
+from deepspeed_sentinel.evidence.table import BY_JUDGE, NAMES, OF_PAIR, RECEIVED, SENT
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
 CPU = torch.device("cpu")
@@ -31,8 +32,9 @@ def test_both_ends_of_a_message_report_the_same_bits():
             one.observe(end, one.next_micro_batch(end), (message, torch.arange(4)))
     sent = sender.end_statistics((FORWARD, SENT), 1.0)
     received = receiver.end_statistics((FORWARD, RECEIVED), 1.0)
-    for name in ("means_MD", "quantiles_MQ", "scalars_M3", "digest_M2"):
+    for name in ("means_MD", "quantiles_MQ", "scalars_M3"):
         assert torch.equal(getattr(sent, name), getattr(received, name))
+    assert torch.equal(sender.digests((FORWARD, SENT)), receiver.digests((FORWARD, RECEIVED)))
     torch.testing.assert_close(sent.means_MD[0], message.mean((0, 1)))
 
 
@@ -53,8 +55,8 @@ def test_a_changed_mask_changes_the_digest():
     one.observe((FORWARD, SENT), 0, (hidden, mask))
     mask[3, 2] = False
     one.observe((FORWARD, SENT), 1, (hidden, mask))
-    digests = one._buffers[(FORWARD, SENT)].digest_M2
-    assert not torch.equal(digests[0], digests[1])
+    hidden_of, mask_of = one.digests((FORWARD, SENT)).unbind(1)
+    assert torch.equal(hidden_of[0], hidden_of[1]) and not torch.equal(mask_of[0], mask_of[1])
 
 
 def test_a_forged_sketch_changes_nothing_but_the_secret_sketch():
@@ -64,19 +66,22 @@ def test_a_forged_sketch_changes_nothing_but_the_secret_sketch():
     for one in (honest, liar):
         one.begin_step(1, seeds)
         one.observe(end, one.next_micro_batch(end), (message,))
-    liar.forge_sketch(end, 0, -message)
+    liar.forge_sketch(end, 0, (-message,))
     assert torch.equal(liar.sketches(end, PUBLIC)[0], honest.sketches(end, PUBLIC)[0])
     assert torch.equal(liar.sketches(end, SECRET)[0], -honest.sketches(end, SECRET)[0])
     mine, true = liar.end_statistics(end, 1.0), honest.end_statistics(end, 1.0)
-    assert torch.equal(mine.digest_M2, true.digest_M2) and torch.equal(mine.means_MD, true.means_MD)
+    assert torch.equal(liar.digests(end), honest.digests(end)) and torch.equal(mine.means_MD, true.means_MD)
 
 
-def test_number_of_tokens_may_change_hidden_size_may_not():
-    one = probe()
-    one.observe((FORWARD, SENT), 0, (torch.ones(4, 3),))
-    one.observe((FORWARD, SENT), 1, (torch.ones(9, 3),))
-    with pytest.raises(ValueError, match="changed its hidden size from 3 to 5"):
-        one.observe((FORWARD, SENT), 1, (torch.ones(4, 5),))
+def test_a_message_of_another_hidden_size_has_no_statistics_but_a_digest():
+    one, end = probe(micro_batches=3), (FORWARD, SENT)
+    for message in (torch.ones(4, 3), torch.ones(9, 3), torch.ones(4, 5)):
+        one.observe(end, one.next_micro_batch(end), (message,))
+    assert one.tokens(end) == [4, 9, 0]
+    for rows in vars(one.end_statistics(end, 1.0)).values():
+        assert torch.isfinite(rows[:2]).all() and torch.isnan(rows[2]).all()
+    assert one.digests(end)[2].any()
+    assert one.seen(end).widths == (0,)
 
 
 def test_zero_tokens_and_integer_only_messages_are_refused():
@@ -88,13 +93,16 @@ def test_zero_tokens_and_integer_only_messages_are_refused():
 
 def test_reports_become_evidence_of_the_right_workers():
     mesh = Mesh(3, 2)
-    reports = np.zeros((3, 2, 4, 2, len(NAMES) + 2), np.int32)
+    reports = np.zeros((3, 2, 4, 2, REPORTED + 2), np.int32)
     for stage in range(3):
         for replica in range(2):
             for index, _ in enumerate(ENDS):
                 reports[stage, replica, index, :, -2] = 100 * stage + 10 * replica + index
     exchange = Exchange(mesh, np.arange(6).reshape(3, 2), replica_group=None)
-    digests = exchange.assemble(reports, step=5).digests & 0xFFFFFFFF
+    layout = Layout(np.full((2, 1), 6), np.ones((2, 2), np.int64))
+    marked = exchange.assemble(reports, 5, layout).digests
+    digests = layout.mark_all(marked)[..., 0] & 0xFFFFFFFF  # twice is as before
+    assert (marked != 0).all()
     for link in range(2):
         for column in range(2):
             assert digests[SENT, FORWARD, link, column, 0] == 100 * link + 10 * column + 0
@@ -110,7 +118,7 @@ def test_baseline_is_the_bias_corrected_ema_of_the_clean_median():
     one._next[end] = 1
     rows = one.end_statistics(end, 1.0)
     assert torch.isnan(baselines.distances(end, rows)).all()
-    summary = baselines.summary(rows)
+    summary = baselines.summary(end, rows)
     for _ in range(3):
         baselines.learn(end, torch.stack([summary, summary, summary * -50]), np.array([True, True, False]))
     torch.testing.assert_close(baselines.distances(end, rows), torch.zeros(1, 4), atol=1e-5, rtol=0)
@@ -126,8 +134,13 @@ def test_report_packs_statistics_by_their_bits():
     for end in one.ends:
         one.observe(end, one.next_micro_batch(end), (torch.full((4, 3), 2.0),))
     rows = {end: one.end_statistics(end, 1.0) for end in one.ends}
-    report = build_report(1, Baselines(0.9, 0.8), rows, {})
-    values = report[0, 0, : len(NAMES)].view(torch.float32)
-    assert values[NAMES.index("energy")] == 4.0 and values[NAMES.index("max_abs")] == 2.0
-    assert (report[1, 0, np.flatnonzero(~OF_PAIR)] == 0).all()
-    assert torch.isnan(report[:, 0, np.flatnonzero(OF_PAIR)].view(torch.float32)).all()
+    own = {(end, 1): torch.cat([torch.ones(1, 4), row.scalars_M3], dim=1) for end, row in rows.items()}
+    layout = Layout(np.array([[0, 3], [0, 3]]), np.ones((2, 2), np.int64))
+    report = build_report(1, layout, own, {}, {end: one.digests(end) for end in one.ends})
+    values_PK = report[:, 0, : 2 * REPORTED].view(torch.float32).unflatten(-1, (2, REPORTED))
+    of_message, of_pair = np.flatnonzero(~(OF_PAIR | BY_JUDGE)), np.flatnonzero(OF_PAIR)
+    assert values_PK[0, 1, NAMES.index("energy")] == 4.0 and values_PK[0, 1, NAMES.index("max_abs")] == 2.0
+    assert torch.isnan(values_PK[0, 0]).all(), "a part that is not there"
+    assert (values_PK[1][:, of_message] == 0).all(), "an end that is not there"
+    assert torch.isnan(values_PK[..., of_pair]).all()
+    assert torch.equal(report[0, 0, -2:], one.digests((FORWARD, SENT))[0, 0])

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, Evidence
+from deepspeed_sentinel.evidence.table import BY_JUDGE, NAMES, OF_PAIR, Evidence
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
@@ -47,19 +47,21 @@ class World:
 
     def statistics(self):
         """[2 ends, 2, L, C, M, K], both ends alike."""
-        shape = (2, self.mesh.links, self.mesh.replicas, self.micro_batches, len(NAMES))
+        reported = np.count_nonzero(~BY_JUDGE)
+        shape = (2, self.mesh.links, self.mesh.replicas, self.micro_batches, reported)
         values = np.exp(0.1 * self.generator.standard_normal(shape) + 0.01 * self.time)
         values[..., NAMES.index("sign_flip")] = np.clip(0.2 + 0.02 * self.generator.standard_normal(shape[:-1]), 0, 1)
         values[..., NAMES.index("non_finite")] = 0
         spread = self.generator.standard_normal(shape)
         for name, pair in PAIR_VALUES.items():
             values[..., NAMES.index(name)] = pair(spread[..., NAMES.index(name)])
-        values[FORWARD, 0][..., OF_PAIR] = values[BACKWARD, -1][..., OF_PAIR] = np.nan
+        values[FORWARD, 0][..., OF_PAIR[:reported]] = values[BACKWARD, -1][..., OF_PAIR[:reported]] = np.nan
+        values = np.concatenate([values, np.zeros((*shape[:-1], len(NAMES) - reported))], axis=-1)
         return np.stack([values, values])
 
     def step(self, change=None, digests=None, overflow_limit=np.inf, served=None):
         values = self.statistics()
-        marks = np.zeros(values.shape[:5], np.int64)
+        marks = np.zeros((*values.shape[:5], 1), np.int64)
         if change:
             change(values)
         if digests:

@@ -23,7 +23,7 @@ def stand_out(world, values, reach):
 def verdict_if_honest(world, values):
     """Its scores are more than the bad worker can know, which has last step's fences and centres only."""
     judge = deepcopy(world.judge)
-    return judge.step(Evidence(world.mesh, world.time, values, np.zeros(values.shape[:5], np.int64)))
+    return judge.step(Evidence(world.mesh, world.time, values, np.zeros((*values.shape[:5], 1), np.int64)))
 
 
 def struck(verdict):

@@ -6,17 +6,19 @@ import numpy as np
 import torch
 
 from deepspeed_sentinel.evidence.keeping import Statement, look_again
+from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import End
 from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT, Evidence
 from deepspeed_sentinel.evidence.transfer import Known, pair_rows
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
-from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS
+from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, sketch_rows
 from deepspeed_sentinel.mesh import FORWARD, Mesh, Worker
 
 CPU = torch.device("cpu")
 MESH, COLUMN, MICRO_BATCHES = Mesh(5, 2), 1, 4
 ACCUSED = Worker(2, COLUMN)
 SEEDS = (11, 12)
+LAYOUT = Layout(np.full((MESH.links, 1), 80), np.full((2, MESH.links), 2))
 
 
 def finding(direction=FORWARD, **changes):
@@ -86,24 +88,25 @@ class Case:
         known = Known(torch.rand(DIMENSIONS, generator=generator), map_KK)
         positions = torch.arange(tokens)
         self.direction = direction
-        self.first = Statement(kept, SEEDS, known, (entering, positions))
-        self.second = Statement(kept, SEEDS, known, (leaving, positions))
+        self.first = Statement(kept, SEEDS, (known,), (entering, positions))
+        self.second = Statement(kept, SEEDS, (known,), (leaving, positions))
         ends: tuple[End, End] = ((direction, SENT), (direction, RECEIVED))
         before = 1 if direction == FORWARD else 3
         links = (1, 2) if direction == FORWARD else (2, 1)
         lie = replace(self.second, tensors=(forged * leaving, positions))
         looks = [
-            look_again(statement, end, stage, MESH, CPU)
+            look_again(statement, end, stage, MESH, LAYOUT, CPU)
             for statement, end, stage in (
                 (self.first, ends[0], before),
                 (self.second, ends[1], 4 - before),
                 (lie, ends[1], 4 - before),
             )
         ]
-        rows = pair_rows(looks[0].sketches.first(looks[0].rows), looks[2].sketches.first(looks[0].rows), known)[0]
+        entered, left = (looks[index].sketches[0].first(sketch_rows(looks[0].tokens[0])) for index in (0, 2))
+        rows = pair_rows(entered, left, known)[0]
         statistics = np.zeros((2, 2, MESH.links, 2, MICRO_BATCHES, len(NAMES)))
         statistics[:, direction, links[1], COLUMN, kept, OF_PAIR] = rows[0].double().numpy()
-        digests = np.zeros(statistics.shape[:5], np.int64)
+        digests = np.zeros((*statistics.shape[:5], 2), np.int64)
         for look, link in zip(looks[:2], links, strict=True):
-            digests[:, direction, link, COLUMN, kept] = look.digest
+            digests[:, direction, link, COLUMN, kept] = look.digests
         self.evidence = Evidence(MESH, 30, statistics, digests)

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
 import pytest
-from accusation import ACCUSED, COLUMN, CPU, MESH, Case, finding, verdict
+from accusation import ACCUSED, COLUMN, CPU, LAYOUT, MESH, Case, finding, verdict
 
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.evidence.transfer import Known
@@ -13,7 +13,7 @@ DIRECTIONS = pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
 
 def outcome(case, first=None, second=None, **changes):
     (audit,) = audits_due(verdict(finding(case.direction, **changes)), case.evidence)
-    return examine(audit, case.evidence, first or case.first, second or case.second, CPU)
+    return examine(audit, case.evidence, first or case.first, second or case.second, LAYOUT, CPU)
 
 
 @DIRECTIONS
@@ -53,14 +53,15 @@ def test_a_micro_batch_that_is_not_itself_in_alarm_leaves_it_open():
 
 def test_neighbours_that_name_different_seeds_micro_batches_or_maps_are_refuted():
     case = Case()
-    known = case.second.known
+    (known,) = case.second.known
     for changes in (
         {"seeds": (11, 13)},
         {"micro_batch": 2},
-        {"known": None},
-        {"known": Known(known.expected_K, 1.1 * known.w_KK)},
-        {"known": Known(known.expected_K[:3], known.w_KK)},
-        {"known": Known(known.expected_K * float("nan"), known.w_KK)},
+        {"known": (None,)},
+        {"known": (known, known)},
+        {"known": (Known(known.expected_K, 1.1 * known.w_KK),)},
+        {"known": (Known(known.expected_K[:3], known.w_KK),)},
+        {"known": (Known(known.expected_K * float("nan"), known.w_KK),)},
     ):
         assert outcome(case, second=replace(case.second, **changes)) is Outcome.REFUTED, changes
     far = {"micro_batch": 9}
@@ -70,14 +71,14 @@ def test_neighbours_that_name_different_seeds_micro_batches_or_maps_are_refuted(
 def test_rounding_is_no_lie():
     case = Case()
     case.evidence.statistics[RECEIVED] *= 1 + 1e-6
-    known = case.second.known
-    rounded = replace(case.second, known=Known(known.expected_K + 1e-6, known.w_KK * (1 - 1e-4)))
+    (known,) = case.second.known
+    rounded = replace(case.second, known=(Known(known.expected_K + 1e-6, known.w_KK * (1 - 1e-4)),))
     assert outcome(case, second=rounded) is Outcome.CONFIRMED
 
 
 def test_what_is_not_known_yet_must_be_missing_in_the_evidence_too():
     case = Case()
-    first, second = (replace(each, known=None) for each in (case.first, case.second))
+    first, second = (replace(each, known=(None,)) for each in (case.first, case.second))
     assert outcome(case, first, second) is Outcome.REFUTED
     case.evidence.statistics[..., [10, 12, 13]] = float("nan")
     assert outcome(case, first, second) is Outcome.CONFIRMED

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from accusation import COLUMN, CPU, MESH, Case, finding, verdict
+from accusation import COLUMN, CPU, LAYOUT, MESH, Case, finding, verdict
 
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.table import SENT
@@ -70,7 +70,9 @@ def hold(monkeypatch, case, wire, said=None, gives=None):
             return case.first if end[1] == SENT else case.second
 
         try:
-            learnt[worker.stage] = Hearing(worker, RANKS, None, CPU, gives or testify).hold(audits, case.evidence)
+            learnt[worker.stage] = Hearing(worker, RANKS, None, CPU, gives or testify).hold(
+                audits, case.evidence, LAYOUT
+            )
         except (SentinelError, threading.BrokenBarrierError) as error:
             if wire.here.rank not in wire.gathered:
                 wire.barrier.abort()  # else the others wait for it

@@ -1,0 +1,87 @@
+"""Tensors that pass a stage unchanged: position ids, masks, sums of a stage that adds nothing to them.
+
+No statistic tells altered position ids from others, and whoever computes with them honestly is the one that stands
+out. But a stage that handed a tensor on unchanged in every message of the warm-up goes on doing so. Where one does not,
+its sender is in alarm: both ends of the link before it agree on what entered, both ends of the link after it on what
+left, so nobody's word alone accuses it, and no fence is asked.
+
+Example: tensors (hidden state, position ids) enter with digests (5, 7) and leave with (9, 7). Leaving tensor 1 equals
+entering tensor 1, in all messages, so it is expected to. Later (6, 7) enters and (8, 3) leaves: that message is in
+alarm.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
+
+
+class Passing:
+    """Which tensor that leaves a middle stage is one that entered it, per direction.
+
+    What most columns of a stage no longer do in a step is no rule of the model: it is forgotten, not held against
+    them. With a single column there is no majority, so there a difference always counts.
+
+    Args:
+        mesh: the mesh judged.
+        steps: how many are learnt from before anything is held against anybody.
+    """
+
+    def __init__(self, mesh: Mesh, steps: int) -> None:
+        self._mesh = mesh
+        self._steps = steps
+        self._learnt = 0
+        self._same = np.ones((2, max(mesh.stages - 2, 0), 0, 0), bool)
+
+    def step(self, digests: np.ndarray, agreed: np.ndarray) -> np.ndarray:
+        """Learn from a step, or hold it against what was learnt.
+
+        Args:
+            digests: int64 [2, L, C, M, T], one a tensor, 0 where there is none.
+            agreed: bool [2, L, C, M], messages about which both ends report the same.
+
+        Returns:
+            int [2, L, C, M]: how many tensors of a message should have been passed on unchanged and were not.
+        """
+        changed = np.zeros(agreed.shape, np.int64)
+        if self._mesh.stages < 3:
+            return changed
+        tensors = digests.shape[-1]
+        if self._same.shape[-1] != tensors:
+            self._same, self._learnt = np.ones((*self._same.shape[:2], tensors, tensors), bool), 0
+        entering, leaving = _entering(digests)[..., :, None], _leaving(digests)[..., None, :]
+        known = _entering(agreed) & _leaving(agreed)
+        equal = (entering == leaving) & (entering != 0)  # [2, S - 2, C, M, T entering, T leaving]
+        if self._learnt < self._steps:
+            if known.any():
+                self._same &= (equal | ~known[..., None, None]).all(axis=(2, 3))
+                self._learnt += 1
+            return changed
+        same = self._same[:, :, None, None]
+        passed = (equal & same).any(-2)
+        broken = same.any(-2) & ~passed & known[..., None]
+        columns = np.count_nonzero(broken.any(3), axis=2)
+        forgotten = (2 * columns > self._mesh.replicas) & (self._mesh.replicas > 1)
+        # Of two tensors that entered alike and are so no longer, one is what leaves.
+        elsewhere = (same & ~equal & (passed & known[..., None])[..., None, :]).any(axis=(2, 3))
+        self._same = self._same & ~forgotten[:, :, None, :] & ~elsewhere
+        count = np.count_nonzero(broken & ~forgotten[:, :, None, None], axis=-1)
+        changed[FORWARD, 1:], changed[BACKWARD, :-1] = count[FORWARD], count[BACKWARD]
+        return changed
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {"same": self._same.copy(), "learnt": np.array(self._learnt)}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        self._same, self._learnt = np.array(state["same"]), int(state["learnt"])
+
+
+def _entering(per_link: np.ndarray) -> np.ndarray:
+    """[2, L, ...] -> [2, S - 2, ...]: what entered each middle stage."""
+    return np.stack([per_link[FORWARD, :-1], per_link[BACKWARD, 1:]])
+
+
+def _leaving(per_link: np.ndarray) -> np.ndarray:
+    """[2, L, ...] -> [2, S - 2, ...]: what left each middle stage."""
+    return np.stack([per_link[FORWARD, 1:], per_link[BACKWARD, :-1]])
