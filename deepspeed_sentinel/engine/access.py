@@ -94,8 +94,13 @@ def keep_gradient_norm(engine: PipelineEngine) -> None:
     engine.clip_fp32_gradients = clip_fp32_gradients
 
 
-def skip_step(engine: PipelineEngine) -> None:
-    """Count a step without touching the weights, as DeepSpeed does after an overflow."""
+def skip_step(engine: PipelineEngine, overflow: bool) -> None:
+    """Count a step without touching the weights, as DeepSpeed does after an overflow.
+
+    ``overflow``: it is one, so the loss scale comes down.
+    """
+    if overflow:
+        engine.optimizer._update_scale(True)
     if hasattr(engine.optimizer, "clear_hp_grads"):
         engine.optimizer.clear_hp_grads()
         engine.optimizer.clear_lp_grads()

@@ -163,7 +163,7 @@ class Sentinel:
     def _optimizer_step(self, engine: PipelineEngine, **kwargs: Any) -> None:
         assert self.last_verdict is not None
         if self.last_verdict.skip:
-            access.skip_step(engine)
+            access.skip_step(engine, self.last_verdict.overflow)
         else:
             self._interception.run_original(schedule.OptimizerStep, **kwargs)
 

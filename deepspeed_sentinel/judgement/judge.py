@@ -19,6 +19,7 @@ from deepspeed_sentinel.judgement.cascade import hold_against_fences
 from deepspeed_sentinel.judgement.cusum import Cusum
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.nothing import Nothing
+from deepspeed_sentinel.judgement.overflow import Overflow
 from deepspeed_sentinel.judgement.passing import Passing
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
@@ -26,8 +27,6 @@ from deepspeed_sentinel.mesh import BACKWARD, Mesh, Worker
 
 _MAX_ABS = Rows.all_of("max_abs")
 _PASSED_ON, _FROM_NOTHING = NAMES.index("passed_on"), NAMES.index("from_nothing")
-# Overflow inside a stage can start this far below the largest gradient that crosses its links.
-_OVERFLOW_HEADROOM = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ class Judge:
         self.passing = Passing(mesh, settings.warmup_steps)
         self.nothing = Nothing(mesh)
         self.record = Record(mesh, settings.strikes, settings.strike_window, settings.probation_steps)
+        self.overflow = Overflow(mesh)
         self.skipped_in_a_row = 0
         self.clean_columns = np.zeros(mesh.replicas, bool)
 
@@ -118,18 +118,14 @@ class Judge:
             per_statistic[of_pair] = np.maximum(fenced, np.where(counted, sums[..., None], 0.0))
         scores = per_statistic.max(0)
         alarms = scores > 1.0
-        links, shared = self._overflow(values, hard[RECEIVED], overflow_limit)
-        overflow = np.zeros_like(alarms)
-        overflow[BACKWARD] = hard[RECEIVED][BACKWARD] & links[:, None, None]
-        judged = np.ones_like(alarms)
-        if shared:
-            judged[BACKWARD] = False
-            alarms[BACKWARD] = disputes[BACKWARD] = False
-            scores = np.where(judged, scores, 0.0)
+        largest = np.fmax.reduce(evidence.statistics[..., _MAX_ABS], axis=-1)
+        explained = self.overflow.step(largest, hard.any(0), served, overflow_limit)
+        judged = ~explained.shared
+        alarms, disputes, scores = alarms & judged, disputes & judged, np.where(judged, scores, 0.0)
 
-        blame = Blame.of(alarms, disputes, scores, overflow)
+        blame = Blame.of(alarms, disputes, scores, explained.overflow)
         account = Account(self.mesh, served, self.table)
-        judged_step = Judged(values, residuals, per_statistic, fenced, scores, overflow)
+        judged_step = Judged(values, residuals, per_statistic, fenced, scores, explained.overflow)
         findings = account.findings(blame, judged_step, self.fences)
         disputed = account.disputes(blame.disputes, contradicted)
         newly, released = self.record.update(*entries(self.mesh, findings, disputed))
@@ -142,12 +138,13 @@ class Judge:
         if self.settings.action == "quarantine":
             excluded |= convicted_columns
         skip = bool(excluded.all())
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
+        overflow = skip and bool((alarms & explained.overflow).any())
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip and not overflow else 0
 
         clean = ~suspected & ~convicted_columns
         if not clean.any():
             clean = ~suspected
-        self.clean_columns = clean & (not shared)
+        self.clean_columns = clean & bool(judged.all())
         if self.clean_columns.any():
             clean_messages = np.broadcast_to(clean[None, None, :, None], alarms.shape)
             self.fences.learn(compared, residuals, clean_messages, evidence.step)
@@ -168,6 +165,7 @@ class Judge:
             newly_convicted=_workers(newly),
             released=_workers(released),
             skip=skip,
+            overflow=overflow,
             halt=self._halt_reason(newly),
         )
 
@@ -201,6 +199,7 @@ class Judge:
             "record": self.record.state_dict(),
             "passing": self.passing.state_dict(),
             "nothing": self.nothing.state_dict(),
+            "overflow": self.overflow.state_dict(),
             "skipped_in_a_row": np.array(self.skipped_in_a_row),
         }
 
@@ -210,6 +209,7 @@ class Judge:
         self.record.load_state_dict(state["record"])
         self.passing.load_state_dict(state["passing"])
         self.nothing.load_state_dict(state["nothing"])
+        self.overflow.load_state_dict(state["overflow"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
 
     def _available(self, statistics: np.ndarray, void: np.ndarray) -> np.ndarray:
@@ -238,16 +238,6 @@ class Judge:
         apart |= np.isnan(sent) != np.isnan(compared)
         of_pair = self.table.of_pair
         return np.asarray(differ | apart[~(self.table.hard | of_pair)].any(0)), np.asarray(apart[of_pair].any(0))
-
-    def _overflow(self, values: np.ndarray, non_finite: np.ndarray, limit: float) -> tuple[np.ndarray, bool]:
-        """Non-finite gradients that loss scaling may explain: bool [links], and whether most columns have them."""
-        if not np.isfinite(limit):
-            return np.zeros(self.mesh.links, bool), False
-        magnitudes = np.fmax.reduce(np.nan_to_num(values[_MAX_ABS]), axis=0)
-        largest = np.where(non_finite, 0.0, magnitudes)[BACKWARD].max(axis=(1, 2))
-        columns = non_finite[BACKWARD].any(axis=(0, 2))
-        shared = 2 * np.count_nonzero(columns) >= len(columns) > 0 and columns.any()
-        return largest > limit * _OVERFLOW_HEADROOM, bool(shared)
 
     def _served_by_convicted(self, served: np.ndarray) -> np.ndarray:
         """Where the worker that serves a column is convicted, bool [S, C]."""

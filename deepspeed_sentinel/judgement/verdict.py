@@ -160,6 +160,7 @@ class Verdict:
         findings, disputed: who is to blame for what, worst first.
         newly_convicted, released: changes of the record in this step.
         skip: no column is left; the optimizer must not step.
+        overflow: it is skipped because of gradients that loss scaling may explain: the scale must come down.
         halt: why training must stop, or None.
     """
 
@@ -178,6 +179,7 @@ class Verdict:
     newly_convicted: tuple[Worker, ...]
     released: tuple[Worker, ...]
     skip: bool
+    overflow: bool
     halt: str | None
 
     def digest(self) -> int:
@@ -186,7 +188,7 @@ class Verdict:
         Scores decide nothing any more. They are there so that a rank whose state is another one (memory that fails,
         another checkpoint) is found before it decides otherwise.
         """
-        crc = zlib.crc32(f"{self.step} {self.warming_up} {self.skip} {self.halt}".encode())
+        crc = zlib.crc32(f"{self.step} {self.warming_up} {self.skip} {self.overflow} {self.halt}".encode())
         suspects = [
             (
                 one.worker,

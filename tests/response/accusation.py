@@ -68,6 +68,7 @@ def verdict(*findings, convicted=(), newly=()):
         newly_convicted=tuple(newly),
         released=(),
         skip=False,
+        overflow=False,
         halt=None,
     )
 
