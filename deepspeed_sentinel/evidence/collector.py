@@ -104,7 +104,9 @@ class Collector:
         """What of the messages that this stage sends forward is compared by checksum alone; empty if nothing."""
         assert self.layout is not None, "nothing was collected yet"
         end = (FORWARD, SENT)
-        kinds, judged = self.probe.kinds.get(end, ()), self.probe.judged(end)
+        if end not in self.probe.ends:
+            return ""
+        kinds, judged = self.probe.kinds[end], self.probe.judged(end)
         left = [f"tensor {index} ({kind})" for index, kind in enumerate(kinds) if index not in judged]
         if not left:
             return ""

@@ -112,6 +112,7 @@ class Judge:
         fenced = per_statistic[of_pair]
         if self.fences.compares_replicas:
             counted = whole & ~cascade
+            counted[BACKWARD] &= ~void
             sums = self.cusum.step(
                 residuals[of_pair], counted, served, self.record.convicted, evidence.step, warming_up
             )

@@ -59,9 +59,9 @@ class World:
         values = np.concatenate([values, np.zeros((*shape[:-1], len(NAMES) - reported))], axis=-1)
         return np.stack([values, values])
 
-    def step(self, change=None, digests=None, overflow_limit=np.inf, served=None):
+    def step(self, change=None, digests=None, overflow_limit=np.inf, served=None, tensors=1):
         values = self.statistics()
-        marks = np.zeros((*values.shape[:5], 1), np.int64)
+        marks = np.zeros((*values.shape[:5], tensors), np.int64)
         if change:
             change(values)
         if digests:
