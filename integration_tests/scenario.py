@@ -39,6 +39,8 @@ class Scenario:
         seed: of the weights; the data have ``data_seed``, which is the same unless given.
         micro_batches, micro_batch_size, lengths, hidden, layers_per_stage: sizes; ``lengths`` holds the
             sequence length of each step, from the start again after the last.
+        models: module whose ``build_model`` and ``micro_batches`` are used.
+        kind: which of its models, where it has several.
         tuple_messages: send (hidden, positions, mask) with a mask of this kind in place of hidden alone:
             "int", "bool" (sent as it is), "bool_cast" (DeepSpeed's ``has_bool_tensors``: sent as half) or
             "float" (a learnt additive bias, which has a gradient).
@@ -66,6 +68,8 @@ class Scenario:
     lengths: tuple[int, ...] = (16,)
     hidden: int = 32
     layers_per_stage: int = 1
+    models: str = "integration_tests.models"
+    kind: str = ""
     tuple_messages: str | None = None
     tied: bool = False
     dynamic_shape: bool = False

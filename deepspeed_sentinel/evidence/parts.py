@@ -121,18 +121,25 @@ def agree(
         ranks: int [S, R], the global rank of each worker.
         ends: direction and SENT or RECEIVED of each end, in that order.
     """
-    mine = np.full((len(ends), 1 + _MOST), -1, np.int64)
-    for row, one in zip(mine, seen, strict=True):
-        if one is not None:
-            row[0], row[1:] = min(one.tensors, _MOST), 0
-            row[1 : 1 + len(one.widths)] = one.widths[:_MOST]
+    mine = report(seen)
     everyone = torch.empty(ranks.size * mine.size, dtype=torch.int64)
     dist.all_gather_single(everyone, torch.from_numpy(mine).flatten(), group=control)
     return combine(everyone.numpy().reshape(ranks.size, *mine.shape)[ranks], mesh, ends)
 
 
+def report(seen: Sequence[Seen | None]) -> np.ndarray:
+    """int64 [ends, 1 + _MOST]: number of tensors and widths, -1 where there is no such end."""
+    rows = np.full((len(seen), 1 + _MOST), -1, np.int64)
+    for row, one in zip(rows, seen, strict=True):
+        if one is not None:
+            row[0], row[1:] = min(one.tensors, _MOST), 0
+            widths = one.widths[:_MOST]
+            row[1 : 1 + len(widths)] = widths
+    return rows
+
+
 def combine(reports: np.ndarray, mesh: Mesh, ends: Sequence[tuple[int, int]]) -> Layout:
-    """Reports int64 [S, R, ends, 1 + _MOST], number of tensors and widths, -1 where there is none -> Layout."""
+    """Every worker's ``report``, [S, R, ends, 1 + _MOST] -> Layout."""
     tensors = np.zeros((2, mesh.links), np.int64)
     widths = np.zeros((mesh.links, _MOST), np.int64)
     for link in range(mesh.links):

@@ -29,7 +29,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 
-from integration_tests.models import build_model, micro_batches  # noqa: E402
 from integration_tests.scenario import Scenario  # noqa: E402
 
 
@@ -78,7 +77,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-FINDING = ("worker", "direction", "link", "column", "micro_batch", "statistic", "value", "score", "trusted")
+FINDING = ("worker", "direction", "link", "column", "micro_batch", "statistic", "value", "score", "trusted", "part")
 DISPUTE = ("direction", "link", "column", "sender", "receiver", "about", "micro_batches")
 
 
@@ -111,7 +110,8 @@ def run(scenario: Scenario, stages: int, output: Path, result: dict[str, Any]) -
     if scenario.precision.startswith("fp16"):
         # DeepSpeed asks for a CPU with fast fp16; torch computes in fp16 on every CPU, which is enough here
         get_accelerator().is_fp16_supported = lambda: True
-    model = build_model(scenario, stages)
+    models = importlib.import_module(scenario.models)
+    model = models.build_model(scenario, stages)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = initialize(model=model, model_parameters=parameters, config=scenario.deepspeed_config())
     if scenario.tuple_messages == "bool_cast":
@@ -138,13 +138,13 @@ def run(scenario: Scenario, stages: int, output: Path, result: dict[str, Any]) -
         if scenario.reset_shape:
             engine.reset_activation_shape()
         clock = time.perf_counter()
-        loss = engine.train_batch(micro_batches(scenario, step, data_replica))
+        loss = engine.train_batch(models.micro_batches(scenario, step, data_replica))
         result["step_seconds"].append(time.perf_counter() - clock)
         result["losses"].append(float(loss).hex())
         if sentinel is not None:
             result["verdicts"].append(summary(sentinel.last_verdict))
         if scenario.evaluate_every and (step + 1) % scenario.evaluate_every == 0:
-            held_out = micro_batches(scenario, 1_000_000 + step, data_replica)
+            held_out = models.micro_batches(scenario, 1_000_000 + step, data_replica)
             result["evaluations"][step] = float(engine.eval_batch(held_out)).hex()
         if scenario.save is not None and step + 1 == scenario.save["after_step"]:
             engine.save_checkpoint(scenario.save["directory"])

@@ -1,0 +1,82 @@
+"""A message is all its tensors: images, two float tensors, ids that are handed on, and gradients that carry nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from integration_tests.harness import ROOT
+from integration_tests.runs import run_scenarios
+from integration_tests.scenario import Scenario
+
+STEPS, START = 28, 24
+ROLL = f"{ROOT / 'integration_tests' / 'attacks_on_parts.py'}:Roll"
+BASE = Scenario(name="", models="integration_tests.models_of_parts", steps=STEPS, hidden=16)
+HONEST = [
+    BASE.with_(name="images", kind="images", lengths=(16, 24), reset_shape=True),
+    BASE.with_(name="dynamic_images", kind="images", lengths=(16, 12, 24), dynamic_shape=True, steps=4),
+    BASE.with_(name="mask_first", kind="mask_first"),
+    BASE.with_(name="unlabelled", kind="unlabelled"),
+    BASE.with_(name="carried", kind="carried"),
+]
+CULPRIT = [1, 1]
+ATTACKS = {
+    "ids_rolled": ("carried", {"attack": ROLL, "tensor": 1}),
+    "count_rolled": ("carried", {"attack": "constant", "value": 3.0, "tensor": 2}),
+    "hidden_behind_a_mask": ("mask_first", {"attack": "matched_random"}),
+    "image_shuffled": ("images", {"attack": "matched_random"}),
+    "gradient_of_nothing": ("unlabelled", {"attack": "random_value", "std": 0.01, "direction": "backward"}),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "seed": 0}
+    by_name = {scenario.name: scenario for scenario in HONEST}
+    scenarios = [
+        each for plain in HONEST for each in (plain, plain.with_(name=f"guarded_{plain.name}", sentinel=block))
+    ]
+    for name, (kind, attack) in ATTACKS.items():
+        fault = {"stage": CULPRIT[0], "replica": CULPRIT[1], "start_step": START, **attack}
+        scenarios.append(by_name[kind].with_(name=name, sentinel={**block, "inject": [fault]}))
+    return run_scenarios(scenarios, stages=3, replicas=2, folder=folder, timeout=400)
+
+
+@pytest.mark.parametrize("name", [scenario.name for scenario in HONEST])
+def test_honest_runs_are_bit_identical_and_nobody_is_accused(runs, name):
+    for plain, guarded in zip(runs[name], runs[f"guarded_{name}"], strict=True):
+        assert guarded.record["losses"] == plain.record["losses"]
+        assert guarded.record["weights_sha256"] == plain.record["weights_sha256"]
+        for verdict in guarded.verdicts:
+            assert not verdict["findings"] and not verdict["disputed"] and not any(verdict["excluded"])
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_who_alters_any_tensor_of_a_message_is_named_and_nobody_else(runs, name):
+    run = runs[name][0]
+    found = [finding for verdict in run.verdicts for finding in verdict["findings"]]
+    assert found and {tuple(finding["worker"]) for finding in found} == {tuple(CULPRIT)}
+    assert run.verdicts[START]["findings"] and not any(verdict["findings"] for verdict in run.verdicts[:START])
+    expected = {
+        "ids_rolled": {"passed_on"},
+        "count_rolled": {"passed_on"},
+        "gradient_of_nothing": {"from_nothing"},
+    }.get(name)
+    if expected:
+        assert expected <= {finding["statistic"] for finding in found}
+    if name == "hidden_behind_a_mask":
+        assert {finding["part"] for finding in found} == {1}
+
+
+def test_all_ranks_judge_the_same(runs):
+    for name in (*ATTACKS, *(f"guarded_{scenario.name}" for scenario in HONEST)):
+        digests = np.array([[verdict["digest"] for verdict in run.verdicts] for run in runs[name]])
+        assert (digests == digests[0]).all(), name
+
+
+def test_what_is_not_judged_is_said_once(runs):
+    said = "tensor 1 (int64[2, 24]), tensor 2 (int64[1]) of 3 tensors of a message compared by checksum alone"
+    told = [text for out, err in zip(runs.job.stdout, runs.job.stderr, strict=True) for text in [out + err]]
+    carried = 3  # runs of that kind that are guarded
+    assert [text.count(said) for text in told] == [carried, 0, carried, 0, 0, 0]
