@@ -169,6 +169,7 @@ class Collector:
                 for index, count in enumerate(rows)
             ]
             found, lessons = (torch.cat(parts) for parts in zip(*each, strict=True))
+        assert entering.tokens_X is not None and leaving.tokens_X is not None
         known_M = (entering.tokens_X == leaving.tokens_X) & (entering.tokens_X > 0)
         teaches_M = known_M & (entering.norms_Xm.amax(-1) > 0) & (leaving.norms_Xm.amax(-1) > 0)
         lesson_V = torch.where(teaches_M[:, None], lessons, 0.0).sum(0) / teaches_M.sum().clamp_min(1)

@@ -120,11 +120,6 @@ class Rows:
 
     parts: int
 
-    @classmethod
-    def of(cls, statistics: np.ndarray) -> Rows:
-        """Of statistics [..., P * K]."""
-        return cls(statistics.shape[-1] // len(TABLE))
-
     def __len__(self) -> int:
         return self.parts * len(TABLE)
 

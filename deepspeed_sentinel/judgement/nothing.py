@@ -40,7 +40,7 @@ class Nothing:
             bool [L, C, M] twice: gradients that carry nothing, or are made of what does; and those that were made of
             nothing by a stage that should not.
         """
-        zero = _zero(statistics[:, BACKWARD]).all(0)
+        zero = np.asarray(_zero(statistics[:, BACKWARD]).all(0))
         void = np.broadcast_to(zero[-1:], zero.shape)
         made = np.zeros_like(zero)
         if not zero[-1].any():
