@@ -112,9 +112,10 @@ class Interception:
         for index, tensor in enumerate(message):
             if tensor.is_floating_point() and not tensor.requires_grad:
                 raise ValueError(
-                    f"stage {self._engine.stage_id} sends tensor {index} of a message, {describe(tensor)}, without "
-                    "requires_grad, but DeepSpeed sends a gradient back for every floating-point tensor. Send it as "
-                    "integers or bools, or let the message not carry it."
+                    f"stage {self._engine.stage_id} sends tensor {index} of a message, {describe(tensor)}, that does "
+                    "not require a gradient, but DeepSpeed runs backward from every floating-point tensor. If it is a "
+                    "mask or an index, send it as integers or bools; if all that it comes from is frozen, call "
+                    "requires_grad_() on it."
                 )
 
     def _gradients(self, message: Tensors) -> Tensors:

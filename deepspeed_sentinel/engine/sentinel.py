@@ -180,6 +180,8 @@ class Sentinel:
         evidence = self._collector.collect(step, access.gradient_scale(self.engine))
         if first:
             self._tell_layout()
+        for told in self._collector.changed():
+            logger.warning(f"[sentinel] {told}")
         verdict = self._judge.step(evidence, access.overflow_limit(self.engine))
         self._agree(verdict)
         verdict = self._audit(verdict, evidence)

@@ -18,7 +18,7 @@ from deepspeed_sentinel.evidence.sketch import PairSketches
 from deepspeed_sentinel.evidence.table import SENT, Evidence
 from deepspeed_sentinel.evidence.transfer import Sketches, Transfers
 from deepspeed_sentinel.kernels.token_sketch import sketch_rows
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD, Mesh, Worker
 
 PUBLIC_SEED = 0  # everybody may know it: it has to serve both ends of every link
 
@@ -64,6 +64,7 @@ class Collector:
         self._exchange = Exchange(mesh, ranks, replica_group)
         self._statistics: dict[Place, EndStatistics] = {}
         self._lessons: dict[Place, torch.Tensor] = {}
+        self._told: frozenset[Place] = frozenset()
         self.reset()
 
     def reset(self) -> None:
@@ -114,6 +115,16 @@ class Collector:
             f"link {self.probe.link(end)}: {', '.join(left)} of {len(kinds)} tensors of a message compared by checksum "
             "alone, and with what entered the stage where it passes unchanged"
         )
+
+    def changed(self) -> list[str]:
+        """What this stage sent of another hidden size than was agreed on, each told once."""
+        new = sorted((end, part) for end, part in self.probe.changed - self._told if end[1] == SENT)
+        self._told |= self.probe.changed
+        return [
+            f"{DIRECTIONS[end[0]]} messages over link {self.probe.link(end)}: part {part} changes its hidden size, so "
+            "messages in which it differs from the first step's are not judged by it"
+            for end, part in new
+        ]
 
     def testify(self, end: End) -> Statement:
         """For an audit, between ``collect`` and ``learn``: what this worker kept at an end, and how it looked at it."""

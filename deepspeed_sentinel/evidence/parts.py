@@ -5,7 +5,7 @@ and backward. The others (ids, masks of integers or bools) are compared by their
 
     shape          tokens     hidden
     [..., T, D]    ... x T    D
-    [B, C, H, W]   B x H x W  C          four dimensions: an image, channels are its features, positions its tokens
+    [B, C, H, W]   B x H x W  C          four dimensions or more: an image, channels are its features
     [N]            N          1
     []             1          1
 
@@ -40,8 +40,8 @@ def as_tokens(tensor: torch.Tensor) -> torch.Tensor:
     """A part as x_TD; see the head of this file."""
     if tensor.dim() < 2:
         return tensor.reshape(-1, 1)
-    if tensor.dim() == 4:
-        tensor = tensor.permute(0, 2, 3, 1)
+    if tensor.dim() >= 4:
+        tensor = tensor.movedim(1, -1)
     return tensor.reshape(-1, tensor.shape[-1])
 
 

@@ -110,6 +110,7 @@ class Probe:
     def adopt(self, layout: Layout) -> None:
         """Expect from now on what all ranks agreed on, and leave out what was read of anything else."""
         self._layout = layout
+        self._changed.clear()
         for end in self.ends:
             self._expected[end] = layout.of_link(self.link(end))
             if end in self._digests:
@@ -201,6 +202,11 @@ class Probe:
                 buffers.norms_JMm[secret, micro_batch, :rows],
             )
 
+    @property
+    def changed(self) -> frozenset[tuple[End, int]]:
+        """Ends and parts that were seen with another hidden size than expected, or with none."""
+        return frozenset(self._changed)
+
     def parts(self, end: End) -> list[int]:
         """Which parts are judged at an end."""
         return [part for part, width in enumerate(self._expected[end]) if width]
@@ -272,7 +278,8 @@ class Probe:
         x_TD = as_tokens(tensor)
         expected = self._expected[end]
         if part >= len(expected) or expected[part] != x_TD.shape[1] or x_TD.numel() == 0:
-            self._changed.add((end, part))
+            if self._layout is None or (part < len(expected) and expected[part]):
+                self._changed.add((end, part))
             return False
         buffers = self._buffers_of(end, part, expected[part])
         buffers.tokens[micro_batch] = x_TD.shape[0]
