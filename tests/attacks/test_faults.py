@@ -114,3 +114,24 @@ def test_composites_are_written_beside_the_other_keys():
     mine = faults(attack="subset_of_tokens", inner="constant", inner_arguments={"value": 2.0}, fraction=0.5)
     tampered = apply(mine, "compute", "forward", 6, 0, MESSAGE)
     assert (tampered == 2.0).all(-1).sum() == 60
+
+
+IDS, SMALL = torch.arange(120).view(3, 40), torch.ones(2)
+
+
+def test_a_fault_acts_on_the_tensor_that_it_names_and_by_default_on_the_hidden_state():
+    message = (IDS, SMALL, MESSAGE)
+    for tensor, index in ((None, 2), (0, 0), (1, 1)):
+        sent = faults(tensor=tensor, factor=-1).apply("compute", "forward", 6, 0, message)
+        for position, (one, honest) in enumerate(zip(sent, message, strict=True)):
+            assert torch.equal(one, -honest if position == index else honest)
+    with pytest.raises(ValueError, match='"tensor": 3, but the message has 3 tensors'):
+        faults(tensor=3).apply("compute", "forward", 6, 0, message)
+
+
+def test_pass_through_sends_what_entered_in_the_place_of_the_same_tensor():
+    for tensor, entered, index in ((1, (IDS, 5 * SMALL), 1), (None, (SMALL, 5 * MESSAGE), 1), (0, (3 * MESSAGE,), 0)):
+        message = (IDS, SMALL) if tensor == 1 else (MESSAGE,) if tensor == 0 else (SMALL, MESSAGE)
+        mine = faults(attack="pass_through", tensor=tensor)
+        mine.enter("forward", 0, entered)
+        assert torch.equal(mine.apply("compute", "forward", 6, 0, message)[index], entered[index])
