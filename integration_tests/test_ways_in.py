@@ -32,7 +32,7 @@ def test_a_detached_engine_is_as_it_was(cases):
     for case in cases:
         assert case["attached_is_handle"]
         assert case["attached_observed"] == case["detached_observed"] == 2 * 2 * Scenario(name="").micro_batches
-        assert case["detached_attributes"] == []
+        assert case["detached_attributes"] == [] and case["still_the_scripts"]
         assert case["detached"] == case["plain"]
 
 

@@ -32,6 +32,7 @@ from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
 # go on after an error in one, and what a watched method fails with ends all ranks.
 _WATCHED = ("train_batch", "eval_batch")
 _WRAPPED = ("_exec_schedule", "_aggregate_total_loss", "save_checkpoint", "load_checkpoint", *_WATCHED)
+_SET = ("_INSTRUCTION_MAP", "sentinel", *_WRAPPED)
 
 
 class Sentinel:
@@ -75,6 +76,8 @@ class Sentinel:
         self._interception = Interception(engine, self._collector.probe, self._collector.keeping, faults)
         self._hearing = Hearing(self.worker, ranks, self._control, device, self._collector.testify)
         self._originals = {name: getattr(engine, name) for name in _WRAPPED}
+        # What a script has put over a method of the engine is its own, and there again after ``detach``.
+        self._before = {name: vars(engine)[name] for name in _SET if name in vars(engine)}
         self.reset()
         self._liveness = Liveness(self.mesh, ranks)
         self._wrap()
@@ -84,8 +87,10 @@ class Sentinel:
         """Give the engine back as it was: no wrapped instruction remains."""
         if getattr(self.engine, "sentinel", None) is not self:
             return
-        for name in ("_INSTRUCTION_MAP", "sentinel", *_WRAPPED):
+        for name in _SET:
             delattr(self.engine, name)
+        for name, before in self._before.items():
+            setattr(self.engine, name, before)
         self._liveness.stop()
         if self._events:
             self._events.close()

@@ -78,7 +78,8 @@ def cases() -> dict[str, Any]:
 
     engine = initialize(None)[0]
     losses = train(engine, range(1))
-    before = set(vars(engine))
+    engine.load_checkpoint = lambda *_, **__: "the script's own"
+    before = dict(vars(engine))
     handle = deepspeed_sentinel.attach(engine, block())
     result["attached_is_handle"] = engine.sentinel is handle
     result["twice"] = refusal(lambda: deepspeed_sentinel.attach(engine, block()))
@@ -86,7 +87,8 @@ def cases() -> dict[str, Any]:
     result["attached_observed"] = observed
     handle.detach()
     handle.detach()
-    result["detached_attributes"] = sorted(set(vars(engine)) ^ before)
+    result["detached_attributes"] = sorted(set(vars(engine)) ^ set(before))
+    result["still_the_scripts"] = engine.load_checkpoint is before["load_checkpoint"]
     losses += train(engine, range(3, 4))
     result["detached"] = losses
     result["detached_observed"] = observed
