@@ -47,9 +47,10 @@ class Injection(BaseModel):
     @model_validator(mode="after")
     def _attack_can_be_built(self) -> Injection:
         needs = Needs.of(build_attack(self.attack, self.arguments))
-        if needs.recompute_steps:
+        if needs.simulator_only:
             raise ValueError(
-                f"attack {self.attack!r} computes with old weights, which only the simulator keeps: use it there"
+                f"attack {self.attack!r} computes a stage's work again, with old weights or from an altered input, "
+                "which only the simulator can: use it there"
             )
         if needs.false_report and self.where != "report":
             raise ValueError(f'attack {self.attack!r} acts on reports only, got where={self.where!r}; use "report"')

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from deepspeed_sentinel.attacks.base import register
-from deepspeed_sentinel.attacks.common import check_choice, check_number, normal_like, tokens, uniform_like
+from deepspeed_sentinel.attacks.common import check_choice, check_number, flip_bit, normal_like, tokens, uniform_like
 from deepspeed_sentinel.attacks.context import AttackContext
 
 _INTEGERS = {"int8": 127, "int4": 7}
@@ -115,11 +115,4 @@ class BitFlip:
     """One random bit of one random element is inverted, as silent hardware corruption does."""
 
     def __call__(self, message: torch.Tensor, context: AttackContext) -> torch.Tensor:
-        tampered = message.clone(memory_format=torch.contiguous_format)
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[message.element_size()]
-        width = 8 * message.element_size()
-        element = int(torch.randint(message.numel(), (), generator=context.generator))
-        bit = int(torch.randint(width, (), generator=context.generator))
-        mask = 1 << bit if bit < width - 1 else -(1 << bit)
-        tampered.view(-1).view(bits)[element] ^= mask
-        return tampered
+        return flip_bit(message, context.generator)

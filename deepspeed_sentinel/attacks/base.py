@@ -32,6 +32,7 @@ class Needs:
         uses_previous: ``context.previous``.
         history_steps: how far back ``context.history`` reaches, in steps.
         recompute_steps: how far back ``context.recompute`` reaches, in steps; above 0 it works in the simulator only.
+        alters_stored: ``context.stored`` and ``context.backward_from``; works in the simulator only.
         false_report: it acts on what a receiver reports, not on what it sends.
         vouches: receivers that take part report tampered messages of other participants as if they were honest.
     """
@@ -40,8 +41,13 @@ class Needs:
     uses_previous: bool = False
     history_steps: int = 0
     recompute_steps: int = 0
+    alters_stored: bool = False
     false_report: bool = False
     vouches: bool = False
+
+    @property
+    def simulator_only(self) -> bool:
+        return self.recompute_steps > 0 or self.alters_stored
 
     @classmethod
     def of(cls, attack: Attack) -> Needs:

@@ -42,6 +42,18 @@ def tokens(message: torch.Tensor) -> torch.Tensor:
     return message.reshape(-1, message.shape[-1]) if message.dim() > 1 else message.reshape(-1, 1)
 
 
+def flip_bit(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A contiguous copy with one random bit of one random element inverted."""
+    flipped = tensor.clone(memory_format=torch.contiguous_format)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    width = 8 * tensor.element_size()
+    element = int(torch.randint(tensor.numel(), (), generator=generator))
+    bit = int(torch.randint(width, (), generator=generator))
+    mask = 1 << bit if bit < width - 1 else -(1 << bit)
+    flipped.view(-1).view(bits)[element] ^= mask
+    return flipped
+
+
 def entered_like(message: torch.Tensor, context: AttackContext) -> torch.Tensor:
     """What entered the stage, where it has the message's shape.
 

@@ -24,6 +24,7 @@ class Composite:
         self.uses_previous = any(need.uses_previous for need in needs)
         self.history_steps = max(need.history_steps for need in needs)
         self.recompute_steps = max(need.recompute_steps for need in needs)
+        self.alters_stored = any(need.alters_stored for need in needs)
 
     def observe(self, message: torch.Tensor, context: AttackContext) -> None:
         for attack in self.inner:

@@ -30,7 +30,9 @@ class AttackContext:
         entered: what entered the stage in this direction: the activation it received, or the gradient. Only where
             the attack declares ``uses_entered``; None also where nothing enters (first stage forward, last backward).
         previous: this worker's own honest message just before this one, where ``uses_previous`` is declared.
-        past: source of ``history``; recomputed: source of ``recompute``.
+        stored: for a gradient message, the activation that entered the stage forward and was kept for it, where
+            ``alters_stored`` is declared; simulator only.
+        past: source of ``history``; recomputed: source of ``recompute``; redone: source of ``backward_from``.
     """
 
     direction: str
@@ -43,8 +45,10 @@ class AttackContext:
     seed: int = 0
     entered: torch.Tensor | None = None
     previous: torch.Tensor | None = None
+    stored: torch.Tensor | None = None
     past: Callable[[int], torch.Tensor | None] | None = None
     recomputed: Callable[[int], torch.Tensor | None] | None = None
+    redone: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def history(self, k: int) -> torch.Tensor | None:
         """This worker's own honest message of ``k`` steps ago with the same micro-batch index, or None.
@@ -65,6 +69,16 @@ class AttackContext:
         if self.recomputed is None:
             raise ValueError("recompute(k) needs old weights, which only the simulator keeps: use it there")
         return self.recomputed(k)
+
+    def backward_from(self, stored: torch.Tensor) -> torch.Tensor:
+        """The gradient message, computed as if ``stored`` had been kept of the activation that entered the stage.
+
+        Raises:
+            ValueError: outside the simulator, where nobody computes a backward pass twice.
+        """
+        if self.redone is None:
+            raise ValueError("backward_from(stored) computes a backward pass again, as only the simulator can")
+        return self.redone(stored)
 
     def shared_generator(self, *parts: object) -> torch.Generator:
         """A generator that all attackers of the run have in common in this step, for each value of ``parts``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 
 import torch
 
@@ -17,13 +17,14 @@ class Memory:
 
     def __init__(self, needs: Needs) -> None:
         self._needs = needs
-        self._past: dict[int, deque[tuple[int, torch.Tensor]]] = defaultdict(lambda: deque(maxlen=needs.history_steps))
+        self._past: dict[int, deque[tuple[int, torch.Tensor]]] = {}
         self._previous: torch.Tensor | None = None
 
     def put(self, step: int, micro_batch: int, message: torch.Tensor) -> None:
         """Remember one honest message."""
         if self._needs.history_steps:
-            self._past[micro_batch].append((step, message.detach().clone()))
+            kept = self._past.setdefault(micro_batch, deque(maxlen=self._needs.history_steps))
+            kept.append((step, message.detach().clone()))
         if self._needs.uses_previous:
             self._previous = message.detach().clone()
 
@@ -43,4 +44,4 @@ class Memory:
                 f"history({k}) goes further back than history_steps = {self._needs.history_steps}; declare the class "
                 f"attribute history_steps = {k}"
             )
-        return next((message for then, message in self._past[micro_batch] if then == step - k), None)
+        return next((message for then, message in self._past.get(micro_batch, ()) if then == step - k), None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,11 +15,24 @@ from deepspeed_sentinel.attacks.base import show_honest
 from deepspeed_sentinel.attacks.context import seeded
 from deepspeed_sentinel.attacks.memory import Memory
 from deepspeed_sentinel.attacks.teams import Collusion
-from deepspeed_sentinel.mesh import DIRECTIONS, Mesh, Worker
+from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, Mesh, Worker
 from deepspeed_sentinel.simulation.options import SimulationOptions
 
-# (direction, stage, column position, micro-batch position, steps ago) -> honest message with old weights, or None.
-Recompute = Callable[[int, int, int, int, int], torch.Tensor | None]
+
+class Anew(Protocol):
+    """What can be computed anew of a stage's work, for the message at a position (column, micro-batch)."""
+
+    def with_old_weights(self, direction: int, stage: int, at: tuple[int, int], k: int) -> torch.Tensor | None:
+        """The honest message with the weights of ``k`` steps ago; None before there are any."""
+        ...
+
+    def stored(self, stage: int, at: tuple[int, int]) -> torch.Tensor:
+        """The activation that entered the stage."""
+        ...
+
+    def backward_from(self, stage: int, at: tuple[int, int], stored_BTD: torch.Tensor) -> torch.Tensor:
+        """The gradient that leaves if ``stored_BTD`` was kept of that activation."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,21 +63,25 @@ class Attackers:
     fewer columns. What they remember of a step counts from ``end_step`` on.
 
     Attributes:
+        malicious: bool [S, R], who may tamper.
+        watches: whether it remembers or learns from honest messages, also before it may act.
         acted_first: int [S, R], the first step in which a worker truly changed something; -1 is never.
+        altered: (direction, stage, column, micro-batch) of all messages changed in this step.
     """
 
     def __init__(self, options: SimulationOptions, malicious: np.ndarray) -> None:
         assert options.attack is not None
         self._options = options
-        self._malicious = malicious
+        self.malicious = malicious
         self._attack = build_attack(options.attack, options.attack_arguments)
         self.needs = Needs.of(self._attack)
         self._observes = hasattr(self._attack, "observe")
-        self._watches = self._observes or self.needs.uses_previous or self.needs.history_steps > 0
+        self.watches = self._observes or self.needs.uses_previous or self.needs.history_steps > 0
         self._memory: dict[tuple[Worker, int], Memory] = {}
         self._honest: dict[tuple[int, Worker, int], torch.Tensor] = {}
         self._seen: list[tuple[torch.Tensor, AttackContext]] = []
         self.acted_first = np.full(malicious.shape, -1)
+        self.altered: set[tuple[int, int, int, int]] = set()
 
     def acts_in(self, direction: int) -> bool:
         return self._options.direction in (DIRECTIONS[direction], "both")
@@ -77,18 +95,17 @@ class Attackers:
         served: np.ndarray,
         sent_CMBTD: torch.Tensor,
         entered_CMBTD: torch.Tensor | None,
-        recompute: Recompute,
+        anew: Anew | None,
     ) -> torch.Tensor:
         """What the workers of ``stage`` really send; the very same tensor if none of them tampers."""
-        idle = step < self._options.start and not self._watches
+        idle = step < self._options.start and not self.watches
         if idle or not self.acts_in(direction) or self.needs.false_report:
             return sent_CMBTD
         wire = sent_CMBTD
         for message in self._messages(stage, part, served):
             honest = sent_CMBTD[message.at]
             entered = None if entered_CMBTD is None or not self.needs.uses_entered else entered_CMBTD[message.at]
-            source = partial(recompute, direction, stage, *message.at)
-            context = self._context(direction, message, step, honest, entered, source)
+            context = self._context(direction, message, step, entered, anew)
             if not part.again:
                 self._remember(direction, message, honest, context)
             if step < self._options.start:
@@ -99,6 +116,7 @@ class Attackers:
             wire = wire.clone() if wire is sent_CMBTD else wire
             wire[message.at] = tampered
             self._note(message.worker, step)
+            self.altered.add((direction, stage, part.columns[message.at[0]], part.micro_batches[message.at[1]]))
         return wire
 
     def false_reports(
@@ -110,7 +128,7 @@ class Attackers:
         claimed = received_CMBTD
         for message in self._messages(stage, part, served):
             true = received_CMBTD[message.at]
-            context = self._context(direction, message, step, true, None, lambda k: None)
+            context = self._context(direction, message, step, None, None)
             claimed = claimed.clone() if claimed is received_CMBTD else claimed
             claimed[message.at] = apply_attack(self._attack, true, context)
             if not torch.equal(claimed[message.at], true):
@@ -127,8 +145,12 @@ class Attackers:
         assert isinstance(self._attack, Collusion)
         for position, column in enumerate(part.columns):
             ends = [Worker(stage, int(served[stage, column])) for stage in (sender_stage, receiver_stage)]
-            mask[position] = all(self._malicious[end] and self._takes_part(end) for end in ends)
+            mask[position] = all(self.malicious[end] and self._takes_part(end) for end in ends)
         return mask
+
+    def begin_step(self) -> None:
+        """Forget which messages of the step before were changed."""
+        self.altered = set()
 
     def end_step(self, step: int) -> None:
         """What passed in this step becomes memory."""
@@ -149,7 +171,7 @@ class Attackers:
         for column, replica in enumerate(served[stage].tolist()):
             turn = sent_before[replica]
             sent_before[replica] += 1
-            if not self._malicious[stage, replica] or column not in position_of:
+            if not self.malicious[stage, replica] or column not in position_of:
                 continue
             for position, micro_batch in enumerate(part.micro_batches):
                 index = turn * self._options.micro_batches + micro_batch
@@ -160,9 +182,8 @@ class Attackers:
         direction: int,
         message: _Message,
         step: int,
-        honest: torch.Tensor,
         entered: torch.Tensor | None,
-        recompute: Callable[[int], torch.Tensor | None],
+        anew: Anew | None,
     ) -> AttackContext:
         worker, index = message.worker, message.index
         memory = self._memory.get((worker, direction))
@@ -170,6 +191,12 @@ class Attackers:
         if previous is None and index == 0 and memory is not None:
             previous = memory.previous
         past = memory or Memory(self.needs)
+        recomputed = stored = redone = None
+        if anew is not None and self.needs.recompute_steps:
+            recomputed = partial(anew.with_old_weights, direction, worker.stage, message.at)
+        if anew is not None and self.needs.alters_stored and direction == BACKWARD:
+            stored = anew.stored(worker.stage, message.at)
+            redone = partial(anew.backward_from, worker.stage, message.at)
         return AttackContext(
             DIRECTIONS[direction],
             *worker,
@@ -181,7 +208,9 @@ class Attackers:
             entered=entered,
             previous=previous,
             past=partial(past.history, step, index),
-            recomputed=recompute,
+            recomputed=recomputed,
+            stored=stored,
+            redone=redone,
         )
 
     def _remember(self, direction: int, message: _Message, honest: torch.Tensor, context: AttackContext) -> None:

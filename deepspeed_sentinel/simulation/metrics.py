@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from deepspeed_sentinel.judgement.blame import followers
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
@@ -27,6 +29,9 @@ class Tally:
     A worker counts as malicious from the first step in which it changed something. ``detection_steps`` is the step of
     the first alarm blamed on such a worker minus that step. A false alarm is a message blamed on a worker that is not
     malicious; its rate is over all judged messages that such workers sent.
+
+    Of messages: a blamed one that was changed is right, any other is wrong, and a changed one is missed if neither it
+    nor any before it on its micro-batch's way was blamed.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -35,16 +40,25 @@ class Tally:
         self.convicted = np.zeros(shape, bool)
         self._blamed_first = np.full(shape, -1)
         self.judged_messages = self.false_alarms = self.honest_judged = 0
+        self.changed_blamed = self.unchanged_blamed = self.changed_missed = 0
         self.skipped_steps = self.excluded_columns = self.disputes = 0
 
-    def add(self, verdict: Verdict, served: np.ndarray, malicious: np.ndarray) -> None:
+    def add(
+        self,
+        verdict: Verdict,
+        served: np.ndarray,
+        malicious: np.ndarray,
+        altered: Iterable[tuple[int, int, int, int]] = (),
+    ) -> None:
         """Count one step.
 
         Args:
             verdict: of the step.
             served: int [S, C], who served which column.
             malicious: bool [S, R], who has changed something in this step or before.
+            altered: (direction, stage, column, micro-batch) of the messages changed in this step.
         """
+        self._add_messages(verdict, altered)
         micro_batches = verdict.scores.shape[3]
         self.judged_messages += verdict.judged
         if verdict.judged:
@@ -58,6 +72,16 @@ class Tally:
         self.skipped_steps += verdict.skip
         self.excluded_columns += int(np.count_nonzero(verdict.excluded))
         self.disputes += len(verdict.disputed)
+
+    def _add_messages(self, verdict: Verdict, altered: Iterable[tuple[int, int, int, int]]) -> None:
+        changed, blamed = np.zeros(verdict.scores.shape, bool), np.zeros(verdict.scores.shape, bool)
+        for direction, stage, column, micro_batch in altered:
+            changed[direction, stage if direction == FORWARD else stage - 1, column, micro_batch] = True
+        for finding in verdict.findings:
+            blamed[finding.direction, finding.link, finding.column, list(finding.micro_batches)] = True
+        self.changed_blamed += int(np.count_nonzero(changed & blamed))
+        self.unchanged_blamed += int(np.count_nonzero(blamed & ~changed))
+        self.changed_missed += int(np.count_nonzero(changed & ~blamed & ~followers(blamed)))
 
     def result(self, acted_first: np.ndarray) -> dict[str, Any]:
         """The part of ``result.json`` about detection; null where there is nothing to divide by.
@@ -83,6 +107,15 @@ class Tally:
             "false_alarms": self.false_alarms,
             "false_convictions": wrong,
             "false_alarm_rate": _Ratio(self.false_alarms, self.honest_judged).value,
+        }
+
+    def messages(self) -> dict[str, float | None]:
+        """Precision, recall and F1 over messages; null where there is nothing to divide by."""
+        right, wrong, missed = self.changed_blamed, self.unchanged_blamed, self.changed_missed
+        return {
+            "precision": _Ratio(right, right + wrong).value,
+            "recall": _Ratio(right, right + missed).value,
+            "f1": _Ratio(2 * right, 2 * right + wrong + missed).value,
         }
 
     def _honest_messages(self, served: np.ndarray, malicious: np.ndarray) -> int:

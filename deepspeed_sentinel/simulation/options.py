@@ -17,6 +17,7 @@ _CHOICES = {
     "verifier": ("trusted", "receiver"),
     "evidence": ("paper", "all"),
     "guard": ("on", "off"),
+    "procedure": ("ours", "paper"),
     "dtype": ("float32", "bfloat16"),
 }
 
@@ -39,6 +40,10 @@ class SimulationOptions:
             arXiv 2603.03592, or the receiver, which may lie, held against the sender's report.
         evidence: all statistics of the table, or the four distances of the paper alone.
         guard: off lets the attack through.
+        procedure: how to judge: this package's way, or that of arXiv 2603.03592 (``simulation/paper.py``), which
+            looks at the messages of ``direction`` alone.
+        honest_steps: with procedure="paper" the steps whose messages it takes for honest before it flags any.
+        stop_after: end a run so many steps after all who tamper are convicted; 0 runs all steps.
         majority: allow half of a stage's workers or more to be malicious.
         chunk: micro-batches of all columns that are computed at once; 0 is all.
         device, dtype: where and in what to compute.
@@ -63,6 +68,9 @@ class SimulationOptions:
     verifier: str = "trusted"
     evidence: str = "all"
     guard: str = "on"
+    procedure: str = "ours"
+    honest_steps: int = 1000
+    stop_after: int = 0
     majority: bool = False
     chunk: int = 0
     device: str = "cpu"
@@ -73,7 +81,16 @@ class SimulationOptions:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, low in (("stages", 3), ("replicas", 1), ("steps", 1), ("start", 0), ("seed", 0), ("chunk", 0)):
+        for name, low in (
+            ("stages", 3),
+            ("replicas", 1),
+            ("steps", 1),
+            ("start", 0),
+            ("seed", 0),
+            ("chunk", 0),
+            ("honest_steps", 1),
+            ("stop_after", 0),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be a whole number from {low}, got {value!r}")
@@ -104,6 +121,11 @@ class SimulationOptions:
             return
         if self.start >= self.steps and (self.attackers_per_stage or self.attackers):
             raise ValueError(f"start ({self.start}) must be less than steps ({self.steps}), or nobody ever attacks")
+        if self.procedure == "paper" and self.guard == "on" and self.start < self.honest_steps:
+            raise ValueError(
+                f"start ({self.start}) must not be below honest_steps ({self.honest_steps}) with procedure='paper': it "
+                "takes these steps for honest"
+            )
         needs = Needs.of(build_attack(self.attack, self.attack_arguments))
         if needs.false_report and self.verifier == "trusted":
             raise ValueError(
@@ -137,6 +159,9 @@ class SimulationOptions:
             "verifier": "trusted",
             "evidence": "all",
             "guard": "off",
+            "procedure": "ours",
+            "honest_steps": 1000,
+            "stop_after": 0,
             "majority": False,
             "sentinel": {},
         }
@@ -145,3 +170,18 @@ class SimulationOptions:
     def key(self) -> str:
         """One text for one run: equal settings, equal text."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def trunk_of(options: SimulationOptions) -> SimulationOptions:
+    """What a run has in common with others up to ``start``: equal for runs that may share these steps."""
+    nobody: dict[str, Any] = {
+        "attack": None,
+        "attack_arguments": {},
+        "malicious": 0.0,
+        "attackers": (),
+        "majority": False,
+        "stop_after": 0,
+    }
+    if options.procedure == "ours":  # the other one judges the messages of the direction that is attacked later
+        nobody["direction"] = "both"
+    return dataclasses.replace(options, **nobody)

@@ -10,6 +10,7 @@ Dimension key: C columns, M micro-batches, B sequences of a micro-batch, T token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -38,39 +39,92 @@ class Wire:
         return sent_CMBTD
 
 
-def train_pass(
-    stages: Sequence[nn.Module], ids_CMBT: torch.Tensor, labels_CMBT: torch.Tensor, links: Links
-) -> torch.Tensor:
-    """Forward and backward; adds the *sum* of all messages' gradients to the weights' ``.grad``.
+@dataclass(frozen=True)
+class Pass:
+    """What a pass leaves.
 
-    Returns:
-        float32 [C, M], the mean loss of each message in nats a token.
+    Attributes:
+        losses_CM: float32 [C, M], the mean loss of each message in nats a token.
+        gradients: of each column one tensor a weight, in the order of ``weights_of``, summed over the column's
+            messages; None for a weight that had no part. Empty where columns were not kept apart.
     """
-    messages = ids_CMBT.shape[:3]
 
-    def as_message(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().view(*messages, *tensor.shape[1:])
+    losses_CM: torch.Tensor
+    gradients: tuple[tuple[torch.Tensor | None, ...], ...] = ()
 
-    inputs: list[torch.Tensor] = [ids_CMBT.flatten(0, 2)]
-    outputs: list[torch.Tensor] = []
+
+def weights_of(stages: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """All weights, stage by stage."""
+    return [weight for stage in stages for weight in stage.parameters()]
+
+
+def train_pass(
+    stages: Sequence[nn.Module],
+    ids_CMBT: torch.Tensor,
+    labels_CMBT: torch.Tensor,
+    links: Links,
+    apart: bool = False,
+) -> Pass:
+    """Forward and backward.
+
+    Args:
+        stages: the model.
+        ids_CMBT, labels_CMBT: token ids, int64.
+        links: what stands between the stages.
+        apart: compute column by column and keep each column's gradients for itself, so that any of them can be left
+            out afterwards; otherwise all columns are one batch, and the sum of all messages' gradients is added to
+            the weights' ``.grad``. The two differ in the order of sums alone.
+    """
+    messages, columns = ids_CMBT.shape[:3], ids_CMBT.shape[0]
+    parts = columns if apart else 1
+
+    def as_message(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        whole = tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+        return whole.detach().view(*messages, *whole.shape[1:])
+
+    def split(crossed_CMBTD: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return crossed_CMBTD.flatten(0, 2).chunk(parts)
+
+    inputs: list[tuple[torch.Tensor, ...]] = [split(ids_CMBT)]
+    outputs: list[list[torch.Tensor]] = []
     for index, stage in enumerate(stages):
-        outputs.append(stage(inputs[index]))
+        outputs.append([stage(entered) for entered in inputs[index]])
         if index < len(stages) - 1:
             entered = as_message(inputs[index]) if index else None
             received = links.cross(FORWARD, index, as_message(outputs[index]), entered)
-            inputs.append(received.reshape(outputs[index].shape).detach().requires_grad_())
-    losses_CM = message_losses(outputs[-1], labels_CMBT)
-    losses_CM.sum().backward()
-    gradient: torch.Tensor | None = None
-    for index in range(len(stages) - 1, 0, -1):
-        if gradient is not None:
-            outputs[index].backward(gradient)
-        entered = None if gradient is None else as_message(gradient)
-        made = inputs[index].grad
-        assert made is not None
-        gradient = links.cross(BACKWARD, index - 1, as_message(made), entered).reshape(made.shape)
-    outputs[0].backward(gradient)
-    return losses_CM.detach()
+            inputs.append(tuple(part.detach().requires_grad_() for part in split(received)))
+    losses = [message_losses(part, labels) for part, labels in zip(outputs[-1], labels_CMBT.chunk(parts), strict=True)]
+    kept: list[list[tuple[torch.Tensor | None, ...]]] = [[] for _ in stages]
+    gradient: Sequence[torch.Tensor | None] = [None] * parts
+    for index in range(len(stages) - 1, -1, -1):
+        ends = [loss.sum() for loss in losses] if index == len(stages) - 1 else outputs[index]
+        if apart:
+            for end, carried, leaf in zip(ends, gradient, inputs[index], strict=True):
+                kept[index].append(_gradients(stages[index], end, carried, leaf if index else None))
+        else:
+            ends[0].backward(gradient[0])
+        if index:
+            made = []
+            for leaf in inputs[index]:
+                assert leaf.grad is not None
+                made.append(leaf.grad)
+            entered = None if gradient[0] is None else as_message([part for part in gradient if part is not None])
+            gradient = split(links.cross(BACKWARD, index - 1, as_message(made), entered))
+    by_column = tuple(tuple(g for stage in kept for g in stage[column]) for column in range(columns if apart else 0))
+    return Pass(torch.cat([part.detach() for part in losses]), by_column)
+
+
+def _gradients(
+    stage: nn.Module, end: torch.Tensor, carried: torch.Tensor | None, leaf: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of the stage's weights alone; that of what entered is left in ``leaf.grad``."""
+    weights = list(stage.parameters())
+    wanted = weights if leaf is None else [*weights, leaf]
+    found = torch.autograd.grad(end, wanted, carried, allow_unused=True)
+    if leaf is None:
+        return found
+    leaf.grad = found[-1]
+    return found[:-1]
 
 
 def message_losses(logits: torch.Tensor, labels_CMBT: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from deepspeed_sentinel.simulation.options import SimulationOptions
@@ -28,11 +29,20 @@ def one_thread_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
-def run_alone(options: SimulationOptions) -> dict[str, Any]:
-    """One run without a progress bar; the contents of its ``result.json``."""
+def run_alone(options: SimulationOptions, trunk: Path | None = None) -> dict[str, Any]:
+    """One run without a progress bar, from a trunk if there is one; the contents of its ``result.json``."""
+    from deepspeed_sentinel.simulation.branching import Trunk
     from deepspeed_sentinel.simulation.run import Simulation
 
-    return Simulation(options).run()
+    simulation = Simulation(options) if trunk is None else Trunk.read(trunk).branch(options)
+    return simulation.run()
+
+
+def grow_trunk(path: Path, runs: Sequence[SimulationOptions]) -> None:
+    """The steps that ``runs`` have in common, for ``run_alone``."""
+    from deepspeed_sentinel.simulation.branching import Trunk
+
+    Trunk.grow(runs).write(path)
 
 
 def _begin() -> None:

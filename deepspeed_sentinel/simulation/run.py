@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from deepspeed_sentinel.attacks.base import Needs
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import FORWARD
-from deepspeed_sentinel.simulation.attackers import Part, attackers_of
+from deepspeed_sentinel.simulation.attackers import Attackers, Part, attackers_of
 from deepspeed_sentinel.simulation.data import Text
 from deepspeed_sentinel.simulation.evidence import Verifiers
 from deepspeed_sentinel.simulation.metrics import Tally
 from deepspeed_sentinel.simulation.model import build_stages
 from deepspeed_sentinel.simulation.options import SimulationOptions
-from deepspeed_sentinel.simulation.pipeline import held_out_loss, train_pass
+from deepspeed_sentinel.simulation.pipeline import Pass, held_out_loss, train_pass, weights_of
 from deepspeed_sentinel.simulation.routing import deal_columns, draw_attackers
-from deepspeed_sentinel.simulation.weights import WeightHistory
+from deepspeed_sentinel.simulation.weights import WeightHistory, backward_from
 
 _LEARNING_RATE_WARMUP = 10
 _CLIP = 1.0
+# Gradients of that many numbers in all may be kept apart by column, so that no column is computed twice.
+_KEPT_APART = 2**28
 
 
 class Simulation:
@@ -34,13 +36,14 @@ class Simulation:
 
     Args:
         options: what to run.
+        riders: attackers of other runs that have all steps before ``start`` in common with this one, and see what
+            they would see there. None of them acts here.
 
     Attributes:
         stages: the model, stage by stage.
-        verdicts: called with every verdict, if set.
     """
 
-    def __init__(self, options: SimulationOptions) -> None:
+    def __init__(self, options: SimulationOptions, riders: Sequence[Attackers] = ()) -> None:
         self.options = options
         self.mesh = options.mesh
         # A run of a few hundred steps is short; engines stop after ten skipped steps, a simulation shows what follows.
@@ -48,27 +51,39 @@ class Simulation:
         self.config = SentinelConfig.parse(settings)
         self.stages = build_stages(options)
         self._text = Text(options)
-        malicious = draw_attackers(self.mesh, options.attackers_per_stage, options.seed)
-        for worker in options.attackers:
-            malicious[worker] = True
-        self.attackers = attackers_of(options, self.mesh, malicious)
-        needs = self.attackers.needs if self.attackers else Needs()
-        self._history = WeightHistory(self.stages, needs.recompute_steps)
+        self.attackers = self.attackers_of(options)
+        self.riders = riders
+        watching = [*riders, *([self.attackers] if self.attackers else [])]
+        self.history = WeightHistory(self.stages, max((one.needs.recompute_steps for one in watching), default=0))
         fields = JudgeSettings.__dataclass_fields__
         self.judge = Judge(self.mesh, JudgeSettings(**{name: getattr(self.config, name) for name in fields}))
         decays = (self.config.activation_decay, self.config.gradient_decay)
         self.verifiers = Verifiers(self.mesh, decays, options.seed, options.evidence == "paper")
         self.tally = Tally(self.mesh)
         self.guarded = options.guard == "on"
-        weights = [weight for stage in self.stages for weight in stage.parameters()]
+        self._weights = weights_of(self.stages)
         rate = options.size.learning_rate
-        self._optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, lambda step: min(1.0, (step + 1) / _LEARNING_RATE_WARMUP)
+        self.optimizer = torch.optim.AdamW(self._weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / _LEARNING_RATE_WARMUP)
         )
         self.step_index = 0
+        self._found_at: int | None = None
         self.seconds = {"step": 0.0, "judge": 0.0}
         self.losses: list[float] = []
+
+    @staticmethod
+    def attackers_of(options: SimulationOptions) -> Attackers | None:
+        """The attackers of a run before its first step; None where nobody tampers."""
+        malicious = draw_attackers(options.mesh, options.attackers_per_stage, options.seed)
+        for worker in options.attackers:
+            malicious[worker] = True
+        return attackers_of(options, options.mesh, malicious)
+
+    def skip_text(self, steps: int) -> None:
+        """Leave out the batches of so many steps, for a run that goes on from another."""
+        for _ in range(steps):
+            self._text.next_step()
 
     def step(self) -> Verdict | None:
         """Train one step; the verdict, or None without a guard."""
@@ -77,33 +92,51 @@ class Simulation:
         ids, labels = self._text.next_step()
         everybody = np.zeros(self.mesh.replicas, bool)
         self.verifiers.begin_step(self.step_index)
-        losses_CM = self._compute(ids, labels, everybody, again=False)
+        if self.attackers is not None:
+            self.attackers.begin_step()
+        passed = self._compute(ids, labels, everybody, again=False)
         verdict = self._judge() if self.guarded else None
         excluded = everybody if verdict is None else verdict.excluded
+        losses_CM = passed.losses_CM
         if excluded.any() and not excluded.all():
-            self._optimizer.zero_grad()
-            losses_CM = self._compute(ids, labels, excluded, again=True)
-        self._history.put()
-        if self.attackers is not None:
-            self.attackers.end_step(self.step_index)
+            if passed.gradients:
+                losses_CM = losses_CM[torch.from_numpy(~excluded).to(losses_CM.device)]
+            else:
+                self.optimizer.zero_grad()
+                losses_CM = self._compute(ids, labels, excluded, again=True).losses_CM
+        self._take_gradients(passed, excluded)
+        self.history.put()
+        for attackers in (*self.riders, *([self.attackers] if self.attackers else [])):
+            attackers.end_step(self.step_index)
         if not excluded.all():
             self._update(losses_CM.numel())
             self.losses.append(float(losses_CM.mean()))
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         if verdict is not None:
             acted = self._acted_first()
-            self.tally.add(verdict, self._served, acted >= 0)
+            altered = self.attackers.altered if self.attackers else ()
+            self.tally.add(verdict, self._served, acted >= 0, altered)
         self.step_index += 1
         self.seconds["step"] += time.perf_counter() - begin
         return verdict
 
     def run(self, each_step: Callable[[Verdict | None], None] = lambda verdict: None) -> dict[str, Any]:
         """Train all steps; the contents of ``result.json``, in which only this run's own loss is set."""
-        begin = time.perf_counter()
-        while self.step_index < self.options.steps:
+        while self.step_index < self.options.steps and not self._all_found():
             each_step(self.step())
-        loss = self.held_out_loss()
-        return self.result(loss, time.perf_counter() - begin)
+        return self.result(self.held_out_loss(), self.seconds["step"])
+
+    def _all_found(self) -> bool:
+        """Whether all who tamper were convicted ``stop_after`` steps ago."""
+        if (
+            not self.options.stop_after
+            or self.attackers is None
+            or (self.attackers.malicious & ~self.tally.convicted).any()
+        ):
+            return False
+        if self._found_at is None:
+            self._found_at = self.step_index
+        return self.step_index >= self._found_at + self.options.stop_after
 
     def held_out_loss(self) -> float:
         """Loss on held-out text, in nats a token."""
@@ -125,7 +158,7 @@ class Simulation:
             "loss": {"clean": None, "attacked": None, "guarded": None, kind: finite(loss)},
             "seconds": seconds,
             "details": {
-                "steps": options.steps,
+                "steps": self.step_index,
                 "seed": options.seed,
                 "model": options.model,
                 "moe": options.moe,
@@ -134,7 +167,9 @@ class Simulation:
                 "micro_batches": options.micro_batches,
                 "verifier": options.verifier,
                 "evidence": options.evidence,
+                "procedure": options.procedure,
                 "guard": options.guard,
+                "messages": self.tally.messages(),
                 "skipped_steps": self.tally.skipped_steps,
                 "excluded_columns": self.tally.excluded_columns,
                 "disputes": self.tally.disputes,
@@ -148,19 +183,38 @@ class Simulation:
             return np.full((self.mesh.stages, self.mesh.replicas), -1)
         return self.attackers.acted_first
 
-    def _compute(self, ids: torch.Tensor, labels: torch.Tensor, excluded: np.ndarray, again: bool) -> torch.Tensor:
-        """Gradients of the columns that are not excluded, summed over messages; their losses [C, M]."""
+    @property
+    def _apart(self) -> bool:
+        """Whether columns may soon be left out, and all of their gradients fit into memory."""
+        attacked = self.attackers is not None and self.guarded and self.step_index >= self.options.start
+        return attacked and self.mesh.replicas * sum(map(torch.Tensor.numel, self._weights)) <= _KEPT_APART
+
+    def _compute(self, ids: torch.Tensor, labels: torch.Tensor, excluded: np.ndarray, again: bool) -> Pass:
+        """Gradients of the columns that are not excluded, summed over messages."""
         columns = np.flatnonzero(~excluded)
         ids, labels = ids[columns], labels[columns]
         at_once = self.options.chunk or self.options.micro_batches
-        losses = []
+        passes = []
         for first in range(0, self.options.micro_batches, at_once):
             micro_batches = range(first, min(first + at_once, self.options.micro_batches))
             part = Part(tuple(columns.tolist()), tuple(micro_batches), again)
             chosen = slice(micro_batches.start, micro_batches.stop)
             links = _WatchedLinks(self, part)
-            losses.append(train_pass(self.stages, ids[:, chosen], labels[:, chosen], links))
-        return torch.cat(losses, dim=1)
+            apart = self._apart and not again
+            passes.append(train_pass(self.stages, ids[:, chosen], labels[:, chosen], links, apart))
+        by_column = tuple(
+            tuple(_sum(parts) for parts in zip(*of_column, strict=True))
+            for of_column in zip(*(one.gradients for one in passes), strict=True)
+        )
+        return Pass(torch.cat([one.losses_CM for one in passes], dim=1), by_column)
+
+    def _take_gradients(self, passed: Pass, excluded: np.ndarray) -> None:
+        """Where columns were kept apart, add up those that count; otherwise gradients lie there already."""
+        if not passed.gradients:
+            return
+        counted = [passed.gradients[column] for column in np.flatnonzero(~excluded).tolist()]
+        for weight, parts in zip(self._weights, zip(*counted, strict=True), strict=False):
+            weight.grad = _sum(parts)
 
     def _judge(self) -> Verdict:
         begin = time.perf_counter()
@@ -171,13 +225,12 @@ class Simulation:
         return verdict
 
     def _update(self, messages: int) -> None:
-        weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
-        for weight in weights:
+        for weight in self._weights:
             if weight.grad is not None:
                 weight.grad.div_(messages)
-        torch.nn.utils.clip_grad_norm_(weights, _CLIP)
-        self._optimizer.step()
-        self._schedule.step()
+        torch.nn.utils.clip_grad_norm_(self._weights, _CLIP)
+        self.optimizer.step()
+        self.schedule.step()
 
 
 class _WatchedLinks:
@@ -186,8 +239,8 @@ class _WatchedLinks:
     def __init__(self, simulation: Simulation, part: Part) -> None:
         self._simulation = simulation
         self._part = part
-        # Only attackers that compute with old weights need what entered their stage forward.
-        self._keeps = simulation.attackers is not None and simulation.attackers.needs.recompute_steps > 0
+        # Only attackers that compute again need what entered their stage forward.
+        self._keeps = simulation.attackers is not None and simulation.attackers.needs.simulator_only
         self._entered_forward: dict[int, torch.Tensor] = {}
 
     def cross(
@@ -198,12 +251,14 @@ class _WatchedLinks:
         if self._keeps and direction == FORWARD and entered_CMBTD is not None:
             self._entered_forward[sender] = entered_CMBTD
         crossed = sent_CMBTD
+        for rider in simulation.riders:
+            rider.tamper(
+                direction, sender, simulation.step_index, part, simulation._served, sent_CMBTD, entered_CMBTD, None
+            )
         if simulation.attackers is not None and entered_CMBTD is not None:
             crossed = simulation.attackers.tamper(
                 direction, sender, simulation.step_index, part, simulation._served, sent_CMBTD, entered_CMBTD,
-                lambda way, stage, column, micro_batch, k: self._recompute(
-                    way, stage, (column, micro_batch), entered_CMBTD, k
-                ),
+                _Anew(simulation, self._entered_forward, entered_CMBTD),
             )  # fmt: skip
         if simulation.guarded and not part.again:
             simulation.verifiers.observe(direction, link, *self._reported(direction, link, sent_CMBTD, crossed))
@@ -227,12 +282,34 @@ class _WatchedLinks:
         vouched = vouched_CM[:, :, None, None, None]
         return torch.where(vouched, honest, crossed), torch.where(vouched, honest, claimed)
 
-    def _recompute(
-        self, direction: int, stage: int, at: tuple[int, int], entered_CMBTD: torch.Tensor, k: int
-    ) -> torch.Tensor | None:
-        activation = self._entered_forward[stage][at]
-        gradient = None if direction == FORWARD else entered_CMBTD[at]
-        return self._simulation._history.recompute(direction, stage, activation, gradient, k)
+
+@dataclass(frozen=True)
+class _Anew:
+    """What attackers on one link may have computed anew; see ``attackers.Anew``."""
+
+    simulation: Simulation
+    entered_forward: dict[int, torch.Tensor]
+    entered_CMBTD: torch.Tensor
+
+    def with_old_weights(self, direction: int, stage: int, at: tuple[int, int], k: int) -> torch.Tensor | None:
+        gradient = None if direction == FORWARD else self.entered_CMBTD[at]
+        return self.simulation.history.recompute(direction, stage, self.stored(stage, at), gradient, k)
+
+    def stored(self, stage: int, at: tuple[int, int]) -> torch.Tensor:
+        return self.entered_forward[stage][at]
+
+    def backward_from(self, stage: int, at: tuple[int, int], stored_BTD: torch.Tensor) -> torch.Tensor:
+        return backward_from(self.simulation.stages[stage], stored_BTD, self.entered_CMBTD[at])
+
+
+def _sum(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    known = [part for part in parts if part is not None]
+    if len(known) < 2:
+        return known[0] if known else None
+    total = known[0] + known[1]
+    for part in known[2:]:
+        total += part
+    return total
 
 
 def finite(value: float) -> float | None:

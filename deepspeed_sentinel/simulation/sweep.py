@@ -1,5 +1,7 @@
 """Sweeps over attacks, strengths, seeds and whatever else a run takes: parallel, resumable, one table.
 
+Runs that differ in the attack alone have their steps before ``start`` in common, and train them once (``branching``).
+
 A sweep file:
 
     out = "sweep.jsonl"          # or .parquet; beside the sweep file
@@ -24,16 +26,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deepspeed_sentinel.simulation.options import SimulationOptions
-from deepspeed_sentinel.simulation.processes import one_thread_pool, run_alone
+from deepspeed_sentinel.simulation.options import SimulationOptions, trunk_of
+from deepspeed_sentinel.simulation.processes import grow_trunk, one_thread_pool, run_alone
 
 _KEYS = {"out", "clean", "base", "grid", "attack"}
 
@@ -115,19 +118,52 @@ class Sweep:
         clean: Mapping[str, float | None],
         failures: list[str],
     ) -> None:
-        futures = {pool.submit(run_alone, run): run for run in todo}
-        for future in as_completed(futures):
-            run = futures[future]
+        def done(run: SimulationOptions, future: Future[dict[str, Any]]) -> None:
             advance()
             error = future.exception()
             if error is not None:
                 failures.append(f"{run.attack} {run.attack_arguments}, seed {run.seed}: {error}")
-                continue
+                return
             row = future.result()
             if run != run.honest():
                 row["loss"]["clean"] = clean.get(run.honest().key())
             with table.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": run.key(), **row}, allow_nan=False) + "\n")
+
+        with tempfile.TemporaryDirectory() as folder:
+            _run_all(pool, todo, Path(folder), done)
+
+
+def _run_all(
+    pool: ProcessPoolExecutor,
+    todo: list[SimulationOptions],
+    folder: Path,
+    done: Callable[[SimulationOptions, Future[dict[str, Any]]], None],
+) -> None:
+    """Run all, those with the same honest steps from one trunk that is kept in ``folder``."""
+    families: dict[str, list[SimulationOptions]] = {}
+    for run in todo:
+        families.setdefault(trunk_of(run).key(), []).append(run)
+    waiting: dict[Future[Any], tuple[Path, list[SimulationOptions]] | SimulationOptions] = {}
+    for number, family in enumerate(families.values()):
+        path = folder / f"{number}.pickle"
+        if len(family) > 1 and family[0].start > 0:
+            waiting[pool.submit(grow_trunk, path, family)] = path, family
+        else:
+            waiting.update({pool.submit(run_alone, run): run for run in family})
+    while waiting:
+        finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in finished:
+            what = waiting.pop(future)
+            if isinstance(what, SimulationOptions):
+                done(what, future)
+                continue
+            path, family = what
+            for run in family:
+                if future.exception() is not None:
+                    done(run, future)
+                else:
+                    waiting[pool.submit(run_alone, run, path)] = run
 
 
 def read_table(path: Path) -> dict[str, dict[str, Any]]:

@@ -14,9 +14,9 @@ def normal(seed):
     return torch.randn(3, 40, 10, generator=torch.Generator().manual_seed(seed))
 
 
-ENTERED, PREVIOUS, OLD, RECOMPUTED = normal(10), normal(11), normal(12), normal(13)
+ENTERED, PREVIOUS, OLD, RECOMPUTED, STORED = normal(10), normal(11), normal(12), normal(13), normal(14)
 MESSAGE = ENTERED + 0.3 * normal(0)
-ALWAYS = {"intermittent": {"chance": 1.0}}
+ALWAYS = {"intermittent": {"chance": 1.0}, "periodic_corruption": {"rate": 0.05}}
 
 
 def context(message=MESSAGE, generator_seed=4, **changes):
@@ -31,6 +31,8 @@ def context(message=MESSAGE, generator_seed=4, **changes):
         "previous": PREVIOUS.to(message.dtype),
         "past": lambda k: OLD.to(message.dtype) * k,
         "recomputed": lambda k: RECOMPUTED.to(message.dtype) * k,
+        "stored": STORED.to(message.dtype),
+        "redone": lambda stored: message * stored.float().sum().to(message.dtype),
         **changes,
     }
     return AttackContext(**known)
@@ -66,6 +68,8 @@ def test_every_attack_is_described_and_works_on_one_token(name):
         "previous": PREVIOUS[0, :1],
         "past": lambda k: OLD[0, :1],
         "recomputed": lambda k: RECOMPUTED[0, :1],
+        "stored": STORED[0, :1],
+        "redone": lambda stored: stored,
     }
     assert act(name, one, **small).shape == one.shape
 
@@ -113,6 +117,49 @@ def test_stale():
         assert torch.equal(act(name, **{lacking: None}), MESSAGE), "nothing old to send: honest"
     with pytest.raises(ValueError, match="only the simulator"):
         act("stale_weights", recomputed=None)
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-4, 3e-3, 0.2, 1.0])
+def test_periodic_corruption_keeps_its_rate_also_below_one_run_a_message(rate):
+    """Within four standard errors of the number of runs, over as many messages as show it."""
+    message = torch.ones(40, 30)
+    messages = 4000 if rate < 1e-3 else 200
+    wrong = []
+    for seed in range(messages):
+        arguments = {"kind": "zero", "rate": rate, "run": 3, "period": 50}
+        wrong.append(int((act("periodic_corruption", message, arguments, generator_seed=seed) == 0).sum()))
+    expected = rate * 1200
+    assert sum(wrong) / messages == pytest.approx(expected, abs=4 * 3 * math.sqrt(min(expected, 0.75) / messages))
+    assert {count % 3 for count in wrong} == {0} and max(wrong) - min(wrong) <= 3
+
+
+def test_periodic_corruption_hits_runs_of_neighbours_at_one_distance():
+    message = torch.arange(1.0, 1201.0).view(3, 40, 10)
+    for kind, becomes in (("sign", -message), ("zero", 0 * message), ("infinity", message / 0)):
+        arguments = {"kind": kind, "rate": 16 / 1200, "run": 4, "period": 100}
+        sent = act("periodic_corruption", message, arguments)
+        hit = (sent != message).flatten()
+        assert torch.equal(sent.flatten()[hit], becomes.flatten()[hit])
+        starts = (hit & ~hit.roll(1)).nonzero().flatten()
+        assert hit.sum() == 16 and len(starts) == 4
+        distances = (torch.cat([starts[1:], starts[:1] + 1200]) - starts) % 1200
+        assert sorted(distances.tolist()) == [100, 100, 100, 900]
+
+
+def test_a_stored_bit_flips_in_gradients_alone():
+    seen = []
+
+    def redone(stored):
+        seen.append(stored)
+        return MESSAGE + (stored - STORED).nan_to_num().sign()
+
+    sent = act("stored_bit_flip", redone=redone)
+    difference = seen[1].view(torch.int32) ^ STORED.view(torch.int32)
+    assert torch.equal(seen[0], STORED) and (difference != 0).sum() == 1
+    assert torch.equal(sent != MESSAGE, difference != 0), "what is computed the same stays as it was sent"
+    assert torch.equal(act("stored_bit_flip", stored=None), MESSAGE), "nothing is kept for a forward message"
+    with pytest.raises(ValueError, match="only the simulator can"):
+        act("stored_bit_flip", redone=None)
 
 
 def test_skipping_the_work():
@@ -243,6 +290,9 @@ def test_colluders_act_alike_and_together_and_the_others_alone():
         ("mixed", {"attacks": "scaling"}, "attacks must be a list"),
         ("mixed", {"attacks": [{"factor": 1}]}, 'with the key "attack"'),
         ("collusion", {"share": -1}, "share must be a number from 0.0"),
+        ("periodic_corruption", {"rate": -1e-9}, "rate must be a number from 0.0 to 1.0"),
+        ("periodic_corruption", {"kind": "nan"}, "kind must be one of sign, zero, infinity"),
+        ("periodic_corruption", {"run": 8, "period": 4}, "period must be a whole number from 8, got 4"),
         ("mixed", {"attacks": ["framing"]}, "framing acts on reports"),
     ],
 )

@@ -35,7 +35,7 @@ def attackers(options):
 def tamper(attackers, step, served, part=ALL, direction=FORWARD, stage=1, entered=None):
     sent = messages(step)[list(part.columns)]
     entered = -sent if entered is None else entered
-    return attackers.tamper(direction, stage, step, part, served, sent, entered, lambda *_: None)
+    return attackers.tamper(direction, stage, step, part, served, sent, entered, None)
 
 
 def changed(sent, step, columns=(0, 1, 2, 3)):

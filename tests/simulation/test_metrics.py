@@ -20,7 +20,10 @@ def verdict(step, blamed=(), convicted=(), judged=36):
         step=step,
         judged=judged,
         scores=np.zeros((2, 3, 3, 2)),
-        findings=[SimpleNamespace(worker=Worker(*w), micro_batches=tuple(range(n))) for w, n in blamed],
+        findings=[
+            SimpleNamespace(worker=Worker(*w), direction=0, link=w[0], column=w[1], micro_batches=tuple(range(n)))
+            for w, n in blamed
+        ],
         convicted=mask,
         skip=False,
         excluded=np.zeros(3, bool),
@@ -64,3 +67,12 @@ def test_nothing_to_divide_by_is_null():
 def test_nobody_found():
     result = Tally(MESH).result(acted(w10=0))
     assert (result["precision"], result["recall"], result["f1"]) == (None, 0.0, 0.0)
+
+
+def test_messages_are_right_wrong_or_missed_and_what_follows_a_blamed_one_is_neither():
+    """Stage 1 changes micro-batch 0 of two columns, of which one is blamed; stage 2 changes what follows that one."""
+    tally = Tally(MESH)
+    altered = {(0, 1, 0, 0), (0, 1, 1, 0), (0, 2, 0, 0), (1, 2, 0, 0)}
+    tally.add(verdict(1, [((1, 0), 1), ((2, 2), 2)]), SERVED, np.zeros((4, 3), bool), altered)
+    assert tally.messages() == {"precision": 1 / 3, "recall": 1 / 2, "f1": 2 / (2 + 2 + 1)}
+    assert Tally(MESH).messages() == {"precision": None, "recall": None, "f1": None}

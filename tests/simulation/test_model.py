@@ -20,7 +20,7 @@ def test_stages_compute_what_the_whole_model_computes(options, moe):
     labels = torch.randint(256, (2, 2, 1, 16), generator=torch.Generator().manual_seed(1))
     stages, model = build_stages(some), whole_model(some)
     assert [len(stage.layers) for stage in stages] == [1, 2, 1, 2, 2]
-    losses_CM = train_pass(stages, ids, labels, Wire())
+    losses_CM = train_pass(stages, ids, labels, Wire()).losses_CM
     logits = model(ids.flatten(0, 2)).logits
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels.flatten(0, 2), reduction="none")
     torch.testing.assert_close(losses_CM, expected.mean(1).detach().view(2, 2))

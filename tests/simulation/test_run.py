@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from deepspeed_sentinel.simulation import run as runs
+from deepspeed_sentinel.simulation import weights as weight_history
 from deepspeed_sentinel.simulation.attackers import Attackers
 from deepspeed_sentinel.simulation.data import Text
 from deepspeed_sentinel.simulation.model import build_stages
@@ -44,7 +46,7 @@ def test_it_trains_like_a_plain_loop(options):
     for step in range(3):
         optimizer.param_groups[0]["lr"] = some.size.learning_rate * (step + 1) / 10
         optimizer.zero_grad()
-        losses = train_pass(stages, *text.next_step(), Wire())
+        losses = train_pass(stages, *text.next_step(), Wire()).losses_CM
         for weight in parameters:
             weight.grad /= losses.numel()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -64,7 +66,7 @@ def test_an_excluded_column_is_as_if_it_had_never_been(options):
     stages = build_stages(some)
     parameters = [weight for stage in stages for weight in stage.parameters()]
     ids, labels = (part[kept] for part in Text(some).next_step())
-    losses = train_pass(stages, ids, labels, Wire())
+    losses = train_pass(stages, ids, labels, Wire()).losses_CM
     for weight in parameters:
         weight.grad /= losses.numel()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -139,15 +141,15 @@ def test_stale_weights_compute_what_the_stage_computed_then(options, direction, 
     calls = []
     original = Attackers.tamper
 
-    def spy(self, way, stage, step, part, served, sent, entered, recompute):
-        wire = original(self, way, stage, step, part, served, sent, entered, recompute)
+    def spy(self, way, stage, step, part, served, sent, entered, anew):
+        wire = original(self, way, stage, step, part, served, sent, entered, anew)
         calls.append((way, stage, served, sent, entered, wire))
         return wire
 
     monkeypatch.setattr(Attackers, "tamper", spy)
     simulation.step()
     stage = 1
-    column = int(np.flatnonzero(simulation.attackers._malicious[stage][simulation._served[stage]])[0])
+    column = int(np.flatnonzero(simulation.attackers.malicious[stage][simulation._served[stage]])[0])
     forward = next(call for call in calls if call[:2] == (0, stage))
     leaf = forward[4][column, 0].requires_grad_()
     made = then[stage](leaf)
@@ -158,6 +160,30 @@ def test_stale_weights_compute_what_the_stage_computed_then(options, direction, 
         forward = backward
     torch.testing.assert_close(forward[5][column, 0], expected.detach(), rtol=1e-3, atol=1e-6)
     assert not torch.equal(forward[5][column, 0], forward[3][column, 0])
+
+
+def test_a_stored_bit_alters_the_gradient_that_leaves_and_nothing_else(options, monkeypatch):
+    """Against the stage's own backward pass from the altered input; activations leave as they were."""
+    some = options(attack="stored_bit_flip", start=0, steps=1, sentinel=EARLY)
+    simulation = Simulation(some)
+    stages, calls = build_stages(some), []
+    original = weight_history.backward_from
+
+    def spy(stage, stored, gradient):
+        sent = original(stage, stored, gradient)
+        calls.append((simulation.stages.index(stage), stored, gradient, sent))
+        return sent
+
+    monkeypatch.setattr(runs, "backward_from", spy)
+    simulation.step()
+    assert len(calls) == 2 * 2 * some.micro_batches, "each attacker twice for each of its gradients"
+    for (index, kept, gradient, right), (_, altered, _, wrong) in zip(calls[::2], calls[1::2], strict=True):
+        assert ((kept.view(torch.int32) ^ altered.view(torch.int32)) != 0).sum() == 1
+        for stored, sent in ((kept, right), (altered, wrong)):
+            leaf = stored.clone().requires_grad_()
+            (expected,) = torch.autograd.grad(stages[index](leaf), leaf, gradient)
+            torch.testing.assert_close(sent, expected, rtol=1e-3, atol=1e-6, equal_nan=True)
+    assert {direction for direction, *_ in simulation.attackers.altered} <= {1}
 
 
 def test_framing_is_a_dispute_and_convicts_no_honest_worker(options):
