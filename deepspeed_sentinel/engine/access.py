@@ -53,6 +53,11 @@ def ranks_of(engine: PipelineEngine) -> np.ndarray:
     return np.array([[topology.get_rank(pipe=s, data=r) for r in range(mesh.replicas)] for s in range(mesh.stages)])
 
 
+def stage_module(engine: PipelineEngine) -> torch.nn.Module:
+    """All that this stage runs: the root of its modules."""
+    return engine.module
+
+
 def gradients(engine: PipelineEngine) -> Iterator[torch.Tensor]:
     """Every tensor that the reductions of this step read, after backward and before they start."""
     optimizer = engine.optimizer

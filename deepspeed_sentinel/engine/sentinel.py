@@ -15,6 +15,7 @@ from deepspeed.utils import logger
 from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import access, checkpoint
+from deepspeed_sentinel.engine.buffers import ForwardState
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
@@ -74,6 +75,7 @@ class Sentinel:
         )
         faults = Faults(config.inject, self.worker, config.seed or 0)
         self._interception = Interception(engine, self._collector.probe, self._collector.keeping, faults)
+        self._forward_state = ForwardState(access.stage_module(engine))
         self._hearing = Hearing(self.worker, ranks, self._control, device, self._collector.testify)
         self._originals = {name: getattr(engine, name) for name in _WRAPPED}
         # What a script has put over a method of the engine is its own, and there again after ``detach``.
@@ -152,6 +154,7 @@ class Sentinel:
             self._originals["_exec_schedule"](pipe_schedule)
             return
         self._collector.begin_step(self.engine.global_steps, self.engine.micro_batches)
+        self._forward_state.begin_step()
         self._interception.watching = True
         self._originals["_exec_schedule"](pipe_schedule)
         self._interception.watching = False
@@ -194,6 +197,7 @@ class Sentinel:
         self._share = Share.of(verdict.excluded, self.worker.replica)
         if not verdict.skip:
             self._share.apply_(access.gradients(self.engine))
+        self._forward_state.end_step(counts=self._share.included)
         self.last_verdict = verdict
         self._tell(verdict)
 

@@ -96,7 +96,7 @@ class Overflow:
 
     def _by_most_replicas(self, overflow: np.ndarray, served: np.ndarray) -> np.ndarray:
         """Links over which more than half of the sending stage's replicas overflow (bool [L, C, M]), bool [L]."""
-        by_column = overflow.any(-1)
+        by_column = np.asarray(overflow.any(-1))
         replicas = [
             (np.unique(of_stage[columns]).size, np.unique(of_stage).size)
             for columns, of_stage in zip(by_column, served[1:], strict=True)

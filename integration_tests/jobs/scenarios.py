@@ -77,7 +77,9 @@ def plain(value: Any) -> Any:
     return value
 
 
-FINDING = ("worker", "direction", "link", "column", "micro_batch", "statistic", "value", "score", "trusted", "part")
+FINDING = (
+    "worker", "direction", "link", "column", "micro_batch", "statistic", "value", "score", "trusted", "part", "strikes",
+)  # fmt: skip
 DISPUTE = ("direction", "link", "column", "sender", "receiver", "about", "micro_batches")
 
 
@@ -85,7 +87,7 @@ def summary(verdict: Any) -> dict[str, Any] | None:
     """A verdict without its large arrays; findings and disputes as dicts, workers as [stage, replica]."""
     if verdict is None:
         return None
-    whole = ("step", "warming_up", "judged", "excluded", "convicted", "worker_scores", "skip", "halt")
+    whole = ("step", "warming_up", "judged", "excluded", "convicted", "worker_scores", "skip", "overflow", "halt")
     return {
         **{name: plain(getattr(verdict, name)) for name in whole},
         "alarms": int(verdict.alarms.sum()),
@@ -151,6 +153,11 @@ def run(scenario: Scenario, stages: int, output: Path, result: dict[str, Any]) -
     weights = weights_of(engine)
     torch.save(weights, output / f"{scenario.name}.{torch.distributed.get_rank()}.pt")
     result["weights_sha256"] = digest(weights)
+    buffers = [buffer.detach() for buffer in engine.module.buffers() if buffer.numel()]
+    result["buffers_sha256"] = digest(buffers)
+    result["buffers_largest"] = float(
+        torch.stack([buffer.abs().max().float() for buffer in buffers] or [torch.zeros(())]).max()
+    )
     result["masters_sha256"] = digest(masters_of(engine))
     result["global_steps"], result["skipped_steps"] = engine.global_steps, engine.skipped_steps
     if scenario.precision.startswith("fp16"):

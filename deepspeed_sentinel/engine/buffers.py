@@ -1,0 +1,165 @@
+"""What the forward pass leaves behind in a stage: buffers, put back where a column's step did not count.
+
+Excluding a column masks its gradients. Its messages may also have moved running statistics (BatchNorm), running maxima
+(FP8 scaling, quantisers) or router biases, and an honest worker would compute otherwise for as long as those remember,
+or for ever after a NaN. So a worker of an excluded column gets the buffers that it began the step with.
+
+A copy of each buffer is taken once and renewed at the beginning of a step only where the buffer may have changed since:
+it is another tensor or its version counter moved. Neither waits for the device. Some code changes tensors behind the
+counter (``batch_norm`` does, ``.data``, custom kernels). Therefore, after the gate of steps 1, 2, 4, 8, ..., copies are
+compared with what is there, and a module with a buffer that was found changed, in whichever way, has all of its buffers
+copied at the beginning of every step from then on. One that begins to change behind the counter later goes back to its
+older copy until the next comparison: an honest value too.
+
+A buffer above ``_LARGE`` bytes is copied only once its module was seen to change, so that weights kept as buffers
+(quantised models) are not held twice. One that was replaced by another tensor goes back all the same. One that first
+changes in place in a step that is excluded cannot, which is logged.
+
+A module that keeps count in Python of what its buffers hold (the length of a rotary cache) would contradict buffers
+that went back, so numbers, texts and flags in the ``__dict__`` of a module with buffers go back with them. Other state
+that a forward pass may keep (tensors as plain attributes, lists, state outside modules) is not known and stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from deepspeed.utils import logger
+from torch import nn
+
+_LARGE = 2**20
+_PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass
+class _Kept:
+    """A buffer as it was.
+
+    Attributes:
+        tensor: the buffer itself, which may have been changed or replaced since.
+        version: its version counter when it was copied, or -1 where it has none.
+        copy: its value, or None where it is large and has never changed.
+    """
+
+    tensor: torch.Tensor
+    version: int
+    copy: torch.Tensor | None
+
+
+@dataclass
+class _Module:
+    """A module's state at the beginning of the step; ``moves`` if it was ever seen to change within one."""
+
+    buffers: dict[str, _Kept | None] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    moves: bool = False
+
+
+class ForwardState:
+    """Keeps the buffers of a stage's modules through a step.
+
+    Args:
+        root: what the stage runs; modules may come and go.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._modules: dict[nn.Module, _Module] = {}
+        self._steps = 0
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Before the first forward pass: take what may have to go back."""
+        stale: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies, and what is to be copied into them
+        there = [module for module in self._root.modules() if module._buffers]
+        self._modules = {module: self._modules.get(module, _Module()) for module in there}
+        for module, state in self._modules.items():
+            state.numbers = _numbers(module)
+            state.buffers = {
+                name: None if tensor is None else self._renewed(state.buffers.get(name), tensor, state.moves, stale)
+                for name, tensor in module._buffers.items()
+            }
+        if stale:
+            torch._foreach_copy_(*map(list, zip(*stale, strict=True)))
+        self._steps += 1
+
+    @torch.no_grad()
+    def end_step(self, counts: bool) -> None:
+        """After the gate: see what changed, or undo it.
+
+        Args:
+            counts: the column takes part in this step.
+        """
+        for module, state in self._modules.items():
+            state.moves = state.moves or any(
+                module._buffers.get(name) is not None
+                if kept is None
+                else module._buffers.get(name) is not kept.tensor or _version(kept.tensor) != kept.version
+                for name, kept in state.buffers.items()
+            )
+        if not counts:
+            for module, state in self._modules.items():
+                _put_back(module, state)
+        elif self._steps & (self._steps - 1) == 0:
+            self._compare()
+
+    def _renewed(
+        self,
+        kept: _Kept | None,
+        tensor: torch.Tensor,
+        moves: bool,
+        stale: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> _Kept:
+        version = _version(tensor)
+        if kept is not None and kept.tensor is tensor and kept.version == version and version >= 0 and not moves:
+            return kept
+        if tensor.numel() * tensor.element_size() > _LARGE and not moves:
+            return _Kept(tensor, version, None)
+        old = kept.copy if kept is not None else None
+        if old is None or (old.shape, old.dtype, old.device) != (tensor.shape, tensor.dtype, tensor.device):
+            return _Kept(tensor, version, tensor.detach().clone())
+        stale.append((old, tensor))
+        return _Kept(tensor, version, old)
+
+    def _compare(self) -> None:
+        """Find modules whose buffers changed behind their version counters."""
+        compared = [
+            (state, (kept.copy != kept.tensor).any())
+            for state in self._modules.values()
+            if not state.moves
+            for kept in state.buffers.values()
+            if kept is not None and kept.copy is not None and kept.copy.numel()
+        ]
+        if compared:
+            device = compared[0][1].device
+            changed = torch.stack([flag.to(device) for _, flag in compared]).tolist()
+            for (state, _), moved in zip(compared, changed, strict=True):
+                state.moves = state.moves or moved
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN)}
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _put_back(module: nn.Module, state: _Module) -> None:
+    for name in [name for name in module._buffers if name not in state.buffers]:
+        del module._buffers[name]
+    for name, kept in state.buffers.items():
+        module._buffers[name] = None if kept is None else kept.tensor
+        if kept is None:
+            continue
+        if kept.copy is not None:
+            kept.tensor.copy_(kept.copy)
+        elif _version(kept.tensor) != kept.version:
+            logger.warning(
+                f"[sentinel] buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
+                "the first time in a step whose column was excluded, and was too large to be kept: it stays as it is"
+            )
+    for name, value in state.numbers.items():
+        module.__dict__[name] = value

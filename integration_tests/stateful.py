@@ -1,0 +1,41 @@
+"""Blocks that remember what passed through them: hooks for scenarios, by the name of what they remember."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from integration_tests.models import Block
+
+
+def running_maximum(engine: Any, step: int) -> None:
+    """Every block scales its output by a running maximum of it, as quantisers and FP8 scaling do."""
+    for block in _new_blocks(engine, "amax"):
+        block.register_buffer("amax", torch.ones(()))
+        block.register_forward_hook(_scaled)
+
+
+def batch_norm(engine: Any, step: int) -> None:
+    """Every block keeps its outputs' mean, as BatchNorm does, and subtracts a little of it in evaluation alone."""
+    for block in _new_blocks(engine, "norm"):
+        block.norm = nn.BatchNorm1d(block.qkv.in_features, affine=False)
+        block.register_forward_hook(_normalised)
+
+
+def _new_blocks(engine: Any, name: str) -> Iterator[Any]:
+    for module in list(engine.module.modules()):
+        if isinstance(module, Block) and not hasattr(module, name):
+            yield module
+
+
+def _scaled(block: Any, inputs: Any, hidden_BTH: torch.Tensor) -> torch.Tensor:
+    block.amax = torch.maximum(0.99 * block.amax, hidden_BTH.detach().abs().max())
+    return hidden_BTH * (1 + (3.0 / block.amax).clamp(max=1.0)) / 2
+
+
+def _normalised(block: Any, inputs: Any, hidden_BTH: torch.Tensor) -> torch.Tensor:
+    block.norm(hidden_BTH.detach().flatten(0, 1))
+    return hidden_BTH if block.training else hidden_BTH - 0.01 * block.norm.running_mean

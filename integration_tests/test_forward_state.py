@@ -1,0 +1,48 @@
+"""P2: what an excluded message left in the buffers of those behind it is undone, and nobody is struck for it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from integration_tests.runs import run_scenarios
+from integration_tests.scenario import Scenario
+
+START, STEPS = 24, 30
+BASE = Scenario(name="plain", steps=STEPS, hidden=64, lengths=(32,), evaluate_every=3)
+KINDS = {"running_maximum": {"attack": "constant", "value": 1e4}, "batch_norm": {"attack": "nan"}}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forward_state")
+    block = {"enabled": True, "output_dir": str(folder / "logs"), "seed": 0}
+    scenarios = []
+    for kind, attack in KINDS.items():
+        fault = {"stage": 1, "replica": 1, "start_step": START, "stop_step": START + 1, **attack}
+        honest = BASE.with_(name=f"plain_{kind}", hook=f"integration_tests.stateful:{kind}")
+        scenarios += [honest, honest.with_(name=f"guarded_{kind}", sentinel=block)]
+        scenarios.append(honest.with_(name=f"attacked_{kind}", sentinel={**block, "inject": [fault]}))
+    return run_scenarios(scenarios, stages=4, replicas=2, folder=folder, timeout=300)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keeping_buffers_changes_nothing(runs, kind):
+    for plain, guarded in zip(runs[f"plain_{kind}"], runs[f"guarded_{kind}"], strict=True):
+        for key in ("losses", "evaluations", "weights_sha256", "buffers_sha256"):
+            assert guarded.record[key] == plain.record[key], key
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_bad_message_leaves_nothing_behind(runs, kind):
+    honest, attacked = runs[f"plain_{kind}"], runs[f"attacked_{kind}"]
+    verdicts = attacked[0].verdicts
+    assert [finding["worker"] for finding in verdicts[START]["findings"]] == [[1, 1]]
+    assert verdicts[START]["excluded"] == [False, True]
+    for verdict in verdicts[START + 1 :]:
+        assert not verdict["findings"] and not verdict["excluded"][0] and not verdict["newly_convicted"]
+    for mine, clean in zip(attacked, honest, strict=True):
+        assert 0 < mine.record["buffers_largest"] < 2 * clean.record["buffers_largest"], "NaN is not less either"
+        for step, loss in mine.record["evaluations"].items():
+            assert math.isclose(float.fromhex(loss), float.fromhex(clean.record["evaluations"][step]), rel_tol=0.02)
