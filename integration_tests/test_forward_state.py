@@ -24,7 +24,7 @@ def runs(tmp_path_factory):
         honest = BASE.with_(name=f"plain_{kind}", hook=f"integration_tests.stateful:{kind}")
         scenarios += [honest, honest.with_(name=f"guarded_{kind}", sentinel=block)]
         scenarios.append(honest.with_(name=f"attacked_{kind}", sentinel={**block, "inject": [fault]}))
-    return run_scenarios(scenarios, stages=4, replicas=2, folder=folder, timeout=300)
+    return run_scenarios(scenarios, stages=4, replicas=2, folder=folder, timeout=400)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -82,7 +82,7 @@ class ForwardState:
                 for name, tensor in module._buffers.items()
             }
         if stale:
-            torch._foreach_copy_(*map(list, zip(*stale, strict=True)))
+            torch._foreach_copy_([copy for copy, _ in stale], [tensor for _, tensor in stale])
         self._steps += 1
 
     @torch.no_grad()

@@ -46,22 +46,25 @@ class Blame:
     disputes: np.ndarray
 
     @classmethod
-    def of(cls, alarms: np.ndarray, disputes: np.ndarray, scores: np.ndarray, excused: np.ndarray) -> Blame:
+    def of(
+        cls, alarms: np.ndarray, disputes: np.ndarray, scores: np.ndarray, excused: np.ndarray, certain: np.ndarray
+    ) -> Blame:
         """Place the blame.
 
         Args:
             alarms, disputes: bool [2, L, C, M].
             scores: float64 [2, L, C, M], 1 on the fence.
             excused: bool [2, L, C, M], alarms that are no strike whatever came before.
+            certain: bool [2, L, C, M], alarms that are one whatever came before: nothing conspicuous can cause them.
         """
-        alarms, disputes, scores, excused = map(chain_order, (alarms, disputes, scores, excused))
+        alarms, disputes, scores, excused, certain = map(chain_order, (alarms, disputes, scores, excused, certain))
         events = alarms | disputes
         conspicuous = _conspicuous_work(scores, ~_after(events))[:, :, None]
         alarm_follows = np.logical_or.accumulate(alarms[::-1], axis=0)[::-1]
         first = _first(events | (alarm_follows & conspicuous))
         first_alarms = _first(events) & alarms & ~disputes
         doubtful = (scores >= CONSPICUOUS) | conspicuous | first_alarms.any(2, keepdims=True)
-        strikes = first_alarms & ~_reached_by(doubtful) & ~excused
+        strikes = first_alarms & (certain | ~_reached_by(doubtful)) & ~excused
         return cls(*map(_by_link, ((first & ~disputes) | strikes, strikes, first & disputes)))
 
 

@@ -124,7 +124,8 @@ class Judge:
         judged = ~explained.shared
         alarms, disputes, scores = alarms & judged, disputes & judged, np.where(judged, scores, 0.0)
 
-        blame = Blame.of(alarms, disputes, scores, explained.overflow)
+        certain = (values[self.table.by_judge] > 0.0).any(0)
+        blame = Blame.of(alarms, disputes, scores, explained.overflow, certain)
         account = Account(self.mesh, served, self.table)
         judged_step = Judged(values, residuals, per_statistic, fenced, scores, explained.overflow)
         findings = account.findings(blame, judged_step, self.fences)

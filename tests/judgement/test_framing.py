@@ -129,14 +129,25 @@ def test_work_is_conspicuous_on_average_over_all_that_nothing_went_wrong_before(
     scores[FORWARD, 1, 0, 0] = 3.0
     alarms[FORWARD, 1, 0, 0] = True
     none = np.zeros_like(alarms)
-    blame = Blame.of(alarms, none, scores, none)
+    blame = Blame.of(alarms, none, scores, none, none)
     assert np.argwhere(blame.named).tolist() == [[FORWARD, 0, 0, 0]] and not blame.strikes.any()
     scores[FORWARD, 0, 0] = [0.9, 0.1, 0.1, 0.1]
-    blame = Blame.of(alarms, none, scores, none)
+    blame = Blame.of(alarms, none, scores, none, none)
     assert np.argwhere(blame.named).tolist() == [[FORWARD, 1, 0, 0]] and not blame.strikes.any()
     scores[FORWARD, 0, 0] = [0.1, 0.9, 0.1, 0.1]
-    blame = Blame.of(alarms, none, scores, none)
+    blame = Blame.of(alarms, none, scores, none, none)
     assert np.argwhere(blame.strikes).tolist() == [[FORWARD, 1, 0, 0]]
+
+
+def test_nothing_conspicuous_explains_what_is_certain():
+    """Tensors that should have passed through as they were, for one."""
+    scores, alarms = messages(), messages() > 0
+    scores[FORWARD, 0, 0, 0] = 0.9
+    scores[FORWARD, 1, 0, 0] = 3.0
+    alarms[FORWARD, 1, 0, 0] = True
+    none = np.zeros_like(alarms)
+    assert not Blame.of(alarms, none, scores, none, none).strikes.any()
+    assert (Blame.of(alarms, none, scores, none, certain=alarms).strikes == alarms).all()
 
 
 def test_what_follows_an_event_makes_nobody_conspicuous():
@@ -146,5 +157,5 @@ def test_what_follows_an_event_makes_nobody_conspicuous():
     scores[FORWARD, 1, 0, 0] = 1e9
     scores[FORWARD, 2, 0, 1], alarms[FORWARD, 2, 0, 1] = 4.0, True
     none = np.zeros_like(alarms)
-    named = Blame.of(alarms, none, scores, none).named
+    named = Blame.of(alarms, none, scores, none, none).named
     assert np.argwhere(named).tolist() == [[FORWARD, 0, 0, 0], [FORWARD, 2, 0, 1]]
