@@ -78,7 +78,7 @@ def plain(value: Any) -> Any:
 
 
 FINDING = ("worker", "direction", "link", "column", "micro_batch", "statistic", "value", "score", "trusted", "part")
-DISPUTE = ("direction", "link", "column", "sender", "receiver", "about", "micro_batches")
+DISPUTE = ("direction", "link", "column", "sender", "receiver", "about", "micro_batches", "audit", "at_fault")
 
 
 def summary(verdict: Any) -> dict[str, Any] | None:
