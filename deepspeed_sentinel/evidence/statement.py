@@ -139,7 +139,7 @@ class Statement:
     """
 
     micro_batch: int
-    seeds: tuple[int, int]
+    seeds: tuple[int, ...]
     known: tuple[Known | None, ...]
     tensors: tuple[torch.Tensor, ...]
 
@@ -181,8 +181,7 @@ class Statement:
             Known(take(torch.float32, (DIMENSIONS,)), take(torch.float32, (DIMENSIONS, DIMENSIONS))) if there else None
             for there in header.known
         )
-        sample, projection = header.seeds
-        return cls(header.micro_batch, (sample, projection), known, tuple(take(*kind) for kind in header.tensors))
+        return cls(header.micro_batch, header.seeds, known, tuple(take(*kind) for kind in header.tensors))
 
 
 def kinds_of(tensors: Sequence[torch.Tensor]) -> tuple[Kind, ...]:
