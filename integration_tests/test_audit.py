@@ -19,6 +19,9 @@ LIES = {
     "lie_forward": "forward",
     "lie_backward": "backward",
 }
+# What worker (1, 1) hands in when the auditor asks for what it kept (integration_tests/witnesses.py), and what that is
+# called. In its sketches it lies too, else there would be no audit.
+WITNESSES = {"silent": "unheard", "garbage": "unheard", "another": "false"}
 ATTACKS = {
     "flip_forward": {"stage": 1, **FLIP},
     "shuffle_forward": {"stage": 1, "attack": "token_shuffle"},
@@ -48,8 +51,12 @@ def runs(tmp_path_factory):
         )
         for name, fault in faults.items()
     ]
+    lying = next(scenario for scenario in scenarios if scenario.name == "lie_forward")
+    for name in WITNESSES:
+        block = {**lying.sentinel, "output_dir": str(folder / f"logs_{name}")}
+        scenarios.append(lying.with_(name=name, sentinel=block, hook=f"integration_tests.witnesses:{name}"))
     return run_scenarios(
-        [BASE.with_(name="plain"), clean, *scenarios], stages=4, replicas=3, folder=folder, timeout=240
+        [BASE.with_(name="plain"), clean, *scenarios], stages=4, replicas=3, folder=folder, timeout=330
     )
 
 
@@ -80,6 +87,23 @@ def test_who_lies_in_its_sketches_convicts_nobody_and_takes_out_its_own_column(r
             ]
             assert not verdict["findings"]
     assert {event["audit"] for event in events(runs, name, "dispute")} == {"refuted"}
+
+
+@pytest.mark.parametrize("name", WITNESSES)
+def test_whatever_a_witness_hands_in_the_run_goes_on_and_it_is_named(runs, name):
+    for run in runs[name]:
+        assert len(run.losses) == STEPS - RESUMED
+        for verdict in attacked(run):
+            assert verdict["excluded"] == [False, True, False] and not verdict["findings"]
+            assert [(d["audit"], d["at_fault"], d["about"]) for d in verdict["disputed"]] == [
+                (WITNESSES[name], [1, 1], [2, 1])
+            ]
+        convicted = [worker for verdict in run.verdicts for worker in verdict["newly_convicted"]]
+        # Silence may be the network's; a message other than it reported itself is proof.
+        assert convicted == ([[1, 1]] if WITNESSES[name] == "false" else [])
+    assert {(event["audit"], *event["at_fault"]) for event in events(runs, name, "dispute")} == {
+        (WITNESSES[name], 1, 1)
+    }
 
 
 @pytest.mark.parametrize("name", ATTACKS)

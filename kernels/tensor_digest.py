@@ -27,7 +27,9 @@ def tensor_digest(x: torch.Tensor) -> torch.Tensor:
     """The digest of a tensor of any dtype and shape, int32 [2]; see the head of this file."""
     x = x.detach().to(torch.uint8) if x.dtype == torch.bool else x.detach()
     x_RC = x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.reshape(1, -1)
-    bits_RC = x_RC.contiguous().view(INTEGER_VIEW[x.element_size()]).to(torch.int32)
+    # flat, since a tensor of one column may be contiguous with any stride along it
+    bits_N = x_RC.reshape(-1).contiguous().view(INTEGER_VIEW[x.element_size()])
+    bits_RC = bits_N.view(x_RC.shape[0], -1).to(torch.int32)
     return weighted_sum(bits_RC, *digest_weights(*bits_RC.shape, bits_RC.device))
 
 

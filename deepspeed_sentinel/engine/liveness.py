@@ -176,11 +176,22 @@ def _is_communication(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _COMMUNICATION)
 
 
-def _own_connection() -> dist.Store:
-    """A second client of the default store: the first may be blocked in a collective's set-up."""
+def rendezvous_host() -> str:
+    """A host that all ranks could reach when they met."""
+    store = _default_store()
+    return store.host if isinstance(store, dist.TCPStore) else os.environ.get("MASTER_ADDR", "localhost")
+
+
+def _default_store() -> dist.Store:
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
+    return store
+
+
+def _own_connection() -> dist.Store:
+    """A second client of the default store: the first may be blocked in a collective's set-up."""
+    store = _default_store()
     if not isinstance(store, dist.TCPStore):
         return store
     return dist.TCPStore(

@@ -17,9 +17,10 @@ from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import access, checkpoint
 from deepspeed_sentinel.engine.buffers import ForwardState
 from deepspeed_sentinel.engine.interception import Interception
-from deepspeed_sentinel.engine.liveness import Liveness
+from deepspeed_sentinel.engine.liveness import Liveness, rendezvous_host
 from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
+from deepspeed_sentinel.evidence.keys import Keys
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.table import Evidence
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
@@ -76,7 +77,16 @@ class Sentinel:
         faults = Faults(config.inject, self.worker, config.seed or 0)
         self._interception = Interception(engine, self._collector.probe, self._collector.keeping, faults)
         self._forward_state = ForwardState(access.stage_module(engine))
-        self._hearing = Hearing(self.worker, ranks, self._control, device, self._collector.testify)
+        self._hearing = Hearing(
+            self.worker,
+            ranks,
+            self._control,
+            device,
+            testify=self._collector.testify,
+            most_bytes=lambda: self._collector.keeping.most_bytes,
+            secret_with=Keys.exchange(config.seed, self._control).secret_with,
+            towards=rendezvous_host(),
+        )
         self._originals = {name: getattr(engine, name) for name in _WRAPPED}
         # What a script has put over a method of the engine is its own, and there again after ``detach``.
         self._before = {name: vars(engine)[name] for name in _SET if name in vars(engine)}

@@ -11,10 +11,11 @@ import torch.distributed as dist
 
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.exchange import Exchange, Place, build_report
-from deepspeed_sentinel.evidence.keeping import Keeping, Statement
+from deepspeed_sentinel.evidence.keeping import Keeping
 from deepspeed_sentinel.evidence.parts import Layout, agree
 from deepspeed_sentinel.evidence.probe import ENDS, End, EndStatistics, Probe
 from deepspeed_sentinel.evidence.sketch import PairSketches
+from deepspeed_sentinel.evidence.statement import Statement
 from deepspeed_sentinel.evidence.table import SENT, Evidence
 from deepspeed_sentinel.evidence.transfer import Sketches, Transfers
 from deepspeed_sentinel.kernels.token_sketch import sketch_rows

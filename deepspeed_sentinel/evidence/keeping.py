@@ -7,7 +7,6 @@ messages, the seeds of their sketches, and what the two have learnt of the stage
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,8 +15,13 @@ import torch
 
 from deepspeed_sentinel.evidence.parts import Layout, parts_of
 from deepspeed_sentinel.evidence.probe import SECRET, End, Probe
-from deepspeed_sentinel.evidence.transfer import Known, Sketches
+from deepspeed_sentinel.evidence.statement import Statement, check_kinds, kinds_of
+from deepspeed_sentinel.evidence.transfer import Sketches
 from deepspeed_sentinel.mesh import Mesh
+
+# An auditor takes statements of so many times the size of its own messages, or of so many bytes: stages may differ in
+# width and number of tokens, but a stranger must not choose how much memory is taken.
+_TIMES, _FREE_BYTES = 8, 1 << 26
 
 
 class Keeping:
@@ -26,6 +30,12 @@ class Keeping:
     def __init__(self) -> None:
         self._chosen: dict[End, int] = {}
         self._kept: dict[End, tuple[torch.Tensor, ...]] = {}
+        self._largest = 0
+
+    @property
+    def most_bytes(self) -> int:
+        """How large a message to take of others, after what this worker has seen itself."""
+        return max(_TIMES * self._largest, _FREE_BYTES)
 
     def begin_step(self, chosen: Mapping[End, int]) -> None:
         """``chosen``: per end the micro-batch to keep."""
@@ -33,46 +43,19 @@ class Keeping:
         self._kept = {}
 
     def observe(self, end: End, micro_batch: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Copy a message's tensors if it is the chosen one. Nothing waits for the device."""
+        """Copy a message's tensors if it is the chosen one. Nothing waits for the device.
+
+        Raises:
+            ValueError: see ``check_kinds``.
+        """
+        self._largest = max(self._largest, sum(tensor.nbytes for tensor in tensors))
         if self._chosen.get(end) == micro_batch:
+            check_kinds(kinds_of(tensors))
             self._kept[end] = tuple(tensor.detach().clone() for tensor in tensors)
 
     def kept(self, end: End) -> tuple[int, tuple[torch.Tensor, ...]]:
         """The micro-batch and its tensors as observed."""
         return self._chosen[end], self._kept[end]
-
-
-@dataclass(frozen=True)
-class Statement:
-    """What one neighbour of a stage tells the auditor about one direction.
-
-    Attributes:
-        micro_batch: which it kept.
-        seeds: of this step's sample, and of the projection.
-        known: what the statistics of the pair were measured against, part by part; None before anything was learnt.
-        tensors: all tensors of the message.
-    """
-
-    micro_batch: int
-    seeds: tuple[int, int]
-    known: tuple[Known | None, ...]
-    tensors: tuple[torch.Tensor, ...]
-
-    def to_bytes(self) -> torch.Tensor:
-        """uint8 [N] on the CPU."""
-        buffer = io.BytesIO()
-        known = [[one.expected_K.cpu(), one.w_KK.cpu()] if one else [] for one in self.known]
-        torch.save([self.micro_batch, *self.seeds, known, [tensor.cpu() for tensor in self.tensors]], buffer)
-        return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
-
-    @classmethod
-    def from_bytes(cls, data_N: torch.Tensor, device: torch.device) -> Statement:
-        """The inverse of ``to_bytes``, its tensors on ``device``; it runs no code that the bytes may hold."""
-        parts = torch.load(io.BytesIO(data_N.numpy().tobytes()), map_location=device, weights_only=True)
-        micro_batch, sample, projection, known, tensors = parts
-        return cls(
-            micro_batch, (sample, projection), tuple(Known(*one) if one else None for one in known), tuple(tensors)
-        )
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ def as_tokens(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.reshape(-1, 1)
     if tensor.dim() >= 4:
         tensor = tensor.movedim(1, -1)
-    return tensor.reshape(-1, tensor.shape[-1])
+    # -1 would be ambiguous in a tensor without features
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def digest_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -148,4 +148,6 @@ def entries(mesh: Mesh, findings: Iterable[Finding], disputes: Iterable[Dispute]
             struck[finding.worker] = True
     for dispute in disputes:
         disputed[dispute.link, dispute.column] = True
+        if dispute.struck is not None:
+            struck[dispute.struck] = True
     return struck, disputed

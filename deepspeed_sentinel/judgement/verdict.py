@@ -111,7 +111,10 @@ class Dispute:
         about: None where the ends of the link differ in what crossed it; else the worker whose neighbours differ in
             what entered it and left it.
         micro_batches: which messages.
-        audit: "refuted" where the two agree, accuse ``about``, and an audit found it untrue; else empty.
+        audit: where the two agree and accuse ``about``, what an audit of it found: "refuted", it is untrue; "false",
+            one of the two handed in what is no statement, or another message than it had reported; "unheard", one of
+            the two handed in nothing. Else empty.
+        at_fault: which of the two; "false" is a strike against it.
     """
 
     direction: int
@@ -122,8 +125,21 @@ class Dispute:
     about: Worker | None
     micro_batches: tuple[int, ...]
     audit: str = ""
+    at_fault: Worker | None = None
+
+    @property
+    def struck(self) -> Worker | None:
+        """Who gets a strike by it."""
+        return self.at_fault if self.audit == "false" else None
 
     def __str__(self) -> str:
+        if self.at_fault:
+            did = {"false": "a false statement", "unheard": "nothing in time"}[self.audit]
+            return (
+                f"{self.at_fault} gave the auditor {did} of what it reported beside {self.about} "
+                f"{DIRECTIONS[self.direction]}, micro-batches {list(self.micro_batches)}: what it says of {self.about} "
+                "does not count"
+            )
         if self.audit:
             return (
                 f"audit {self.audit} what {self.sender} and {self.receiver} report of what entered and left "

@@ -15,9 +15,10 @@ from enum import Enum
 import numpy as np
 import torch
 
-from deepspeed_sentinel.evidence.keeping import SecondLook, Statement, look_again
+from deepspeed_sentinel.evidence.keeping import SecondLook, look_again
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import End
+from deepspeed_sentinel.evidence.statement import Statement
 from deepspeed_sentinel.evidence.table import FLOORS, OF_PAIR, RECEIVED, SENT, TABLE, Evidence, comparable
 from deepspeed_sentinel.evidence.transfer import PAIR_ROWS, Known, Sketches, pair_rows
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
@@ -36,6 +37,19 @@ class Outcome(Enum):
     CONFIRMED = "confirmed"  # the row is true
     REFUTED = "refuted"  # it is not, or a message is not the one that crossed: somebody beside the stage lies
     OPEN = "open"  # true, but it says nothing about those messages that accuse
+    # Of one witness: what it handed in is no statement, or not the message that it reported itself.
+    FIRST_FALSE, SECOND_FALSE = "first false", "second false"
+    # Of one witness: nothing came in time. The network between it and the auditor can be why.
+    FIRST_UNHEARD, SECOND_UNHEARD = "first unheard", "second unheard"
+
+    @staticmethod
+    def of_witness(index: int, false: bool) -> Outcome:
+        """The outcome that names the first (0) or second (1) witness."""
+        return (_FALSE if false else _UNHEARD)[index]
+
+
+_FALSE = (Outcome.FIRST_FALSE, Outcome.SECOND_FALSE)
+_UNHEARD = (Outcome.FIRST_UNHEARD, Outcome.SECOND_UNHEARD)
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,13 @@ class Audit:
         """The neighbours, and at which end each observed."""
         direction = self.finding.direction
         return (self.first, (direction, SENT)), (self.second, (direction, RECEIVED))
+
+    def witness_at_fault(self, outcome: Outcome) -> Worker | None:
+        """Whom this outcome names, if it names one of the two."""
+        for index, witness in enumerate((self.first, self.second)):
+            if outcome in (_FALSE[index], _UNHEARD[index]):
+                return witness
+        return None
 
 
 def audits_due(verdict: Verdict, evidence: Evidence) -> tuple[Audit, ...]:
@@ -92,6 +113,9 @@ def examine(
 ) -> Outcome:
     """Hold what the two neighbours kept against what they reported in the evidence.
 
+    A message that is none, or without the checksums that its own witness reported, names the witness; where the two
+    contradict each other, or both report untrue rows (which either's sketch may have made so), it is between them.
+
     Args:
         audit: the accusation.
         evidence: of the step.
@@ -99,22 +123,25 @@ def examine(
         layout: what messages are made of.
     """
     finding, mesh = audit.finding, evidence.mesh
+    for index, statement in enumerate((first, second)):
+        if len(statement.known) != layout.parts or statement.micro_batch >= evidence.digests.shape[-2]:
+            return Outcome.of_witness(index, false=True)
     if first.micro_batch != second.micro_batch or first.seeds != second.seeds:
         return Outcome.REFUTED
-    if not 0 <= first.micro_batch < evidence.digests.shape[-2]:
-        return Outcome.REFUTED
-    if any(len(one.known) != layout.parts for one in (first, second)) or not all(map(_same, first.known, second.known)):
+    if not all(map(_same, first.known, second.known)):
         return Outcome.REFUTED
     looks = []
     entered = finding.link + (-1 if finding.direction == FORWARD else 1)
-    for statement, (worker, end), link in zip((first, second), audit.witnesses, (entered, finding.link), strict=True):
+    for index, (statement, (worker, end), link) in enumerate(
+        zip((first, second), audit.witnesses, (entered, finding.link), strict=True)
+    ):
         sent, received = evidence.digests[:, finding.direction, link, finding.column, first.micro_batch]
         if (sent != received).any():
             # A dispute of its own, which leaves nothing to hold the kept message against.
             return Outcome.OPEN
         look = look_again(statement, end, worker.stage, mesh, layout, device)
         if look is None or (look.digests != sent).any():
-            return Outcome.REFUTED
+            return Outcome.of_witness(index, false=True)
         looks.append(look)
     if not _rows_are_true(audit, evidence, (first, second), looks):
         return Outcome.REFUTED
@@ -189,9 +216,9 @@ def rule(verdict: Verdict, audits: Sequence[Audit], outcomes: Sequence[Outcome])
             findings.append(finding)
             continue
         audit, outcome = found[finding.worker]
-        if outcome is Outcome.REFUTED:
+        if outcome not in (Outcome.CONFIRMED, Outcome.OPEN):
             refuted.append(finding)
-            disputed.append(_dispute(audit, finding))
+            disputed.append(_dispute(audit, finding, outcome))
             continue
         if outcome is Outcome.OPEN or finding is audit.finding:
             finding = replace(finding, audit=outcome.value)
@@ -202,7 +229,7 @@ def rule(verdict: Verdict, audits: Sequence[Audit], outcomes: Sequence[Outcome])
     return Ruling(amended, tuple(opened), tuple(refuted))
 
 
-def _dispute(audit: Audit, finding: Finding) -> Dispute:
+def _dispute(audit: Audit, finding: Finding, outcome: Outcome) -> Dispute:
     same_way = finding.direction == audit.finding.direction
     sender, receiver = (audit.first, audit.second) if same_way else (audit.second, audit.first)
     return Dispute(
@@ -213,5 +240,6 @@ def _dispute(audit: Audit, finding: Finding) -> Dispute:
         receiver=receiver,
         about=finding.worker,
         micro_batches=finding.micro_batches,
-        audit=Outcome.REFUTED.value,
+        audit=outcome.value.split()[-1],
+        at_fault=audit.witness_at_fault(outcome),
     )

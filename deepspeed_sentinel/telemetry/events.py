@@ -54,6 +54,7 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
             "about": list(dispute.about) if dispute.about else None,
             "micro_batches": list(dispute.micro_batches),
             "audit": dispute.audit or None,
+            "at_fault": list(dispute.at_fault) if dispute.at_fault else None,
         }
     if verdict.excluded.any():
         yield {"kind": "excluded", "columns": np.flatnonzero(verdict.excluded).tolist()}

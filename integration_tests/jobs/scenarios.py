@@ -80,7 +80,7 @@ def plain(value: Any) -> Any:
 FINDING = (
     "worker", "direction", "link", "column", "micro_batch", "statistic", "value", "score", "trusted", "part", "strikes",
 )  # fmt: skip
-DISPUTE = ("direction", "link", "column", "sender", "receiver", "about", "micro_batches")
+DISPUTE = ("direction", "link", "column", "sender", "receiver", "about", "micro_batches", "audit", "at_fault")
 
 
 def summary(verdict: Any) -> dict[str, Any] | None:

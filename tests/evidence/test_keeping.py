@@ -2,13 +2,12 @@ import numpy as np
 import pytest
 import torch
 
-from deepspeed_sentinel.evidence.keeping import Keeping, Statement, look_again
+from deepspeed_sentinel.evidence.keeping import Keeping, look_again
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import SECRET, Probe
 from deepspeed_sentinel.evidence.sketch import PairSketches
+from deepspeed_sentinel.evidence.statement import Statement
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
-from deepspeed_sentinel.evidence.transfer import Known
-from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
 CPU = torch.device("cpu")
@@ -39,6 +38,25 @@ def test_only_the_chosen_message_is_kept_and_as_it_was():
     assert not keeping._kept
 
 
+def test_what_is_taken_of_others_follows_what_passes_here():
+    keeping = Keeping()
+    assert keeping.most_bytes == 1 << 26
+    keeping.observe(END, 0, (torch.empty(1 << 14, 1 << 13, dtype=torch.int8), torch.arange(3)))
+    assert keeping.most_bytes == 8 * ((1 << 27) + 24)
+
+
+def test_what_no_header_can_tell_is_refused_where_it_passes():
+    keeping = Keeping()
+    keeping.begin_step({END: 0})
+    for tensors, what in (
+        ([torch.zeros(1)] * 97, "97 tensors"),
+        ([torch.zeros([1] * 9)], "9 dimensions"),
+        ([torch.zeros(1, dtype=torch.complex128)], "complex128"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            keeping.observe(END, 0, tensors)
+
+
 def test_both_neighbours_keep_the_same_micro_batch_and_it_changes():
     mesh = Mesh(5, 2)
     below, above = pairs(mesh, Worker(1, 0)), pairs(mesh, Worker(3, 0))
@@ -53,22 +71,6 @@ def test_both_neighbours_keep_the_same_micro_batch_and_it_changes():
 def test_nothing_is_kept_where_both_neighbours_are_trusted():
     assert pairs(Mesh(3, 2), Worker(0, 0)).ends and not pairs(Mesh(3, 2), Worker(0, 0)).to_keep(0, 4)
     assert pairs(Mesh(4, 2), Worker(0, 0)).to_keep(0, 4).keys() == {END, (BACKWARD, RECEIVED)}
-
-
-@pytest.mark.parametrize("known", [(None,), (None, Known(normal(DIMENSIONS), normal(DIMENSIONS, DIMENSIONS)))])
-def test_a_statement_travels_bit_by_bit(known):
-    tensors = (normal(2, 5, 6).bfloat16(), torch.arange(4), torch.tensor([True, False]))
-    told = Statement(3, (2**61 + 1, 5), known, tensors)
-    heard = Statement.from_bytes(told.to_bytes(), CPU)
-    assert (heard.micro_batch, heard.seeds) == (3, (2**61 + 1, 5))
-    assert all(
-        torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(tensors, heard.tensors, strict=True)
-    )
-    for one, other in zip(heard.known, known, strict=True):
-        if other is None:
-            assert one is None
-        else:
-            assert torch.equal(one.expected_K, other.expected_K) and torch.equal(one.w_KK, other.w_KK)
 
 
 @pytest.mark.parametrize("tokens", [9, 400])

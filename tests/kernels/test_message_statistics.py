@@ -186,6 +186,8 @@ def test_digest_takes_any_dtype_shape_and_stride(device, dtype):
     changed[1, 2, 3] = 0
     assert not torch.equal(tensor_digest(changed), tensor_digest(x))
     assert tensor_digest(torch.tensor(3).to(dtype)).shape == (2,)
+    one_channel = torch.ones(1, 1, 1, 2, dtype=dtype, device=device).movedim(1, -1).reshape(2, 1)
+    assert torch.equal(tensor_digest(one_channel), tensor_digest(torch.ones(2, 1, dtype=dtype, device=device)))
 
 
 def test_wrong_arguments_are_refused(device):

@@ -1,10 +1,12 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from accusation import ACCUSED, COLUMN, CPU, LAYOUT, MESH, Case, finding, verdict
 
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.evidence.transfer import Known
+from deepspeed_sentinel.judgement.account import entries
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 from deepspeed_sentinel.response.audit import Outcome, audits_due, examine, rule
 
@@ -31,13 +33,15 @@ def test_a_row_of_another_message_is_refuted(direction, forged):
 
 
 @DIRECTIONS
-def test_a_message_without_the_checksum_that_both_ends_reported_is_refuted(direction):
+def test_a_message_without_the_checksum_that_both_ends_reported_names_its_witness(direction):
     case = Case(direction)
     for part in (0, 1):
         tensors = list(case.second.tensors)
         tensors[part] = tensors[part] + 1
-        assert outcome(case, second=replace(case.second, tensors=tuple(tensors))) is Outcome.REFUTED
-    assert outcome(case, first=replace(case.first, tensors=())) is Outcome.REFUTED
+        assert outcome(case, second=replace(case.second, tensors=tuple(tensors))) is Outcome.SECOND_FALSE
+    assert outcome(case, first=replace(case.first, tensors=())) is Outcome.FIRST_FALSE
+    not_a_number = replace(case.first, tensors=(case.first.tensors[0] * float("nan"), *case.first.tensors[1:]))
+    assert outcome(case, first=not_a_number) is Outcome.FIRST_FALSE
 
 
 def test_where_the_two_ends_of_a_link_disagree_there_is_nothing_to_hold_a_message_against():
@@ -58,14 +62,18 @@ def test_neighbours_that_name_different_seeds_micro_batches_or_maps_are_refuted(
         {"seeds": (11, 13)},
         {"micro_batch": 2},
         {"known": (None,)},
-        {"known": (known, known)},
         {"known": (Known(known.expected_K, 1.1 * known.w_KK),)},
         {"known": (Known(known.expected_K[:3], known.w_KK),)},
         {"known": (Known(known.expected_K * float("nan"), known.w_KK),)},
     ):
         assert outcome(case, second=replace(case.second, **changes)) is Outcome.REFUTED, changes
-    far = {"micro_batch": 9}
-    assert outcome(case, replace(case.first, **far), replace(case.second, **far)) is Outcome.REFUTED
+
+
+def test_what_no_message_of_the_step_can_be_names_its_witness():
+    case = Case()
+    assert outcome(case, second=replace(case.second, known=2 * case.second.known)) is Outcome.SECOND_FALSE
+    assert outcome(case, second=replace(case.second, known=())) is Outcome.SECOND_FALSE
+    assert outcome(case, first=replace(case.first, micro_batch=9)) is Outcome.FIRST_FALSE
 
 
 def test_rounding_is_no_lie():
@@ -143,3 +151,27 @@ def test_a_ruling_confirms_opens_or_turns_into_disputes_all_that_rests_on_the_pa
     assert (forward.sender, forward.receiver, forward.about) == (Worker(1, 1), Worker(3, 1), ACCUSED)
     assert (backward.sender, backward.receiver, backward.about) == (Worker(3, 1), Worker(1, 1), ACCUSED)
     assert forward.audit == "refuted" and "audit refuted" in str(forward)
+    assert forward.at_fault is None and forward.struck is None
+
+
+@pytest.mark.parametrize(
+    ("outcome", "who", "told"),
+    [
+        (Outcome.FIRST_FALSE, Worker(1, 1), "a false statement"),
+        (Outcome.SECOND_FALSE, Worker(3, 1), "a false statement"),
+        (Outcome.FIRST_UNHEARD, Worker(1, 1), "nothing in time"),
+        (Outcome.SECOND_UNHEARD, Worker(3, 1), "nothing in time"),
+    ],
+)
+def test_a_ruling_names_the_witness_at_fault_and_strikes_it_only_for_what_is_proven(outcome, who, told):
+    worst, other = finding(score=9.0), finding(BACKWARD)
+    said = verdict(worst, other)
+    ruling = rule(said, audits_due(said, Case().evidence), [outcome])
+    assert not ruling.verdict.findings and ruling.refuted == (worst, other)
+    for dispute in ruling.verdict.disputed:
+        assert dispute.at_fault == who and dispute.about == ACCUSED
+        assert dispute.struck == (who if "false" in told else None)
+        assert str(dispute).startswith(f"{who} gave the auditor {told}")
+    struck, disputed = entries(MESH, (), ruling.verdict.disputed)
+    assert np.argwhere(struck).tolist() == ([list(who)] if "false" in told else [])
+    assert disputed[[1, 2], COLUMN].all()
