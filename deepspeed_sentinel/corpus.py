@@ -18,6 +18,7 @@ import torch
 HELD_OUT_SHARE = 0.1
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _SMALLEST = 1_000_000
+_BPE = "bpe_tokenizer.json"
 
 
 def source_files(root: Path | None = None) -> list[Path]:
@@ -91,11 +92,21 @@ def _train_bpe(text: bytes, folder: Path, vocabulary: int) -> Callable[[bytes], 
     )
     lines = text.decode("utf-8", errors="replace").splitlines(keepends=True)
     tokenizer.train_from_iterator(lines, trainer)
-    tokenizer.save(str(folder / "bpe_tokenizer.json"))
+    tokenizer.save(str(folder / _BPE))
+    return encoder(folder, "bpe")
+
+
+def encoder(folder: Path, tokenizer: str) -> Callable[[bytes], np.ndarray]:
+    """What turns text into tokens, shape [tokens], as the corpus in ``folder`` was once it is prepared."""
+    if tokenizer == "byte":
+        return _byte_tokens
+    from tokenizers import Tokenizer
+
+    trained = Tokenizer.from_file(str(folder / _BPE))
 
     def encode(part: bytes) -> np.ndarray:
         pieces = part.decode("utf-8", errors="replace").splitlines(keepends=True)
-        encodings = tokenizer.encode_batch_fast(pieces)
+        encodings = trained.encode_batch_fast(pieces)
         return np.fromiter((token for one in encodings for token in one.ids), dtype=np.uint16)
 
     return encode
@@ -115,7 +126,14 @@ def batches(
     """
     generator = np.random.default_rng([seed, replica])
     while True:
-        starts = generator.integers(0, tokens.size - sequence - 1, size=size)
-        window = np.stack([tokens[start : start + sequence + 1] for start in starts]).astype(np.int64)
-        window_BT = torch.from_numpy(window)
-        yield window_BT[:, :-1].contiguous(), window_BT[:, 1:].contiguous()
+        yield windows(tokens, generator, size, sequence)
+
+
+def windows(
+    tokens: np.ndarray, generator: np.random.Generator, size: int, sequence: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One micro-batch of windows drawn by chance: (inputs, labels), [size, sequence]; labels are the next tokens."""
+    starts = generator.integers(0, tokens.size - sequence - 1, size=size)
+    window = np.stack([tokens[start : start + sequence + 1] for start in starts]).astype(np.int64)
+    window_BT = torch.from_numpy(window)
+    return window_BT[:, :-1].contiguous(), window_BT[:, 1:].contiguous()

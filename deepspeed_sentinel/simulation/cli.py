@@ -51,6 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--moe", action="store_true", help="a mixture of experts in place of each MLP")
     for name in ("micro_batches", "micro_batch_size", "sequence"):
         add(f"--{name.replace('_', '-')}", type=int, default=0, help="of each column (default: by the model's size)")
+    choice("routing", ("dealt", "static"), "columns dealt anew in every step, or for ever the same as in DeepSpeed")
+    changes = ("none", "kinds", "crossing", "spells", "turn", "spike", "spikes", "rate", "sequence")
+    choice("change", changes, "an honest change that training goes through")
+    number("change_at", int, "its first step")
     choice("verifier", ("trusted", "receiver"), "who computes the statistics; a malicious receiver may lie")
     choice("evidence", ("paper", "all"), "the four distances of the paper alone, or every statistic")
     choice("guard", ("on", "off"), "off lets the attack through")

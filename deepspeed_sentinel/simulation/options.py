@@ -19,6 +19,8 @@ _CHOICES = {
     "guard": ("on", "off"),
     "procedure": ("ours", "paper"),
     "dtype": ("float32", "bfloat16"),
+    "routing": ("dealt", "static"),
+    "change": ("none", "kinds", "crossing", "spells", "turn", "spike", "spikes", "rate", "sequence"),
 }
 
 
@@ -47,6 +49,13 @@ class SimulationOptions:
         majority: allow half of a stage's workers or more to be malicious.
         chunk: micro-batches of all columns that are computed at once; 0 is all.
         device, dtype: where and in what to compute.
+        routing: columns dealt anew in every step among the workers that are not convicted, or for ever the same, as
+            in DeepSpeed.
+        change, change_at: an honest change and its first step. kinds: each column has its own kind of text from the
+            very first step; crossing: one column after the other crosses to another kind for good; spells: columns
+            have now and then some steps of another kind; turn: all cross at once; spike: one column has a batch of
+            noise in one step of ten; spikes: all have; rate: the learning rate grows by a factor of five; sequence:
+            sequences double in length, up to ``sequence``.
         sentinel: settings of the ``"sentinel"`` block that judgement is to use.
     """
 
@@ -75,6 +84,9 @@ class SimulationOptions:
     chunk: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+    routing: str = "dealt"
+    change: str = "none"
+    change_at: int = 40
     sentinel: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,6 +102,7 @@ class SimulationOptions:
             ("chunk", 0),
             ("honest_steps", 1),
             ("stop_after", 0),
+            ("change_at", 0),
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -163,6 +176,7 @@ class SimulationOptions:
             "honest_steps": 1000,
             "stop_after": 0,
             "majority": False,
+            "routing": "dealt",
             "sentinel": {},
         }
         return dataclasses.replace(self, **changes)

@@ -29,6 +29,7 @@ _LEARNING_RATE_WARMUP = 10
 _CLIP = 1.0
 # Gradients of that many numbers in all may be kept apart by column, so that no column is computed twice.
 _KEPT_APART = 2**28
+_RATE_JUMP = 5.0
 
 
 class Simulation:
@@ -50,6 +51,7 @@ class Simulation:
         settings = {"seed": options.seed, "max_skipped_steps": options.steps, **options.sentinel}
         self.config = SentinelConfig.parse(settings)
         self.stages = build_stages(options)
+        self.step_index = 0
         self._text = Text(options)
         self.attackers = self.attackers_of(options)
         self.riders = riders
@@ -65,9 +67,8 @@ class Simulation:
         rate = options.size.learning_rate
         self.optimizer = torch.optim.AdamW(self._weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: min(1.0, (step + 1) / _LEARNING_RATE_WARMUP)
+            self.optimizer, lambda step: self._jump() * min(1.0, (step + 1) / _LEARNING_RATE_WARMUP)
         )
-        self.step_index = 0
         self._found_at: int | None = None
         self.seconds = {"step": 0.0, "judge": 0.0}
         self.losses: list[float] = []
@@ -88,7 +89,7 @@ class Simulation:
     def step(self) -> Verdict | None:
         """Train one step; the verdict, or None without a guard."""
         begin = time.perf_counter()
-        self._served = deal_columns(self.mesh, self.judge.record.convicted, self.options.seed, self.step_index)
+        self._served = self._deal()
         ids, labels = self._text.next_step()
         everybody = np.zeros(self.mesh.replicas, bool)
         self.verifiers.begin_step(self.step_index)
@@ -170,6 +171,9 @@ class Simulation:
                 "procedure": options.procedure,
                 "guard": options.guard,
                 "messages": self.tally.messages(),
+                "routing": options.routing,
+                "change": options.change,
+                "change_at": options.change_at,
                 "skipped_steps": self.tally.skipped_steps,
                 "excluded_columns": self.tally.excluded_columns,
                 "disputes": self.tally.disputes,
@@ -177,6 +181,17 @@ class Simulation:
                 "judge_seconds_a_step": self.seconds["judge"] / max(self.step_index, 1),
             },
         }
+
+    def _deal(self) -> np.ndarray:
+        """Who serves which column in this step, int [S, C]."""
+        if self.options.routing == "static":
+            return np.tile(np.arange(self.mesh.replicas), (self.mesh.stages, 1))
+        return deal_columns(self.mesh, self.judge.record.convicted, self.options.seed, self.step_index)
+
+    def _jump(self) -> float:
+        """By how much the learning rate of the next step is above the schedule's."""
+        jumped = self.options.change == "rate" and self.step_index + 1 >= self.options.change_at
+        return _RATE_JUMP if jumped else 1.0
 
     def _acted_first(self) -> np.ndarray:
         if self.attackers is None:
