@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import math
+import random
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -143,6 +145,15 @@ def text() -> np.ndarray:
     return np.frombuffer(source, dtype=np.uint8)
 
 
+@lru_cache
+def other_text() -> np.ndarray:
+    """Text of another kind: made-up JSON, as bytes [N]."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abc", k=draw.randint(1, 5))) for _ in range(8000)]
+    rows = [[*words[index : index + 2], draw.randint(0, 30)] for index in range(0, len(words), 2)]
+    return np.frombuffer(json.dumps(rows, indent=1).encode(), dtype=np.uint8)
+
+
 def micro_batch(scenario: Scenario, step: int, replica: int, index: int) -> tuple[Any, torch.Tensor]:
     """(inputs, labels) of one micro-batch; depends on nothing but the arguments, so not on the mesh.
 
@@ -152,8 +163,10 @@ def micro_batch(scenario: Scenario, step: int, replica: int, index: int) -> tupl
     seed = scenario.seed if scenario.data_seed is None else scenario.data_seed
     length = scenario.lengths[step % len(scenario.lengths)]
     draw = np.random.default_rng([seed, step, replica, index])
-    starts = draw.integers(0, text().size - length - 1, size=scenario.micro_batch_size)
-    window_BT = torch.from_numpy(np.stack([text()[at : at + length + 1] for at in starts]).astype(np.int64))
+    turned = scenario.other_text_from is not None and step >= scenario.other_text_from[replica]
+    source = other_text() if turned else text()
+    starts = draw.integers(0, source.size - length - 1, size=scenario.micro_batch_size)
+    window_BT = torch.from_numpy(np.stack([source[at : at + length + 1] for at in starts]).astype(np.int64))
     ids_BT, labels_BT = window_BT[:, :-1].contiguous(), window_BT[:, 1:].contiguous()
     if scenario.tuple_messages is None:
         return ids_BT, labels_BT

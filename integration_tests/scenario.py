@@ -49,6 +49,8 @@ class Scenario:
         reset_shape: call ``engine.reset_activation_shape()`` before each step.
         activation_checkpoint_interval: PipelineModule's.
         data_replicas: data of these replicas, one for each replica of the mesh; by default 0, 1, 2, ...
+        other_text_from: of each replica, the step from which on its text is of another kind (JSON in place of Python);
+            by default none ever is.
         optimizer, learning_rate, gradient_clipping: "adam" or "sgd" of torch.
         evaluate_every: run ``eval_batch`` after every this many steps; 0 is never.
         save: {"directory": ..., "after_step": n}; load: {"directory": ...} before the first step.
@@ -76,6 +78,7 @@ class Scenario:
     reset_shape: bool = False
     activation_checkpoint_interval: int = 0
     data_replicas: tuple[int, ...] | None = None
+    other_text_from: tuple[int, ...] | None = None
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     gradient_clipping: float = 0.0

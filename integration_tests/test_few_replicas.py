@@ -1,4 +1,4 @@
-"""Without a majority of replicas messages are compared with the recent past; what that cannot decide is said."""
+"""With fewer than three replicas there is no majority: what both do, or the only one, is training and no attack."""
 
 from __future__ import annotations
 
@@ -9,41 +9,62 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-START, STEPS = 26, 30
-BASE = Scenario(name="watched", steps=STEPS, hidden=64, lengths=(48,))
+START, TURN, STEPS = 26, 26, 40
+BASE = Scenario(name="watched", steps=30, hidden=64, lengths=(48,))
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def runs(request, tmp_path_factory):
     replicas = request.param
     folder = tmp_path_factory.mktemp(f"replicas{replicas}")
-    fault = {"stage": 1, "replica": replicas - 1, "attack": "constant", "start_step": START}
-    block = {"enabled": True, "output_dir": str(folder / "logs"), "inject": [fault]}
-    return run_scenarios([BASE.with_(sentinel=block)], stages=3, replicas=replicas, folder=folder, timeout=150)
+
+    def block(*faults):
+        return {"enabled": True, "output_dir": str(folder / "logs"), "inject": list(faults)}
+
+    worker = {"stage": 1, "replica": replicas - 1, "start_step": START}
+    scenarios = [
+        BASE.with_(sentinel=block({**worker, "attack": "constant"})),
+        BASE.with_(name="broken", sentinel=block({**worker, "attack": "nan"})),
+        BASE.with_(name="turn", steps=STEPS, sentinel=block(), other_text_from=(TURN,) * replicas),
+    ]
+    return run_scenarios(scenarios, stages=3, replicas=replicas, folder=folder, timeout=300)
 
 
-def test_a_fault_is_found_against_the_recent_past(runs):
+def test_a_fault_is_told_of_and_left_out_where_another_replica_shows_it(runs):
     run, culprit = runs["watched"][0], [1, runs.replicas - 1]
+    assert not any(verdict["findings"] or verdict["skip"] for verdict in run.verdicts[:START])
+    told = [culprit in [finding["worker"] for finding in verdict["findings"]] for verdict in run.verdicts]
+    assert told[START]
+    if runs.replicas == 1:
+        assert not any(verdict["skip"] or any(verdict["excluded"]) for verdict in run.verdicts)
+        assert not any(verdict["newly_convicted"] for verdict in run.verdicts)
+        return
+    assert all(told[START:])
+    assert all(verdict["excluded"] == [False, True] for verdict in run.verdicts[START:])
+    assert [verdict["newly_convicted"] for verdict in run.verdicts if verdict["newly_convicted"]] == [[culprit]]
+
+
+def test_what_is_not_finite_is_left_out_with_one_replica_too(runs):
+    run, culprit = runs["broken"][0], [1, runs.replicas - 1]
     for verdict in run.verdicts[START:]:
-        # Against the recent past alone an honest message is conspicuous more often, so others may be suspects too.
-        assert culprit in [finding["worker"] for finding in verdict["findings"]]
         assert verdict["excluded"] == [False] * (runs.replicas - 1) + [True]
         assert verdict["skip"] == (runs.replicas == 1)
     assert run.verdicts[START + 2]["newly_convicted"] == [culprit]
-    assert [verdict["newly_convicted"] for verdict in run.verdicts].count([]) == STEPS - 1
-    assert not any(verdict["findings"] or verdict["skip"] for verdict in run.verdicts[:START])
-
-
-def test_with_one_replica_the_steps_are_skipped_and_counted(runs):
-    run = runs["watched"][0]
-    skipped = (STEPS - START) * (runs.replicas == 1)
+    skipped = (30 - START) * (runs.replicas == 1)
     assert run.record["skipped_steps"] == run.record["counts"]["skipped_steps"] == skipped
-    assert [math.isnan(loss) for loss in run.losses] == [False] * (STEPS - skipped) + [True] * skipped
+    assert [math.isnan(loss) for loss in run.losses] == [False] * (30 - skipped) + [True] * skipped
+
+
+def test_a_change_of_data_in_all_replicas_stops_nothing(runs):
+    run = runs["turn"][0]
+    assert not any(verdict["skip"] or any(verdict["excluded"]) for verdict in run.verdicts)
+    assert not any(verdict["newly_convicted"] for verdict in run.verdicts)
+    assert len(run.losses) == STEPS and all(math.isfinite(loss) for loss in run.losses)
 
 
 def test_it_says_what_it_cannot_decide(runs):
     said = {
-        1: "1 replica: messages are compared with their own recent past only",
-        2: "a change that both replicas share cannot be told from an attack",
+        1: "1 replica: there is nothing to compare with",
+        2: "only a replica that changes while the other does not is left out",
     }
     assert said[runs.replicas] in runs.job.stderr[0] + runs.job.stdout[0]

@@ -342,9 +342,10 @@ class Sentinel:
 
 
 _FEW_REPLICAS = {
-    1: "1 replica: messages are compared with their own recent past only, and excluding the one column skips the step",
-    2: "2 replicas: no majority in a step, so messages are compared with the recent past; a change that both "
-    "replicas share cannot be told from an attack, and slow drift by one cannot be seen",
+    1: "1 replica: there is nothing to compare with, so statistics are reported and exclude nothing; what is not "
+    "finite, disputed, or should have been passed on unchanged still does",
+    2: "2 replicas: there is no majority, so only a replica that changes while the other does not is left out, and "
+    "slow drift by one cannot be seen",
 }
 
 

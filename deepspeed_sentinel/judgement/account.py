@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class Judged:
         fenced: float64 [statistics of pairs, 2, L, C, M], scores by fences alone.
         scores: float64 [2, L, C, M], the largest of all statistics; 0 where nothing was judged.
         overflow: bool [2, L, C, M], non-finite gradients that loss scaling may explain.
+        content: bool [2, L, C, M], alarms that content explains.
     """
 
     values: np.ndarray
@@ -34,6 +36,7 @@ class Judged:
     fenced: np.ndarray
     scores: np.ndarray
     overflow: np.ndarray
+    content: np.ndarray
 
 
 class Account:
@@ -103,7 +106,13 @@ class Account:
             rests_on_pair=why.rests_on_pair,
             telling=why.telling,
             part=Rows.part(statistic) if self._table.parts > 1 else None,
+            excuse=self._excuse(statistic, bool(judged.content[(*where, worst)])),
         )
+
+    def _excuse(self, statistic: int, content: bool) -> Literal["", "content", "alone"]:
+        if self._mesh.replicas == 1 and not self._table.hard[statistic]:
+            return "alone"
+        return "content" if content else ""
 
     def disputes(self, first: np.ndarray, contradicted: np.ndarray) -> tuple[Dispute, ...]:
         """One dispute a link and column.

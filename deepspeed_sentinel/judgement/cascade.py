@@ -17,6 +17,7 @@ def hold_against_fences(
     whole: np.ndarray,
     sound: np.ndarray,
     hard: np.ndarray,
+    room: np.ndarray,
     warming_up: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Residuals and scores [K, 2, L, C, M], and which messages are cascade, bool [2, L, C, M].
@@ -32,6 +33,7 @@ def hold_against_fences(
         whole: bool [2, L, C, M], finite messages that nobody disputes.
         sound: bool [2, L, C, M], those of them that no convicted worker had a hand in.
         hard: bool [K], rows without a fence.
+        room: float64 [C], by how much the fences of a column are wider.
         warming_up: there are no fences yet.
     """
     doubtful = np.zeros(sound.shape[:2], bool)
@@ -41,14 +43,14 @@ def hold_against_fences(
         if warming_up:
             per_statistic = np.zeros_like(residuals)
         else:
-            per_statistic = fences.scores(residuals, eligible, doubtful)
+            per_statistic = fences.scores(compared, residuals, eligible, doubtful, room)
         per_statistic[hard] = np.where(values[hard] > 0, np.inf, 0.0)
         alarms = per_statistic.max(0) > 1.0
         cascade = followers(alarms | ~whole)
         narrowed = _first_with_any(sound & ~cascade, whole & ~cascade, whole)
         if np.array_equal(narrowed, eligible):
             left, in_alarm = (np.count_nonzero(which.any(-1), axis=-1) for which in (narrowed, narrowed & alarms))
-            widened = doubtful | ((2 * in_alarm >= left) & (in_alarm > 0))
+            widened = doubtful | ((2 * in_alarm >= left) & (in_alarm > 0) & fences.has_majority)
             if np.array_equal(widened, doubtful):
                 break
             doubtful = widened

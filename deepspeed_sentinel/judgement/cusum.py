@@ -64,6 +64,7 @@ class Cusum:
         convicted: np.ndarray,
         step: int,
         warming_up: bool,
+        unlike: np.ndarray | None = None,
     ) -> np.ndarray:
         """Add one step and score it.
 
@@ -74,11 +75,17 @@ class Cusum:
             convicted: bool [S, R], workers to go on summing for, but not to learn from.
             step: the engine's global step.
             warming_up: learn what is usual, accuse nobody.
+            unlike: bool [C], columns whose content is unlike the others'; None is none. What is usual changes there
+                without any worker's doing, so nothing is added, and what was fades.
 
         Returns:
             float64 [pairs' statistics, 2, L, C]: the score of the worker that sent over that link in that column.
         """
-        mean, columns = self._by_worker(residuals, counted, served)
+        if unlike is None:
+            unlike = np.zeros(self._mesh.replicas, bool)
+        # Those left must be a majority, or the median they are measured from is anybody's.
+        unlike = unlike | (2 * np.count_nonzero(~unlike) <= self._mesh.replicas)
+        mean, columns = self._by_worker(residuals, counted & ~unlike[:, None], served)
         deviation = self._in_spreads(mean * np.sqrt(columns))
         usual = self._usual / np.maximum(self._weight, _SMALLEST)
         difference = np.where(self._weight > 0, deviation - usual, np.nan)
@@ -88,13 +95,23 @@ class Cusum:
         if not warming_up:
             score = self._normal_score(difference)
             grown = np.clip(self._sums + np.stack([score, -score]) - SLACK, 0.0, _HIGHEST)
-            self._sums = np.where(np.isnan(score), self._sums, grown)
+            senders = np.stack([served[:-1], served[1:]])
+            faded = np.zeros((*senders.shape[:2], self._mesh.replicas), bool)
+            np.logical_or.at(faded, (*np.indices(senders.shape)[:2], senders), unlike)
+            fading = np.where(faded, np.maximum(self._sums - SLACK, 0.0), self._sums)
+            self._sums = np.where(np.isnan(score), fading, grown)
         share_of_limit = self._sums.max(0) / LIMIT
         scores = share_of_limit * share_of_limit
         trusted = ~np.stack([convicted[:-1], convicted[1:]])
         self._learn(deviation, difference, trusted & quiet, step)
         senders = np.stack([served[:-1], served[1:]])
         return np.take_along_axis(scores, np.broadcast_to(senders, (len(scores), *senders.shape)), axis=-1)
+
+    def quiet(self, served: np.ndarray) -> np.ndarray:
+        """Where next to nothing has added up against the sender, bool [pairs' statistics, 2, L, C]."""
+        senders = np.stack([served[:-1], served[1:]])
+        quiet = self._sums.max(0) < _QUIET
+        return np.take_along_axis(quiet, np.broadcast_to(senders, (len(quiet), *senders.shape)), axis=-1)
 
     def retract(self, direction: int, link: int, replica: int, to_zero: bool) -> None:
         """Take back what the last step added for the replica that sends over a link, or with ``to_zero`` all of it.

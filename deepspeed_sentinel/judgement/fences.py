@@ -1,12 +1,15 @@
 """Fences: bounds from the inter-quartile range of recent clean residuals, one pair per boundary and statistic.
 
-A residual is a statistic minus the median over all replicas' messages of that link and direction in that step. Where
-there is no majority of sound columns in that step, as with fewer than three replicas, it is minus the running median
-of recent steps.
+A residual is what is left of a statistic without what is usual of its column (``usual.py``) and without the median of
+that over all replicas' messages of that link and direction in that step. Where there is no majority of sound columns in
+that step it is the running median of recent steps, as always with one replica.
 
-    score = distance beyond the nearer quartile / (k * IQR * w)            1 = on the fence
+    score = distance beyond the nearer quartile / (k * IQR * w * room)     1 = on the fence
     k     = max(multiplier, margin * the clean score that the target rate of false alarms allows)
     w     = max(1, shortest interval that holds a third of this step's residuals / IQR)
+    room  = more than 1 where the column's content is new (``content.py``)
+
+A message is as far out as the smaller of its distances from its column's usual and from what the other replicas send.
 
 Tukey's fences (1977) with the multiplier k learnt from the tail of clean traffic, as arXiv 2603.03592 adapts its
 thresholds to a false-positive rate. Training has turns after which honest replicas differ more than they used to. Half
@@ -22,7 +25,9 @@ import numpy as np
 
 from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.evidence.table import Rows
+from deepspeed_sentinel.judgement.few import Past
 from deepspeed_sentinel.judgement.robust import median, quantiles, shortest_interval
+from deepspeed_sentinel.judgement.usual import Usual
 from deepspeed_sentinel.judgement.window import Window
 from deepspeed_sentinel.mesh import Mesh
 
@@ -61,14 +66,20 @@ class Fences:
         self._residuals = Window(self._rows, window, (0.25, 0.75), seed)
         self._centres = np.full((*self._rows, window), np.nan)
         self.reach = np.full(self._rows, np.nan)
+        self.usual = Usual((*self._rows, mesh.replicas))
+        self._past = Past((*self._rows, mesh.replicas))
 
     @property
     def learnt_steps(self) -> int:
         return self._residuals.learnt
 
     @property
-    def compares_replicas(self) -> bool:
+    def has_majority(self) -> bool:
         return self.mesh.replicas >= _MAJORITY
+
+    @property
+    def compares_replicas(self) -> bool:
+        return self.mesh.replicas > 1
 
     @property
     def iqr(self) -> np.ndarray:
@@ -77,35 +88,56 @@ class Fences:
         return np.asarray(np.maximum(high - low, self._floors))
 
     def residuals(self, comparable: np.ndarray, eligible: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
-        """Statistics [K, 2, L, C, M] in comparable units minus their centre.
+        """Statistics [K, 2, L, C, M] in comparable units without what is usual of their column, minus their centre.
 
         Args:
             comparable: float64 [K, 2, L, C, M].
             eligible: bool [2, L, C, M], messages that may set the centre.
             doubtful: bool [2, L], links where they are not to be believed in this step.
         """
-        current = median(self._samples(comparable, eligible))
-        majority = self._more_than(1, 2, eligible, doubtful)
-        if majority.all() or self.learnt_steps == 0:
-            return comparable - current[..., None, None]
-        # Where replicas are compared the past only stands in for a step, so it should be the latest.
-        steps = _RECENT if self.compares_replicas else self.window
-        slots = (self.learnt_steps - 1 - np.arange(min(steps, self.learnt_steps))) % self.window
+        aligned = comparable - self.usual.level[..., None]
+        current = median(self._samples(aligned, eligible))
+        majority = self._more_than(1, 2, eligible)
+        believed = majority & ~doubtful
+        if believed.all() or self.learnt_steps == 0:
+            return aligned - current[..., None, None]
+        # The past only stands in for a step, so it should be the latest.
+        slots = (self.learnt_steps - 1 - np.arange(min(_RECENT, self.learnt_steps))) % self.window
         recent = median(self._centres[..., slots])
-        centre = np.where(majority | np.isnan(recent), current, recent)
-        return comparable - centre[..., None, None]
+        shared = majority & self._all_beyond(aligned - recent[..., None, None], eligible)
+        centre = np.where(believed | shared | np.isnan(recent), current, recent)
+        return aligned - centre[..., None, None]
 
-    def scores(self, residuals: np.ndarray, eligible: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
-        """Residuals to scores, of the same shapes: 0 between the quartiles or not available, 1 on the fence."""
-        low, high = (bound[..., None, None] for bound in self._residuals.quantiles)
-        outside = np.fmax(np.fmax(low - residuals, residuals - high), 0.0)
-        scores = outside / np.where(np.isnan(self.reach), np.inf, self.reach)[..., None, None]
+    def scores(
+        self,
+        comparable: np.ndarray,
+        residuals: np.ndarray,
+        eligible: np.ndarray,
+        doubtful: np.ndarray,
+        room: np.ndarray,
+    ) -> np.ndarray:
+        """Residuals to scores, of the same shapes: 0 between the quartiles or not available, 1 on the fence.
+
+        Args:
+            comparable, eligible, doubtful: see ``residuals``.
+            residuals: what they are.
+            room: float64 [C], by how much the fences of a column are wider.
+        """
+        scores = self._beyond(residuals)
         if not (scores > 1.0).any():
-            return np.asarray(scores)
-        spread = shortest_interval(self._samples(residuals, eligible), 1.0 / 3.0)
-        known = self._more_than(2, 3, eligible, doubtful) & ~np.isnan(spread)
-        widening = np.where(known, np.maximum(spread / self.iqr, 1.0), 1.0)
-        return np.asarray(scores / widening[..., None, None])
+            return scores
+        majority = self._more_than(1, 2, eligible) & ~doubtful
+        # Who sends what the others send stands out nowhere, whatever it used to send.
+        among_others = comparable - median(self._samples(comparable, eligible))[..., None, None]
+        scores = np.where(majority[..., None, None], np.minimum(scores, self._beyond(among_others)), scores)
+        if self.has_majority:
+            spread = shortest_interval(self._samples(residuals, eligible), 1.0 / 3.0)
+            known = self._more_than(2, 3, eligible) & ~doubtful & ~np.isnan(spread)
+            widening = np.where(known, np.maximum(spread / self.iqr, 1.0), 1.0)
+            scores = scores / widening[..., None, None]
+        elif self.compares_replicas:
+            scores = np.where(self._past.moved_alone(comparable, eligible)[..., None], scores, 0.0)
+        return np.asarray(scores / room[:, None])
 
     def bounds(self, direction: int, link: int, statistic: int) -> tuple[float, float]:
         """Lower and upper fence of a residual."""
@@ -113,27 +145,71 @@ class Fences:
         low, high = self._residuals.quantiles[(slice(None), *row)]
         return float(low - self.reach[row]), float(high + self.reach[row])
 
-    def learn(self, comparable: np.ndarray, residuals: np.ndarray, clean: np.ndarray, step: int) -> None:
-        """Remember the residuals of clean messages (bool [2, L, C, M]) and renew the bounds."""
+    def learn(
+        self,
+        comparable: np.ndarray,
+        residuals: np.ndarray,
+        clean: np.ndarray,
+        followed: np.ndarray,
+        unlike: np.ndarray,
+        step: int,
+    ) -> None:
+        """Remember the residuals of clean messages and renew the bounds; follow what is usual of each column.
+
+        Args:
+            comparable, residuals: float64 [K, 2, L, C, M].
+            clean: bool [2, L, C, M].
+            followed: bool [K, 2, L, C, M], from which to learn what is usual.
+            unlike: bool [C], columns whose content is unlike the others'.
+            step: the engine's global step.
+        """
+        if self.mesh.replicas == 2:
+            self._past.learn(comparable, clean)
+            if not clean.any(axis=(0, 1, 3)).all():
+                return  # what is left of the pair is measured from the middle between them
         # Among enough replicas the centre is what the residuals were taken from.
-        measured = comparable[..., 0, 0] - residuals[..., 0, 0]
-        centre = measured if self.compares_replicas else median(self._samples(comparable, clean))
+        measured = (comparable - residuals)[..., 0, 0] - self.usual.level[..., 0]
+        centre = measured if self.has_majority else median(self._samples(comparable, clean))
         self._centres[..., self.learnt_steps % self.window] = centre
+        if self.compares_replicas:
+            explained = np.broadcast_to(unlike, self.usual.level.shape)
+            self.usual.learn(residuals, followed, explained, self.reach)
         renewed = self._residuals.learn(self._samples(residuals, clean), step)
         if renewed:
             self._renew(renewed)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {**self._residuals.state_dict(), "centres": self._centres.copy(), "reach": self.reach.copy()}
+        parts = {"usual": self.usual.state_dict(), "past": self._past.state_dict()}
+        named = {f"{part}_{name}": array for part, state in parts.items() for name, array in state.items()}
+        return {**self._residuals.state_dict(), **named, "centres": self._centres.copy(), "reach": self.reach.copy()}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         self._residuals.load_state_dict(state)
         self._centres, self.reach = np.array(state["centres"]), np.array(state["reach"])
+        for part, keeper in (("usual", self.usual), ("past", self._past)):
+            keeper.load_state_dict(
+                {name.removeprefix(f"{part}_"): array for name, array in state.items() if name.startswith(f"{part}_")}
+            )
 
-    def _more_than(self, numerator: int, denominator: int, eligible: np.ndarray, doubtful: np.ndarray) -> np.ndarray:
-        """Links where more than that share of the columns is eligible and nothing in doubt, bool [2, L]."""
+    def _beyond(self, residuals: np.ndarray) -> np.ndarray:
+        """Distance beyond the nearer quartile in reaches; 0 where not available."""
+        low, high = (bound[..., None, None] for bound in self._residuals.quantiles)
+        outside = np.fmax(np.fmax(low - residuals, residuals - high), 0.0)
+        return np.asarray(outside / np.where(np.isnan(self.reach), np.inf, self.reach)[..., None, None])
+
+    def _all_beyond(self, residuals: np.ndarray, eligible: np.ndarray) -> np.ndarray:
+        """Where every message that counts (bool [2, L, C, M]) lies on the same side of the fences, bool [K, 2, L]."""
+        low, high = self._residuals.quantiles
+        values = self._samples(residuals, eligible)
+        with np.errstate(invalid="ignore"):
+            left = np.fmax.reduce(values, axis=-1) < low - self.reach
+            right = np.fmin.reduce(values, axis=-1) > high + self.reach
+        return np.asarray(left | right)
+
+    def _more_than(self, numerator: int, denominator: int, eligible: np.ndarray) -> np.ndarray:
+        """Links where more than that share of the columns is eligible, bool [2, L]; never with a single replica."""
         columns = np.count_nonzero(eligible.any(-1), axis=-1)
-        return (denominator * columns > numerator * self.mesh.replicas) & ~doubtful & self.compares_replicas
+        return (denominator * columns > numerator * self.mesh.replicas) & self.compares_replicas
 
     def _samples(self, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """Those of a link's messages (bool [2, L, C, M]) in one axis, float64 [K, 2, L, C * M], NaN for the others."""

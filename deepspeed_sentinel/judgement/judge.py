@@ -16,6 +16,7 @@ from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, Evidence, R
 from deepspeed_sentinel.judgement.account import Account, Judged, entries
 from deepspeed_sentinel.judgement.blame import Blame, followers
 from deepspeed_sentinel.judgement.cascade import hold_against_fences
+from deepspeed_sentinel.judgement.content import Content, content_alone
 from deepspeed_sentinel.judgement.cusum import Cusum
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.nothing import Nothing
@@ -23,7 +24,7 @@ from deepspeed_sentinel.judgement.overflow import Overflow
 from deepspeed_sentinel.judgement.passing import Passing
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
-from deepspeed_sentinel.mesh import BACKWARD, Mesh, Worker
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
 _MAX_ABS = Rows.all_of("max_abs")
 _PASSED_ON, _FROM_NOTHING = NAMES.index("passed_on"), NAMES.index("from_nothing")
@@ -73,6 +74,7 @@ class Judge:
         self.cusum = Cusum(mesh, settings.seed, self.table)
         self.passing = Passing(mesh, settings.warmup_steps)
         self.nothing = Nothing(mesh)
+        self.content = Content(mesh.replicas, self.table)
         self.record = Record(mesh, settings.strikes, settings.strike_window, settings.probation_steps)
         self.overflow = Overflow(mesh)
         self.skipped_in_a_row = 0
@@ -93,11 +95,11 @@ class Judge:
         warming_up, served, of_pair = self.warming_up, evidence.served, self.table.of_pair
         void, made = self.nothing.step(evidence.statistics, warming_up)
         statistics = self._available(evidence.statistics, void)
-        values = np.ascontiguousarray(np.moveaxis(statistics[RECEIVED], -1, 0))
+        values = self._reported(statistics)
         hard = np.nan_to_num(statistics[..., self.table.hard & ~self.table.by_judge]).any(-1)
         compared = comparable(values)
         differ = (evidence.digests[SENT] != evidence.digests[RECEIVED]).any(-1) | (hard[SENT] != hard[RECEIVED])
-        contradicted, contested = self._contradictions(statistics, compared, differ, warming_up)
+        contradicted, contested = self._contradictions(statistics, differ, warming_up)
         disputes = contradicted | contested
         values[self.table.by_judge] = 0.0
         values[_PASSED_ON] = self.passing.step(evidence.digests[RECEIVED], ~differ)
@@ -106,16 +108,23 @@ class Judge:
         convicted = self._served_by_convicted(served)
         by_convicted = np.broadcast_to(np.stack([convicted[:-1], convicted[1:]])[..., None], whole.shape)
         sound = whole & ~by_convicted & ~followers(by_convicted)
+        if self.fences.compares_replicas:
+            self.content.step(compared, whole, self.fences.iqr)
+        unlike = self.content.unlike
+        if not self.fences.has_majority:
+            sound = whole  # of two, each is all that the other can be held against
         residuals, per_statistic, cascade = hold_against_fences(
-            self.fences, values, compared, whole, sound, self.table.hard, warming_up
+            self.fences, values, compared, whole, sound, self.table.hard, self.content.room, warming_up
         )
         fenced = per_statistic[of_pair]
-        if self.fences.compares_replicas:
+        quiet = np.ones((*fenced.shape[:4], 1), bool)
+        if self.fences.has_majority:
             counted = whole & ~cascade
             counted[BACKWARD] &= ~void
-            sums = self.cusum.step(
-                residuals[of_pair], counted, served, self.record.convicted, evidence.step, warming_up
-            )
+            # With what is usual of a column: sums have a usual of their own, which stands still where they grow.
+            offsets = residuals[of_pair] + self.fences.usual.level[of_pair][..., None]
+            sums = self.cusum.step(offsets, counted, served, self.record.convicted, evidence.step, warming_up, unlike)
+            quiet = self.cusum.quiet(served)[..., None]
             per_statistic[of_pair] = np.maximum(fenced, np.where(counted, sums[..., None], 0.0))
         scores = per_statistic.max(0)
         alarms = scores > 1.0
@@ -125,14 +134,18 @@ class Judge:
         alarms, disputes, scores = alarms & judged, disputes & judged, np.where(judged, scores, 0.0)
 
         certain = (values[self.table.by_judge] > 0.0).any(0)
-        blame = Blame.of(alarms, disputes, scores, explained.overflow, certain)
+        firm = per_statistic[self.table.hard].max(0) > 0
+        available = ~np.isnan(values[of_pair]).all(0)
+        content = content_alone(alarms & ~firm, per_statistic, available, unlike, self.table)
+        reported_only = alarms & ~firm & (not self.fences.compares_replicas)
+        blame = Blame.of(alarms, disputes, scores, explained.overflow | content | reported_only, certain)
         account = Account(self.mesh, served, self.table)
-        judged_step = Judged(values, residuals, per_statistic, fenced, scores, explained.overflow)
+        judged_step = Judged(values, residuals, per_statistic, fenced, scores, explained.overflow, content)
         findings = account.findings(blame, judged_step, self.fences)
         disputed = account.disputes(blame.disputes, contradicted)
         newly, released = self.record.update(*entries(self.mesh, findings, disputed))
 
-        suspected = (alarms | disputes).any(axis=(0, 1, 3))
+        suspected = ((alarms & ~reported_only) | disputes).any(axis=(0, 1, 3))
         convicted_columns = self._served_by_convicted(served).any(0)
         excluded = np.zeros_like(suspected)
         if self.settings.action != "observe":
@@ -149,7 +162,9 @@ class Judge:
         self.clean_columns = clean & bool(judged.all())
         if self.clean_columns.any():
             clean_messages = np.broadcast_to(clean[None, None, :, None], alarms.shape)
-            self.fences.learn(compared, residuals, clean_messages, evidence.step)
+            followed = np.where(of_pair[:, None, None, None, None], clean_messages, clean_messages | content)
+            followed[of_pair] &= quiet | unlike[:, None]
+            self.fences.learn(compared, residuals, clean_messages, followed, unlike, evidence.step)
 
         return Verdict(
             step=evidence.step,
@@ -197,6 +212,7 @@ class Judge:
     def state_dict(self) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
         return {
             "fences": self.fences.state_dict(),
+            "content": self.content.state_dict(),
             "cusum": self.cusum.state_dict(),
             "record": self.record.state_dict(),
             "passing": self.passing.state_dict(),
@@ -207,12 +223,21 @@ class Judge:
 
     def load_state_dict(self, state: dict) -> None:
         self.fences.load_state_dict(state["fences"])
+        self.content.load_state_dict(state["content"])
         self.cusum.load_state_dict(state["cusum"])
         self.record.load_state_dict(state["record"])
         self.passing.load_state_dict(state["passing"])
         self.nothing.load_state_dict(state["nothing"])
         self.overflow.load_state_dict(state["overflow"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
+
+    def _reported(self, statistics: np.ndarray) -> np.ndarray:
+        """float64 [K, 2, L, C, M]: what receivers report, and the first and the last stage of what they sent."""
+        values = np.ascontiguousarray(np.moveaxis(statistics[RECEIVED], -1, 0))
+        own = ~self.table.of_pair
+        for direction, link in ((FORWARD, 0), (BACKWARD, -1)):
+            values[own, direction, link] = np.moveaxis(statistics[SENT, direction, link], -1, 0)[own]
+        return values
 
     def _available(self, statistics: np.ndarray, void: np.ndarray) -> np.ndarray:
         """Statistics as reported, but not available for gradients that carry nothing (bool [L, C, M])."""
@@ -223,7 +248,7 @@ class Judge:
         return statistics
 
     def _contradictions(
-        self, statistics: np.ndarray, compared: np.ndarray, differ: np.ndarray, warming_up: bool
+        self, statistics: np.ndarray, differ: np.ndarray, warming_up: bool
     ) -> tuple[np.ndarray, np.ndarray]:
         """Messages about which the two ends, and those about whose sender its two neighbours, report different things.
 
@@ -234,10 +259,10 @@ class Judge:
         bits = np.ascontiguousarray(statistics).view(np.int64)
         if warming_up or np.array_equal(bits[SENT], bits[RECEIVED]):
             return differ, np.zeros_like(differ)
-        sent = comparable(np.moveaxis(statistics[SENT], -1, 0))
+        sent, received = (comparable(np.moveaxis(statistics[end], -1, 0)) for end in (SENT, RECEIVED))
         with np.errstate(invalid="ignore"):
-            apart = np.abs(sent - compared) > self.fences.iqr[..., None, None]
-        apart |= np.isnan(sent) != np.isnan(compared)
+            apart = np.abs(sent - received) > self.fences.iqr[..., None, None]
+        apart |= np.isnan(sent) != np.isnan(received)
         of_pair = self.table.of_pair
         return np.asarray(differ | apart[~(self.table.hard | of_pair)].any(0)), np.asarray(apart[of_pair].any(0))
 

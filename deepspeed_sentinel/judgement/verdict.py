@@ -40,6 +40,8 @@ class Finding:
         score: distance from the nearer quartile over the fence's; above 1 is outside. Infinite for a hard row.
         trusted: the worker is in the first or last stage and never convicted: suspect hardware or data.
         overflow: fp16 loss scaling may explain that one, a non-finite gradient.
+        excuse: what else explains that one: "content" of a kind that the other replicas do not have, or "alone", where
+            there is one replica and a change of training cannot be told from an attack.
         rests_on_pair, telling: see ``Grounds``; what rests on a pair is what the worker's neighbours say of it.
         audit: what an audit found, "confirmed" or "open" (no strike); empty without one.
         part: which judged part of the message that statistic is of, from 0; None where messages have but one.
@@ -63,6 +65,7 @@ class Finding:
     overflow: bool
     rests_on_pair: bool
     telling: tuple[int, ...]
+    excuse: Literal["", "content", "alone"] = ""
     audit: str = ""
     part: int | None = None
 
@@ -96,6 +99,10 @@ class Finding:
             return ""
         if self.overflow:
             return ", loss scaling may explain it: no strike"
+        if self.excuse == "content":
+            return ", content that the other replicas do not have explains it: no strike"
+        if self.excuse == "alone":
+            return ", one replica has nothing to compare with: no strike"
         if self.cause == "later alarms":
             return ", in no alarm of its own: no strike"
         return ", conspicuous work before it may explain it: no strike"

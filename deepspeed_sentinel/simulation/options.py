@@ -93,17 +93,9 @@ class SimulationOptions:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        for name, low in (
-            ("stages", 3),
-            ("replicas", 1),
-            ("steps", 1),
-            ("start", 0),
-            ("seed", 0),
-            ("chunk", 0),
-            ("honest_steps", 1),
-            ("stop_after", 0),
-            ("change_at", 0),
-        ):
+        lowest = {"stages": 3, "replicas": 1, "steps": 1, "honest_steps": 1}
+        at_zero = dict.fromkeys(("start", "seed", "chunk", "stop_after", "change_at"), 0)
+        for name, low in {**lowest, **at_zero}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be a whole number from {low}, got {value!r}")

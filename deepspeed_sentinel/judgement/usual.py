@@ -1,0 +1,62 @@
+"""What is usual of a column: how far its messages lie, for good, from those of the other replicas.
+
+Honest replicas hold the same weights, so what lasts between them comes of their data, and data belong to a column. Of
+each column, link, direction and statistic the usual residual is kept,
+
+    level <- level + rate clip(r - level, -limit, limit)        r: the step's mean residual of what was clean
+
+with a rate so low and a limit so close that who drifts slowly walks no faster than ``RATE`` fences a step. Where a
+change of content is known to be honest (``content.py``) it is followed at once.
+
+Arrays follow the axes [statistic, direction, link, column].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from deepspeed_sentinel.evidence import exact
+
+RATE = 0.03
+FOLLOWED = 0.3  # where the change is explained
+_FIRST_STEPS = 0.1  # training's beginning, in which all that is usual still changes
+
+
+class Usual:
+    """Usual residuals.
+
+    Args:
+        shape: (K, 2, L, C).
+
+    Attributes:
+        level: float64 [K, 2, L, C], 0 where nothing is known.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int]) -> None:
+        self.level = np.zeros(shape)
+        self._seen = np.zeros(shape, np.int64)
+
+    def learn(self, residuals: np.ndarray, chosen: np.ndarray, explained: np.ndarray, limit: np.ndarray) -> None:
+        """Move towards a step's residuals.
+
+        Args:
+            residuals: float64 [K, 2, L, C, M], NaN where not available.
+            chosen: bool [K or 1, 2, L, C, M], which to learn from.
+            explained: bool [K or 1, 2, L, C], where the change is followed at once.
+            limit: float64 [K, 2, L], how far off a step may be where it is not; NaN is any distance.
+        """
+        known = chosen & ~np.isnan(residuals)
+        count = np.count_nonzero(known, axis=-1)
+        mean = exact.total(np.where(known, residuals, 0.0)) / np.maximum(count, 1)
+        off = mean - self.level
+        bound = np.where(explained | np.isnan(limit)[..., None], np.inf, limit[..., None])
+        first = np.maximum(1.0 / (self._seen + 1.0), np.where(np.isnan(limit), _FIRST_STEPS, RATE)[..., None])
+        rate = np.where(explained, np.maximum(first, FOLLOWED), first)
+        self.level = np.where(count > 0, self.level + rate * np.clip(off, -bound, bound), self.level)
+        self._seen = self._seen + (count > 0)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        return {"level": self.level.copy(), "seen": self._seen.copy()}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        self.level, self._seen = np.array(state["level"]), np.array(state["seen"])
