@@ -34,7 +34,7 @@ class Injection(BaseModel):
         None,
         ge=0,
         description="which tensor of the message is altered, counted from 0; of a gradient message among the "
-        "gradients. null is the hidden state, the largest floating-point one",
+        "gradients. null is the hidden state, the floating-point one of the most features",
     )
     start_step: int = Field(0, ge=0, description="first global step at which it acts")
     stop_step: int | None = Field(None, ge=0, description="first global step at which it no longer acts")

@@ -87,7 +87,8 @@ class Faults:
     def apply(self, where: str, direction: str, step: int, micro_batch: int, message: Tensors) -> Tensors:
         """The tensors of a message as tampered with at ``where``; the very same object if nothing acts on it.
 
-        Each fault acts on the tensor that it names, by default on the hidden state: the largest floating-point one.
+        Each fault acts on the tensor that it names, by default on the hidden state: the floating-point one of
+        the most features.
 
         Raises:
             ValueError: an attack raised, or gave back another shape, dtype or no tensor at all; or a message has no
@@ -126,10 +127,15 @@ class Faults:
 def _target(named: int | None, message: Tensors) -> int:
     if named is None:
         floating = [index for index, tensor in enumerate(message) if tensor.is_floating_point()]
-        return max(floating, key=lambda index: message[index].numel(), default=0)
+        return max(floating, key=lambda index: (_features(message[index]), message[index].numel()), default=0)
     if named >= len(message):
         raise ValueError(f'inject: "tensor": {named}, but the message has {len(message)} tensors, counted from 0')
     return named
+
+
+def _features(tensor: torch.Tensor) -> int:
+    """How wide a token is; of an image, or of a mask over pairs of tokens, how many channels there are."""
+    return tensor.shape[1] if tensor.dim() >= 4 else tensor.shape[-1] if tensor.dim() >= 2 else 1
 
 
 def _counterpart(entered: Tensors, message: Tensors, index: int) -> torch.Tensor | None:

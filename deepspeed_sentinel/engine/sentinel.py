@@ -285,7 +285,7 @@ class Sentinel:
     def _tell_layout(self) -> None:
         """Say once what is not judged, and judge as many parts as there are."""
         if self.worker.replica == 0 and (told := self._collector.not_judged()):
-            logger.info(f"[sentinel] {told}")
+            logger.warning(f"[sentinel] {told}")
         parts = self._layout.parts
         if self._judge.table.parts == parts:
             return

@@ -16,7 +16,7 @@ from deepspeed_sentinel.evidence.parts import Layout, agree
 from deepspeed_sentinel.evidence.probe import ENDS, End, EndStatistics, Probe
 from deepspeed_sentinel.evidence.sketch import PairSketches
 from deepspeed_sentinel.evidence.statement import Statement
-from deepspeed_sentinel.evidence.table import SENT, Evidence
+from deepspeed_sentinel.evidence.table import RECEIVED, SENT, Evidence
 from deepspeed_sentinel.evidence.transfer import Sketches, Transfers
 from deepspeed_sentinel.kernels.token_sketch import sketch_rows
 from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD, Mesh, Worker
@@ -103,19 +103,24 @@ class Collector:
         return self._exchange.gather_reports(report, step, self.layout)
 
     def not_judged(self) -> str:
-        """What of the messages that this stage sends forward is compared by checksum alone; empty if nothing."""
+        """What of the messages that this stage sends forward is compared by checksum alone.
+
+        Empty if nothing is, or no more than in what it received, which the stage before tells of.
+        """
         assert self.layout is not None, "nothing was collected yet"
-        end = (FORWARD, SENT)
-        if end not in self.probe.ends:
-            return ""
-        kinds, judged = self.probe.kinds[end], self.probe.judged(end)
-        left = [f"tensor {index} ({kind})" for index, kind in enumerate(kinds) if index not in judged]
-        if not left:
+        sent, received = (
+            self._left((FORWARD, role)) if (FORWARD, role) in self.probe.ends else [] for role in (SENT, RECEIVED)
+        )
+        if not sent or sent == received:
             return ""
         return (
-            f"link {self.probe.link(end)}: {', '.join(left)} of {len(kinds)} tensors of a message compared by checksum "
-            "alone, and with what entered the stage where it passes unchanged"
+            f"messages from link {self.probe.link((FORWARD, SENT))} on: not judged {'is' if len(sent) == 1 else 'are'} "
+            f"{', '.join(sent)}, only compared by checksum, at both ends of a link and across stages that pass them on"
         )
+
+    def _left(self, end: End) -> list[str]:
+        kinds, judged = self.probe.kinds[end], self.probe.judged(end)
+        return [f"tensor {index} ({kind})" for index, kind in enumerate(kinds) if index not in judged]
 
     def changed(self) -> list[str]:
         """What this stage sent of another hidden size than was agreed on, each told once."""
