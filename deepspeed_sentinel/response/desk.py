@@ -121,6 +121,9 @@ class Desk(Generic[Name]):
         except (OSError, EOFError) as error:
             if name is not None:
                 self._heard.put((name, Unheard(f"it broke off: {error}", false=False)))
+        except (MemoryError, RuntimeError) as error:
+            if name is not None:
+                self._heard.put((name, Unheard(f"there was no room for it: {error}", false=False)))
         finally:
             self._callers.release()
 
