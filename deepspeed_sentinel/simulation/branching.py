@@ -12,8 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from deepspeed_sentinel.simulation.attackers import Attackers
 from deepspeed_sentinel.simulation.options import SimulationOptions, trunk_of
+from deepspeed_sentinel.simulation.paper import PaperJudge
 from deepspeed_sentinel.simulation.run import Simulation
 
 _PARTS = ("judge", "verifiers", "tally", "step_index", "seconds", "losses")
@@ -46,11 +49,16 @@ class Trunk:
         simulation = Simulation(options, tuple(riders.values()))
         while simulation.step_index < options.start:
             simulation.step()
+        return cls.of(simulation, options, {key: _bytes_of(one) for key, one in riders.items()})
+
+    @classmethod
+    def of(cls, simulation: Simulation, options: SimulationOptions, watchers: dict[str, bytes | None]) -> Trunk:
+        """A simulation as it stands between two steps."""
         state = {name: getattr(simulation, name) for name in _PARTS}
         state["weights"] = [stage.state_dict() for stage in simulation.stages]
         state["optimizer"], state["schedule"] = simulation.optimizer.state_dict(), simulation.schedule.state_dict()
         state["past"] = simulation.history.past
-        return cls(options, pickle.dumps(state), {key: _bytes_of(one) for key, one in riders.items()})
+        return cls(options, pickle.dumps(state), watchers)
 
     def branch(self, options: SimulationOptions) -> Simulation:
         """The simulation of ``options`` at ``start``; at its first step if its attackers could not be copied."""
@@ -62,6 +70,8 @@ class Trunk:
         state = pickle.loads(self.state)
         for name in _PARTS:
             setattr(simulation, name, state[name])
+        if isinstance(simulation.judge, PaperJudge):
+            simulation.judge.judged = np.array(options.directions)
         for stage, weights in zip(simulation.stages, state["weights"], strict=True):
             stage.load_state_dict(weights)
         simulation.optimizer.load_state_dict(state["optimizer"])

@@ -100,9 +100,11 @@ class Verifiers:
             statistics[..., ~_PAPER] = np.nan
         return Evidence(self._mesh, step, statistics, digests, served)
 
-    def learn(self, clean_C: np.ndarray) -> None:
-        """Learn from the clean columns of the step whose evidence was taken last, bool [C]."""
+    def learn(self, clean: np.ndarray) -> None:
+        """Learn from the clean columns of the step whose evidence was taken last, bool [C] or [2, L, C]."""
+        shape = (2, self._mesh.links, self._mesh.replicas)
         for (direction, link), lesson in self._lessons.items():
+            clean_C = np.broadcast_to(clean, shape)[direction, link].copy()
             for end in (SENT, RECEIVED):
                 self._baselines[link].learn((direction, end), lesson.summaries_CV, clean_C)
             if lesson.lessons_CV is not None:

@@ -147,6 +147,11 @@ class SimulationOptions:
         return Mesh(self.stages, self.replicas)
 
     @property
+    def directions(self) -> tuple[bool, bool]:
+        """Whether ``direction`` holds activations, and whether gradients."""
+        return self.direction != "backward", self.direction != "forward"
+
+    @property
     def attackers_per_stage(self) -> int:
         """How many are drawn of each middle stage."""
         if self.attackers or self.malicious == 0:
@@ -188,6 +193,7 @@ def trunk_of(options: SimulationOptions) -> SimulationOptions:
         "majority": False,
         "stop_after": 0,
     }
-    if options.procedure == "ours":  # the other one judges the messages of the direction that is attacked later
+    # The paper's procedure flags nothing before its honest steps are over, and messages of ``direction`` alone then.
+    if options.procedure == "ours" or options.start <= options.honest_steps:
         nobody["direction"] = "both"
     return dataclasses.replace(options, **nobody)

@@ -21,6 +21,7 @@ from deepspeed_sentinel.simulation.evidence import Verifiers
 from deepspeed_sentinel.simulation.metrics import Tally
 from deepspeed_sentinel.simulation.model import build_stages
 from deepspeed_sentinel.simulation.options import SimulationOptions
+from deepspeed_sentinel.simulation.paper import PaperJudge
 from deepspeed_sentinel.simulation.pipeline import Pass, held_out_loss, train_pass, weights_of
 from deepspeed_sentinel.simulation.routing import deal_columns, draw_attackers
 from deepspeed_sentinel.simulation.weights import WeightHistory, backward_from
@@ -58,9 +59,13 @@ class Simulation:
         watching = [*riders, *([self.attackers] if self.attackers else [])]
         self.history = WeightHistory(self.stages, max((one.needs.recompute_steps for one in watching), default=0))
         fields = JudgeSettings.__dataclass_fields__
-        self.judge = Judge(self.mesh, JudgeSettings(**{name: getattr(self.config, name) for name in fields}))
+        self.judge: Judge | PaperJudge
+        if options.procedure == "paper":
+            self.judge = PaperJudge(self.mesh, options.honest_steps, options.directions)
+        else:
+            self.judge = Judge(self.mesh, JudgeSettings(**{name: getattr(self.config, name) for name in fields}))
         decays = (self.config.activation_decay, self.config.gradient_decay)
-        self.verifiers = Verifiers(self.mesh, decays, options.seed, options.evidence == "paper")
+        self.verifiers = Verifiers(self.mesh, decays, options.seed, "paper" in (options.evidence, options.procedure))
         self.tally = Tally(self.mesh)
         self.guarded = options.guard == "on"
         self._weights = weights_of(self.stages)

@@ -54,6 +54,13 @@ def test_branches_end_as_runs_alone(options, tmp_path):
     assert len(set(results)) == len(runs)
 
 
+def test_branches_of_the_papers_procedure_too(options):
+    some = {"attack": "constant", "procedure": "paper", "honest_steps": 6}
+    runs = [options(**some, direction=direction) for direction in ("forward", "backward")]
+    trunk = Trunk.grow(runs)
+    assert [told(trunk.branch(run)) for run in runs] == [told(Simulation(run)) for run in runs]
+
+
 def test_what_differs_before_the_start_has_another_trunk(options):
     base = options(attack="scaling")
     assert trunk_of(base) == trunk_of(options(attack="delay", malicious=0.5, majority=True, direction="forward"))
