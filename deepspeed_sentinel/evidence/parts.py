@@ -22,13 +22,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from deepspeed_sentinel.evidence.table import SENT, ZEROS
 from deepspeed_sentinel.kernels.tensor_digest import tensor_digest
 from deepspeed_sentinel.mesh import FORWARD, Mesh
 
 # DeepSpeed describes a message in 256 integers, two and its dimensions for each tensor: more than these cannot cross.
 _MOST = 96
-# Tensors of zeros have the digest 0 as well as those that do not exist: what exists is marked.
-_PRESENT = 0x5EA1ED
 
 
 def parts_of(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -86,12 +85,12 @@ class Layout:
     def mark(self, digests: np.ndarray, direction: int, link: int) -> np.ndarray:
         """Digests [..., T] of one link's messages, told apart from those of tensors that do not exist: 0."""
         present = np.arange(digests.shape[-1]) < self.tensors[direction, link]
-        return np.where(present, digests ^ _PRESENT, digests)
+        return np.where(present, digests ^ ZEROS, digests)
 
     def mark_all(self, digests: np.ndarray) -> np.ndarray:
         """``mark`` for all links: [2 ends, 2 directions, L, C, M, T]."""
         present = np.arange(digests.shape[-1]) < self.tensors[..., None]
-        return np.where(present[:, :, None, None], digests ^ _PRESENT, digests)
+        return np.where(present[:, :, None, None], digests ^ ZEROS, digests)
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,8 @@ def combine(reports: np.ndarray, mesh: Mesh, ends: Sequence[tuple[int, int]]) ->
     for link in range(mesh.links):
         of_link: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for index, (direction, role) in enumerate(ends):
-            # SENT is 0: the sender; forward messages are sent from below.
-            stage = link if (direction == FORWARD) == (role == 0) else link + 1
+            # Forward messages are sent from below.
+            stage = link if (direction == FORWARD) == (role == SENT) else link + 1
             of_link[direction].append(reports[stage, :, index])
         for direction in (0, 1):
             tensors[direction, link] = _most_common(np.concatenate(of_link[direction])[:, 0])

@@ -11,6 +11,7 @@ from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.mesh import Mesh
 
 SENT, RECEIVED = 0, 1
+ZEROS = 0x5EA1ED  # the digest in evidence of a tensor of zeros; 0 is that of no tensor
 # float32 knows a correlation to 1e-7: closer to one than this, two devices that add in another order would differ by as
 # much, in the unit compared, as honest messages do.
 _LARGEST_CORRELATION = 1.0 - 2.0**-15

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from deepspeed_sentinel.evidence.table import ZEROS
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
 
 class Passing:
     """Which tensor that leaves a middle stage is one that entered it, per direction.
 
+    Of gradients, zeros teach nothing: where none enters and none leaves, nothing need have been handed on.
     What most columns of a stage no longer do in a step is no rule of the model: it is forgotten, not held against
     them. With a single column there is no majority, so there a difference always counts.
 
@@ -33,6 +35,7 @@ class Passing:
         self._steps = steps
         self._learnt = 0
         self._same = np.ones((2, max(mesh.stages - 2, 0), 0, 0), bool)
+        self._seen = np.zeros_like(self._same)
 
     def step(self, digests: np.ndarray, agreed: np.ndarray) -> np.ndarray:
         """Learn from a step, or hold it against what was learnt.
@@ -50,15 +53,19 @@ class Passing:
         tensors = digests.shape[-1]
         if self._same.shape[-1] != tensors:
             self._same, self._learnt = np.ones((*self._same.shape[:2], tensors, tensors), bool), 0
+            self._seen = np.zeros_like(self._same)
         entering, leaving = _entering(digests)[..., :, None], _leaving(digests)[..., None, :]
         known = _entering(agreed) & _leaving(agreed)
         equal = (entering == leaving) & (entering != 0)  # [2, S - 2, C, M, T entering, T leaving]
         if self._learnt < self._steps:
             if known.any():
+                telling = equal & known[..., None, None]
+                telling[BACKWARD] &= entering[BACKWARD] != ZEROS
+                self._seen |= telling.any(axis=(2, 3))
                 self._same &= (equal | ~known[..., None, None]).all(axis=(2, 3))
                 self._learnt += 1
             return changed
-        same = self._same[:, :, None, None]
+        same = (self._same & self._seen)[:, :, None, None]
         passed = (equal & same).any(-2)
         broken = same.any(-2) & ~passed & known[..., None]
         columns = np.count_nonzero(broken.any(3), axis=2)
@@ -71,10 +78,11 @@ class Passing:
         return changed
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {"same": self._same.copy(), "learnt": np.array(self._learnt)}
+        return {"same": self._same.copy(), "seen": self._seen.copy(), "learnt": np.array(self._learnt)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self._same, self._learnt = np.array(state["same"]), int(state["learnt"])
+        self._same, self._seen = np.array(state["same"]), np.array(state["seen"])
+        self._learnt = int(state["learnt"])
 
 
 def _entering(per_link: np.ndarray) -> np.ndarray:

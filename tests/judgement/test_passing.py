@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from synthetic import World
 
-from deepspeed_sentinel.evidence.table import RECEIVED, SENT
+from deepspeed_sentinel.evidence.table import RECEIVED, SENT, ZEROS
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
 
 TENSORS, IDS = 3, 1
@@ -106,6 +106,23 @@ def test_a_tensor_that_changed_in_the_warm_up_is_free_to_change():
     world.step(from_stage(1, [2], micro_batches=[1]))
     world.warm_up()
     assert not world.step(from_stage(1, [0])).findings
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+def test_zeros_are_handed_on_too_but_no_gradient_that_is_zero_tells(direction):
+    world = Carrying(4, 3)
+
+    def zeros(marks):
+        marks[:, direction, ..., IDS] = ZEROS
+
+    def later(marks):
+        zeros(marks)
+        from_stage(1, [1], direction=direction)(marks)
+
+    for _ in range(30):
+        world.step(zeros)
+    assert bool(world.step(later).findings) == (direction == FORWARD)
+    assert not world.step().findings
 
 
 def test_where_the_ends_of_a_link_disagree_nobody_is_named_by_it():
