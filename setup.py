@@ -52,6 +52,7 @@ setup(
         "torch>=2.13",
         "numpy>=2.4",
         "pydantic>=2.14",
+        "cryptography>=50.0",
         # torch for CUDA brings its own triton (2.13.0 pins 3.7.1), torch for CPU brings none
         'triton>=3.7.1; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")',
     ],

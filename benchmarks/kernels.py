@@ -64,12 +64,12 @@ def parse() -> argparse.Namespace:
 def buffers(tokens: int, hidden: int) -> dict[str, torch.Tensor]:
     rows = sketch_rows(tokens)
     return {
-        "seeds": torch.tensor([[1, 2], [3, 4]], device=DEVICE),
+        "seeds": torch.tensor([[1, 2], [3, 4], [3, 5]], device=DEVICE),  # public, fresh and lasting
         "sums": torch.empty(hidden, device=DEVICE),
         "scalars": torch.empty(3, device=DEVICE),
         "digest": torch.empty(2, dtype=torch.int32, device=DEVICE),
-        "sketch": torch.empty(2, rows, 64, device=DEVICE),
-        "norms": torch.empty(2, rows, device=DEVICE),
+        "sketch": torch.empty(3, rows, 64, device=DEVICE),
+        "norms": torch.empty(3, rows, device=DEVICE),
     }
 
 
@@ -96,15 +96,15 @@ def message_operations(
         "message_statistics": lambda x: message_statistics(x, *statistics),
         "message_statistics, copying": lambda x: message_statistics(x, *statistics, copy),
         "token_sketch, 1 job": lambda x: token_sketch(x, out["seeds"][:1], sketches[0][:1], sketches[1][:1]),
-        "token_sketch, 2 jobs": lambda x: token_sketch(x, out["seeds"], *sketches),
+        "token_sketch, 3 jobs": lambda x: token_sketch(x, out["seeds"], *sketches),
         "observe_message, 1 job": lambda x: observe_message(
             x, out["seeds"][:1], *statistics, sketches[0][:1], sketches[1][:1]
         ),
-        "observe_message, 2 jobs": lambda x: observe_message(x, out["seeds"], *statistics, *sketches),
+        "observe_message, 3 jobs": lambda x: observe_message(x, out["seeds"], *statistics, *sketches),
     }
     if CUDA:
         operations["message_statistics, eager torch"] = message_statistics_reference
-        operations["token_sketch, 2 jobs, eager torch"] = lambda x: token_sketch_reference(x, out["seeds"])
+        operations["token_sketch, 3 jobs, eager torch"] = lambda x: token_sketch_reference(x, out["seeds"])
         if compiled is not None:
             operations["message_statistics, torch.compile"] = compiled
     else:
@@ -202,10 +202,10 @@ def draw(document: dict[str, Any], path: Path) -> None:
 
     rows = document["messages"]
     names = ["copy", "message_statistics", "message_statistics, torch.compile", "message_statistics, eager torch"]
-    names += ["observe_message, 2 jobs", "clone and sum of squares"]
+    names += ["observe_message, 3 jobs", "clone and sum of squares"]
     labels = {
         "copy": "plain copy (bytes read and written)",
-        "observe_message, 2 jobs": "observe_message: statistics and two sketches",
+        "observe_message, 3 jobs": "observe_message: statistics and three sketches",
         "clone and sum of squares": "x.clone() and x.float().pow(2).sum()",
     }
     figure, axes = plt.subplots(figsize=(8, 5))

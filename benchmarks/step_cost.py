@@ -62,7 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["4B"] if CUDA else ["small"])
     parser.add_argument("--tokens", type=int, default=4096 if CUDA else 512, help="a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=4)
-    parser.add_argument("--jobs", type=int, choices=(1, 2), default=2, help="sketches a message: public, and secret")
+    parser.add_argument(
+        "--jobs", type=int, choices=(1, 2, 3, 4), default=3, help="sketches of a message: public, then secret"
+    )
     parser.add_argument("--rounds", type=int, default=30 if CUDA else 10, help="pairs of steps")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
@@ -148,7 +150,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     ]
     gradient = torch.randn_like(inputs[0]) * 1e-3
     probe = Probe(Mesh(3, 1), 1, DEVICE, seed=0)
-    seeds = torch.tensor([[1, 2], [3, 4]], device=DEVICE)[: options.jobs]
+    seeds = torch.tensor([[1, 2], [3, 4], [3, 5], [3, 6]], device=DEVICE)[: options.jobs]
     timed: dict[bool, list[float]] = {False: [], True: []}
     for index in range(options.rounds + 3):
         for watched in (False, True) if index % 2 else (True, False):

@@ -1,22 +1,36 @@
-"""State travels in DeepSpeed's checkpoints: resuming continues exactly."""
+"""State travels in DeepSpeed's checkpoints: resuming goes on as before, and takes over nothing secret or spoilt."""
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
+import pytest
+import torch
+
+from deepspeed_sentinel.evidence.renewal import READY
+from deepspeed_sentinel.evidence.table import OF_PAIR
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
+from integration_tests.spoiling import LIAR, LIES_AT, SPOILT_AT
 
 FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1, "start_step": 25}
 BASE = Scenario(name="whole", steps=32, hidden=64, lengths=(48,))
+# What a verdict decides: scores and digests differ, since what is learnt of pairs is learnt anew.
+DECISIONS = ("step", "warming_up", "excluded", "convicted", "alarmed", "disputes", "newly_convicted", "skip")
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("state")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("state")
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
     # Secrets that the operating system draws would make the two runs' scores differ in their last digits.
     block = {"enabled": True, "output_dir": str(folder / "logs"), "inject": [FAULT], "seed": 0}
-    watched, plain = str(folder / "watched"), str(folder / "plain")
+    honest = {"enabled": True, "output_dir": str(folder / "honest"), "seed": 0}
+    watched, plain, clean, spoilt = (str(folder / name) for name in ("watched", "plain", "clean", "spoilt"))
     whole = BASE.with_(sentinel=block, save={"directory": watched, "after_step": 26})
     scenarios = [
         whole,
@@ -30,14 +44,31 @@ def runs(tmp_path_factory):
             save=None,
             load={"directory": watched},
         ),
+        BASE.with_(name="clean", steps=24, sentinel=honest, save={"directory": clean, "after_step": 24}),
+        BASE.with_(
+            name="spoilt",
+            steps=27,
+            sentinel=honest,
+            load={"directory": clean},
+            hook="integration_tests.spoiling:spoil_baseline",
+            save={"directory": spoilt, "after_step": 27},
+        ),
+        BASE.with_(
+            name="healed",
+            steps=34,
+            sentinel=honest,
+            load={"directory": spoilt},
+            hook="integration_tests.spoiling:lie_once",
+        ),
     ]
-    return run_scenarios(scenarios, stages=3, replicas=3, folder=folder, timeout=300)
+    return run_scenarios(scenarios, stages=3, replicas=3, folder=folder, timeout=400)
 
 
-def test_a_resumed_run_gives_the_same_verdicts_losses_and_weights(runs):
+def test_a_resumed_run_gives_the_same_decisions_losses_and_weights(runs):
     for whole, resumed in zip(runs["whole"], runs["resumed"], strict=True):
         assert resumed.record["first_step"] == 26
-        assert [v["digest"] for v in resumed.verdicts] == [v["digest"] for v in whole.verdicts[26:]]
+        for before, after in zip(whole.verdicts[26:], resumed.verdicts, strict=True):
+            assert {name: before[name] for name in DECISIONS} == {name: after[name] for name in DECISIONS}
         assert resumed.losses == whole.losses[26:]
         assert resumed.record["weights_sha256"] == whole.record["weights_sha256"]
 
@@ -45,6 +76,51 @@ def test_a_resumed_run_gives_the_same_verdicts_losses_and_weights(runs):
 def test_strikes_from_before_the_checkpoint_count(runs):
     # The attack began at step 25: one strike is in the checkpoint, the third falls at step 27.
     assert runs["resumed"][0].verdicts[1]["newly_convicted"] == [[1, 2]]
+
+
+def test_a_checkpoint_holds_no_secret_and_nothing_that_is_known_of_pairs(runs, folder):
+    files = sorted(Path(folder / "watched").rglob("*model_states.pt"))
+    assert len(files) == 3, "one a stage"
+    for file in files:
+        state = torch.load(file, map_location="cpu", weights_only=False)["deepspeed_sentinel"]
+        assert set(state["evidence"]) == {"baselines"}
+        for of_part in state["evidence"]["baselines"].values():
+            assert all(name.startswith(("average_", "count_")) for name in of_part)
+        assert set(state["judge"]) >= {"fences", "cusum", "record"} and not _seeds(state)
+
+
+def _seeds(state):
+    """Whole numbers that are too large to count anything."""
+    if isinstance(state, dict):
+        return [number for part in state.values() for number in _seeds(part)]
+    if isinstance(state, torch.Tensor):
+        if state.is_floating_point() or state.dtype == torch.bool:
+            return []
+        return [number for number in state.flatten().tolist() if abs(number) > 2**32]
+    return [state] if isinstance(state, int) and abs(state) > 2**32 else []
+
+
+def test_what_is_known_of_pairs_comes_back_after_a_few_clean_steps(runs):
+    """In a clean run that goes on after a checkpoint nobody is accused while it is away, nor when it is back."""
+    verdicts = runs["spoilt"][0].verdicts[: SPOILT_AT - 24]
+    assert OF_PAIR.sum() == 7 and READY < 34 - 27
+    for verdict in (*verdicts, *runs["healed"][0].verdicts):
+        assert not verdict["warming_up"] and not verdict["findings"] and not verdict["disputed"], verdict["step"]
+
+
+def test_a_spoilt_baseline_is_not_taken_over_at_either_end(runs):
+    broken = runs["spoilt"][0].verdicts[SPOILT_AT - 24]
+    assert len(broken["disputed"]) == 3, "the case is one: every column is in dispute"
+    said = runs.job.stderr[0] + runs.job.stdout[0]
+    assert "baseline of the forward messages on link 0 that is not finite: it starts anew, on both ends" in said
+    assert all(not verdict["excluded"] or not any(verdict["excluded"]) for verdict in runs["healed"][0].verdicts)
+
+
+def test_one_replicas_number_changes_nothing_and_names_it(runs, folder):
+    told = [json.loads(line) for line in (folder / "honest" / "events.jsonl").read_text().splitlines()]
+    misfits = [(event["step"], event["stage"], event["replica"]) for event in told if event["kind"] == "misfit"]
+    assert misfits == [(LIES_AT, *LIAR), (LIES_AT + 1, *LIAR)]
+    assert "stage 1, replica 0) told the other replicas" in runs.job.stderr[0] + runs.job.stdout[0]
 
 
 @pytest.mark.parametrize(

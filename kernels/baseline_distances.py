@@ -10,9 +10,9 @@ random unit directions and b the baseline of those quantiles:
 
 A baseline is a bias-corrected exponential moving average (Kingma and Ba 2015) of (xbar, q) in one vector: after n
 updates with decay c the average is divided by 1 - c^n. An update adds the median over the clean replicas, element by
-element, so that an attacker not yet found cannot move it beyond what honest replicas sent:
+element and over finite values alone, so that an attacker not yet found cannot move it beyond what honest replicas sent:
 
-    average <- c average + (1 - c) median over clean r of summary_r           (unchanged when no replica is clean)
+    average <- c average + (1 - c) median over clean r of summary_r           (unchanged when no r has a finite value)
 
 After arXiv 2603.03592; the formulas are our reading of its abstract and reviews.
 """
@@ -130,7 +130,8 @@ def baseline_update(average_V: torch.Tensor, summaries_RV: torch.Tensor, clean_R
     Args:
         average_V: float32, the uncorrected average; zeros before the first update.
         summaries_RV: float32, what each replica contributes.
-        clean_R: bool, whose rows count; the others may hold anything.
+        clean_R: bool, whose rows count; the others may hold anything. Of those that count, elements that are not
+            finite are left out.
         decay: of the average, above 0 and below 1.
 
     Raises:
@@ -177,31 +178,33 @@ def _update_kernel(
     BV: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """BV elements of the average: sort them over the replicas, those not clean last, and take the middle."""
+    """BV elements of the average: sort them over the replicas, those that do not count last, and take the middle."""
     v = tl.program_id(0) * BV + tl.arange(0, BV)
     r = tl.arange(0, BR)
     clean = tl.load(clean_ptr + r, mask=r < replicas, other=0) != 0
-    count = tl.sum(clean.to(tl.int32), 0)
     inside = (v < values)[:, None] & clean[None, :]
     places = r.to(tl.int64)[None, :] * stride_r + v.to(tl.int64)[:, None] * stride_v
-    ordered = tl.sort(tl.load(summaries_ptr + places, mask=inside, other=float("inf")))
-    low = tl.sum(tl.where((r == (count - 1) // 2)[None, :], ordered, 0.0), 1)
-    high = tl.sum(tl.where((r == count // 2)[None, :], ordered, 0.0), 1)
+    summaries = tl.load(summaries_ptr + places, mask=inside, other=float("inf"))
+    finite = tl.abs(summaries) < float("inf")  # false for NaN, which a sort by comparisons would not survive
+    ordered = tl.sort(tl.where(finite, summaries, float("inf")))
+    count = tl.sum(finite.to(tl.int32), 1)
+    low = tl.sum(tl.where(r[None, :] == ((count - 1) // 2)[:, None], ordered, 0.0), 1)
+    high = tl.sum(tl.where(r[None, :] == (count // 2)[:, None], ordered, 0.0), 1)
     average = tl.load(average_ptr + v, mask=v < values, other=0.0)
     updated = decay * average + rest * ((low + high) * 0.5)
-    tl.store(average_ptr + v, updated, mask=v < tl.where(count > 0, values, 0))
+    tl.store(average_ptr + v, updated, mask=(v < values) & (count > 0))
 
 
 def baseline_update_reference(
     average_XV: torch.Tensor, summaries_XRV: torch.Tensor, clean_XR: torch.Tensor, decay: float
 ) -> torch.Tensor:
     """The definition; leading dimensions are baselines: [..., V], [..., R, V], [..., R] -> the new [..., V]."""
-    masked_XRV = torch.where(clean_XR[..., None], summaries_XRV, torch.inf)
-    sorted_XRV = masked_XRV.sort(dim=-2).values
-    count_X11 = clean_XR.sum(-1)[..., None, None]
-    middle_XV = [
-        torch.take_along_dim(sorted_XRV, (rank_X11.clamp_min(0) // 2).expand(*average_XV.shape[:-1], 1, 1), dim=-2)
-        for rank_X11 in (count_X11 - 1, count_X11)
-    ]
-    median_XV = ((middle_XV[0] + middle_XV[1]) / 2).squeeze(-2)
-    return torch.where(count_X11[..., 0] > 0, decay * average_XV + (1.0 - decay) * median_XV, average_XV)
+    counts_XRV = clean_XR[..., None] & summaries_XRV.isfinite()
+    sorted_XRV = torch.where(counts_XRV, summaries_XRV, torch.inf).sort(dim=-2).values
+    count_X1V = counts_XRV.sum(-2, keepdim=True)
+    low_XV, high_XV = (
+        torch.take_along_dim(sorted_XRV, rank_X1V.clamp_min(0) // 2, dim=-2).squeeze(-2)
+        for rank_X1V in (count_X1V - 1, count_X1V)
+    )
+    median_XV = (low_XV + high_XV) / 2
+    return torch.where(count_X1V.squeeze(-2) > 0, decay * average_XV + (1.0 - decay) * median_XV, average_XV)

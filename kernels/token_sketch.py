@@ -234,6 +234,23 @@ def token_sketch_reference(x_XTD: torch.Tensor, seeds_XJ2: torch.Tensor) -> tupl
     return sketch_XJmK, _norms(rows_XJmD)
 
 
+def sketch_of_rows(rows_XmD: torch.Tensor, seeds_XJ: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``token_sketch_reference`` makes of tokens that were sampled already, in J projections of the same tokens.
+
+    Args:
+        rows_XmD: the sampled tokens.
+        seeds_XJ: int64, of the projections.
+
+    Returns:
+        sketches float32 [..., J, m, K] and norms float32 [..., m].
+    """
+    rows_XmD = rows_XmD.float().nan_to_num(0.0, 0.0, 0.0)
+    # One product for all projections, and no copy of the rows for each.
+    matrix_XDN = projection(rows_XmD.shape[-1], seeds_XJ).movedim(-3, -2).flatten(-2)
+    sketch_XmN = (rows_XmD @ matrix_XDN).nan_to_num(0.0, _LARGEST, -_LARGEST)
+    return sketch_XmN.unflatten(-1, (-1, DIMENSIONS)).movedim(-2, -3), _norms(rows_XmD)
+
+
 def _norms(rows_XD: torch.Tensor) -> torch.Tensor:
     norms_X = torch.linalg.vector_norm(rows_XD, dim=-1)
     # On a CPU looking at a value costs nothing; elsewhere it would wait for the device.

@@ -59,6 +59,7 @@ def transfer_kernel(
     en_m,
     ln_M,
     ln_m,
+    w_M,
     K: tl.constexpr,
     BT: tl.constexpr,
 ):
@@ -72,6 +73,7 @@ def transfer_kernel(
     l_ptr += message * l_M
     e_norms_ptr += message * en_M
     l_norms_ptr += message * ln_M
+    w_ptr += message * w_M
     block = tl.arange(0, BT)
     k = tl.arange(0, K)
     count = tl.cast(tokens, tl.float32)

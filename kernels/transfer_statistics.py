@@ -69,14 +69,15 @@ def transfer_statistics(
     leaving_MmK: torch.Tensor,
     entering_norms_Mm: torch.Tensor,
     leaving_norms_Mm: torch.Tensor,
-    w_KK: torch.Tensor,
+    w_XKK: torch.Tensor,
 ) -> TransferStatistics:
     """All statistics of M messages that passed one stage, in one launch.
 
     Args:
         entering_MmK, leaving_MmK: float32, finite, sketches with the same sample and projection; any strides.
         entering_norms_Mm, leaving_norms_Mm: float32, finite, full norms of those tokens.
-        w_KK: float32, the map that predicts the change; zeros when there is none yet.
+        w_XKK: float32, the map that predicts the change, [K, K] for all messages or [M, K, K]; zeros when there is
+            none yet.
 
     Raises:
         ValueError: an argument has another shape, dtype or device.
@@ -88,9 +89,10 @@ def transfer_statistics(
     check_output("leaving_MmK", leaving_MmK, torch.float32, shape, entering_MmK)
     check_output("entering_norms_Mm", entering_norms_Mm, torch.float32, shape[:2], entering_MmK)
     check_output("leaving_norms_Mm", leaving_norms_Mm, torch.float32, shape[:2], entering_MmK)
-    check_output("w_KK", w_KK, torch.float32, (DIMENSIONS, DIMENSIONS), entering_MmK)
+    maps = shape[:1] if w_XKK.dim() > 2 else ()
+    check_output("w_XKK", w_XKK, torch.float32, (*maps, DIMENSIONS, DIMENSIONS), entering_MmK)
     if not runs_on_triton(entering_MmK):
-        return transfer_statistics_reference(entering_MmK, leaving_MmK, entering_norms_Mm, leaving_norms_Mm, w_KK)
+        return transfer_statistics_reference(entering_MmK, leaving_MmK, entering_norms_Mm, leaving_norms_Mm, w_XKK)
     messages, tokens, dimensions = shape
     out = TransferStatistics(
         *(
@@ -98,18 +100,20 @@ def transfer_statistics(
             for sizes in ((len(TRANSFER),), (dimensions,), (dimensions, dimensions), (dimensions, dimensions))
         )
     )
+    w_MKK = w_XKK.contiguous().expand(messages, -1, -1)
     transfer_kernel[(messages,)](
         entering_MmK,
         leaving_MmK,
         entering_norms_Mm,
         leaving_norms_Mm,
-        w_KK.contiguous(),
+        w_MKK,
         *out,
         tokens,
         *entering_MmK.stride(),
         *leaving_MmK.stride(),
         *entering_norms_Mm.stride(),
         *leaving_norms_Mm.stride(),
+        w_MKK.stride(0),
         num_warps=WARPS,
         **SHAPE,
         **LAUNCH,

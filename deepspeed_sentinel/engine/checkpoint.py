@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger
+
+from deepspeed_sentinel.mesh import DIRECTIONS
 
 if TYPE_CHECKING:
     from deepspeed_sentinel.engine.sentinel import Sentinel
@@ -39,18 +41,33 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
         state = client_state.pop(KEY, None)
         weights_only = inspect.signature(original).bind(*args, **kwargs).arguments.get("load_module_only", False)
         problem = "was loaded for its weights only" if weights_only else _problem(state, sentinel)
-        if problem:
+        # Every stage reads a file of its own, and what one of them cannot use the others must not use either.
+        spoilt = () if problem else sentinel.spoilt_links(state)
+        words_W = sentinel.gather_words(int(bool(problem)), *_bits(spoilt, sentinel.mesh.links)).amax(0).tolist()
+        if words_W[0]:
             sentinel.reset()
             if dist.get_rank() == 0:
                 logger.warning(
-                    f"[sentinel] checkpoint {path} {problem}: baselines, fences and convictions start anew, with "
-                    f"{sentinel.config.warmup_steps} steps of warm-up"
+                    f"[sentinel] checkpoint {path} {problem or 'cannot be used by another stage'}: baselines, fences "
+                    f"and convictions start anew, with {sentinel.config.warmup_steps} steps of warm-up"
                 )
-        else:
-            sentinel.load_state_dict(state)
+            return path, client_state
+        without = {divmod(index, sentinel.mesh.links) for index, bit in enumerate(words_W[1:]) if bit}
+        sentinel.load_state_dict(state, without)
+        if dist.get_rank() == 0:
+            for direction, link in sorted(without):
+                logger.warning(
+                    f"[sentinel] checkpoint {path} holds a baseline of the {DIRECTIONS[direction]} messages on link "
+                    f"{link} that is not finite: it starts anew, on both ends"
+                )
         return path, client_state
 
     return load_checkpoint
+
+
+def _bits(links: Collection[tuple[int, int]], count: int) -> list[int]:
+    """One whole number for each direction and link: whether it is among them."""
+    return [int((direction, link) in links) for direction in range(len(DIRECTIONS)) for link in range(count)]
 
 
 def _problem(state: Any, sentinel: Sentinel) -> str | None:
@@ -62,7 +79,16 @@ def _problem(state: Any, sentinel: Sentinel) -> str | None:
         for name in here
         if state["shape"].get(name) != here[name]
     ]
-    return f"is of a run with {', '.join(differing)}" if differing else None
+    if differing:
+        return f"is of a run with {', '.join(differing)}"
+    # NaN means not available there; infinite is what nothing that is learnt can be.
+    return "holds infinite values" if _any_infinite(state["judge"]) else None
+
+
+def _any_infinite(state: Any) -> bool:
+    if isinstance(state, dict):
+        return any(map(_any_infinite, state.values()))
+    return bool(state.is_floating_point() and state.isinf().any())
 
 
 def to_tensors(state: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,12 @@ from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness, rendezvous_host
 from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
-from deepspeed_sentinel.evidence.keys import Keys
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.table import Evidence
+from deepspeed_sentinel.judgement.complaints import complained_of
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.response.audit import audits_due, rule
 from deepspeed_sentinel.response.gate import Share
 from deepspeed_sentinel.response.hearing import Hearing
@@ -64,6 +65,7 @@ class Sentinel:
         self._control = dist.new_group(backend="gloo")
         self._events = self._open_events()
         ranks, device = access.ranks_of(engine), torch.device(engine.device)
+        self._ranks = ranks
         self._collector = Collector(
             self.mesh,
             self.worker,
@@ -84,7 +86,7 @@ class Sentinel:
             device,
             testify=self._collector.testify,
             most_bytes=lambda: self._collector.keeping.most_bytes,
-            secret_with=Keys.exchange(config.seed, self._control).secret_with,
+            secret_with=self._collector.keys.secret_with,
             towards=rendezvous_host(),
         )
         self._originals = {name: getattr(engine, name) for name in _WRAPPED}
@@ -137,10 +139,15 @@ class Sentinel:
             **({"parts": layout.parts} if layout else {}),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], without: Collection[tuple[int, int]] = ()) -> None:
+        """Take a state over, but for the baselines of some directions and links."""
         self._judge = self._new_judge(state["shape"].get("parts", 1))
         self._judge.load_state_dict(checkpoint.to_arrays(state["judge"]))
-        self._collector.load_state_dict(state["evidence"])
+        self._collector.load_state_dict(state["evidence"], without)
+
+    def spoilt_links(self, state: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+        """Directions and links of which a state holds baselines that are not finite."""
+        return self._collector.spoilt_links(state["evidence"])
 
     def _wrap(self) -> None:
         engine = self.engine
@@ -213,18 +220,37 @@ class Sentinel:
 
     def _agree(self, verdict: Verdict) -> None:
         """Stop all ranks unless they came to the same verdict."""
-        mine = torch.tensor([verdict.digest()])
-        everyone = torch.empty(self.mesh.stages * self.mesh.replicas, dtype=mine.dtype)
-        dist.all_gather_single(everyone, mine, group=self._control)
-        values, counts = everyone.unique(return_counts=True)
+        said = self.gather_words(verdict.digest(), self._collector.complaint)
+        digests = said[:, 0]
+        values, counts = digests.unique(return_counts=True)
         if len(values) > 1:
             common = values[counts.argmax()]
-            odd = [self._liveness.name(rank) for rank in torch.nonzero(everyone != common).flatten().tolist()]
+            odd = [self._liveness.name(rank) for rank in torch.nonzero(digests != common).flatten().tolist()]
             raise VerdictMismatch(
                 f"verdicts differ at step {verdict.step}: {', '.join(odd)} came to another one than the other "
                 f"{int(counts.max())} ranks from the same evidence. No gradient of this step was applied. Their "
                 "memory, software versions or state differ; resume from the last checkpoint without them."
             )
+
+        for worker in complained_of(said[:, 1].numpy()[self._ranks]):
+            self._tell_of_misfit(verdict.step - 1, worker)
+
+    def gather_words(self, *words: int) -> torch.Tensor:
+        """int64 [ranks, W]: what every rank says in W whole numbers. Collective."""
+        mine = torch.tensor(words, dtype=torch.int64)
+        everyone = torch.empty(self._ranks.size * len(words), dtype=torch.int64)
+        dist.all_gather_single(everyone, mine, group=self._control)
+        return everyone.view(-1, len(words))
+
+    def _tell_of_misfit(self, step: int, worker: Worker) -> None:
+        if dist.get_rank() != 0:
+            return
+        logger.warning(
+            f"[sentinel] step {step}: {worker} told the other replicas of its stage a mean that no message of the size "
+            "it reported can have, and its messages were clean: it lies, or it miscalculates. It counted for nothing"
+        )
+        if self._events:
+            self._events.write(step, {"kind": "misfit", "stage": worker.stage, "replica": worker.replica})
 
     def _audit(self, verdict: Verdict, evidence: Evidence) -> Verdict:
         """Take back the strikes that rest on neighbours' words and that no trusted worker could confirm."""

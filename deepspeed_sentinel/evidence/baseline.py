@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
 
 from deepspeed_sentinel.evidence.probe import ENDS, End, EndStatistics
 from deepspeed_sentinel.kernels.baseline_distances import DISTANCES, baseline_distances, baseline_update
+from deepspeed_sentinel.kernels.sliced_wasserstein import DIRECTIONS, QUANTILES
 from deepspeed_sentinel.mesh import FORWARD
 
 
@@ -51,23 +52,45 @@ class Baselines:
         correction = 1.0 - self._decay(end) ** max(self._counts[end], 1)
         return torch.where(count_1 > 0, mean_V, average_V / correction)
 
-    def learn(self, end: End, summaries_RV: torch.Tensor, clean_R: np.ndarray) -> None:
+    def learn(
+        self, end: End, summaries_RV: torch.Tensor, clean_R: np.ndarray, largest_R: np.ndarray | None = None
+    ) -> torch.Tensor:
         """Add one step.
 
         Args:
             end: which baseline.
             summaries_RV: float32 [replicas, D + Q], every replica's ``summary``.
             clean_R: bool [replicas], whose to learn from; with none nothing is learnt.
+            largest_R: float64 [replicas], largest magnitude in a replica's messages at this end, as reported in the
+                evidence; what its summary says must fit it. Zero says nothing, and so does None.
+
+        Returns:
+            bool [replicas] on the device: clean replicas whose summary cannot be one of their messages. It counts
+            for nothing.
         """
-        if not clean_R.any():
-            return
-        average_V = self._averages.get(end)
-        if average_V is None or average_V.numel() != summaries_RV.shape[1]:
-            average_V = self._averages[end] = summaries_RV.new_zeros(summaries_RV.shape[1])
-            self._counts[end] = 0
         clean = torch.from_numpy(clean_R).to(summaries_RV.device, non_blocking=True)
-        baseline_update(average_V, summaries_RV, clean, self._decay(end))
-        self._counts[end] += 1
+        sound = self._fits(summaries_RV, largest_R)
+        if clean_R.any():
+            average_V = self._averages.get(end)
+            if average_V is None or average_V.numel() != summaries_RV.shape[1]:
+                average_V = self._averages[end] = summaries_RV.new_zeros(summaries_RV.shape[1])
+                self._counts[end] = 0
+            baseline_update(average_V, summaries_RV, clean & sound, self._decay(end))
+            self._counts[end] += 1
+        return clean & ~sound
+
+    @staticmethod
+    def _fits(summaries_RV: torch.Tensor, largest_R: np.ndarray | None) -> torch.Tensor:
+        """bool [R]: a mean is at most the largest magnitude, a projection on a unit direction sqrt(D) times that."""
+        finite = summaries_RV.isfinite().all(1)
+        if largest_R is None:
+            return finite
+        hidden = summaries_RV.shape[1] - DIRECTIONS * QUANTILES
+        limits_R2 = 2.0 * np.outer(largest_R, [1.0, hidden**0.5])  # twice, for what is rounded on the way
+        limits_R2[limits_R2 == 0.0] = np.inf
+        limits = torch.from_numpy(limits_R2.astype(np.float32)).to(summaries_RV.device, non_blocking=True)
+        of_means, of_quantiles = (part.abs().amax(1) for part in summaries_RV.tensor_split([hidden], dim=1))
+        return finite & (of_means <= limits[:, 0]) & (of_quantiles <= limits[:, 1])
 
     def state_dict(self) -> dict[str, torch.Tensor | int]:
         state: dict[str, torch.Tensor | int] = {}
@@ -76,13 +99,26 @@ class Baselines:
             state[f"count_{end[0]}_{end[1]}"] = self._counts[end]
         return state
 
-    def load_state_dict(self, state: Mapping[str, torch.Tensor | int], device: torch.device) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, torch.Tensor | int], device: torch.device, without: Collection[End] = ()
+    ) -> None:
+        """Take a state over, but for the ends ``without``, which start anew."""
         self._averages, self._counts = {}, {}
         for end in ENDS:
             average = state.get(f"average_{end[0]}_{end[1]}")
-            if isinstance(average, torch.Tensor):
+            if isinstance(average, torch.Tensor) and end not in without:
                 self._averages[end] = average.to(device)
                 self._counts[end] = int(state[f"count_{end[0]}_{end[1]}"])
+
+    @staticmethod
+    def spoilt(state: Mapping[str, torch.Tensor | int]) -> tuple[End, ...]:
+        """The ends of which a state holds values that are not finite."""
+        averages = {end: state.get(f"average_{end[0]}_{end[1]}") for end in ENDS}
+        return tuple(
+            end
+            for end, average in averages.items()
+            if isinstance(average, torch.Tensor) and not average.isfinite().all()
+        )
 
     def _decay(self, end: End) -> float:
         return self._decays[0] if end[0] == FORWARD else self._decays[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,17 @@ import torch.distributed as dist
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.exchange import Exchange, Place, build_report
 from deepspeed_sentinel.evidence.keeping import Keeping
+from deepspeed_sentinel.evidence.keys import Keys
 from deepspeed_sentinel.evidence.parts import Layout, agree
 from deepspeed_sentinel.evidence.probe import ENDS, End, EndStatistics, Probe
 from deepspeed_sentinel.evidence.sketch import PairSketches
 from deepspeed_sentinel.evidence.statement import Statement
-from deepspeed_sentinel.evidence.table import RECEIVED, SENT, Evidence
-from deepspeed_sentinel.evidence.transfer import Sketches, Transfers
+from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, TABLE, Evidence
+from deepspeed_sentinel.evidence.transfer import LASTING, Known, Sketches, Transfers, pair_rows
 from deepspeed_sentinel.kernels.token_sketch import sketch_rows
 from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD, Mesh, Worker
 
+_MAX_ABS = NAMES.index("max_abs")
 PUBLIC_SEED = 0  # everybody may know it: it has to serve both ends of every link
 
 
@@ -31,15 +34,18 @@ class Collector:
         probe: reads the messages.
         keeping: keeps those that an audit may ask for.
         layout: what messages are made of, agreed on in the first step; None before.
+        keys: what this worker shares with any other one.
+        complaint: 1 + the replica of this stage that gave a summary which cannot be one of its clean messages, in the
+            step before the one whose evidence was collected last; 0 for none.
 
     Args:
         mesh, worker: the mesh and this worker.
         ranks: int [S, R], the global rank of each worker.
         replica_group: process group of this stage's replicas, in replica order.
-        control: group on the CPU over which secrets travel.
+        control: group of all ranks on the CPU.
         device: where messages live.
         decays: EMA decays of activations and gradients.
-        seed: of the secrets, or None; see ``PairSketches``.
+        seed: of the secrets, or None; see ``Keys``.
     """
 
     def __init__(
@@ -56,22 +62,28 @@ class Collector:
     ) -> None:
         self._mesh, self._ranks, self._control = mesh, ranks, control
         self._device = device
+        self._worker = worker
         self._decays = decays
         self.layout: Layout | None = None
         self.probe = Probe(mesh, worker.stage, device, PUBLIC_SEED)
         self.keeping = Keeping()
         self._step = 0
-        self._pairs = PairSketches(mesh, worker, ranks, device, seed, control)
+        self.keys = Keys.exchange(seed, control)
+        self._pairs = PairSketches(mesh, worker, ranks, device, self.keys)
         self._exchange = Exchange(mesh, ranks, replica_group)
+        self._evidence: Evidence | None = None
+        self._misfits = torch.zeros(mesh.replicas, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self.complaint = 0
         self._statistics: dict[Place, EndStatistics] = {}
-        self._lessons: dict[Place, torch.Tensor] = {}
+        self._lessons_JV: dict[Place, torch.Tensor] = {}
         self._told: frozenset[Place] = frozenset()
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was learnt."""
+        """Forget what was learnt, and draw other lasting projections."""
         self._baselines: dict[int, Baselines] = defaultdict(lambda: Baselines(*self._decays))
         self._transfers: dict[int, Transfers] = defaultdict(lambda: Transfers(*self._decays))
+        self._pairs.forget()
 
     def begin_step(self, step: int, micro_batches: int) -> None:
         self._step = step
@@ -93,14 +105,18 @@ class Collector:
             (end, part): torch.cat([self._baselines[part].distances(end, rows), rows.scalars_M3], dim=1)
             for (end, part), rows in self._statistics.items()
         }
-        pair_rows: dict[Place, torch.Tensor] = {}
+        rows_of_pairs: dict[Place, torch.Tensor] = {}
         for end, (entering, leaving) in self._pairs.swap(self.probe).items():
             for part in self.probe.parts(end):
                 place = (end, part)
-                pair_rows[place], self._lessons[place] = self._transfer(place, entering, leaving)
+                rows_of_pairs[place], self._lessons_JV[place] = self._transfer(place, entering, leaving)
         digests = {end: self.probe.digests(end) for end in self.probe.ends}
-        report = build_report(self.probe.micro_batches, self.layout, own_rows, pair_rows, digests)
-        return self._exchange.gather_reports(report, step, self.layout)
+        report = build_report(self.probe.micro_batches, self.layout, own_rows, rows_of_pairs, digests)
+        self._evidence = self._exchange.gather_reports(report, step, self.layout)
+        # The copy that ``learn`` began in the step before was over before that of the reports began.
+        misfits = self._misfits.nonzero().flatten().tolist()
+        self.complaint = 1 + misfits[0] if misfits else 0
+        return self._evidence
 
     def not_judged(self) -> str:
         """What of the messages that this stage sends forward is compared by checksum alone.
@@ -136,58 +152,78 @@ class Collector:
         """For an audit, between ``collect`` and ``learn``: what this worker kept at an end, and how it looked at it."""
         assert self.layout is not None, "nothing was collected yet"
         micro_batch, tensors = self.keeping.kept(end)
-        known = tuple(self._transfers[part].known(end) for part in range(self.layout.parts))
+        known = tuple(self._known(end, part) for part in range(self.layout.parts))
         return Statement(micro_batch, self._pairs.step_seeds(end, self._step), known, tensors)
 
     def learn(self, clean: np.ndarray) -> None:
         """Learn from the step's clean columns, bool [C]; one gather among the replicas of a stage."""
         summaries = [self._baselines[part].summary(end, rows) for (end, part), rows in self._statistics.items()]
-        lessons = list(self._lessons.values())
-        if not summaries:
-            return
-        gathered = self._exchange.gather_summaries(torch.cat([*summaries, *lessons]))
-        shares = gathered.split([share.numel() for share in (*summaries, *lessons)], dim=1)
-        for (end, part), share in zip(self._statistics, shares, strict=False):
-            self._baselines[part].learn(end, share, clean)
-        for (end, part), share in zip(self._lessons, shares[len(summaries) :], strict=True):
-            self._transfers[part].learn(end, share, clean)
+        if summaries:
+            gathered = self._exchange.gather_summaries(torch.cat(summaries))
+            shares = gathered.split([share.numel() for share in summaries], dim=1)
+            misfits = [
+                self._baselines[part].learn(end, share, clean, self._largest(end, part))
+                for (end, part), share in zip(self._statistics, shares, strict=True)
+            ]
+            self._misfits.copy_(torch.stack(misfits).any(0), non_blocking=True)
+        own = clean[self._worker.replica]
+        for (end, part), lessons_JV in self._lessons_JV.items():
+            for which, lesson_V in enumerate(lessons_JV, LASTING):
+                self._transfers[part].learn(end, lesson_V, own, which)
+        for end, change in self._pairs.learn(bool(own)).items():
+            for transfers in self._transfers.values():
+                transfers.renew(end, *change)
 
     def state_dict(self) -> dict[str, Any]:
-        """What later evidence depends on; the same on all replicas of a stage."""
-        return {
-            "baselines": {str(part): one.state_dict() for part, one in self._baselines.items()},
-            "transfers": {str(part): one.state_dict() for part, one in self._transfers.items()},
-            "projections": self._pairs.state_dict(),
-        }
+        """What later evidence depends on; the same on all replicas of a stage, and nothing of it secret.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+        What was learnt of pairs is not in it: it would be of no use without the projection, and with it of use to
+        whoever reads the file.
+        """
+        return {"baselines": {str(part): one.state_dict() for part, one in self._baselines.items()}}
+
+    def load_state_dict(self, state: dict[str, Any], without: Collection[tuple[int, int]] = ()) -> None:
+        """Take a state over, but for the baselines of some directions and links, which both their ends must leave."""
         self.reset()
+        ends = tuple(end for end in self.probe.ends if (end[0], self.probe.link(end)) in without)
         for part, of_part in state["baselines"].items():
-            self._baselines[int(part)].load_state_dict(of_part, self._device)
-        for part, of_part in state["transfers"].items():
-            self._transfers[int(part)].load_state_dict(of_part, self._device)
-        self._pairs.load_state_dict(state["projections"])
+            self._baselines[int(part)].load_state_dict(of_part, self._device, ends)
+
+    def spoilt_links(self, state: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+        """Directions and links of which a state holds baselines that are not finite."""
+        ends = {end for of_part in state["baselines"].values() for end in Baselines.spoilt(of_part)}
+        return tuple((end[0], self.probe.link(end)) for end in sorted(ends))
+
+    def _known(self, end: End, part: int) -> Known | None:
+        return self._transfers[part].known(end) if self._pairs.ready(end) else None
+
+    def _largest(self, end: End, part: int) -> np.ndarray:
+        """float64 [replicas], the largest magnitude at an end by each replica's report; NaN counts as none."""
+        assert self._evidence is not None, "nothing was collected yet"
+        reported_CMV = self._evidence.statistics[end[1], end[0], self.probe.link(end)]
+        return np.nan_to_num(reported_CMV[..., part * len(TABLE) + _MAX_ABS]).max(-1)
 
     def _transfer(self, place: Place, entering: Sketches, leaving: Sketches) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows [M, PAIR_ROWS] of one part and this replica's lesson [V]; messages with equally many tokens together.
+        """Rows [M, PAIR_ROWS] of one part and this column's lessons [J - 1, LESSON]; messages with equally many tokens
+        together.
 
         Where the stage between changed the number of tokens, the two sketches are not of the same ones: NaN.
         """
-        (end, part), transfers = place, self._transfers[place[1]]
+        (end, part), known = place, self._known(*place)
         entering, leaving = (one.part(part, self.probe.micro_batches) for one in (entering, leaving))
         rows = [sketch_rows(tokens) for tokens in self.probe.tokens(end, part)]
         if len(set(rows)) == 1 and rows[0]:
-            found, lessons = transfers.statistics(end, entering.first(rows[0]), leaving.first(rows[0]))
+            found, lessons = pair_rows(entering.first(rows[0]), leaving.first(rows[0]), known)
         else:
             each = [
-                transfers.statistics(
-                    end, entering.of(index).first(max(count, 1)), leaving.of(index).first(max(count, 1))
-                )
+                pair_rows(entering.of(index).first(max(count, 1)), leaving.of(index).first(max(count, 1)), known)
                 for index, count in enumerate(rows)
             ]
-            found, lessons = (torch.cat(parts) for parts in zip(*each, strict=True))
-        assert entering.tokens_X is not None and leaving.tokens_X is not None
+            found = torch.cat([one for one, _ in each])
+            lessons = torch.cat([one for _, one in each], dim=1)
+        assert entering.tokens_X is not None and leaving.tokens_X is not None, "of the probe"
         known_M = (entering.tokens_X == leaving.tokens_X) & (entering.tokens_X > 0)
         teaches_M = known_M & (entering.norms_Xm.amax(-1) > 0) & (leaving.norms_Xm.amax(-1) > 0)
-        lesson_V = torch.where(teaches_M[:, None], lessons, 0.0).sum(0) / teaches_M.sum().clamp_min(1)
-        return torch.where(known_M[:, None], found, torch.nan), lesson_V
+        # Without a message that teaches anything it is NaN, and nothing is learnt.
+        lessons_JV = torch.where(teaches_M[:, None], lessons, 0.0).sum(1) / teaches_M.sum()
+        return torch.where(known_M[:, None], found, torch.nan), lessons_JV

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from deepspeed_sentinel.evidence.parts import Layout, parts_of
-from deepspeed_sentinel.evidence.probe import SECRET, End, Probe
+from deepspeed_sentinel.evidence.probe import End, Probe
+from deepspeed_sentinel.evidence.sketch import sketches_of
 from deepspeed_sentinel.evidence.statement import Statement, check_kinds, kinds_of
 from deepspeed_sentinel.evidence.transfer import Sketches
 from deepspeed_sentinel.mesh import Mesh
@@ -64,7 +65,7 @@ class SecondLook:
 
     Attributes:
         digests: int64 [T], as in ``Evidence.digests``.
-        sketches: the secret ones of each part, float32 [1, TOKENS, K].
+        sketches: the secret ones of each part, float32 [2, 1, TOKENS, K], FRESH and LASTING.
         tokens: of each part, how many the message has, 0 where it is not judged; so many of a sketch's tokens are
             filled.
     """
@@ -88,12 +89,14 @@ def look_again(
         return None
     probe = Probe(mesh, stage, device, seed=0)
     probe.adopt(layout)
-    # Both sketches are the secret one: the probe wants a public one, and nobody looks at it.
-    probe.begin_step(1, {end: torch.tensor([statement.seeds] * 2, dtype=torch.int64, device=device)})
+    sample, *projections = statement.seeds
+    # The probe wants a public sketch before the secret ones, and nobody looks at it.
+    seeds = [[sample, sample], *([sample, projection] for projection in projections)]
+    probe.begin_step(1, {end: torch.tensor(seeds, dtype=torch.int64, device=device)})
     probe.observe(end, probe.next_micro_batch(end), statement.tensors)
     words_T2 = np.ascontiguousarray(probe.digests(end)[0].cpu().numpy())
     digests_T = layout.mark(words_T2.view(np.int64)[..., 0], end[0], probe.link(end))
-    sketches = Sketches(*probe.sketches(end, SECRET))
+    sketches = sketches_of(probe, end)
     parts = range(layout.parts)
     return SecondLook(
         digests_T,

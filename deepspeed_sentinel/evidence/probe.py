@@ -17,7 +17,7 @@ from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 from deepspeed_sentinel.mesh import DIRECTIONS as DIRECTION_NAMES
 
 PUBLIC = 0  # the sketch whose sample and projection both ends of every link share
-SECRET = 1  # the sketch whose sample and projection the neighbours of a stage share, and nobody else
+SECRET = 1  # from here on the sketches whose samples and projections the neighbours of a stage share, and nobody else
 ENDS = ((FORWARD, SENT), (FORWARD, RECEIVED), (BACKWARD, SENT), (BACKWARD, RECEIVED))
 End = tuple[int, int]
 
@@ -187,7 +187,7 @@ class Probe:
             end, micro_batch: of a message that was observed.
             tensors: as large as that one's.
         """
-        seeds_J2, secret = self._seeds[end], slice(SECRET, SECRET + 1)
+        seeds_J2, secret = self._seeds[end], slice(SECRET, None)
         if len(seeds_J2) <= SECRET:
             return
         for part, index in enumerate(parts_of(tensors)):
@@ -238,16 +238,17 @@ class Probe:
         """int32 [M, T, 2], of the bits of each tensor as they were sent."""
         return self._digests[end]
 
-    def sketches(self, end: End, job: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sketches float32 [P * M, 256, K] and norms float32 [P * M, 256] of one end, part by part."""
+    def sketches(self, end: End, jobs: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sketches float32 [J, P * M, 256, K] and norms float32 [J, P * M, 256] of one end, part by part."""
         if self._layout is None or self._layout.parts == 1:
             buffers = self._buffers_of(end, 0, self._expected[end][0])
-            return buffers.sketch_JMmK[job], buffers.norms_JMm[job]
+            return buffers.sketch_JMmK[jobs], buffers.norms_JMm[jobs]
         every = [self._buffers.get((end, part)) for part in range(self._layout.parts)]
-        blank = torch.zeros(self.micro_batches, TOKENS, DIMENSIONS + 1, device=self._device)
-        sketches = [one.sketch_JMmK[job] if one else blank[..., :DIMENSIONS] for one in every]
-        norms = [one.norms_JMm[job] if one else blank[..., DIMENSIONS] for one in every]
-        return torch.cat(sketches), torch.cat(norms)
+        count = len(self._seeds[end])
+        blank = torch.zeros(count, self.micro_batches, TOKENS, DIMENSIONS + 1, device=self._device)
+        sketches = [one.sketch_JMmK if one else blank[..., :DIMENSIONS] for one in every]
+        norms = [one.norms_JMm if one else blank[..., DIMENSIONS] for one in every]
+        return torch.cat([part[jobs] for part in sketches], dim=1), torch.cat([part[jobs] for part in norms], dim=1)
 
     def tokens(self, end: End, part: int = 0) -> list[int]:
         """How many tokens each micro-batch's message had, 0 where the part was not there or not as agreed on."""

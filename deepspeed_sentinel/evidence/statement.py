@@ -24,7 +24,7 @@ from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS
 # DeepSpeed describes a message in 256 integers, two and its dimensions for each tensor: more than these cannot cross.
 MOST_TENSORS, _MOST_DIMENSIONS, _MOST_SEEDS = 96, 8, 8
 _VERSION = 1
-SEEDS = 2  # of a statement; a header has room for more
+SEEDS = 3  # of a statement; a header has room for more
 _DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
@@ -133,7 +133,7 @@ class Statement:
 
     Attributes:
         micro_batch: which it kept.
-        seeds: of this step's sample, and of the projection.
+        seeds: of this step's sample, of its fresh projection, and of the lasting one.
         known: what the statistics of the pair were measured against, part by part; None before anything was learnt.
         tensors: all tensors of the message.
     """

@@ -2,29 +2,34 @@
 
 A stage that adds to what it is given (a residual path) leaves its mark on the pair (what entered, what left), which
 no single message carries: a flipped, stale or replayed gradient looks like any other gradient. The statistics are
-those of ``kernels.transfer_statistics``; this file keeps the EMA of the cross moments and the map W that predicts the
-change a stage makes:
+those of ``kernels.transfer_statistics``. Those that need no memory are taken in a projection that is drawn anew in
+every step (FRESH). The others are measured against what was learnt, which takes a projection that stays for a while
+(LASTING): this file keeps the EMA of its cross moments and the map W that predicts the change a stage makes:
 
-    W = (A + RIDGE tr(A)/K I)^-1 B        A, B: EMA over clean steps of the replicas' mean normal equations
+    W = (A + RIDGE tr(A)/K I)^-1 B        A, B: EMA of the normal equations of clean steps
+
+Each pair of neighbours learns from its own column alone, so that no other worker's number enters. Before the lasting
+projection is renewed (``evidence.renewal``) the NEXT one is learnt beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from deepspeed_sentinel.evidence.probe import ENDS, End
+from deepspeed_sentinel.evidence.probe import End
 from deepspeed_sentinel.evidence.table import OF_PAIR
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS
 from deepspeed_sentinel.kernels.transfer_statistics import TRANSFER, TransferStatistics, transfer_statistics
 from deepspeed_sentinel.mesh import FORWARD
 
+FRESH, LASTING, NEXT = 0, 1, 2  # which of the secret sketches
 RIDGE = 1e-2
-_SQUARE = DIMENSIONS * DIMENSIONS
 PAIR_ROWS = int(np.count_nonzero(OF_PAIR))
+LESSON = DIMENSIONS + 2 * DIMENSIONS * DIMENSIONS
+_SECTIONS = (DIMENSIONS, DIMENSIONS * DIMENSIONS, DIMENSIONS * DIMENSIONS)
 assert TRANSFER == ("cosine", "gain", "step", "cka", "correlation", "slope")
 
 
@@ -33,78 +38,108 @@ class Sketches:
     """Sketches of one direction's messages at one end, sampled and projected as at the other.
 
     Attributes:
-        sketch_XmK: float32 [..., m, K].
+        sketch_JXmK: float32 [J, ..., m, K], of the same tokens in J projections: FRESH, LASTING, and NEXT where there
+            is one.
         norms_Xm: float32 [..., m], full norms of the sampled tokens.
         tokens_X: float32 [...], how many tokens each message had; None where all have equally many.
     """
 
-    sketch_XmK: torch.Tensor
+    sketch_JXmK: torch.Tensor
     norms_Xm: torch.Tensor
     tokens_X: torch.Tensor | None = None
 
     def part(self, part: int, micro_batches: int) -> Sketches:
-        """Those of one part, [M, m, ...] of [P * M, m, ...]."""
-        chosen = slice(part * micro_batches, (part + 1) * micro_batches)
-        tokens_M = None if self.tokens_X is None else self.tokens_X[chosen]
-        return Sketches(self.sketch_XmK[chosen], self.norms_Xm[chosen], tokens_M)
+        """Those of one part, [J, M, m, ...] of [J, P * M, m, ...]."""
+        return self._rows(slice(part * micro_batches, (part + 1) * micro_batches))
+
+    def of(self, message: int) -> Sketches:
+        """One message's, [J, 1, m, ...] of [J, M, m, ...]."""
+        return self._rows(slice(message, message + 1))
 
     def first(self, rows: int) -> Sketches:
         """Without the rows that no token fills."""
-        return Sketches(self.sketch_XmK[..., :rows, :], self.norms_Xm[..., :rows])
+        return Sketches(self.sketch_JXmK[..., :rows, :], self.norms_Xm[..., :rows], self.tokens_X)
 
-    def of(self, micro_batch: int) -> Sketches:
-        """One message's, [1, m, ...]."""
-        chosen = slice(micro_batch, micro_batch + 1)
-        return Sketches(self.sketch_XmK[chosen], self.norms_Xm[chosen])
+    def _rows(self, chosen: slice) -> Sketches:
+        tokens_M = None if self.tokens_X is None else self.tokens_X[chosen]
+        return Sketches(self.sketch_JXmK[:, chosen], self.norms_Xm[chosen], tokens_M)
 
 
 @dataclass(frozen=True)
 class Known:
-    """What a stage's messages are measured against.
+    """What a stage's messages are measured against in the lasting projection.
 
     Attributes:
-        expected_K: float32, usual correlation of what enters and leaves, per sketch dimension.
-        w_KK: float32, the map that predicts the change.
+        expected_K: float32, usual correlation of what enters and leaves, per sketch dimension; NaN: not known yet.
+        w_KK: float32, the map that predicts the change; zeros: not known yet. Both may be of groups, [X, ...].
     """
 
     expected_K: torch.Tensor
     w_KK: torch.Tensor
 
 
-def pair_rows(entering: Sketches, leaving: Sketches, known: Known | None) -> tuple[torch.Tensor, TransferStatistics]:
-    """Statistics of messages [...] that passed one stage.
+def pair_rows(entering: Sketches, leaving: Sketches, known: Known | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Statistics of messages that passed one stage, and what they teach.
+
+    Args:
+        entering, leaving: sketches [J >= 2, X, M, m, K] of M messages of each group X; X may be no dimension.
+        known: of each group, or None before anything is known.
 
     Returns:
-        float32 [M, PAIR_ROWS] in the order of the table, M over all leading dimensions, NaN where it takes what is
-        not known yet; and all that was computed on the way.
+        float32 [X, M, PAIR_ROWS] in the order of the table, NaN where it takes what is not known yet; and lessons
+        float32 [J - 1, X, M, LESSON] of the projections from LASTING on.
     """
-    found: TransferStatistics = transfer_statistics(
-        entering.sketch_XmK.flatten(0, -3),
-        leaving.sketch_XmK.flatten(0, -3),
-        entering.norms_Xm.flatten(0, -2),
-        leaving.norms_Xm.flatten(0, -2),
-        known.w_KK if known else entering.sketch_XmK.new_zeros(DIMENSIONS, DIMENSIONS),
+    found = _statistics(entering, leaving, known)
+    cosine, gain, step, gram = found.scalars_M6[FRESH, ..., :4].unbind(-1)
+    correlation, slope = found.scalars_M6[LASTING, ..., 4:].unbind(-1)
+    if known is None:
+        cross = torch.full_like(cosine, torch.nan)
+    else:
+        cross = (found.cross_MK[LASTING] - known.expected_K[..., None, :]).abs().mean(-1)
+    rows = torch.stack([cosine, gain, step, cross, gram, correlation, slope], dim=-1)
+    return rows, _lessons(TransferStatistics(*(part[LASTING:] for part in found)))
+
+
+def lessons(entering: Sketches, leaving: Sketches) -> torch.Tensor:
+    """What messages teach, float32 [J, X, M, LESSON], of all J projections."""
+    return _lessons(_statistics(entering, leaving, None))
+
+
+def _statistics(entering: Sketches, leaving: Sketches, known: Known | None) -> TransferStatistics:
+    """Of [J, X, M] messages in one launch. The map of LASTING serves all projections: its rows alone are used."""
+    leading = entering.sketch_JXmK.shape[:-2]
+    if known is None:
+        w_KK = entering.sketch_JXmK.new_zeros(DIMENSIONS, DIMENSIONS)
+    else:
+        w_KK = known.w_KK
+    if w_KK.dim() > 2:
+        w_KK = w_KK[..., None, :, :].expand(*leading, -1, -1).flatten(0, -3)
+    found = transfer_statistics(
+        entering.sketch_JXmK.flatten(0, -3),
+        leaving.sketch_JXmK.flatten(0, -3),
+        entering.norms_Xm.expand(*leading, -1).flatten(0, -2),
+        leaving.norms_Xm.expand(*leading, -1).flatten(0, -2),
+        w_KK,
     )
-    cosine, gain, step, gram, correlation, slope = found.scalars_M6.unbind(1)
-    cross = (found.cross_MK - known.expected_K).abs().mean(1) if known else torch.full_like(cosine, float("nan"))
-    return torch.stack([cosine, gain, step, cross, gram, correlation, slope], dim=1), found
+    return TransferStatistics(*(part.unflatten(0, leading) for part in found))
 
 
-@dataclass(frozen=True)
-class _Learnt:
-    """EMAs without bias correction: cross moments [K], normal equations [K, K] each, and the map from them."""
+def _lessons(found: TransferStatistics) -> torch.Tensor:
+    """float32 [..., LESSON]: cross moments and normal equations, weighed so that none of its numbers exceeds one.
 
-    cross_K: torch.Tensor
-    a_KK: torch.Tensor
-    b_KK: torch.Tensor
-    w_KK: torch.Tensor
-    steps: int
+    So each message weighs about the same, however large its values are, and one absurd message weighs no more.
+    """
+    a_X, b_X = (part.abs().amax((-2, -1)) for part in (found.a_MKK, found.b_MKK))
+    weight_X11 = (1.0 / (a_X + b_X)).nan_to_num(0.0, 0.0, 0.0)[..., None, None]
+    equations = [(part * weight_X11).flatten(-2) for part in (found.a_MKK, found.b_MKK)]
+    return torch.cat([found.cross_MK, *equations], dim=-1)
 
 
 class Transfers:
-    """Per end of a link: what is known of the stage beyond it in that direction.
+    """Per end of a link: what a pair of neighbours knows of the stage between, in that direction.
 
-    Both neighbours of a stage hold the same sketches, so what they learn agrees without being compared.
+    Both hold the same sketches, so what they learn agrees without being compared. It is kept for each group X of
+    messages that have a lasting projection of their own; a worker has one group, and X is no dimension.
 
     Args:
         activation_decay, gradient_decay: EMA decays of the two directions.
@@ -112,86 +147,60 @@ class Transfers:
 
     def __init__(self, activation_decay: float, gradient_decay: float) -> None:
         self._decays = (activation_decay, gradient_decay)
-        self._learnt: dict[End, _Learnt] = {}
+        # EMAs without bias correction, [X, LESSON + 1]: of the lessons, and of whether there was one.
+        self._learnt: dict[tuple[End, int], torch.Tensor] = {}
+        self._known: dict[End, Known] = {}
 
     def known(self, end: End) -> Known | None:
-        """What was learnt up to now, or None."""
-        learnt = self._learnt.get(end)
-        if learnt is None:
-            return None
-        return Known(learnt.cross_K / (1.0 - self._decay(end) ** learnt.steps), learnt.w_KK)
+        """What was learnt up to now in the lasting projection, or None."""
+        if end not in self._known and (end, LASTING) in self._learnt:
+            self._known[end] = _known(self._learnt[end, LASTING])
+        return self._known.get(end)
 
-    def statistics(self, end: End, entering: Sketches, leaving: Sketches) -> tuple[torch.Tensor, torch.Tensor]:
-        """Statistics of messages [...] that passed the stage, and what they teach.
-
-        Returns:
-            float32 [..., PAIR_ROWS] in the order of the table, NaN where nothing was learnt yet; and float32
-            [..., V], to be averaged over a replica's micro-batches and handed to ``learn``.
-        """
-        leading = entering.sketch_XmK.shape[:-2]
-        rows_MS, found = pair_rows(entering, leaving, self.known(end))
-        return rows_MS.unflatten(0, leading), self._lesson(found).unflatten(0, leading)
-
-    @staticmethod
-    def _lesson(found: TransferStatistics) -> torch.Tensor:
-        """float32 [M, V]: each message weighs the same, however large its values are."""
-        trace_M11 = found.a_MKK.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        weight_M11 = torch.where(trace_M11 > 0, 1.0 / trace_M11, 0.0)
-        weight_M11 = torch.where(weight_M11.isfinite(), weight_M11, 0.0)
-        return torch.cat(
-            [found.cross_MK, (found.a_MKK * weight_M11).flatten(1), (found.b_MKK * weight_M11).flatten(1)], dim=1
-        )
-
-    def learn(self, end: End, lessons_RV: torch.Tensor, clean_R: np.ndarray) -> None:
-        """Add one step: the mean over the clean replicas.
+    def learn(self, end: End, lesson_XV: torch.Tensor, clean_X: np.ndarray, which: int = LASTING) -> None:
+        """Add one step; of a lesson that is not finite nothing is learnt.
 
         Args:
             end: which stage and direction.
-            lessons_RV: float32 [replicas, V], every replica's mean over its micro-batches.
-            clean_R: bool [replicas], whose to learn from; with none nothing is learnt.
+            lesson_XV: float32 [X, LESSON], mean over a group's messages of the step.
+            clean_X: bool, which groups to learn from.
+            which: LASTING or NEXT.
         """
-        rows = np.flatnonzero(clean_R).tolist()
-        if not rows:
+        self._known.pop(end, None)
+        one_X1 = torch.ones_like(lesson_XV[..., :1])
+        lesson_XV = torch.cat([lesson_XV, one_X1], dim=-1)
+        before_XV = self._learnt.get((end, which), torch.zeros_like(lesson_XV))
+        decay = self._decays[0] if end[0] == FORWARD else self._decays[1]
+        sound_X1 = _mask(clean_X, lesson_XV) & lesson_XV.isfinite().all(-1, keepdim=True)
+        # What was learnt ages with the stage, also in steps that teach nothing.
+        self._learnt[end, which] = decay * before_XV + (1.0 - decay) * torch.where(sound_X1, lesson_XV, 0.0)
+
+    def renew(self, end: End, renewed_X: np.ndarray, stale_X: np.ndarray) -> None:
+        """Take over the next projection, with what was learnt in it, or start anew with nothing (``Renewal.learn``)."""
+        lasting_XV = self._learnt.get((end, LASTING))
+        if lasting_XV is None or not (renewed_X | stale_X).any():
             return
-        lesson_V = lessons_RV[rows].mean(0)
-        cross_K, a_KK, b_KK = lesson_V.split([DIMENSIONS, _SQUARE, _SQUARE])
-        a_KK, b_KK = a_KK.view(DIMENSIONS, DIMENSIONS), b_KK.view(DIMENSIONS, DIMENSIONS)
-        decay, old, steps = self._decay(end), self._learnt.get(end), 0
-        if old:
-            cross_K, a_KK, b_KK = (
-                decay * before + (1.0 - decay) * now
-                for before, now in ((old.cross_K, cross_K), (old.a_KK, a_KK), (old.b_KK, b_KK))
-            )
-            steps = old.steps
-        else:
-            cross_K, a_KK, b_KK = ((1.0 - decay) * now for now in (cross_K, a_KK, b_KK))
-        self._learnt[end] = _Learnt(cross_K, a_KK, b_KK, _ridge(a_KK, b_KK), steps + 1)
-
-    def state_dict(self) -> dict[str, torch.Tensor | int]:
-        state: dict[str, torch.Tensor | int] = {}
-        for end, learnt in self._learnt.items():
-            packed = torch.cat([learnt.cross_K, learnt.a_KK.flatten(), learnt.b_KK.flatten()])
-            state[f"average_{end[0]}_{end[1]}"] = packed.cpu()
-            state[f"steps_{end[0]}_{end[1]}"] = learnt.steps
-        return state
-
-    def load_state_dict(self, state: Mapping[str, torch.Tensor | int], device: torch.device) -> None:
-        self._learnt = {}
-        for end in ENDS:
-            packed = state.get(f"average_{end[0]}_{end[1]}")
-            if isinstance(packed, torch.Tensor):
-                cross_K, a_V, b_V = packed.to(device).split([DIMENSIONS, _SQUARE, _SQUARE])
-                a_KK, b_KK = a_V.view(DIMENSIONS, DIMENSIONS), b_V.view(DIMENSIONS, DIMENSIONS)
-                steps = int(state[f"steps_{end[0]}_{end[1]}"])
-                self._learnt[end] = _Learnt(cross_K, a_KK, b_KK, _ridge(a_KK, b_KK), steps)
-
-    def _decay(self, end: End) -> float:
-        return self._decays[0] if end[0] == FORWARD else self._decays[1]
+        self._known.pop(end, None)
+        next_XV = self._learnt.pop((end, NEXT), torch.zeros_like(lasting_XV))
+        renewed_X1, stale_X1 = _mask(renewed_X, lasting_XV), _mask(stale_X, lasting_XV)
+        self._learnt[end, LASTING] = torch.where(renewed_X1, next_XV, lasting_XV).masked_fill(stale_X1, 0.0)
+        self._learnt[end, NEXT] = next_XV.masked_fill(renewed_X1 | stale_X1, 0.0)
 
 
-def _ridge(a_KK: torch.Tensor, b_KK: torch.Tensor) -> torch.Tensor:
+def _mask(chosen_X: np.ndarray, like_XV: torch.Tensor) -> torch.Tensor:
+    """bool [X, 1] on the device."""
+    return torch.from_numpy(np.asarray(chosen_X)[..., None]).to(like_XV.device, non_blocking=True)
+
+
+def _known(average_XV: torch.Tensor) -> Known:
+    cross_XK, a_XV, b_XV, weight_X1 = average_XV.split([*_SECTIONS, 1], dim=-1)
+    a_XKK, b_XKK = (part.unflatten(-1, (DIMENSIONS, DIMENSIONS)) for part in (a_XV, b_XV))
+    expected_K = torch.where(weight_X1 > 0, cross_XK / weight_X1, torch.nan)
+    return Known(expected_K, _ridge(a_XKK, b_XKK))
+
+
+def _ridge(a_XKK: torch.Tensor, b_XKK: torch.Tensor) -> torch.Tensor:
     """W; zeros where the equations have no solution, so that predictions are not available."""
-    penalty = RIDGE * a_KK.diagonal().mean()
-    identity_KK = torch.eye(DIMENSIONS, dtype=a_KK.dtype, device=a_KK.device)
-    w_KK, _ = torch.linalg.solve_ex(a_KK + penalty * identity_KK, b_KK)
+    penalty_X1 = RIDGE * a_XKK.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    w_KK, _ = torch.linalg.solve_ex(a_XKK + torch.diag_embed(penalty_X1.expand(*a_XKK.shape[:-1])), b_XKK)
     return w_KK.nan_to_num(0.0, 0.0, 0.0)

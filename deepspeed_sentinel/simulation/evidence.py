@@ -13,10 +13,10 @@ import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.table import BY_JUDGE, HARD, NAMES, OF_PAIR, RECEIVED, SENT, TABLE, Evidence
-from deepspeed_sentinel.evidence.transfer import Transfers
+from deepspeed_sentinel.evidence.transfer import NEXT, Known, Transfers, lessons, pair_rows
 from deepspeed_sentinel.kernels.baseline_distances import DISTANCES
-from deepspeed_sentinel.mesh import FORWARD, Mesh
-from deepspeed_sentinel.simulation.observation import Observation, Observer, join
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
+from deepspeed_sentinel.simulation.observation import Looks, Observation, Observer, join
 
 _PAPER = np.array([name in DISTANCES for name in NAMES]) | HARD
 _OWN = ~(OF_PAIR | BY_JUDGE)
@@ -24,10 +24,17 @@ _OWN = ~(OF_PAIR | BY_JUDGE)
 
 @dataclass(frozen=True)
 class _Lesson:
-    """What one link's messages of the step teach: summaries [C, V] for its baseline, lessons [C, V] on its senders."""
+    """What one link's messages of the step teach.
+
+    Attributes:
+        summaries_CV: for its baseline.
+        lessons_CV: on its senders' stage, in each column's lasting projection; None of first and last stage.
+        ahead_CV: the same in the next ones, zeros where no renewal is near; None where that is everywhere.
+    """
 
     summaries_CV: torch.Tensor
     lessons_CV: torch.Tensor | None
+    ahead_CV: torch.Tensor | None
 
 
 class Verifiers:
@@ -84,18 +91,16 @@ class Verifiers:
                 own = torch.cat([self._baselines[link].distances((direction, end), rows), rows.scalars_M3], dim=1)
                 statistics[end, direction, link][..., _OWN] = self._numbers(own)
                 digests[end, direction, link] = self._numbers(observation.digests[end]).view(np.int64)
-            lessons = None
+            lesson = ahead = None
             entered = observed.get((direction, link + (-1 if direction == FORWARD else 1)))
             if observation.leaving is not None and entered is not None:
                 assert entered.entering is not None
-                transfers = self._transfers[self._mesh.sender_stage(direction, link)]
-                pair, lessons_NV = transfers.statistics((direction, RECEIVED), entered.entering, observation.leaving)
+                pair, lesson, ahead = self._look_at_pair(direction, link, entered.entering, observation.leaving)
                 # Both neighbours of the sender hold the same two sketches.
-                statistics[:, direction, link][..., OF_PAIR] = self._numbers(pair)
-                lessons = self._by_column(lessons_NV)
+                statistics[:, direction, link][..., OF_PAIR] = pair
             rows = observation.of_end[RECEIVED]
             summaries = self._by_column(torch.cat([rows.means_MD, rows.quantiles_MQ], dim=1))
-            self._lessons[direction, link] = _Lesson(summaries, lessons)
+            self._lessons[direction, link] = _Lesson(summaries, lesson, ahead)
         if self._paper_only:
             statistics[..., ~_PAPER] = np.nan
         return Evidence(self._mesh, step, statistics, digests, served)
@@ -107,9 +112,34 @@ class Verifiers:
             clean_C = np.broadcast_to(clean, shape)[direction, link].copy()
             for end in (SENT, RECEIVED):
                 self._baselines[link].learn((direction, end), lesson.summaries_CV, clean_C)
+            stage, at_receiver = self._mesh.sender_stage(direction, link), (direction, RECEIVED)
             if lesson.lessons_CV is not None:
-                transfers = self._transfers[self._mesh.sender_stage(direction, link)]
-                transfers.learn((direction, RECEIVED), lesson.lessons_CV, clean_C)
+                self._transfers[stage].learn(at_receiver, lesson.lessons_CV, clean_C)
+            if lesson.ahead_CV is not None:
+                overlapping_C = self._observer.renewals[stage].overlapping_X
+                self._transfers[stage].learn(at_receiver, lesson.ahead_CV, clean_C & overlapping_C, NEXT)
+        for renewal, transfers in zip(self._observer.renewals, self._transfers, strict=True):
+            change = renewal.learn(clean_C)
+            for direction in (FORWARD, BACKWARD):
+                transfers.renew((direction, RECEIVED), *change)
+
+    def _look_at_pair(
+        self, direction: int, link: int, entering: Looks, leaving: Looks
+    ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor | None]:
+        """Rows [C, M, PAIR_ROWS] on a link's senders, and what they teach in the lasting and the next projections."""
+        stage = self._mesh.sender_stage(direction, link)
+        renewal, known = self._observer.renewals[stage], self._transfers[stage].known((direction, RECEIVED))
+        if known is not None:
+            ready_C1 = torch.from_numpy(renewal.ready_X[:, None]).to(known.w_KK.device)
+            known = Known(
+                torch.where(ready_C1, known.expected_K, torch.nan), torch.where(ready_C1[..., None], known.w_KK, 0.0)
+            )
+        rows_CMS, lessons_JCMV = pair_rows(entering.now, leaving.now, known)
+        lesson_CV, ahead_CV = lessons_JCMV[0].mean(1), None
+        if entering.ahead is not None and leaving.ahead is not None:
+            ahead_CV = torch.zeros_like(lesson_CV)
+            ahead_CV[np.flatnonzero(renewal.overlapping_X)] = lessons(entering.ahead, leaving.ahead)[0].mean(1)
+        return rows_CMS.cpu().numpy(), lesson_CV, ahead_CV
 
     def _numbers(self, rows_NV: torch.Tensor) -> np.ndarray:
         """[N, V] on any device -> [C, M, V] on the host."""

@@ -8,19 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from deepspeed_sentinel.evidence.collector import PUBLIC_SEED
 from deepspeed_sentinel.evidence.probe import EndStatistics
+from deepspeed_sentinel.evidence.renewal import Renewal
 from deepspeed_sentinel.evidence.transfer import Sketches
 from deepspeed_sentinel.kernels.message_statistics import message_statistics_reference
 from deepspeed_sentinel.kernels.sliced_wasserstein import sliced_wasserstein_reference
-from deepspeed_sentinel.kernels.token_sketch import TOKENS, token_sketch_reference
+from deepspeed_sentinel.kernels.token_sketch import TOKENS, sampled_rows, sketch_of_rows, token_sketch_reference
 from deepspeed_sentinel.mesh import Mesh
 
 _BITS = 62
+_STEP, _LASTING, _RENEWAL = range(3)  # what secrets are for
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Secret sketches of what entered or left a stage in all columns.
+
+    Attributes:
+        now: FRESH and LASTING, [2, C, M, m, K].
+        ahead: NEXT, [1, c, M, m, K], of those c columns whose lasting projection is about to be renewed.
+    """
+
+    now: Sketches
+    ahead: Sketches | None
 
 
 @dataclass(frozen=True)
@@ -36,16 +52,20 @@ class Observation:
 
     of_end: tuple[EndStatistics, EndStatistics]
     digests: tuple[torch.Tensor, torch.Tensor]
-    leaving: Sketches | None
-    entering: Sketches | None
+    leaving: Looks | None
+    entering: Looks | None
 
 
 class Observer:
     """Takes observations.
 
+    Attributes:
+        renewals: of the lasting projections around each stage, one a column.
+
     Args:
         mesh: the mesh.
-        seed: of the secrets: a projection for each stage, and for each step and column a sample of tokens.
+        seed: of the secrets: for each stage, direction and column a sample of tokens and a projection of the step,
+            and a lasting projection.
         pairs: whether to take sketches for pairs at all.
     """
 
@@ -54,6 +74,8 @@ class Observer:
         self._seed = seed
         self._pairs = pairs
         self._step = 0
+        offsets_SC = _secrets(mesh.stages * mesh.replicas, seed, _RENEWAL).reshape(mesh.stages, mesh.replicas)
+        self.renewals = [Renewal(offsets_C) for offsets_C in offsets_SC]
 
     def begin_step(self, step: int) -> None:
         self._step = step
@@ -68,23 +90,42 @@ class Observer:
         return Observation(
             (at_sender[0], at_receiver[0]),
             (at_sender[1], at_receiver[1]),
-            leaving=self._sketch(self._mesh.sender_stage(direction, link), received),
-            entering=self._sketch(self._mesh.receiver_stage(direction, link), sent),
+            leaving=self._look(direction, self._mesh.sender_stage(direction, link), received),
+            entering=self._look(direction, self._mesh.receiver_stage(direction, link), sent),
         )
 
-    def _sketch(self, stage: int, messages_CMTD: torch.Tensor) -> Sketches | None:
-        """Sketches for the pair around ``stage``, [N, m, K]."""
+    def _look(self, direction: int, stage: int, x_CMTD: torch.Tensor) -> Looks | None:
+        """Sketches for the pair around ``stage``."""
         if not self._pairs or self._mesh.is_trusted(stage):
             return None
-        projection = _secret(self._seed, stage)
-        if messages_CMTD.shape[2] <= TOKENS:  # every token is looked at, whatever the sample's seed
-            seeds = torch.tensor([[0, projection]])
-        else:
-            samples = [_secret(self._seed, stage, self._step, column) for column in range(len(messages_CMTD))]
-            seeds = torch.tensor([[[[sample, projection]]] for sample in samples])
-            seeds = seeds.expand(-1, messages_CMTD.shape[1], -1, -1)
-        sketch, norms = token_sketch_reference(messages_CMTD, seeds.to(messages_CMTD.device))
-        return Sketches(sketch[:, :, 0].flatten(0, 1), norms[:, :, 0].flatten(0, 1))
+        renewal, device = self.renewals[stage], x_CMTD.device
+        samples_C, fresh_C = _secrets(2 * len(x_CMTD), self._seed, _STEP, stage, direction, self._step).reshape(2, -1)
+        if x_CMTD.shape[2] > TOKENS:  # otherwise every token is looked at, whatever the sample's seed
+            index_Cm = sampled_rows(x_CMTD.shape[2], torch.from_numpy(samples_C).to(device))
+            x_CMTD = torch.take_along_dim(x_CMTD, index_Cm[:, None, :, None], dim=2)
+
+        def lasting(epochs_C: np.ndarray) -> np.ndarray:
+            numbers = [
+                _lasting(self._seed, stage, direction, column, epoch) for column, epoch in enumerate(epochs_C.tolist())
+            ]
+            return np.array(numbers)
+
+        now = _sketch(x_CMTD, np.stack([fresh_C, lasting(renewal.epoch_X)], axis=1))
+        columns = np.flatnonzero(renewal.overlapping_X)
+        ahead = None
+        if len(columns):
+            ahead = _sketch(x_CMTD[columns], lasting(renewal.epoch_X + 1)[columns, None])
+        return Looks(now, ahead)
+
+
+def _sketch(rows_CMmD: torch.Tensor, seeds_CJ: np.ndarray) -> Sketches:
+    """[J, C, M, m, K] of sampled tokens."""
+    messages = rows_CMmD.shape[1]
+    seeds = torch.from_numpy(seeds_CJ).to(rows_CMmD.device)
+    sketch_CJnK, norms_Cn = sketch_of_rows(rows_CMmD.flatten(1, 2), seeds)
+    return Sketches(
+        sketch_CJnK.unflatten(2, (messages, -1)).transpose(0, 1).contiguous(), norms_Cn.unflatten(1, (messages, -1))
+    )
 
 
 @torch.no_grad()
@@ -117,16 +158,29 @@ def join(parts: list[Observation], columns: int) -> Observation:
         names = EndStatistics.__dataclass_fields__
         return EndStatistics(**{name: rows(lambda part: getattr(part.of_end[index], name)) for name in names})  # noqa: B023
 
-    def sketches(name: str) -> Sketches | None:
-        if getattr(parts[0], name) is None:
-            return None
-        return Sketches(
-            rows(lambda part: getattr(part, name).sketch_XmK), rows(lambda part: getattr(part, name).norms_Xm)
-        )
-
+    leaving, entering = (_join_looks([getattr(part, name) for part in parts]) for name in ("leaving", "entering"))
     digests = (rows(lambda part: part.digests[0]), rows(lambda part: part.digests[1]))
-    return Observation((end(0), end(1)), digests, sketches("leaving"), sketches("entering"))
+    return Observation((end(0), end(1)), digests, leaving, entering)
 
 
-def _secret(*parts: int) -> int:
-    return int(np.random.default_rng(parts).integers(1 << _BITS))
+def _join_looks(parts: list[Looks | None]) -> Looks | None:
+    known = [part for part in parts if part is not None]
+    if not known:
+        return None
+    ahead = [part.ahead for part in known if part.ahead is not None]
+    return Looks(_join_sketches([part.now for part in known]), _join_sketches(ahead) if ahead else None)
+
+
+def _join_sketches(parts: list[Sketches]) -> Sketches:
+    sketches, norms = [part.sketch_JXmK for part in parts], [part.norms_Xm for part in parts]
+    return Sketches(torch.cat(sketches, dim=2), torch.cat(norms, dim=1))
+
+
+def _secrets(count: int, *parts: int) -> np.ndarray:
+    """int64 [count]."""
+    return np.random.default_rng(parts).integers(1 << _BITS, size=count)
+
+
+@lru_cache(maxsize=4096)
+def _lasting(*parts: int) -> int:
+    return int(_secrets(1, parts[0], _LASTING, *parts[1:])[0])

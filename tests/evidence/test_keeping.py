@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from everybody import everybodys_keys
 
 from deepspeed_sentinel.evidence.keeping import Keeping, look_again
 from deepspeed_sentinel.evidence.parts import Layout
@@ -20,7 +21,7 @@ def normal(*shape, seed=0):
 
 def pairs(mesh, worker):
     ranks = np.arange(mesh.stages * mesh.replicas).reshape(mesh.stages, mesh.replicas)
-    return PairSketches(mesh, worker, ranks, CPU, 7, None)
+    return PairSketches(mesh, worker, ranks, CPU, everybodys_keys(ranks.size)[ranks[worker]])
 
 
 def test_only_the_chosen_message_is_kept_and_as_it_was():
@@ -75,15 +76,15 @@ def test_nothing_is_kept_where_both_neighbours_are_trusted():
 
 @pytest.mark.parametrize("tokens", [9, 400])
 def test_a_second_look_sees_what_the_witness_saw(tokens):
-    mesh, seeds, message = Mesh(5, 2), (11, 12), (normal(tokens, 80), torch.arange(7))
+    mesh, seeds, message = Mesh(5, 2), (11, 12, 13), (normal(tokens, 80), torch.arange(7))
     probe = Probe(mesh, 1, CPU, seed=0)
-    probe.begin_step(1, {END: torch.tensor([[0, 0], seeds])})
+    probe.begin_step(1, {END: torch.tensor([[0, 0], [11, 12], [11, 13]])})
     probe.observe(END, probe.next_micro_batch(END), message)
     layout = Layout(np.full((4, 1), 80), np.full((2, 4), 2))
     look = look_again(Statement(0, seeds, (None,), message), END, 1, mesh, layout, CPU)
-    sketch_MmK, norms_Mm = probe.sketches(END, SECRET)
+    sketch_JMmK, norms_JMm = probe.sketches(END, slice(SECRET, None))
     (sketches,) = look.sketches
-    assert torch.equal(sketches.sketch_XmK, sketch_MmK) and torch.equal(sketches.norms_Xm, norms_Mm)
+    assert torch.equal(sketches.sketch_JXmK, sketch_JMmK) and torch.equal(sketches.norms_Xm, norms_JMm[0])
     digests_T2 = probe.digests(END)[0].numpy()
     assert (look.digests == layout.mark(digests_T2.view(np.int64)[:, 0], *END)).all() and look.tokens == (tokens,)
 
@@ -91,4 +92,4 @@ def test_a_second_look_sees_what_the_witness_saw(tokens):
 def test_there_may_be_nothing_to_look_at():
     for tensors in ((), (torch.arange(3),), (torch.empty(0, 4),)):
         layout = Layout(np.full((4, 1), 4), np.ones((2, 4), np.int64))
-        assert look_again(Statement(0, (1, 2), (None,), tensors), END, 1, Mesh(5, 2), layout, CPU) is None
+        assert look_again(Statement(0, (1, 2, 3), (None,), tensors), END, 1, Mesh(5, 2), layout, CPU) is None

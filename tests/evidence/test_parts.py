@@ -73,25 +73,28 @@ def test_sizes_of_images_may_change():
 
 
 def test_sketches_of_all_parts_stand_one_after_the_other():
-    seeds = {END: torch.tensor([[0, 0], [5, 6]])}
+    seeds = {END: torch.tensor([[0, 0], [5, 6], [5, 7]])}
     hidden, bias = normal(2, 5, 6), normal(2, 5, seed=1)
     both = probe((hidden, bias), (hidden, bias), seeds=seeds, layout=layout(6, 5, 9))
     alone = [probe((part,), (part,), seeds=seeds, layout=layout(width)) for part, width in ((hidden, 6), (bias, 5))]
-    sketch_NmK, norms_Nm = both.sketches(END, SECRET)
+    secret = slice(SECRET, None)
+    sketch_JNmK, norms_JNm = both.sketches(END, secret)
+    assert len(sketch_JNmK) == 2
     for part, one in enumerate(alone):
-        assert torch.equal(sketch_NmK[2 * part : 2 * part + 2], one.sketches(END, SECRET)[0])
-        assert torch.equal(norms_Nm[2 * part : 2 * part + 2], one.sketches(END, SECRET)[1])
-    assert not sketch_NmK[4:].any(), "a part that this link does not have"
+        assert torch.equal(sketch_JNmK[:, 2 * part : 2 * part + 2], one.sketches(END, secret)[0])
+        assert torch.equal(norms_JNm[:, 2 * part : 2 * part + 2], one.sketches(END, secret)[1])
+    assert not sketch_JNmK[:, 4:].any(), "a part that this link does not have"
     assert both.token_counts(END).tolist() == [10, 10, 2, 2, 0, 0]
 
 
 def test_a_forged_message_forges_the_sketches_of_all_its_parts():
-    seeds = {END: torch.tensor([[0, 0], [5, 6]])}
+    seeds = {END: torch.tensor([[0, 0], [5, 6], [5, 7]])}
     hidden, bias = normal(2, 5, 6), normal(2, 5, seed=1)
     one = probe((hidden, bias), seeds=seeds, layout=layout(6, 5))
-    honest = one.sketches(END, SECRET)[0].clone()
+    secret = slice(SECRET, None)
+    honest = one.sketches(END, secret)[0].clone()
     one.forge_sketch(END, 0, (hidden, -bias))
-    assert torch.equal(one.sketches(END, SECRET)[0], honest * torch.tensor([1, -1])[:, None, None])
+    assert torch.equal(one.sketches(END, secret)[0], honest * torch.tensor([1, -1])[:, None, None])
 
 
 def test_what_was_agreed_on_is_expected_of_later_messages():

@@ -60,15 +60,17 @@ def test_a_changed_mask_changes_the_digest():
 
 
 def test_a_forged_sketch_changes_nothing_but_the_secret_sketch():
-    end, seeds = (FORWARD, SENT), {(FORWARD, SENT): torch.tensor([[0, 0], [5, 6]])}
+    end, seeds = (FORWARD, SENT), {(FORWARD, SENT): torch.tensor([[0, 0], [5, 6], [5, 7]])}
     message = torch.randn(3, 9, 6, generator=torch.Generator().manual_seed(2))
     honest, liar = (Probe(Mesh(4, 2), 1, CPU, seed=0) for _ in range(2))
     for one in (honest, liar):
         one.begin_step(1, seeds)
         one.observe(end, one.next_micro_batch(end), (message,))
     liar.forge_sketch(end, 0, (-message,))
-    assert torch.equal(liar.sketches(end, PUBLIC)[0], honest.sketches(end, PUBLIC)[0])
-    assert torch.equal(liar.sketches(end, SECRET)[0], -honest.sketches(end, SECRET)[0])
+    public, secret = slice(PUBLIC, SECRET), slice(SECRET, None)
+    assert torch.equal(liar.sketches(end, public)[0], honest.sketches(end, public)[0])
+    assert liar.sketches(end, secret)[0].shape[0] == 2
+    assert torch.equal(liar.sketches(end, secret)[0], -honest.sketches(end, secret)[0])
     mine, true = liar.end_statistics(end, 1.0), honest.end_statistics(end, 1.0)
     assert torch.equal(liar.digests(end), honest.digests(end)) and torch.equal(mine.means_MD, true.means_MD)
 

@@ -1,55 +1,61 @@
 import numpy as np
 import pytest
 import torch
+from everybody import MESH, pair_sketches, sketch_at
 
 from deepspeed_sentinel.evidence.probe import PUBLIC, SECRET
-from deepspeed_sentinel.evidence.sketch import PairSketches
+from deepspeed_sentinel.evidence.renewal import LEAD, PERIOD, READY
+from deepspeed_sentinel.evidence.sketch import _pack, _side, _unpack
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
+from deepspeed_sentinel.evidence.transfer import FRESH, LASTING, NEXT, Sketches, Transfers, pair_rows
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
-MESH = Mesh(5, 2)
-RANKS = np.arange(10).reshape(5, 2)
+BETWEEN = (1, 2, 3)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def everybody():
-    return {
-        Worker(stage, replica): PairSketches(MESH, Worker(stage, replica), RANKS, torch.device("cpu"), 7, None)
-        for stage in range(5)
-        for replica in range(2)
-    }
+    return pair_sketches(MESH)
 
 
 def secret(pairs, end, step=3):
-    return tuple(pairs.seeds(step, public_seed=0)[end][SECRET].tolist())
+    return pairs.seeds(step, public_seed=0)[end][SECRET:].tolist()
 
 
 def test_the_neighbours_of_a_stage_look_at_the_same_tokens_in_the_same_directions(everybody):
-    for stage in (1, 2, 3):
-        for column in range(2):
+    for stage in BETWEEN:
+        for column in range(3):
             below, above = everybody[Worker(stage - 1, column)], everybody[Worker(stage + 1, column)]
             assert secret(below, (FORWARD, SENT)) == secret(above, (FORWARD, RECEIVED))
             assert secret(below, (BACKWARD, RECEIVED)) == secret(above, (BACKWARD, SENT))
 
 
-def test_samples_differ_by_column_and_step_projections_by_stage_alone(everybody):
-    projections = set()
-    for stage in (1, 2, 3):
-        one, other = (everybody[Worker(stage - 1, column)] for column in range(2))
-        (sample, projection), (other_sample, other_projection) = (secret(p, (FORWARD, SENT)) for p in (one, other))
-        assert projection == other_projection and sample != other_sample
-        assert secret(one, (FORWARD, SENT), step=4)[0] != sample
-        assert secret(one, (FORWARD, SENT), step=4)[1] == projection
-        projections.add(projection)
-    assert len(projections) == 3
+def test_no_secret_serves_two_columns_stages_directions_or_steps(everybody):
+    samples, projections, lasting = set(), set(), set()
+    for stage in BETWEEN:
+        for column in range(3):
+            for end in ((FORWARD, SENT), (BACKWARD, RECEIVED)):
+                for step in (3, 4):
+                    (sample, fresh), (same, kept) = secret(everybody[Worker(stage - 1, column)], end, step)
+                    assert sample == same, "all projections are of one sample, and so are its norms"
+                    samples.add(sample)
+                    projections.add(fresh)
+                    lasting.add(kept)
+    assert len(samples) == len(projections) == 3 * 3 * 2 * 2
+    assert len(lasting) == 3 * 3 * 2 and not lasting & projections
 
 
-def test_a_stage_holds_none_of_the_secrets_about_itself(everybody):
-    about = {stage: set(secret(everybody[Worker(stage - 1, 0)], (FORWARD, SENT))) for stage in (1, 2, 3)}
-    for stage in (1, 2, 3):
-        pairs = everybody[Worker(stage, 0)]
-        held = {number for end in pairs.ends for number in secret(pairs, end)}
-        assert not held & about[stage]
+def test_a_stage_and_other_columns_hold_none_of_a_pairs_secrets(everybody):
+    for stage in BETWEEN:
+        for column in range(3):
+            about = {n for end in PAIR for row in secret(everybody[Worker(stage - 1, column)], end) for n in row}
+            for worker, pairs in everybody.items():
+                held = {number for end in pairs.ends for row in secret(pairs, end) for number in row}
+                is_neighbour = worker.replica == column and abs(worker.stage - stage) == 1
+                assert bool(held & about) == is_neighbour, (worker, stage, column)
+
+
+PAIR = ((FORWARD, SENT), (BACKWARD, RECEIVED))
 
 
 def test_both_ends_of_a_link_share_the_public_row(everybody):
@@ -61,12 +67,60 @@ def test_the_outermost_stages_have_one_pair_each(everybody):
     assert set(everybody[Worker(0, 0)].ends) == {(FORWARD, SENT), (BACKWARD, RECEIVED)}
     assert set(everybody[Worker(4, 0)].ends) == {(FORWARD, RECEIVED), (BACKWARD, SENT)}
     assert len(everybody[Worker(2, 0)].ends) == 4
-    two = Mesh(2, 1)
-    assert PairSketches(two, Worker(0, 0), np.array([[0], [1]]), torch.device("cpu"), 7, None).ends == ()
+    assert pair_sketches(Mesh(2, 1))[Worker(0, 0)].ends == ()
 
 
-def test_projections_travel_in_checkpoints(everybody):
-    other = PairSketches(MESH, Worker(2, 0), RANKS, torch.device("cpu"), 8, None)
-    assert other.projections != everybody[Worker(2, 0)].projections
-    other.load_state_dict(everybody[Worker(2, 0)].state_dict())
-    assert other.projections == everybody[Worker(2, 0)].projections
+def test_after_a_restart_what_is_looked_at_is_another(everybody):
+    before = secret(everybody[Worker(1, 0)], (FORWARD, SENT))
+    for pairs in everybody.values():
+        pairs.forget()
+    after = secret(everybody[Worker(1, 0)], (FORWARD, SENT))
+    assert after == secret(everybody[Worker(3, 0)], (FORWARD, RECEIVED))
+    assert after[FRESH] == before[FRESH] and after[LASTING][1] != before[LASTING][1]
+
+
+def test_a_renewal_leaves_no_step_without_prediction_and_both_neighbours_see_the_same(everybody):
+    below, above = everybody[Worker(1, 0)], everybody[Worker(3, 0)]
+    ends = (FORWARD, SENT), (FORWARD, RECEIVED)
+    knowledge = Transfers(0.9, 0.8), Transfers(0.9, 0.8)
+    generator = torch.Generator().manual_seed(0)
+    stage_DD = 0.05 * torch.randn(96, 96, generator=generator)
+    lasting, correlations, ahead = [], [], 0
+    for pairs, end in zip((below, above), ends, strict=True):
+        pairs._pairs[_side(end)].renewal._age_X = np.array(PERIOD - LEAD - 10)
+    for step in range(2 * LEAD):
+        entering = torch.randn(1, 150, 96, generator=generator)
+        leaving = entering + entering @ stage_DD
+        told = []
+        for pairs, end, transfers in zip((below, above), ends, knowledge, strict=True):
+            known = transfers.known(end) if pairs.ready(end) else None
+            sketches = sketch_at(below, ends[0], step, entering), sketch_at(above, ends[1], step, leaving)
+            rows, lessons = pair_rows(*sketches, known)
+            told.append(rows)
+            for which, lesson in enumerate(lessons, LASTING):
+                transfers.learn(end, lesson.mean(0), np.array(True), which)
+        assert torch.equal(told[0].nan_to_num(9.0), told[1].nan_to_num(9.0)), step
+        seeds = secret(below, ends[0], step)
+        ahead += len(seeds) > NEXT
+        lasting.append(seeds[LASTING][1])
+        assert lasting[-1] == secret(above, ends[1], step)[LASTING][1]
+        correlations.append(float(told[0][0, -2]))
+        for pairs, end, transfers in zip((below, above), ends, knowledge, strict=True):
+            transfers.renew(end, *pairs.learn(True)[end])
+    assert np.isnan(correlations[:READY]).all() and not np.isnan(correlations[READY:]).any()
+    assert len(set(lasting)) == 2 and ahead == LEAD, "the projection was renewed, and sketched before"
+    renewed = lasting.index(lasting[-1])
+    steady = correlations[renewed - LEAD : renewed]
+    assert min(correlations[renewed : renewed + 3]) > min(steady) - 0.05
+
+
+def test_what_a_partner_sends_cannot_make_statistics_unavailable():
+    honest = Sketches(torch.randn(2, 3, 8, 64), torch.rand(3, 8), torch.full((3,), 8.0))
+    lie = Sketches(honest.sketch_JXmK.clone(), honest.norms_Xm.clone(), honest.tokens_X)
+    lie.sketch_JXmK[:, 1, 2, 5], lie.norms_Xm[2] = float("nan"), float("inf")
+    heard = _unpack(_pack(lie), honest)
+    assert heard.sketch_JXmK.isfinite().all() and heard.norms_Xm.isfinite().all()
+    rows, _ = pair_rows(honest, heard, None)
+    assert rows[:, [0, 1, 2, 4]].isfinite().all()
+    same = _unpack(_pack(honest), honest)
+    assert torch.equal(same.sketch_JXmK, honest.sketch_JXmK) and torch.equal(same.norms_Xm, honest.norms_Xm)

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 MOST_BYTES = 1 << 16
 KNOWN = Known(torch.rand(DIMENSIONS), torch.rand(DIMENSIONS, DIMENSIONS))
 TENSORS = (torch.randn(2, 5, 6).bfloat16(), torch.arange(4), torch.tensor([True, False]), torch.tensor(1.5))
-TOLD = Statement(3, (2**61 + 1, 5), (KNOWN,), TENSORS)
+TOLD = Statement(3, (2**61 + 1, 5, 6), (KNOWN,), TENSORS)
 
 
 def read(words, body):
@@ -34,7 +34,7 @@ def read(words, body):
 def test_a_statement_travels_bit_by_bit(known):
     told = replace(TOLD, known=known)
     heard = read(told.header.to_words(), told.body())
-    assert (heard.micro_batch, heard.seeds) == (3, (2**61 + 1, 5))
+    assert (heard.micro_batch, heard.seeds) == (3, (2**61 + 1, 5, 6))
     for one, other in zip(TENSORS, heard.tensors, strict=True):
         assert torch.equal(one, other) and (one.dtype, one.shape) == (other.dtype, other.shape)
     for one, other in zip(known, heard.known, strict=True):
@@ -66,7 +66,7 @@ EDGES = [-(2**63), -1, 0, 1, 2, 97, 2**31, 2**40, 2**62, 2**63 - 1]
         (1, -1, "micro-batch"),
         (2, 9, "number of seeds"),
         (2, 1, "unused"),
-        (5, 1, "unused"),
+        (6, 1, "unused"),
         (11, 97, "parts"),
         (12, 3, "more than 1 parts"),
         (13, 1, "more than 1 parts"),
@@ -152,9 +152,9 @@ def test_whatever_is_a_statement_can_be_looked_at(dtype, shape):
     """An auditor must not stumble over what a witness may hand in."""
     layout = Layout(np.array([[3], [3], [3], [3]]), np.full((2, 4), 2))
     tensor = torch.full((math.prod(shape) * dtype.itemsize,), 1, dtype=torch.uint8).view(dtype).reshape(shape)
-    told = Statement(0, (1, 2), (None,), (tensor, torch.ones(5, 3)))
+    told = Statement(0, (1, 2, 3), (None,), (tensor, torch.ones(5, 3)))
     heard = read(told.header.to_words(), told.body())
     look = look_again(heard, (FORWARD, SENT), 1, Mesh(5, 2), layout, CPU)
     assert look is None or look.digests.shape == (2,)
-    alone = Statement(0, (1, 2), (None,), (tensor,))
+    alone = Statement(0, (1, 2, 3), (None,), (tensor,))
     look_again(read(alone.header.to_words(), alone.body()), (BACKWARD, RECEIVED), 1, Mesh(5, 2), layout, CPU)

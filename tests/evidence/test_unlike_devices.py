@@ -20,7 +20,7 @@ def test_devices_that_add_in_another_order_differ_by_less_than_honest_messages(c
         turn = torch.arange(DIMENSIONS) if order is not tokens else dimensions
         e, x = (each[:, order][:, :, turn].contiguous() for each in (entering, leaving))
         known = Known(torch.zeros(DIMENSIONS), change * map_KK[turn][:, turn])
-        sketches = (Sketches(each, 8 * each.norm(dim=-1)) for each in (e, x))
+        sketches = (Sketches(each.expand(2, *each.shape), 8 * each.norm(dim=-1)) for each in (e, x))
         table = np.zeros((len(NAMES), 64))
         table[OF_PAIR] = pair_rows(*sketches, known)[0].double().numpy().T
         units.append(comparable(table))

@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepspeed_sentinel.kernels import baseline_distances as baseline_module
 from deepspeed_sentinel.kernels.baseline_distances import (
     baseline_distances,
     baseline_distances_reference,
@@ -82,6 +83,31 @@ def test_update_takes_the_median_of_the_clean(device, replicas):
             median = torch.quantile(summaries[clean].double(), 0.5, dim=0)
             expected = (0.9 * average.double() + 0.1 * median).float()
         torch.testing.assert_close(updated.cpu(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("replicas", range(2, 9))
+def test_what_is_not_finite_changes_nothing_whoever_sends_it(device, replicas, monkeypatch):
+    monkeypatch.setattr(baseline_module, "_UPDATED", 64)  # programs as small as the case: the interpreter sorts slowly
+    generator = torch.Generator().manual_seed(replicas)
+    summaries, average = torch.randn(replicas, 7, generator=generator), torch.randn(7, generator=generator)
+    clean = torch.ones(replicas, dtype=torch.bool)
+    lies = torch.tensor([0.0, torch.nan, torch.inf, -torch.inf, 1e30, torch.nan, -1e30])
+    for liar in range(replicas):
+        told, honest = summaries.clone(), summaries[torch.arange(replicas) != liar]
+        told[liar] += lies
+        told[:, 5] = torch.nan  # nobody has a number here
+        updated = average.clone().to(device)
+        baseline_update(updated, told.to(device), clean.to(device), 0.9)
+        updated = updated.cpu()
+        for lied in (1, 2, 3):
+            expected = 0.9 * average[lied] + 0.1 * honest[:, lied].quantile(0.5)
+            torch.testing.assert_close(updated[lied], expected, msg=f"liar {liar} of {replicas}, {lies[lied]}")
+        torch.testing.assert_close(updated[0], 0.9 * average[0] + 0.1 * summaries[:, 0].quantile(0.5))
+        assert updated[5] == average[5]
+        if replicas > 2:
+            added = 10 * (updated - 0.9 * average)[[4, 6]]
+            low, high = honest[:, [4, 6]].aminmax(dim=0)
+            assert ((added >= low - 1e-4) & (added <= high + 1e-4)).all()
 
 
 def test_update_of_many_baselines():

@@ -155,6 +155,15 @@ def test_strides_and_leading_dimensions(device):
         torch.testing.assert_close(one, other[0], rtol=1e-4, atol=1e-5)
 
 
+def test_each_message_may_have_a_map_of_its_own(device):
+    first, second = pair(1, 20, seed=3), pair(1, 20, seed=4)
+    apart = [compute(device, *arguments) for arguments in (first, second)]
+    maps = torch.stack([first[4], second[4]])
+    together = compute(device, *(torch.cat(both) for both in zip(first[:4], second[:4], strict=True)), maps)
+    for one, other, both in zip(*apart, together, strict=True):
+        torch.testing.assert_close(torch.cat([one, other]), both, rtol=1e-5, atol=1e-5)
+
+
 def test_wrong_arguments_are_refused(device):
     entering, leaving, entering_norms, leaving_norms, w = (a.to(device) for a in pair(1, 5, seed=4))
     with pytest.raises(ValueError, match=r"leaving_MmK must be float32 \[1, 5, 64\].*, got float32 \[1, 4, 64\]"):

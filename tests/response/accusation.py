@@ -18,7 +18,7 @@ from deepspeed_sentinel.mesh import FORWARD, Mesh, Worker
 CPU = torch.device("cpu")
 MESH, COLUMN, MICRO_BATCHES = Mesh(5, 2), 1, 4
 ACCUSED = Worker(2, COLUMN)
-SEEDS = (11, 12)
+SEEDS = (11, 12, 13)
 LAYOUT = Layout(np.full((MESH.links, 1), 80), np.full((2, MESH.links), 2))
 
 

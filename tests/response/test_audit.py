@@ -59,7 +59,8 @@ def test_neighbours_that_name_different_seeds_micro_batches_or_maps_are_refuted(
     case = Case()
     (known,) = case.second.known
     for changes in (
-        {"seeds": (11, 13)},
+        {"seeds": (11, 14, 13)},
+        {"seeds": (11, 12, 14)},
         {"micro_batch": 2},
         {"known": (None,)},
         {"known": (Known(known.expected_K, 1.1 * known.w_KK),)},

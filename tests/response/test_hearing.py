@@ -178,7 +178,7 @@ def test_neighbours_that_contradict_each_other_are_named_together(monkeypatch):
     case = Case()
 
     def gives(end):
-        return case.first if end[1] == SENT else replace(case.second, seeds=(1, 2))
+        return case.first if end[1] == SENT else replace(case.second, seeds=(1, 2, 3))
 
     assert hold(monkeypatch, case, those=hearings(case, gives)) == all_learn(Outcome.REFUTED)
 
@@ -259,7 +259,7 @@ def test_nobody_can_speak_in_anothers_name(monkeypatch):
 
     def sends(pieces, addresses, port):
         key = stranger.number("statement").to_bytes(32, "big")
-        raw(*frame_of(replace(case.second, seeds=(1, 2)), key))(None, addresses, port)
+        raw(*frame_of(replace(case.second, seeds=(1, 2, 3)), key))(None, addresses, port)
         return honest(pieces, addresses, port, 2.0)
 
     honest = hearing.hand_in
@@ -269,7 +269,7 @@ def test_nobody_can_speak_in_anothers_name(monkeypatch):
 def test_a_statement_handed_in_twice_is_heard_once():
     case, keys = Case(), {"first": b"1" * 32, "second": b"2" * 32}
     desk = Desk(keys, MOST_BYTES, CPU, dict.fromkeys(keys, 2.0))
-    for seeds in (case.first.seeds, (1, 2)):
+    for seeds in (case.first.seeds, (1, 2, 3)):
         pieces = frame_of(replace(case.first, seeds=seeds), keys["first"])
         hand_in(pieces, ["127.0.0.1"], desk.port, 2.0)  # the second is cut off
         time.sleep(0.3)

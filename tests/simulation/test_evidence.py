@@ -6,8 +6,9 @@ import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.probe import Probe
+from deepspeed_sentinel.evidence.renewal import LEAD, PERIOD, READY, Renewal
 from deepspeed_sentinel.evidence.table import BY_JUDGE, NAMES, OF_PAIR, RECEIVED, SENT
-from deepspeed_sentinel.evidence.transfer import Sketches, Transfers
+from deepspeed_sentinel.evidence.transfer import FRESH, LASTING, Sketches, Transfers, pair_rows
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 from deepspeed_sentinel.simulation.evidence import Verifiers
 from deepspeed_sentinel.simulation.observation import PUBLIC_SEED, Observer, end_statistics
@@ -62,13 +63,13 @@ def observe_all(verifiers, step, parts=1, tokens=130):
 
 @pytest.mark.parametrize(("parts", "tokens"), [(1, 130), (2, 130), (1, 400), (2, 400)])
 def test_layout_and_values(parts, tokens):
-    """Against baselines and transfers fed by hand, over three steps of which one column is not clean."""
+    """Against baselines and each column's transfers fed by hand, over steps of which one column is not clean."""
     verifiers = Verifiers(MESH, DECAYS, seed=3, paper_only=False)
     observer = Observer(MESH, 3, pairs=True)
     baselines = {(direction, link): Baselines(*DECAYS) for direction in (0, 1) for link in range(3)}
-    transfers = {stage: Transfers(*DECAYS) for stage in (1, 2)}
+    transfers = {(stage, column): Transfers(*DECAYS) for stage in (1, 2) for column in range(5)}
     clean = np.array([True, True, False, True, True])
-    for step in range(3):
+    for step in range(READY + 2):
         messages = observe_all(verifiers, step, parts, tokens)
         evidence = verifiers.evidence(step, SERVED)
         assert evidence.statistics.shape == (2, 2, 3, 5, 2, len(NAMES))
@@ -85,34 +86,72 @@ def test_layout_and_values(parts, tokens):
             summaries = torch.cat([rows.means_MD, rows.quantiles_MQ], 1).view(5, 2, -1).mean(1)
             baselines[direction, link].learn(end, summaries, clean)
             sender, came_over = (link, link - 1) if direction == FORWARD else (link + 1, link + 1)
-            if sender not in transfers:
+            if sender not in (1, 2):
                 assert np.isnan(ours[:, OF_PAIR]).all(), "first and last stage have no pair"
                 continue
-            pair = [observer._sketch(sender, messages[direction, at].flatten(2, 3)) for at in (came_over, link)]
-            found, lessons = transfers[sender].statistics(end, *pair)
-            np.testing.assert_allclose(ours[:, OF_PAIR], found.numpy(), rtol=1e-3, atol=1e-5)
-            transfers[sender].learn(end, lessons.view(5, 2, -1).mean(1), clean)
+            for column in range(5):
+                one = transfers[sender, column]
+                pair = [
+                    of_column(observer._look(direction, sender, messages[direction, at].flatten(2, 3)).now, column)
+                    for at in (came_over, link)
+                ]
+                ready = observer.renewals[sender].ready_X[column]
+                found, lessons = pair_rows(*pair, one.known(end) if ready else None)
+                of_pair = evidence.statistics[RECEIVED, direction, link, column][:, OF_PAIR]
+                np.testing.assert_allclose(of_pair, found.numpy(), rtol=1e-3, atol=1e-5)
+                one.learn(end, lessons[0].mean(0), clean[column])
         verifiers.learn(clean)
-    known = ~np.isnan(evidence.statistics[RECEIVED, :, 1]).any(axis=(0, 1, 2))
-    assert known[~BY_JUDGE].all(), "after a step everything is available"
+        for renewal in observer.renewals:
+            renewal.learn(clean)
+    known = ~np.isnan(evidence.statistics[RECEIVED, :, 1][..., ~BY_JUDGE]).any(axis=(0, 2, 3))
+    assert (known == clean).all(), "what is learnt in a column is available there"
 
 
-def test_token_samples_differ_between_columns_and_steps_and_agree_within_a_pair():
+def of_column(sketches, column):
+    return Sketches(sketches.sketch_JXmK[:, column], sketches.norms_Xm[column])
+
+
+def test_samples_and_fresh_projections_differ_between_columns_and_steps_and_agree_within_a_pair():
     observer = Observer(MESH, 3, pairs=True)
-    same = drawn(0, 1, 1, 400, 8).expand(5, 2, 400, 8)
+    same = (2.0 + drawn(0, 1, 1, 400, 200)).expand(5, 2, 400, 200)
 
-    def sketch(step, stage):
+    def look(step, stage, direction=FORWARD):
         observer.begin_step(step)
-        found = observer._sketch(stage, same)
-        assert isinstance(found, Sketches)
-        return found.sketch_XmK
+        return observer._look(direction, stage, same).now
 
-    first = sketch(0, 1)
-    assert torch.equal(first, sketch(0, 1))
-    assert torch.equal(first[0], first[1]), "micro-batches of a column share their sample"
-    assert not torch.equal(first[0], first[2])
-    assert not torch.equal(first[0], sketch(1, 1)[0])
-    assert not torch.equal(first[0], sketch(0, 2)[0])
+    first = look(0, 1)
+    assert torch.equal(first.sketch_JXmK, look(0, 1).sketch_JXmK)
+    assert torch.equal(first.norms_Xm[:, 0], first.norms_Xm[:, 1]), "micro-batches of a column share their sample"
+    for other in (look(1, 1), look(0, 2), look(0, 1, BACKWARD)):
+        assert (first.norms_Xm[0] != other.norms_Xm[0]).any(), "another sample"
+        assert (first.sketch_JXmK[FRESH, 0].mean((0, 1)) - other.sketch_JXmK[FRESH, 0].mean((0, 1))).abs().max() > 1.0
+    assert (first.norms_Xm[0] != first.norms_Xm[2]).any()
+    means_JCK = first.sketch_JXmK.mean((2, 3))
+    for which in (FRESH, LASTING):
+        assert (means_JCK[which, 0] - means_JCK[which, 2]).abs().max() > 0.5, "another projection"
+    again = look(1, 1).sketch_JXmK.mean((2, 3))
+    torch.testing.assert_close(means_JCK[LASTING], again[LASTING], atol=0.5, rtol=0)
+
+
+def test_renewals_leave_no_step_without_prediction():
+    verifiers = Verifiers(Mesh(3, 2), DECAYS, seed=5, paper_only=False)
+    verifiers._observer.renewals[1] = Renewal(np.array([PERIOD - 2 * LEAD - 1, PERIOD - 2 * LEAD - 4]))
+    everywhere, epochs = np.ones(2, bool), set()
+    generator = torch.Generator().manual_seed(0)
+    stage_DD = 0.1 * torch.randn(72, 72, generator=generator)
+    for step in range(2 * LEAD + 10):
+        entering = torch.randn(2, 1, 1, 24, 72, generator=generator)
+        leaving = entering + entering @ stage_DD
+        verifiers.begin_step(step)
+        for link, sent in enumerate((entering, leaving)):
+            verifiers.observe(FORWARD, link, sent)
+            verifiers.observe(BACKWARD, 1 - link, sent)
+        rows = verifiers.evidence(step, np.zeros((3, 2), int) + np.arange(2)).statistics[RECEIVED]
+        correlations = rows[[FORWARD, BACKWARD], [1, 0], ..., NAMES.index("prediction_correlation")]
+        assert np.isnan(correlations).all() if step < READY else (correlations > 0.3).all(), (step, correlations)
+        epochs.add(tuple(verifiers._observer.renewals[1].epoch_X.tolist()))
+        verifiers.learn(everywhere)
+    assert {(0, 0), (1, 0), (1, 1)} == epochs, "both columns' projections were renewed, each at its own step"
 
 
 def test_paper_only_hides_the_other_rows():
