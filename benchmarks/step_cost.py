@@ -23,7 +23,8 @@ import torch
 
 support.find_package()
 
-from deepspeed_sentinel.evidence.probe import PUBLIC, Probe  # noqa: E402
+from deepspeed_sentinel.evidence.buffers import PUBLIC  # noqa: E402
+from deepspeed_sentinel.evidence.probe import Probe  # noqa: E402
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT  # noqa: E402
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh  # noqa: E402
 

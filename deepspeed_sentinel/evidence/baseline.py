@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import torch
 
-from deepspeed_sentinel.evidence.probe import ENDS, End, EndStatistics
+from deepspeed_sentinel.evidence.buffers import EndStatistics
+from deepspeed_sentinel.evidence.probe import ENDS, End
 from deepspeed_sentinel.kernels.baseline_distances import DISTANCES, baseline_distances, baseline_update
 from deepspeed_sentinel.kernels.sliced_wasserstein import DIRECTIONS, QUANTILES
 from deepspeed_sentinel.mesh import FORWARD

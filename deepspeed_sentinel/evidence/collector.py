@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 
 from deepspeed_sentinel.evidence.baseline import Baselines
+from deepspeed_sentinel.evidence.buffers import EndStatistics
 from deepspeed_sentinel.evidence.exchange import Exchange, Place, build_report
 from deepspeed_sentinel.evidence.keeping import Keeping
 from deepspeed_sentinel.evidence.keys import Keys
 from deepspeed_sentinel.evidence.parts import Layout, agree
-from deepspeed_sentinel.evidence.probe import ENDS, End, EndStatistics, Probe
+from deepspeed_sentinel.evidence.probe import ENDS, End, Probe
 from deepspeed_sentinel.evidence.sketch import PairSketches
 from deepspeed_sentinel.evidence.statement import Statement
 from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, TABLE, Evidence

@@ -3,55 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
+from deepspeed_sentinel.evidence.buffers import Buffers, EndStatistics
 from deepspeed_sentinel.evidence.parts import Layout, Seen, as_tokens, describe, digest_of, parts_of
-from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT
-from deepspeed_sentinel.kernels.observe_message import observe_message
-from deepspeed_sentinel.kernels.sliced_wasserstein import DIRECTIONS, QUANTILES, sliced_wasserstein
+from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.kernels.tensor_digest import DIGEST_WORDS
-from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS, sketch_rows, token_sketch
+from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 from deepspeed_sentinel.mesh import DIRECTIONS as DIRECTION_NAMES
 
-PUBLIC = 0  # the sketch whose sample and projection both ends of every link share
 SECRET = 1  # from here on the sketches whose samples and projections the neighbours of a stage share, and nobody else
 ENDS = ((FORWARD, SENT), (FORWARD, RECEIVED), (BACKWARD, SENT), (BACKWARD, RECEIVED))
 End = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class EndStatistics:
-    """One part of all messages of a step at one end of a link, in the unit of an unscaled mean-loss gradient or
-    activation. A message that has no such part, or one of another hidden size, has NaN.
-
-    Attributes:
-        means_MD: float32, mean over the tokens.
-        quantiles_MQ: float32, projected quantiles.
-        scalars_M3: float32, mean square, largest magnitude, non-finite count.
-    """
-
-    means_MD: torch.Tensor
-    quantiles_MQ: torch.Tensor
-    scalars_M3: torch.Tensor
-
-
-class _Buffers:
-    """The step's rows of one part at one end, one a micro-batch. Sketches of short messages fill their first tokens."""
-
-    def __init__(self, micro_batches: int, hidden: int, jobs: int, device: torch.device) -> None:
-        # Zeros, because sketches of short messages leave rows that travel all the same.
-        def blank(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.float32, device=device)
-
-        self.hidden = hidden
-        self.column_sums_MD = blank(micro_batches, hidden)
-        self.scalars_M3 = blank(micro_batches, 3)
-        self.sketch_JMmK = blank(jobs, micro_batches, TOKENS, DIMENSIONS)
-        self.norms_JMm = blank(jobs, micro_batches, TOKENS)
-        self.tokens = [0] * micro_batches  # 0 where nothing was read
 
 
 class Probe:
@@ -80,7 +45,7 @@ class Probe:
         self._layout: Layout | None = None
         self._expected: dict[End, list[int]] = {}
         self._changed: set[tuple[End, int]] = set()
-        self._buffers: dict[tuple[End, int], _Buffers] = {}
+        self._buffers: dict[tuple[End, int], Buffers] = {}
         self._digests: dict[End, torch.Tensor] = {}
         self._positions: dict[End, list[int]] = {}
         self.kinds: dict[End, tuple[str, ...]] = {}
@@ -194,13 +159,7 @@ class Probe:
             buffers = self._buffers.get((end, part))
             if buffers is None or not buffers.tokens[micro_batch]:
                 continue
-            rows = sketch_rows(buffers.tokens[micro_batch])
-            token_sketch(
-                as_tokens(tensors[index]),
-                seeds_J2[secret],
-                buffers.sketch_JMmK[secret, micro_batch, :rows],
-                buffers.norms_JMm[secret, micro_batch, :rows],
-            )
+            buffers.read_sketches(micro_batch, as_tokens(tensors[index]), seeds_J2, secret)
 
     @property
     def changed(self) -> frozenset[tuple[End, int]]:
@@ -217,22 +176,8 @@ class Probe:
 
     def end_statistics(self, end: End, scale: float, part: int = 0) -> EndStatistics:
         """The rows of one judged part at one end; ``scale`` undoes gradient accumulation and loss scaling."""
-        buffers = self._buffers_of(end, part, self._expected[end][part])
         assert self._next[end] == self.micro_batches, (end, self._next[end], self.micro_batches)
-        tokens_M1 = self._counts(buffers)[:, None]
-        energy, max_abs, non_finite = buffers.scalars_M3.unbind(1)
-        mean_square = energy / (tokens_M1[:, 0] * buffers.hidden) * scale**2
-        statistics = EndStatistics(
-            means_MD=buffers.column_sums_MD / tokens_M1 * scale,
-            quantiles_MQ=self._quantiles(buffers) * scale,
-            scalars_M3=torch.stack([mean_square, max_abs * scale, non_finite], dim=1),
-        )
-        if all(buffers.tokens):
-            return statistics
-        absent_M1 = tokens_M1 == 0
-        return EndStatistics(
-            *(rows.masked_fill(absent_M1, torch.nan) for rows in vars(statistics).values()),
-        )
+        return self._buffers_of(end, part, self._expected[end][part]).statistics(scale)
 
     def digests(self, end: End) -> torch.Tensor:
         """int32 [M, T, 2], of the bits of each tensor as they were sent."""
@@ -282,41 +227,12 @@ class Probe:
             if self._layout is None or (part < len(expected) and expected[part]):
                 self._changed.add((end, part))
             return False
-        buffers = self._buffers_of(end, part, expected[part])
-        buffers.tokens[micro_batch] = x_TD.shape[0]
-        rows = sketch_rows(x_TD.shape[0])
-        observe_message(
-            x_TD,
-            self._seeds[end],
-            buffers.column_sums_MD[micro_batch],
-            buffers.scalars_M3[micro_batch],
-            digest_2,
-            buffers.sketch_JMmK[:, micro_batch, :rows],
-            buffers.norms_JMm[:, micro_batch, :rows],
-        )
+        self._buffers_of(end, part, expected[part]).read(micro_batch, x_TD, self._seeds[end], digest_2)
         return True
 
-    def _counts(self, buffers: _Buffers) -> torch.Tensor:
-        return torch.tensor(buffers.tokens, dtype=torch.float32).to(self._device, non_blocking=True)
-
-    @staticmethod
-    def _quantiles(buffers: _Buffers) -> torch.Tensor:
-        """Of the public sketches; messages with equally many sketched tokens together, most often all of them."""
-        rows_M = [sketch_rows(tokens) for tokens in buffers.tokens]
-        sketch_MmK = buffers.sketch_JMmK[PUBLIC]
-        if len(set(rows_M)) == 1 and rows_M[0]:
-            return sliced_wasserstein(sketch_MmK[:, : rows_M[0]], buffers.hidden)
-        one_by_one = [
-            sliced_wasserstein(sketch_mK[None, :rows], buffers.hidden)
-            if rows
-            else sketch_mK.new_zeros(1, DIRECTIONS * QUANTILES)
-            for sketch_mK, rows in zip(sketch_MmK, rows_M, strict=True)
-        ]
-        return torch.cat(one_by_one)
-
-    def _buffers_of(self, end: End, part: int, hidden: int) -> _Buffers:
+    def _buffers_of(self, end: End, part: int, hidden: int) -> Buffers:
         if (end, part) not in self._buffers:
-            self._buffers[end, part] = _Buffers(self.micro_batches, hidden, len(self._seeds[end]), self._device)
+            self._buffers[end, part] = Buffers(self.micro_batches, hidden, len(self._seeds[end]), self._device)
         return self._buffers[end, part]
 
     def _name(self, end: End) -> str:
@@ -333,6 +249,3 @@ def _with_slots(digests_MT2: torch.Tensor, slots: int) -> torch.Tensor:
     for index in range(slots, tensors):
         kept_MT2[:, -1].mul_(31).add_(digests_MT2[:, index])
     return kept_MT2
-
-
-assert NAMES[4:7] == ("energy", "max_abs", "non_finite"), "scalars_M3 follows the order of the table"

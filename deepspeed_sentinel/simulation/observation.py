@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from deepspeed_sentinel.evidence.buffers import EndStatistics
 from deepspeed_sentinel.evidence.collector import PUBLIC_SEED
-from deepspeed_sentinel.evidence.probe import EndStatistics
 from deepspeed_sentinel.evidence.renewal import Renewal
 from deepspeed_sentinel.evidence.transfer import Sketches
 from deepspeed_sentinel.kernels.message_statistics import message_statistics_reference

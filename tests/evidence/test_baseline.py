@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
-from deepspeed_sentinel.evidence.probe import EndStatistics
+from deepspeed_sentinel.evidence.buffers import EndStatistics
 from deepspeed_sentinel.evidence.table import SENT
 from deepspeed_sentinel.kernels.sliced_wasserstein import DIRECTIONS, QUANTILES
 from deepspeed_sentinel.mesh import FORWARD

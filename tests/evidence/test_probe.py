@@ -3,9 +3,10 @@ import pytest
 import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
+from deepspeed_sentinel.evidence.buffers import PUBLIC
 from deepspeed_sentinel.evidence.exchange import REPORTED, Exchange, build_report
 from deepspeed_sentinel.evidence.parts import Layout
-from deepspeed_sentinel.evidence.probe import ENDS, PUBLIC, SECRET, Probe
+from deepspeed_sentinel.evidence.probe import ENDS, SECRET, Probe
 from deepspeed_sentinel.evidence.table import BY_JUDGE, NAMES, OF_PAIR, RECEIVED, SENT
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 from everybody import MESH, pair_sketches, sketch_at
 
-from deepspeed_sentinel.evidence.probe import PUBLIC, SECRET
+from deepspeed_sentinel.evidence.buffers import PUBLIC
+from deepspeed_sentinel.evidence.probe import SECRET
 from deepspeed_sentinel.evidence.renewal import LEAD, PERIOD, READY
 from deepspeed_sentinel.evidence.sketch import _pack, _side, _unpack
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
