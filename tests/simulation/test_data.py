@@ -84,7 +84,7 @@ def test_the_learning_rate_jumps_and_static_columns_stay(options):
     simulation = Simulation(options(change="rate", change_at=5, routing="static", guard="off"))
     rates, served = [], []
     for _ in range(7):
-        rates.append(simulation._optimizer.param_groups[0]["lr"])
+        rates.append(simulation.optimizer.param_groups[0]["lr"])
         simulation.step()
         served.append(simulation._served)
     base = simulation.options.size.learning_rate / 10
