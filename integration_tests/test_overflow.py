@@ -11,10 +11,10 @@ START, STEPS = 22, 25
 # The scale begins far too high: the first steps overflow, and it has come down to the limit when the attack begins.
 BASE = Scenario(
     name="plain",
-    precision="fp16",
+    precision="fp16_zero1",
     steps=STEPS,
     hidden=64,
-    config={"fp16": {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 1000, "hysteresis": 1}},
+    config={"fp16": {"enabled": True, "initial_scale_power": 26, "loss_scale_window": 1000, "hysteresis": 1}},
 )
 # One column each of two stages: no majority of either says that it is the scale.
 FAULTS = [
