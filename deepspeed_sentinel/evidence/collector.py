@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,8 @@ class Collector:
                 rows_of_pairs[place], self._lessons_JV[place] = self._transfer(place, entering, leaving)
         digests = {end: self.probe.digests(end) for end in self.probe.ends}
         report = build_report(self.probe.micro_batches, self.layout, own_rows, rows_of_pairs, digests)
-        self._evidence = self._exchange.gather_reports(report, step, self.layout)
+        gathered = self._exchange.gather_reports(report, step, self.layout)
+        self._evidence = replace(gathered, renewed=self._pairs.renewal.new_X)
         # The copy that ``learn`` began in the step before was over before that of the reports began.
         misfits = self._misfits.nonzero().flatten().tolist()
         self.complaint = 1 + misfits[0] if misfits else 0
@@ -171,7 +173,7 @@ class Collector:
         for (end, part), lessons_JV in self._lessons_JV.items():
             for which, lesson_V in enumerate(lessons_JV, LASTING):
                 self._transfers[part].learn(end, lesson_V, own, which)
-        for end, change in self._pairs.learn(bool(own)).items():
+        for end, change in self._pairs.learn(clean).items():
             for transfers in self._transfers.values():
                 transfers.renew(end, *change)
 

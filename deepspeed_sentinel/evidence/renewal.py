@@ -1,9 +1,9 @@
 """When the lasting projection of a pair gives way to the next one, without a step in which nothing is foretold.
 
-Both neighbours count alike, because a verdict says the same to all ranks about which columns were clean, so they never
-talk about it. A projection is due after PERIOD steps, by an offset that is the pair's own, so that not all pairs renew
-theirs at once. In the last steps before that the next one is sketched and learnt beside it, and takes over as soon as
-it has LEAD clean steps behind it.
+All ranks count alike, because a verdict says the same to all about which columns were clean, so nobody talks about it.
+When a projection is renewed is no secret; what it is, is. It is due after PERIOD steps, by an offset that is the pair's
+own, so that not all pairs renew theirs at once. In the last steps before that the next one is sketched and learnt
+beside it, and takes over as soon as it has LEAD clean steps behind it.
 
 A column that is not clean is not learnt from, while its stages go on changing: after a few steps what is known of them
 is out of date and would accuse honest work. After STALE such steps in a row the pair starts anew with another
@@ -15,19 +15,23 @@ from __future__ import annotations
 
 import numpy as np
 
+from deepspeed_sentinel.mesh import Mesh
+
 PERIOD = 256
 LEAD = 24
 READY = 4
 # In young simulated models ("tiny", 20 to 70 steps old) a map that missed 4 steps was off by 2 to 4 inter-quartile
 # ranges of what is usual, after 8 steps by 3 to 9.
 STALE = 3
+_SPREAD = 103  # shares no factor with PERIOD - 2 LEAD
 
 
 class Renewal:
-    """Counts the steps of pairs X, most often of one (X is no dimension).
+    """Counts the steps of pairs X: of a whole mesh, [S, C] by the stage between and the column.
 
     Attributes:
         epoch_X: int, how many lasting projections came before the present one.
+        new_X: bool, whether the present one is in its first step.
 
     Args:
         offset_X: int, from 0, by which the first renewal comes sooner.
@@ -35,9 +39,16 @@ class Renewal:
 
     def __init__(self, offset_X: np.ndarray | int) -> None:
         self.epoch_X = np.zeros_like(np.asarray(offset_X))
+        self.new_X = np.zeros_like(self.epoch_X, bool)
         # The first projection is learnt before another one is.
         self._age_X = np.asarray(offset_X) % (PERIOD - 2 * LEAD)
         self._learnt_X, self._next_X, self._missed_X = (np.zeros_like(self.epoch_X) for _ in range(3))
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> Renewal:
+        """Of all pairs of a mesh, spread over the period."""
+        pairs_SC = np.arange(mesh.stages * mesh.replicas).reshape(mesh.stages, mesh.replicas)
+        return cls(pairs_SC * _SPREAD)
 
     @property
     def ready_X(self) -> np.ndarray:
@@ -53,13 +64,13 @@ class Renewal:
         """End a step.
 
         Args:
-            clean_X: bool, which pairs learnt from it.
+            clean_X: bool, which pairs learnt from it; [C] of a mesh's columns will do.
 
         Returns:
             bool, the pairs for which the next projection takes over, with what was learnt in it; and bool, those that
             start anew, with nothing. Both are so from the next step on.
         """
-        clean_X = np.asarray(clean_X)
+        clean_X = np.broadcast_to(clean_X, self.epoch_X.shape)
         overlapping_X = self.overlapping_X
         self._age_X = self._age_X + 1
         self._learnt_X = self._learnt_X + clean_X
@@ -68,11 +79,13 @@ class Renewal:
         renewed_X, stale_X = self._next_X >= LEAD, self._missed_X >= STALE
         self._restart(renewed_X, self._next_X)
         self._restart(stale_X, np.zeros_like(self._next_X))
+        self.new_X = renewed_X | stale_X
         return renewed_X, stale_X
 
     def forget(self) -> None:
         """Start all pairs anew, each with another projection."""
-        self._restart(np.ones_like(self.epoch_X, bool), np.zeros_like(self._next_X))
+        self.new_X = np.ones_like(self.epoch_X, bool)
+        self._restart(self.new_X, np.zeros_like(self._next_X))
 
     def _restart(self, chosen_X: np.ndarray, learnt_X: np.ndarray) -> None:
         self.epoch_X = self.epoch_X + chosen_X

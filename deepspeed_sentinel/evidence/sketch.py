@@ -39,13 +39,16 @@ class _Pair:
         partner: global rank of the other neighbour.
         secret: what the two share.
         names: the two ranks, lower stage first, the stage between and the column: what every secret is derived for.
-        renewal: of the lasting projection.
     """
 
     partner: int
     secret: PairSecret
     names: tuple[int, int, int, int]
-    renewal: Renewal
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The stage between, and the column."""
+        return self.names[2:]
 
     def number(self, purpose: str, *more: int) -> int:
         return self.secret.number(purpose, *self.names, *more)
@@ -53,6 +56,9 @@ class _Pair:
 
 class PairSketches:
     """Seeds and swaps of one worker's two pairs.
+
+    Attributes:
+        renewal: of the lasting projections of all pairs of the mesh, [S, C].
 
     Args:
         mesh: the mesh.
@@ -65,6 +71,7 @@ class PairSketches:
     def __init__(self, mesh: Mesh, worker: Worker, ranks: np.ndarray, device: torch.device, keys: Keys) -> None:
         self._device = device
         self._mesh, self._stage = mesh, worker.stage
+        self.renewal = Renewal.of(mesh)
         self._pairs: dict[int, _Pair] = {}
         for side in (ABOVE, BELOW):
             if not 0 <= worker.stage + 2 * side < mesh.stages:
@@ -73,30 +80,29 @@ class PairSketches:
             lower, upper = (int(ranks[stage, worker.replica]) for stage in (between - 1, between + 1))
             partner = upper if side == ABOVE else lower
             names = (lower, upper, between, worker.replica)
-            secret = keys.secret_with(partner)
-            self._pairs[side] = _Pair(partner, secret, names, Renewal(secret.number("renewal", *names)))
+            self._pairs[side] = _Pair(partner, keys.secret_with(partner), names)
         self.ends = tuple(end for end in ENDS if _side(end) in self._pairs)
 
     def ready(self, end: End) -> bool:
         """Whether enough was learnt in the lasting projection to measure against it."""
-        return bool(self._pairs[_side(end)].renewal.ready_X)
+        return bool(self.renewal.ready_X[self._pairs[_side(end)].place])
 
-    def learn(self, clean: bool) -> dict[End, tuple[np.ndarray, np.ndarray]]:
-        """End a step in which this column was clean or not: for each end what ``Renewal.learn`` says."""
-        changes = {side: pair.renewal.learn(clean) for side, pair in self._pairs.items()}
-        return {end: changes[_side(end)] for end in self.ends}
+    def learn(self, clean_C: np.ndarray) -> dict[End, tuple[np.ndarray, np.ndarray]]:
+        """End a step in which these columns were clean, bool [C]: for each end what ``Renewal.learn`` says."""
+        renewed_SC, stale_SC = self.renewal.learn(clean_C)
+        places = {end: self._pairs[_side(end)].place for end in self.ends}
+        return {end: (np.asarray(renewed_SC[place]), np.asarray(stale_SC[place])) for end, place in places.items()}
 
     def forget(self) -> None:
         """Start anew with other lasting projections."""
-        for pair in self._pairs.values():
-            pair.renewal.forget()
+        self.renewal.forget()
 
     def seeds(self, step: int, public_seed: int) -> dict[End, torch.Tensor]:
         """Per end of a pair int64 [1 + J, 2] on the device: sample and projection seed of each sketch, public first."""
         result = {}
         for end in self.ends:
             sample, *projections = self.step_seeds(end, step)
-            if self._pairs[_side(end)].renewal.overlapping_X:
+            if self.renewal.overlapping_X[self._pairs[_side(end)].place]:
                 projections.append(self._lasting(end, ahead=1))
             rows = [[public_seed, public_seed], *([sample, projection] for projection in projections)]
             result[end] = torch.tensor(rows, dtype=torch.int64).to(self._device, non_blocking=True)
@@ -138,7 +144,7 @@ class PairSketches:
 
     def _lasting(self, end: End, ahead: int = 0) -> int:
         pair = self._pairs[_side(end)]
-        return pair.number("lasting projection", end[0], int(pair.renewal.epoch_X) + ahead)
+        return pair.number("lasting projection", end[0], int(self.renewal.epoch_X[pair.place]) + ahead)
 
 
 def sketches_of(probe: Probe, end: End) -> Sketches:

@@ -36,6 +36,7 @@ class Statistic:
         hard: no fence; any value above zero is an alarm.
         of_pair: of what entered the sender and what left it, so the sender's two neighbours report it, not the
             two ends of the link. Messages of the first and last stage have none.
+        learnt: measured against what was learnt of the stage in a projection that is renewed now and then.
         by_judge: the judge finds it in the reports of both ends of two links; nobody reports it.
     """
 
@@ -47,14 +48,17 @@ class Statistic:
     floor: float = 1e-3
     hard: bool = False
     of_pair: bool = False
+    learnt: bool = False
     by_judge: bool = False
 
 
 _PAPER, _OURS = "arXiv 2603.03592", "ours, see docs/statistics.md"
 
 
-def _of_pair(name: str, formula: str, scale: Literal["log", "arcsine", "fisher", "plain"]) -> Statistic:
-    return Statistic(name, formula, _OURS, scale, of_pair=True)
+def _of_pair(
+    name: str, formula: str, scale: Literal["log", "arcsine", "fisher", "plain"], learnt: bool = False
+) -> Statistic:
+    return Statistic(name, formula, _OURS, scale, of_pair=True, learnt=learnt)
 
 
 TABLE: tuple[Statistic, ...] = (
@@ -76,10 +80,13 @@ TABLE: tuple[Statistic, ...] = (
         resolution=0.01,
         floor=0.2,
         of_pair=True,
+        learnt=True,
     ),
     _of_pair("token_gram", "linear CKA of E and L: alignment of their token Gram matrices", "arcsine"),
-    _of_pair("prediction_correlation", "corr(E W, L - E), both centred over tokens; W by ridge regression", "fisher"),
-    _of_pair("prediction_slope", "slope of L - E on E W, both centred over tokens", "plain"),
+    _of_pair(
+        "prediction_correlation", "corr(E W, L - E), both centred over tokens; W by ridge regression", "fisher", True
+    ),
+    _of_pair("prediction_slope", "slope of L - E on E W, both centred over tokens", "plain", True),
     Statistic(
         "passed_on",
         "number of tensors that used to pass the sender unchanged and did not",
@@ -100,6 +107,7 @@ TABLE: tuple[Statistic, ...] = (
 NAMES = tuple(row.name for row in TABLE)
 HARD = np.array([row.hard for row in TABLE])
 OF_PAIR = np.array([row.of_pair for row in TABLE])
+LEARNT = np.array([row.learnt for row in TABLE])
 BY_JUDGE = np.array([row.by_judge for row in TABLE])
 FLOORS = np.array([row.floor for row in TABLE])
 
@@ -115,7 +123,7 @@ class Rows:
         parts: how many, P.
 
     Attributes:
-        hard, of_pair, by_judge: bool [P * K], as of ``Statistic``.
+        hard, of_pair, learnt, by_judge: bool [P * K], as of ``Statistic``.
         floors: float64 [P * K].
     """
 
@@ -131,6 +139,10 @@ class Rows:
     @property
     def of_pair(self) -> np.ndarray:
         return np.tile(OF_PAIR, self.parts)
+
+    @property
+    def learnt(self) -> np.ndarray:
+        return np.tile(LEARNT, self.parts)
 
     @property
     def by_judge(self) -> np.ndarray:
@@ -184,6 +196,8 @@ class Evidence:
             message in its order, of any kind; 0 where there is none.
         dealt: int [S, C], the replica of each stage that served each column in this step, or None where replica
             ``c`` served column ``c``, as in DeepSpeed.
+        renewed: bool [S, C], where statistics of the pair around a stage that rest on what was learnt are measured in
+            another projection than in the step before; None is nowhere.
     """
 
     mesh: Mesh
@@ -191,6 +205,7 @@ class Evidence:
     statistics: np.ndarray
     digests: np.ndarray
     dealt: np.ndarray | None = None
+    renewed: np.ndarray | None = None
 
     @property
     def served(self) -> np.ndarray:

@@ -26,6 +26,7 @@ SLACK, LIMIT = 1.5, 8.0
 _HIGHEST = 1.5 * LIMIT  # so that a worker that stops tampering is heard of soon
 _STEPS = 64
 _USUAL_DECAY, _SPREAD_DECAY = 0.97, 0.7
+_KNOWN = 0.2  # weight that what is usual has after eight steps
 _QUIET = 1.0
 _TYPICAL = 4.0  # spreads; what lies further out would move the worker's usual deviation for long
 _HIGHEST_SCORE = 4.0  # of what lies further out than anything in the window
@@ -55,6 +56,7 @@ class Cusum:
         self._weight = np.zeros(shape)
         self._spread = np.full(shape[:-1], np.nan)
         self._window = Window(shape[:-1], _STEPS, _PROBABILITIES, seed)
+        self._learnt = table.learnt[table.of_pair]
 
     def step(
         self,
@@ -65,6 +67,7 @@ class Cusum:
         step: int,
         warming_up: bool,
         unlike: np.ndarray | None = None,
+        renewed: np.ndarray | None = None,
     ) -> np.ndarray:
         """Add one step and score it.
 
@@ -77,6 +80,8 @@ class Cusum:
             warming_up: learn what is usual, accuse nobody.
             unlike: bool [C], columns whose content is unlike the others'; None is none. What is usual changes there
                 without any worker's doing, so nothing is added, and what was fades.
+            renewed: bool [S, C], stages whose pair is measured in another projection from this step on, where what
+                is usual in statistics that rest on what was learnt is another too; None is none.
 
         Returns:
             float64 [pairs' statistics, 2, L, C]: the score of the worker that sent over that link in that column.
@@ -87,17 +92,18 @@ class Cusum:
         unlike = unlike | (2 * np.count_nonzero(~unlike) <= self._mesh.replicas)
         mean, columns = self._by_worker(residuals, counted & ~unlike[:, None], served)
         deviation = self._in_spreads(mean * np.sqrt(columns))
+        if renewed is not None:
+            self._forget_usual(_of_senders(renewed, served))
         usual = self._usual / np.maximum(self._weight, _SMALLEST)
-        difference = np.where(self._weight > 0, deviation - usual, np.nan)
+        # An error in what is usual adds up like a deviation, so it must be known from some steps.
+        difference = np.where(self._weight > _KNOWN, deviation - usual, np.nan)
         # By the sums before this step: what is learnt must not depend on whether it is far out.
         quiet = self._sums.max(0) < _QUIET
         self._sums_before = self._sums
         if not warming_up:
             score = self._normal_score(difference)
             grown = np.clip(self._sums + np.stack([score, -score]) - SLACK, 0.0, _HIGHEST)
-            senders = np.stack([served[:-1], served[1:]])
-            faded = np.zeros((*senders.shape[:2], self._mesh.replicas), bool)
-            np.logical_or.at(faded, (*np.indices(senders.shape)[:2], senders), unlike)
+            faded = _of_senders(np.broadcast_to(unlike, served.shape), served)
             fading = np.where(faded, np.maximum(self._sums - SLACK, 0.0), self._sums)
             self._sums = np.where(np.isnan(score), fading, grown)
         share_of_limit = self._sums.max(0) / LIMIT
@@ -130,6 +136,12 @@ class Cusum:
         self._window.load_state_dict(state)
         for name in _STATE:
             setattr(self, f"_{name}", np.array(state[name]))
+
+    def _forget_usual(self, chosen: np.ndarray) -> None:
+        """Of these workers (bool [2, L, R]), in statistics that rest on what was learnt."""
+        forgotten = self._learnt[:, None, None, None] & chosen
+        self._usual = np.where(forgotten, 0.0, self._usual)
+        self._weight = np.where(forgotten, 0.0, self._weight)
 
     def _learn(self, deviation: np.ndarray, difference: np.ndarray, sound: np.ndarray, step: int) -> None:
         sound = sound & np.isfinite(deviation)
@@ -180,3 +192,11 @@ class Cusum:
         )
         with np.errstate(invalid="ignore", divide="ignore"):
             return total / messages, columns
+
+
+def _of_senders(chosen_SC: np.ndarray, served: np.ndarray) -> np.ndarray:
+    """Which workers send for these stages and columns, bool [2, L, R]; [S, C] both."""
+    senders, chosen = (np.stack([array[:-1], array[1:]]) for array in (served, chosen_SC))
+    result = np.zeros(senders.shape, bool)
+    np.logical_or.at(result, (*np.indices(senders.shape)[:2], senders), chosen)
+    return result

@@ -123,7 +123,16 @@ class Judge:
             counted[BACKWARD] &= ~void
             # With what is usual of a column: sums have a usual of their own, which stands still where they grow.
             offsets = residuals[of_pair] + self.fences.usual.level[of_pair][..., None]
-            sums = self.cusum.step(offsets, counted, served, self.record.convicted, evidence.step, warming_up, unlike)
+            sums = self.cusum.step(
+                offsets,
+                counted,
+                served,
+                self.record.convicted,
+                evidence.step,
+                warming_up,
+                unlike,
+                evidence.renewed if evidence.dealt is None else None,
+            )
             quiet = self.cusum.quiet(served)[..., None]
             per_statistic[of_pair] = np.maximum(fenced, np.where(counted, sums[..., None], 0.0))
         scores = per_statistic.max(0)

@@ -103,7 +103,7 @@ class Verifiers:
             self._lessons[direction, link] = _Lesson(summaries, lesson, ahead)
         if self._paper_only:
             statistics[..., ~_PAPER] = np.nan
-        return Evidence(self._mesh, step, statistics, digests, served)
+        return Evidence(self._mesh, step, statistics, digests, served, self._observer.renewal.new_X)
 
     def learn(self, clean: np.ndarray) -> None:
         """Learn from the clean columns of the step whose evidence was taken last, bool [C] or [2, L, C]."""
@@ -116,10 +116,9 @@ class Verifiers:
             if lesson.lessons_CV is not None:
                 self._transfers[stage].learn(at_receiver, lesson.lessons_CV, clean_C)
             if lesson.ahead_CV is not None:
-                overlapping_C = self._observer.renewals[stage].overlapping_X
+                overlapping_C = self._observer.renewal.overlapping_X[stage]
                 self._transfers[stage].learn(at_receiver, lesson.ahead_CV, clean_C & overlapping_C, NEXT)
-        for renewal, transfers in zip(self._observer.renewals, self._transfers, strict=True):
-            change = renewal.learn(clean_C)
+        for transfers, *change in zip(self._transfers, *self._observer.renewal.learn(clean_C), strict=True):
             for direction in (FORWARD, BACKWARD):
                 transfers.renew((direction, RECEIVED), *change)
 
@@ -128,9 +127,9 @@ class Verifiers:
     ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor | None]:
         """Rows [C, M, PAIR_ROWS] on a link's senders, and what they teach in the lasting and the next projections."""
         stage = self._mesh.sender_stage(direction, link)
-        renewal, known = self._observer.renewals[stage], self._transfers[stage].known((direction, RECEIVED))
+        renewal, known = self._observer.renewal, self._transfers[stage].known((direction, RECEIVED))
         if known is not None:
-            ready_C1 = torch.from_numpy(renewal.ready_X[:, None]).to(known.w_KK.device)
+            ready_C1 = torch.from_numpy(renewal.ready_X[stage][:, None]).to(known.w_KK.device)
             known = Known(
                 torch.where(ready_C1, known.expected_K, torch.nan), torch.where(ready_C1[..., None], known.w_KK, 0.0)
             )
@@ -138,7 +137,7 @@ class Verifiers:
         lesson_CV, ahead_CV = lessons_JCMV[0].mean(1), None
         if entering.ahead is not None and leaving.ahead is not None:
             ahead_CV = torch.zeros_like(lesson_CV)
-            ahead_CV[np.flatnonzero(renewal.overlapping_X)] = lessons(entering.ahead, leaving.ahead)[0].mean(1)
+            ahead_CV[np.flatnonzero(renewal.overlapping_X[stage])] = lessons(entering.ahead, leaving.ahead)[0].mean(1)
         return rows_CMS.cpu().numpy(), lesson_CV, ahead_CV
 
     def _numbers(self, rows_NV: torch.Tensor) -> np.ndarray:

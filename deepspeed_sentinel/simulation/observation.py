@@ -23,7 +23,7 @@ from deepspeed_sentinel.kernels.token_sketch import TOKENS, sampled_rows, sketch
 from deepspeed_sentinel.mesh import Mesh
 
 _BITS = 62
-_STEP, _LASTING, _RENEWAL = range(3)  # what secrets are for
+_STEP, _LASTING = range(2)  # what secrets are for
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Observer:
     """Takes observations.
 
     Attributes:
-        renewals: of the lasting projections around each stage, one a column.
+        renewal: of the lasting projections, [S, C].
 
     Args:
         mesh: the mesh.
@@ -74,8 +74,7 @@ class Observer:
         self._seed = seed
         self._pairs = pairs
         self._step = 0
-        offsets_SC = _secrets(mesh.stages * mesh.replicas, seed, _RENEWAL).reshape(mesh.stages, mesh.replicas)
-        self.renewals = [Renewal(offsets_C) for offsets_C in offsets_SC]
+        self.renewal = Renewal.of(mesh)
 
     def begin_step(self, step: int) -> None:
         self._step = step
@@ -98,7 +97,7 @@ class Observer:
         """Sketches for the pair around ``stage``."""
         if not self._pairs or self._mesh.is_trusted(stage):
             return None
-        renewal, device = self.renewals[stage], x_CMTD.device
+        epoch_C, device = self.renewal.epoch_X[stage], x_CMTD.device
         samples_C, fresh_C = _secrets(2 * len(x_CMTD), self._seed, _STEP, stage, direction, self._step).reshape(2, -1)
         if x_CMTD.shape[2] > TOKENS:  # otherwise every token is looked at, whatever the sample's seed
             index_Cm = sampled_rows(x_CMTD.shape[2], torch.from_numpy(samples_C).to(device))
@@ -110,11 +109,11 @@ class Observer:
             ]
             return np.array(numbers)
 
-        now = _sketch(x_CMTD, np.stack([fresh_C, lasting(renewal.epoch_X)], axis=1))
-        columns = np.flatnonzero(renewal.overlapping_X)
+        now = _sketch(x_CMTD, np.stack([fresh_C, lasting(epoch_C)], axis=1))
+        columns = np.flatnonzero(self.renewal.overlapping_X[stage])
         ahead = None
         if len(columns):
-            ahead = _sketch(x_CMTD[columns], lasting(renewal.epoch_X + 1)[columns, None])
+            ahead = _sketch(x_CMTD[columns], lasting(epoch_C + 1)[columns, None])
         return Looks(now, ahead)
 
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from deepspeed_sentinel.evidence.renewal import LEAD, PERIOD, READY, STALE, Renewal
+from deepspeed_sentinel.mesh import Mesh
 
 OFFSETS = np.array([0, 5, 77, 200, 2**61 + 3])
 
@@ -25,13 +26,14 @@ def test_every_projection_is_learnt_before_it_is_used_and_none_serves_for_ever()
     assert (renewal.epoch_X >= 3).all()
 
 
-def test_pairs_renew_at_steps_of_their_own():
-    renewal = Renewal(OFFSETS)
-    first = {}
-    for step in range(2 * PERIOD):
-        for pair in np.flatnonzero(renewal.learn(np.ones(5, bool))[0]):
-            first.setdefault(pair, step)
-    assert len(first) == 5 and len(set(first.values())) == 5
+def test_pairs_of_a_mesh_renew_at_steps_of_their_own():
+    renewal = Renewal.of(Mesh(6, 8))
+    steps = []
+    for step in range(PERIOD):
+        renewed, _ = renewal.learn(np.ones(8, bool))
+        assert (renewal.new_X == renewed).all()
+        steps += [step] * np.count_nonzero(renewed)
+    assert len(steps) == 48 == len(set(steps))
 
 
 @pytest.mark.parametrize("before", [0, 30, PERIOD - LEAD + 10])

@@ -5,8 +5,8 @@ from everybody import MESH, pair_sketches, sketch_at
 
 from deepspeed_sentinel.evidence.buffers import PUBLIC
 from deepspeed_sentinel.evidence.probe import SECRET
-from deepspeed_sentinel.evidence.renewal import LEAD, PERIOD, READY
-from deepspeed_sentinel.evidence.sketch import _pack, _side, _unpack
+from deepspeed_sentinel.evidence.renewal import LEAD, PERIOD, READY, Renewal
+from deepspeed_sentinel.evidence.sketch import _pack, _unpack
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.evidence.transfer import FRESH, LASTING, NEXT, Sketches, Transfers, pair_rows
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
@@ -87,9 +87,9 @@ def test_a_renewal_leaves_no_step_without_prediction_and_both_neighbours_see_the
     generator = torch.Generator().manual_seed(0)
     stage_DD = 0.05 * torch.randn(96, 96, generator=generator)
     lasting, correlations, ahead = [], [], 0
-    for pairs, end in zip((below, above), ends, strict=True):
-        pairs._pairs[_side(end)].renewal._age_X = np.array(PERIOD - LEAD - 10)
-    for step in range(2 * LEAD):
+    for pairs in (below, above):
+        pairs.renewal = Renewal(np.full((5, 3), PERIOD - 2 * LEAD - 1))
+    for step in range(3 * LEAD):
         entering = torch.randn(1, 150, 96, generator=generator)
         leaving = entering + entering @ stage_DD
         told = []
@@ -107,7 +107,7 @@ def test_a_renewal_leaves_no_step_without_prediction_and_both_neighbours_see_the
         assert lasting[-1] == secret(above, ends[1], step)[LASTING][1]
         correlations.append(float(told[0][0, -2]))
         for pairs, end, transfers in zip((below, above), ends, knowledge, strict=True):
-            transfers.renew(end, *pairs.learn(True)[end])
+            transfers.renew(end, *pairs.learn(np.ones(3, bool))[end])
     assert np.isnan(correlations[:READY]).all() and not np.isnan(correlations[READY:]).any()
     assert len(set(lasting)) == 2 and ahead == LEAD, "the projection was renewed, and sketched before"
     renewed = lasting.index(lasting[-1])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from synthetic import World
 
-from deepspeed_sentinel.evidence.table import NAMES
+from deepspeed_sentinel.evidence.table import LEARNT, NAMES, OF_PAIR
 from deepspeed_sentinel.judgement.cusum import Cusum
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
@@ -87,6 +87,29 @@ def test_columns_are_summed_by_the_worker_that_served_them():
         scores = cusum.step(residuals, np.ones((2, 3, 4, 2), bool), served, nobody, step, warming_up=step < 20)
     assert served[1, np.argmax(scores[3, 0, 1])] == 2 and scores[3, 0, 1].max() > 1
     assert (np.sort(scores[3, 0, 1])[:-1] < 1).all()
+
+
+def test_where_another_projection_is_in_use_what_was_usual_is_no_longer():
+    """A pair's statistics may lie elsewhere for good in another projection: that is no tampering that goes on."""
+    learnt = np.flatnonzero(LEARNT[OF_PAIR])
+    served, nobody = np.tile(np.arange(4), (4, 1)), np.zeros((4, 4), bool)
+
+    def highest(told, row):
+        cusum, generator, scores = Cusum(Mesh(4, 4), seed=0), np.random.default_rng(7), []
+        for step in range(120):
+            residuals = generator.standard_normal((PAIRS, 2, 3, 4, 2))
+            if step >= 80:
+                residuals[row, 0, 1, 2] += 3.0
+            renewed = np.zeros((4, 4), bool)
+            renewed[1, 2] = told and step == 80
+            counted = np.ones((2, 3, 4, 2), bool)
+            scores.append(cusum.step(residuals, counted, served, nobody, step, step < 20, renewed=renewed))
+        return np.array(scores)[80:].max()
+
+    assert len(learnt) == 3
+    for row in learnt:
+        assert highest(True, row) < 1 < highest(False, row)
+    assert highest(True, 0) > 1, "the cosine is of a fresh projection in every step"
 
 
 def test_state_round_trip():

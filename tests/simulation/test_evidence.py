@@ -95,14 +95,13 @@ def test_layout_and_values(parts, tokens):
                     of_column(observer._look(direction, sender, messages[direction, at].flatten(2, 3)).now, column)
                     for at in (came_over, link)
                 ]
-                ready = observer.renewals[sender].ready_X[column]
+                ready = observer.renewal.ready_X[sender, column]
                 found, lessons = pair_rows(*pair, one.known(end) if ready else None)
                 of_pair = evidence.statistics[RECEIVED, direction, link, column][:, OF_PAIR]
                 np.testing.assert_allclose(of_pair, found.numpy(), rtol=1e-3, atol=1e-5)
                 one.learn(end, lessons[0].mean(0), clean[column])
         verifiers.learn(clean)
-        for renewal in observer.renewals:
-            renewal.learn(clean)
+        observer.renewal.learn(clean)
     known = ~np.isnan(evidence.statistics[RECEIVED, :, 1][..., ~BY_JUDGE]).any(axis=(0, 2, 3))
     assert (known == clean).all(), "what is learnt in a column is available there"
 
@@ -135,7 +134,7 @@ def test_samples_and_fresh_projections_differ_between_columns_and_steps_and_agre
 
 def test_renewals_leave_no_step_without_prediction():
     verifiers = Verifiers(Mesh(3, 2), DECAYS, seed=5, paper_only=False)
-    verifiers._observer.renewals[1] = Renewal(np.array([PERIOD - 2 * LEAD - 1, PERIOD - 2 * LEAD - 4]))
+    verifiers._observer.renewal = Renewal(PERIOD - 2 * LEAD - np.array([[9, 9], [1, 4], [9, 9]]))
     everywhere, epochs = np.ones(2, bool), set()
     generator = torch.Generator().manual_seed(0)
     stage_DD = 0.1 * torch.randn(72, 72, generator=generator)
@@ -149,7 +148,7 @@ def test_renewals_leave_no_step_without_prediction():
         rows = verifiers.evidence(step, np.zeros((3, 2), int) + np.arange(2)).statistics[RECEIVED]
         correlations = rows[[FORWARD, BACKWARD], [1, 0], ..., NAMES.index("prediction_correlation")]
         assert np.isnan(correlations).all() if step < READY else (correlations > 0.3).all(), (step, correlations)
-        epochs.add(tuple(verifiers._observer.renewals[1].epoch_X.tolist()))
+        epochs.add(tuple(verifiers._observer.renewal.epoch_X[1].tolist()))
         verifiers.learn(everywhere)
     assert {(0, 0), (1, 0), (1, 1)} == epochs, "both columns' projections were renewed, each at its own step"
 
