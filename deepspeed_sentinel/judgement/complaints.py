@@ -20,5 +20,5 @@ def complained_of(said_SR: np.ndarray) -> tuple[Worker, ...]:
     against_SRR = said_SR[:, :, None] == 1 + np.arange(replicas)
     if replicas > 1:
         against_SRR &= ~np.eye(replicas, dtype=bool)
-    named_SR = 2 * against_SRR.sum(1) > max(replicas - 1, 1)
+    named_SR = 2 * np.count_nonzero(against_SRR, axis=1) > max(replicas - 1, 1)
     return tuple(Worker(stage, replica) for stage, replica in np.argwhere(named_SR).tolist())
