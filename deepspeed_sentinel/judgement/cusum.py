@@ -27,6 +27,9 @@ _HIGHEST = 1.5 * LIMIT  # so that a worker that stops tampering is heard of soon
 _STEPS = 64
 _USUAL_DECAY, _SPREAD_DECAY = 0.97, 0.7
 _KNOWN = 0.2  # weight that what is usual has after eight steps
+# All deviations are from the replicas' median. Among three or four, one whose data turn to another kind moves that by
+# as much as what adds up, before it can be told from the others, so nothing is added up there.
+LEAST_REPLICAS = 5
 _QUIET = 1.0
 _TYPICAL = 4.0  # spreads; what lies further out would move the worker's usual deviation for long
 _HIGHEST_SCORE = 4.0  # of what lies further out than anything in the window
@@ -79,7 +82,8 @@ class Cusum:
             step: the engine's global step.
             warming_up: learn what is usual, accuse nobody.
             unlike: bool [C], columns whose content is unlike the others'; None is none. What is usual changes there
-                without any worker's doing, so nothing is added, and what was fades.
+                without any worker's doing, so nothing is added, what was fades, and what is usual is learnt anew
+                when it is over.
             renewed: bool [S, C], stages whose pair is measured in another projection from this step on, where what
                 is usual in statistics that rest on what was learnt is another too; None is none.
 
@@ -88,12 +92,15 @@ class Cusum:
         """
         if unlike is None:
             unlike = np.zeros(self._mesh.replicas, bool)
-        # Those left must be a majority, or the median they are measured from is anybody's.
-        unlike = unlike | (2 * np.count_nonzero(~unlike) <= self._mesh.replicas)
+        # The median that all are measured from moves when columns leave it or come back: without two of five, what is
+        # usual of the others is another.
+        unlike = unlike | (4 * np.count_nonzero(~unlike) <= 3 * self._mesh.replicas)
         mean, columns = self._by_worker(residuals, counted & ~unlike[:, None], served)
         deviation = self._in_spreads(mean * np.sqrt(columns))
+        faded = _of_senders(np.broadcast_to(unlike, served.shape), served)
+        self._forget_usual(faded, np.ones(len(self._learnt), bool))
         if renewed is not None:
-            self._forget_usual(_of_senders(renewed, served))
+            self._forget_usual(_of_senders(renewed, served), self._learnt)
         usual = self._usual / np.maximum(self._weight, _SMALLEST)
         # An error in what is usual adds up like a deviation, so it must be known from some steps.
         difference = np.where(self._weight > _KNOWN, deviation - usual, np.nan)
@@ -103,7 +110,6 @@ class Cusum:
         if not warming_up:
             score = self._normal_score(difference)
             grown = np.clip(self._sums + np.stack([score, -score]) - SLACK, 0.0, _HIGHEST)
-            faded = _of_senders(np.broadcast_to(unlike, served.shape), served)
             fading = np.where(faded, np.maximum(self._sums - SLACK, 0.0), self._sums)
             self._sums = np.where(np.isnan(score), fading, grown)
         share_of_limit = self._sums.max(0) / LIMIT
@@ -137,9 +143,9 @@ class Cusum:
         for name in _STATE:
             setattr(self, f"_{name}", np.array(state[name]))
 
-    def _forget_usual(self, chosen: np.ndarray) -> None:
-        """Of these workers (bool [2, L, R]), in statistics that rest on what was learnt."""
-        forgotten = self._learnt[:, None, None, None] & chosen
+    def _forget_usual(self, chosen: np.ndarray, statistics: np.ndarray) -> None:
+        """Of these workers (bool [2, L, R]), in some statistics of pairs (bool [K])."""
+        forgotten = statistics[:, None, None, None] & chosen
         self._usual = np.where(forgotten, 0.0, self._usual)
         self._weight = np.where(forgotten, 0.0, self._weight)
 

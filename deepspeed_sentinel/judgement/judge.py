@@ -17,7 +17,7 @@ from deepspeed_sentinel.judgement.account import Account, Judged, entries
 from deepspeed_sentinel.judgement.blame import Blame, followers
 from deepspeed_sentinel.judgement.cascade import hold_against_fences
 from deepspeed_sentinel.judgement.content import Content, content_alone
-from deepspeed_sentinel.judgement.cusum import Cusum
+from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Overflow
@@ -118,7 +118,7 @@ class Judge:
         )
         fenced = per_statistic[of_pair]
         quiet = np.ones((*fenced.shape[:4], 1), bool)
-        if self.fences.has_majority:
+        if self.mesh.replicas >= LEAST_REPLICAS:
             counted = whole & ~cascade
             counted[BACKWARD] &= ~void
             # With what is usual of a column: sums have a usual of their own, which stands still where they grow.

@@ -114,7 +114,7 @@ def test_a_column_that_crosses_to_other_data_is_not_lost(replicas, seed):
 
 def test_the_same_without_new_content_convicts():
     """Where the first stage sends what it always sent, a pair that changes so much is the worker's doing."""
-    world = World(replicas=3)
+    world = World(replicas=5)
     world.warm_up(40)
     for _ in range(30):
         verdict = world.step(other_gain(2))
