@@ -1,4 +1,4 @@
-"""fp16 with dynamic loss scaling, live: its search is left alone, and where no column is left the scale comes down."""
+"""fp16 with dynamic loss scaling, live: overflow is nobody's fault, and no shield for NaN far from the limit."""
 
 from __future__ import annotations
 
@@ -32,22 +32,24 @@ def runs(tmp_path_factory):
         BASE.with_(name="guarded", sentinel=block),
         BASE.with_(name="attacked", sentinel={**block, "inject": FAULTS}),
     ]
-    return run_scenarios(scenarios, stages=3, replicas=2, folder=folder, timeout=200)
+    return run_scenarios(scenarios, stages=3, replicas=2, folder=folder, timeout=400)
 
 
-def test_the_search_for_the_scale_is_that_of_plain_deepspeed(runs):
+def test_an_overflow_of_one_replica_costs_its_column_that_step_and_nobody_a_strike(runs):
     for plain, guarded in zip(runs["plain"], runs["guarded"], strict=True):
-        for key in ("losses", "loss_scale", "skipped_steps", "global_steps", "weights_sha256", "masters_sha256"):
+        for key in ("loss_scale", "skipped_steps", "global_steps"):
             assert guarded.record[key] == plain.record[key], key
         assert plain.record["skipped_steps"] >= 3, "else nothing was searched for"
-        assert not any(verdict["findings"] for verdict in guarded.verdicts)
+        findings = [finding for verdict in guarded.verdicts for finding in verdict["findings"]]
+        assert not any(finding["strikes"] for finding in findings)
+        assert {finding["statistic"] for finding in findings} <= {"non_finite"}
 
 
-def test_where_overflow_leaves_no_column_the_scale_comes_down(runs):
+def test_bad_workers_of_two_stages_are_no_overflow_where_no_gradient_is_near_the_limit(runs):
     for plain, attacked in zip(runs["plain"], runs["attacked"], strict=True):
         for verdict in attacked.verdicts[START:]:
-            assert verdict["skip"] and verdict["overflow"] and not verdict["newly_convicted"]
-            assert verdict["findings"] and not any(finding["strikes"] for finding in verdict["findings"])
-        skipped = STEPS - START
-        assert attacked.record["skipped_steps"] == plain.record["skipped_steps"] + skipped
-        assert attacked.record["loss_scale"] == plain.record["loss_scale"] / 2**skipped
+            assert verdict["skip"] and not verdict["overflow"]
+            assert [1, 0] in [finding["worker"] for finding in verdict["findings"] if finding["strikes"]]
+        assert [verdict["newly_convicted"] for verdict in attacked.verdicts if verdict["newly_convicted"]] == [[[1, 0]]]
+        assert attacked.record["skipped_steps"] == plain.record["skipped_steps"] + STEPS - START
+        assert attacked.record["loss_scale"] == plain.record["loss_scale"], "the loss scaler had no part in it"
