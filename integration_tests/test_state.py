@@ -54,7 +54,7 @@ def runs(folder):
         ),
         BASE.with_(
             name="healed",
-            steps=34,
+            steps=40,
             sentinel=honest,
             load={"directory": spoilt},
             hook="integration_tests.spoiling:lie_once",
@@ -101,18 +101,21 @@ def _seeds(state):
 
 def test_what_is_known_of_pairs_comes_back_after_a_few_clean_steps(runs):
     """In a clean run that goes on after a checkpoint nobody is accused while it is away, nor when it is back."""
-    assert READY < 27 - 24 + 34 - 27
-    for verdict in (*runs["spoilt"][0].verdicts, *runs["healed"][0].verdicts):
+    before_the_lies = runs["healed"][0].verdicts[: LIES_AT - 27 + 1]
+    for verdict in (*runs["spoilt"][0].verdicts, *before_the_lies, *runs["healed"][0].verdicts[READY + 2 :]):
         assert not verdict["warming_up"] and not verdict["findings"] and not verdict["disputed"], verdict["step"]
 
 
 def test_a_spoilt_baseline_is_not_taken_over_at_either_end(runs):
     said = runs.job.stderr[0] + runs.job.stdout[0]
     assert "baseline of the forward messages on link 0 that is not finite: it starts anew, on both ends" in said
-    assert not any(any(verdict["excluded"]) for verdict in runs["healed"][0].verdicts)
+    assert not any(runs["healed"][0].verdicts[0]["excluded"])
 
 
-def test_one_replicas_number_changes_nothing_and_names_it(runs, folder):
+def test_one_replicas_number_stops_nothing_and_names_it(runs, folder):
+    """Without it the median of two replicas is another than that of three at the other end, so a column may be out."""
+    for verdict in runs["healed"][0].verdicts:
+        assert sum(verdict["excluded"]) <= 1 and not verdict["findings"] and not verdict["newly_convicted"]
     told = [json.loads(line) for line in (folder / "honest" / "events.jsonl").read_text().splitlines()]
     misfits = [(event["step"], event["stage"], event["replica"]) for event in told if event["kind"] == "misfit"]
     assert misfits == [(LIES_AT, *LIAR), (LIES_AT + 1, *LIAR)]

@@ -265,7 +265,8 @@ class Judge:
         Different means other bits, or statistics further apart than an inter-quartile range. Each end measures against
         its own copy of the baseline, and a liar among the replicas that hold one copy must not be able to set honest
         neighbours at odds. What most columns of a link show alike is therefore of the copies, and not of the column:
-        it is subtracted, and where most have a number at one end alone, that says nothing.
+        it is subtracted, and where most have a number at one end alone, or differ in spite of it, that says nothing.
+        Otherwise all columns would be left out, nothing learnt any more, and the copies never become alike again.
         """
         bits = np.ascontiguousarray(statistics).view(np.int64)
         if warming_up or np.array_equal(bits[SENT], bits[RECEIVED]):
@@ -281,6 +282,9 @@ class Judge:
                 mostly = 2 * np.count_nonzero(gone[copies], axis=(3, 4)) > flat.shape[-1]
                 gone[copies] &= ~mostly[..., None, None]
             apart = (np.abs(difference) > self.fences.iqr[..., None, None]) | gone
+        if self.fences.has_majority:
+            columns = np.count_nonzero(apart[self.table.to_baseline].any((0, 4)), axis=-1)
+            apart[self.table.to_baseline] &= (2 * columns <= self.mesh.replicas)[..., None, None]
         of_pair = self.table.of_pair
         return np.asarray(differ | apart[~(self.table.hard | of_pair)].any(0)), np.asarray(apart[of_pair].any(0))
 

@@ -45,6 +45,16 @@ def test_one_columns_end_that_reports_something_else_is_still_in_dispute(world, 
     assert np.flatnonzero(verdict.excluded).tolist() == [3]
 
 
+def test_where_most_columns_differ_each_in_its_own_way_the_copies_do(world):
+    def noisy(values):
+        of_end = values[SENT, BACKWARD, LINK]
+        of_end[..., OF_COPIES] *= np.exp(np.linspace(-2.0, 2.0, of_end[..., OF_COPIES].size)).reshape(
+            of_end[..., OF_COPIES].shape
+        )
+
+    assert not world.step(noisy).disputed
+
+
 def test_what_does_not_rest_on_copies_has_no_such_room(world):
     def changed(values):
         values[SENT, FORWARD, LINK, ..., NAMES.index("energy")] *= 5.0
