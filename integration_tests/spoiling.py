@@ -12,11 +12,19 @@ from deepspeed_sentinel.mesh import FORWARD, Worker
 SPOILT_AT, LIES_AT, LIAR = 26, 28, Worker(1, 0)
 
 
-def spoil_baseline(engine: Any, step: int) -> None:
-    """Before one step stage 1 holds NaN in its baseline of what it receives, as a fault before ours would leave it."""
+def spoil_checkpoint(engine: Any, step: int) -> None:
+    """What stage 1 saves of its baseline of what it receives has a NaN in it."""
     sentinel = engine.sentinel
-    if step == SPOILT_AT and sentinel.worker.stage == 1:
-        sentinel._collector._baselines[0]._averages[FORWARD, RECEIVED][5] = float("nan")
+    if step != SPOILT_AT or sentinel.worker.stage != 1:
+        return
+    sound = sentinel.state_dict
+
+    def spoilt() -> dict[str, Any]:
+        state = sound()
+        state["evidence"]["baselines"]["0"][f"average_{FORWARD}_{RECEIVED}"][5] = float("nan")
+        return state
+
+    sentinel.state_dict = spoilt
 
 
 def lie_once(engine: Any, step: int) -> None:

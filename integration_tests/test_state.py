@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from deepspeed_sentinel.evidence.renewal import READY
-from deepspeed_sentinel.evidence.table import OF_PAIR
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
-from integration_tests.spoiling import LIAR, LIES_AT, SPOILT_AT
+from integration_tests.spoiling import LIAR, LIES_AT
 
 FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1, "start_step": 25}
 BASE = Scenario(name="whole", steps=32, hidden=64, lengths=(48,))
@@ -50,12 +49,12 @@ def runs(folder):
             steps=27,
             sentinel=honest,
             load={"directory": clean},
-            hook="integration_tests.spoiling:spoil_baseline",
+            hook="integration_tests.spoiling:spoil_checkpoint",
             save={"directory": spoilt, "after_step": 27},
         ),
         BASE.with_(
             name="healed",
-            steps=34,
+            steps=40,
             sentinel=honest,
             load={"directory": spoilt},
             hook="integration_tests.spoiling:lie_once",
@@ -79,7 +78,7 @@ def test_strikes_from_before_the_checkpoint_count(runs):
 
 
 def test_a_checkpoint_holds_no_secret_and_nothing_that_is_known_of_pairs(runs, folder):
-    files = sorted(Path(folder / "watched").rglob("*model_states.pt"))
+    files = sorted(Path(folder / "watched").rglob("mp_rank_*model_states.pt"))
     assert len(files) == 3, "one a stage"
     for file in files:
         state = torch.load(file, map_location="cpu", weights_only=False)["deepspeed_sentinel"]
@@ -102,21 +101,21 @@ def _seeds(state):
 
 def test_what_is_known_of_pairs_comes_back_after_a_few_clean_steps(runs):
     """In a clean run that goes on after a checkpoint nobody is accused while it is away, nor when it is back."""
-    verdicts = runs["spoilt"][0].verdicts[: SPOILT_AT - 24]
-    assert OF_PAIR.sum() == 7 and READY < 34 - 27
-    for verdict in (*verdicts, *runs["healed"][0].verdicts):
+    before_the_lies = runs["healed"][0].verdicts[: LIES_AT - 27 + 1]
+    for verdict in (*runs["spoilt"][0].verdicts, *before_the_lies, *runs["healed"][0].verdicts[READY + 2 :]):
         assert not verdict["warming_up"] and not verdict["findings"] and not verdict["disputed"], verdict["step"]
 
 
 def test_a_spoilt_baseline_is_not_taken_over_at_either_end(runs):
-    broken = runs["spoilt"][0].verdicts[SPOILT_AT - 24]
-    assert len(broken["disputed"]) == 3, "the case is one: every column is in dispute"
     said = runs.job.stderr[0] + runs.job.stdout[0]
     assert "baseline of the forward messages on link 0 that is not finite: it starts anew, on both ends" in said
-    assert all(not verdict["excluded"] or not any(verdict["excluded"]) for verdict in runs["healed"][0].verdicts)
+    assert not any(runs["healed"][0].verdicts[0]["excluded"])
 
 
-def test_one_replicas_number_changes_nothing_and_names_it(runs, folder):
+def test_one_replicas_number_stops_nothing_and_names_it(runs, folder):
+    """Without it the median of two replicas is another than that of three at the other end, so a column may be out."""
+    for verdict in runs["healed"][0].verdicts:
+        assert sum(verdict["excluded"]) <= 1 and not verdict["findings"] and not verdict["newly_convicted"]
     told = [json.loads(line) for line in (folder / "honest" / "events.jsonl").read_text().splitlines()]
     misfits = [(event["step"], event["stage"], event["replica"]) for event in told if event["kind"] == "misfit"]
     assert misfits == [(LIES_AT, *LIAR), (LIES_AT + 1, *LIAR)]

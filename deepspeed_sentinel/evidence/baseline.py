@@ -76,6 +76,7 @@ class Baselines:
             if average_V is None or average_V.numel() != summaries_RV.shape[1]:
                 average_V = self._averages[end] = summaries_RV.new_zeros(summaries_RV.shape[1])
                 self._counts[end] = 0
+            average_V.nan_to_num_(0.0, 0.0, 0.0)  # what a fault may have left in it does not stay for ever
             baseline_update(average_V, summaries_RV, clean & sound, self._decay(end))
             self._counts[end] += 1
         return clean & ~sound

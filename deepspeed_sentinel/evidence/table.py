@@ -36,6 +36,7 @@ class Statistic:
         hard: no fence; any value above zero is an alarm.
         of_pair: of what entered the sender and what left it, so the sender's two neighbours report it, not the
             two ends of the link. Messages of the first and last stage have none.
+        to_baseline: measured from the baseline, of which the two ends of a link hold a copy each.
         learnt: measured against what was learnt of the stage in a projection that is renewed now and then.
         by_judge: the judge finds it in the reports of both ends of two links; nobody reports it.
     """
@@ -48,6 +49,7 @@ class Statistic:
     floor: float = 1e-3
     hard: bool = False
     of_pair: bool = False
+    to_baseline: bool = False
     learnt: bool = False
     by_judge: bool = False
 
@@ -62,10 +64,12 @@ def _of_pair(
 
 
 TABLE: tuple[Statistic, ...] = (
-    Statistic("mean_abs", "mean_d |xbar_d - m_d|", _PAPER),
-    Statistic("l2_rel", "||xbar - m|| / ||m||", _PAPER),
-    Statistic("sign_flip", "mean_d [sign xbar_d != sign m_d]", _PAPER, scale="arcsine"),
-    Statistic("sliced_wasserstein", "mean |projected quantiles - EMA of projected quantiles|", _PAPER),
+    Statistic("mean_abs", "mean_d |xbar_d - m_d|", _PAPER, to_baseline=True),
+    Statistic("l2_rel", "||xbar - m|| / ||m||", _PAPER, to_baseline=True),
+    Statistic("sign_flip", "mean_d [sign xbar_d != sign m_d]", _PAPER, scale="arcsine", to_baseline=True),
+    Statistic(
+        "sliced_wasserstein", "mean |projected quantiles - EMA of projected quantiles|", _PAPER, to_baseline=True
+    ),
     Statistic("energy", "mean_td x_td^2", "ours"),
     Statistic("max_abs", "max_td |x_td|", "ours"),
     Statistic("non_finite", "number of NaN and infinite elements", "ours", scale="plain", hard=True),
@@ -107,6 +111,7 @@ TABLE: tuple[Statistic, ...] = (
 NAMES = tuple(row.name for row in TABLE)
 HARD = np.array([row.hard for row in TABLE])
 OF_PAIR = np.array([row.of_pair for row in TABLE])
+TO_BASELINE = np.array([row.to_baseline for row in TABLE])
 LEARNT = np.array([row.learnt for row in TABLE])
 BY_JUDGE = np.array([row.by_judge for row in TABLE])
 FLOORS = np.array([row.floor for row in TABLE])
@@ -123,7 +128,7 @@ class Rows:
         parts: how many, P.
 
     Attributes:
-        hard, of_pair, learnt, by_judge: bool [P * K], as of ``Statistic``.
+        hard, of_pair, to_baseline, learnt, by_judge: bool [P * K], as of ``Statistic``.
         floors: float64 [P * K].
     """
 
@@ -139,6 +144,10 @@ class Rows:
     @property
     def of_pair(self) -> np.ndarray:
         return np.tile(OF_PAIR, self.parts)
+
+    @property
+    def to_baseline(self) -> np.ndarray:
+        return np.tile(TO_BASELINE, self.parts)
 
     @property
     def learnt(self) -> np.ndarray:
