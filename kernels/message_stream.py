@@ -18,7 +18,7 @@ import torch
 
 from deepspeed_sentinel.kernels.dispatch import KINDS, LAUNCH, integer_view, tl, triton
 from deepspeed_sentinel.kernels.hashing import float_of_bits
-from deepspeed_sentinel.kernels.tensor_digest import GROUP, odd_weights
+from deepspeed_sentinel.kernels.tensor_digest import GROUP, odd_weights, spread
 
 REDUCED = 128  # columns that one reducing program adds up
 _WARPS, _LANE_BYTES = 4, 16
@@ -125,7 +125,7 @@ def _stream_kernel(
             else:
                 tl.store(copy_ptr + t * copy_stride_t + copy_offsets, bits, mask=inside)
         p0, p1 = odd_weights(t // BT, 0x3C6EF372)
-        wide = bits.to(tl.int32)
+        wide = spread(bits.to(tl.int32))
         word0 += p0 * tl.sum(wide * q0[:, None], 0)
         word1 += p1 * tl.sum(wide * q1[:, None], 0)
         x = float_of_bits(bits, KIND)

@@ -1,11 +1,13 @@
 """A checksum of a tensor's bits that two devices compute in any order with the same result.
 
-    digest_j = sum_tc V_jt B_tc W_jc  (mod 2^32)           j = 0, 1;  B [T, C]: the bits as integers of 32 or fewer bits
+    digest_j = sum_tc V_jt f(B_tc) W_jc  (mod 2^32)        j = 0, 1;  B [T, C]: the bits as integers of 32 or fewer bits
     V_jt     = P_j(t div 8) Q_j(t mod 8)                   P, Q, W: fixed odd weights, hashes of their index
+    f(b)     = b ^ (b >> 16)                               of 32 bits without a sign
 
-It is linear, so partial sums of any shape add up to it, and since the weights are odd no single changed bit is lost.
-A kernel hashes once in eight rows. Equal digests at both ends of a link mean equal messages, bit for bit, up to a
-chance of about 2^-64. It guards against corruption and against two reports that differ; its weights are no secret.
+Partial sums of any shape add up to it, and since f is a bijection and the weights are odd no single changed element is
+lost. Without f, what changes only the highest bit of an even number of elements, such as the sign of a whole message,
+would cancel; with it that has a chance of about 2^-32, any other change one of 2^-64. A kernel hashes weights once in
+eight rows. It guards against corruption and against two reports that differ; its weights are no secret.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def tensor_digest(x: torch.Tensor) -> torch.Tensor:
 
 
 def weighted_sum(bits_XRC: torch.Tensor, row_weights_2R: torch.Tensor, column_weights_2C: torch.Tensor) -> torch.Tensor:
-    """V B W of bits [..., R, C] and weights [2, R] and [2, C]: int32 [..., 2]."""
+    """V f(B) W of bits [..., R, C] and weights [2, R] and [2, C]: int32 [..., 2]."""
+    bits_XRC = spread_reference(bits_XRC)
     if bits_XRC.device.type == "cpu":
         by_column_X2C = row_weights_2R @ bits_XRC
     else:  # there is no integer matrix product on a GPU
@@ -42,6 +45,11 @@ def weighted_sum(bits_XRC: torch.Tensor, row_weights_2R: torch.Tensor, column_we
             [(bits_XRC * weights_R[:, None]).sum(-2, dtype=torch.int32) for weights_R in row_weights_2R], dim=-2
         )
     return (by_column_X2C * column_weights_2C).sum(-1, dtype=torch.int32)
+
+
+def spread_reference(bits: torch.Tensor) -> torch.Tensor:
+    """f of int32 bits, see the head of this file."""
+    return (bits >> 16).bitwise_and_(0xFFFF).bitwise_xor_(bits)
 
 
 @lru_cache(maxsize=64)
@@ -68,3 +76,9 @@ def odd_weights(counters, start: tl.constexpr):
     h = mix(tl.cast(counters, tl.uint32) + start)
     second = (h ^ (h >> 15)) * 0x2C1B3C6D
     return (h | 1).to(tl.int32, bitcast=True), (second | 1).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def spread(bits):
+    unsigned = bits.to(tl.uint32, bitcast=True)
+    return (unsigned ^ (unsigned >> 16)).to(tl.int32, bitcast=True)

@@ -165,6 +165,19 @@ def test_digest_sees_every_single_bit():
             assert (after != before).all(), (element, bit)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_digest_sees_what_changes_the_highest_bits_of_many(device, dtype):
+    """Weights alone would add the highest bits of an even number of elements to zero."""
+    x_TD = random(24, 8, seed=2).to(device, dtype)
+    digest = tensor_digest(x_TD)
+    assert (tensor_digest(-x_TD) != digest).all()
+    for rows in (slice(0, 1), slice(3, 11), slice(0, 24, 2)):
+        flipped, larger = x_TD.clone(), x_TD.clone()
+        flipped[rows] *= -1
+        larger[rows] *= 4.0
+        assert (tensor_digest(flipped) != digest).all() and (tensor_digest(larger) != digest).all()
+
+
 def test_digest_sees_swapped_tokens_columns_and_signed_zero():
     x_TD = random(24, 8, seed=1)
     digest = tensor_digest(x_TD)
