@@ -40,6 +40,8 @@ def test_a_message_without_the_checksum_that_both_ends_reported_names_its_witnes
         tensors[part] = tensors[part] + 1
         assert outcome(case, second=replace(case.second, tensors=tuple(tensors))) is Outcome.SECOND_FALSE
     assert outcome(case, first=replace(case.first, tensors=())) is Outcome.FIRST_FALSE
+    negative = replace(case.second, tensors=(-case.second.tensors[0], *case.second.tensors[1:]))
+    assert outcome(case, second=negative) is Outcome.SECOND_FALSE
     not_a_number = replace(case.first, tensors=(case.first.tensors[0] * float("nan"), *case.first.tensors[1:]))
     assert outcome(case, first=not_a_number) is Outcome.FIRST_FALSE
 
