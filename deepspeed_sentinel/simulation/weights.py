@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -48,13 +48,12 @@ class WeightHistory:
         if direction == FORWARD:
             with torch.no_grad():
                 return functional_call(self._stages[stage], old, (entered_BTD,))
-        with torch.enable_grad():
-            leaf = entered_BTD.detach().requires_grad_()
-            left = functional_call(self._stages[stage], old, (leaf,))
-        return torch.autograd.grad(left, leaf, gradient_BTD)[0]
+        return backward_from(lambda leaf: functional_call(self._stages[stage], old, (leaf,)), entered_BTD, gradient_BTD)
 
 
-def backward_from(stage: nn.Module, stored_BTD: torch.Tensor, gradient_BTD: torch.Tensor) -> torch.Tensor:
+def backward_from(
+    stage: Callable[[torch.Tensor], torch.Tensor], stored_BTD: torch.Tensor, gradient_BTD: torch.Tensor | None
+) -> torch.Tensor:
     """The gradient that ``stage`` sends if ``stored_BTD`` is what it kept of the activation that entered it.
 
     Everything between is computed anew from it, as with activation checkpointing.
