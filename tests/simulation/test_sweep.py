@@ -132,7 +132,7 @@ def test_parquet(tmp_path):
     ("text", "said"),
     [
         ("seeds = [1]", "unknown seeds; allowed: attack, base, clean, grid, out"),
-        ("[base]\nstage = 4", "base: unknown stage; allowed: attackers, chunk"),
+        ("[base]\nstage = 4", "base: unknown stage; allowed: attackers, change, "),
         ("[grid]\nseed = 1", "grid: seed must be a list"),
         ("[[attack]]\nname = 'scaling'\nfactor = 2", "attack: unknown factor; allowed: name, arguments, vary"),
         ("[[attack]]\nname = 'magic'", "'magic' is unknown"),
