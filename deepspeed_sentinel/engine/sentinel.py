@@ -18,6 +18,7 @@ from deepspeed_sentinel.engine import access, checkpoint
 from deepspeed_sentinel.engine.buffers import ForwardState
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness, rendezvous_host
+from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.parts import Layout
@@ -25,11 +26,9 @@ from deepspeed_sentinel.evidence.table import Evidence
 from deepspeed_sentinel.judgement.complaints import complained_of
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
-from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.response.audit import audits_due, rule
 from deepspeed_sentinel.response.gate import Share
 from deepspeed_sentinel.response.hearing import Hearing
-from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
 
 # Whole, not their schedules alone: they communicate before and after. Checkpoints are not watched, since a script may
 # go on after an error in one, and what a watched method fails with ends all ranks.
@@ -63,7 +62,7 @@ class Sentinel:
             ("judged_messages", "alarms", "disputes", "skipped_steps", "excluded_column_steps"), 0
         )
         self._control = dist.new_group(backend="gloo")
-        self._events = self._open_events()
+        self._telling = Telling(config, self.mesh, self._control)
         ranks, device = access.ranks_of(engine), torch.device(engine.device)
         self._ranks = ranks
         self._collector = Collector(
@@ -95,7 +94,7 @@ class Sentinel:
         self.reset()
         self._liveness = Liveness(self.mesh, ranks)
         self._wrap()
-        self._announce()
+        self._telling.start(engine.global_steps)
 
     def detach(self) -> None:
         """Give the engine back as it was: no wrapped instruction remains."""
@@ -106,8 +105,7 @@ class Sentinel:
         for name, before in self._before.items():
             setattr(self.engine, name, before)
         self._liveness.stop()
-        if self._events:
-            self._events.close()
+        self._telling.close()
 
     def reset(self) -> None:
         """Forget baselines, fences and record; warm up again."""
@@ -204,7 +202,7 @@ class Sentinel:
         first = self._collector.layout is None
         evidence = self._collector.collect(step, access.gradient_scale(self.engine))
         if first:
-            self._tell_layout()
+            self._take_layout()
         for told in self._collector.changed():
             logger.warning(f"[sentinel] {told}")
         verdict = self._judge.step(evidence, access.overflow_limit(self.engine))
@@ -216,7 +214,8 @@ class Sentinel:
             self._share.apply_(access.gradients(self.engine))
         self._forward_state.end_step(counts=self._share.included)
         self.last_verdict = verdict
-        self._tell(verdict)
+        self._count(verdict)
+        self._telling.verdict(verdict)
 
     def _agree(self, verdict: Verdict) -> None:
         """Stop all ranks unless they came to the same verdict."""
@@ -233,7 +232,7 @@ class Sentinel:
             )
 
         for worker in complained_of(said[:, 1].numpy()[self._ranks]):
-            self._tell_of_misfit(verdict.step - 1, worker)
+            self._telling.misfit(verdict.step - 1, worker)
 
     def gather_words(self, *words: int) -> torch.Tensor:
         """int64 [ranks, W]: what every rank says in W whole numbers. Collective."""
@@ -241,16 +240,6 @@ class Sentinel:
         everyone = torch.empty(self._ranks.size * len(words), dtype=torch.int64)
         dist.all_gather_single(everyone, mine, group=self._control)
         return everyone.view(-1, len(words))
-
-    def _tell_of_misfit(self, step: int, worker: Worker) -> None:
-        if dist.get_rank() != 0:
-            return
-        logger.warning(
-            f"[sentinel] step {step}: {worker} told the other replicas of its stage a mean that no message of the size "
-            "it reported can have, and its messages were clean: it lies, or it miscalculates. It counted for nothing"
-        )
-        if self._events:
-            self._events.write(step, {"kind": "misfit", "stage": worker.stage, "replica": worker.replica})
 
     def _audit(self, verdict: Verdict, evidence: Evidence) -> Verdict:
         """Take back the strikes that rest on neighbours' words and that no trusted worker could confirm."""
@@ -283,96 +272,28 @@ class Sentinel:
             f"contributions: {folder}. See {self.config.output_dir}/events.jsonl."
         )
 
-    def _tell(self, verdict: Verdict) -> None:
+    def _count(self, verdict: Verdict) -> None:
         self.counts["judged_messages"] += verdict.judged
         self.counts["alarms"] += sum(len(finding.micro_batches) for finding in verdict.findings)
         self.counts["disputes"] += len(verdict.disputed)
         self.counts["skipped_steps"] += verdict.skip
         self.counts["excluded_column_steps"] += int(np.count_nonzero(verdict.excluded))
-        if dist.get_rank() != 0:
-            return
-        if self._events:
-            for event in verdict_events(verdict, every_step=self.config.events == "steps"):
-                self._events.write(verdict.step, event)
-        for worker in verdict.newly_convicted:
-            logger.warning(f"[sentinel] step {verdict.step}: {worker} CONVICTED")
-        for worker in verdict.released:
-            logger.info(f"[sentinel] step {verdict.step}: {worker} released, on probation")
-        for told in (*verdict.findings, *verdict.disputed):
-            logger.warning(f"[sentinel] step {verdict.step}: {told}")
-        if verdict.skip:
-            logger.warning(f"[sentinel] step {verdict.step}: every column excluded, step skipped")
 
     @property
     def _layout(self) -> Layout:
         assert self._collector.layout is not None, "agreed on before the first verdict"
         return self._collector.layout
 
-    def _tell_layout(self) -> None:
+    def _take_layout(self) -> None:
         """Say once what is not judged, and judge as many parts as there are."""
         if self.worker.replica == 0 and (told := self._collector.not_judged()):
             logger.warning(f"[sentinel] {told}")
         parts = self._layout.parts
         if self._judge.table.parts == parts:
             return
-        if self._judge.fences.learnt_steps and dist.get_rank() == 0:
-            logger.warning(
-                f"[sentinel] messages have {parts} judged parts, and the state taken over is of "
-                f"{self._judge.table.parts}: fences and convictions start anew, with {self.config.warmup_steps} steps "
-                "of warm-up"
-            )
+        if self._judge.fences.learnt_steps:
+            self._telling.anew(parts, before=self._judge.table.parts)
         self.reset()
-
-    def _open_events(self) -> EventLog | None:
-        """Only rank 0 writes, but all ranks must fail together when it cannot."""
-        log: EventLog | None = None
-        problem: list[str | None] = [None]
-        if dist.get_rank() == 0 and self.config.events != "none":
-            try:
-                log = EventLog(self.config.output_dir)
-            except OSError as error:
-                problem = [str(error)]
-        dist.broadcast_object_list(problem, src=0, group=self._control)
-        if problem[0]:
-            raise ValueError(
-                f"sentinel.output_dir: cannot write to {self.config.output_dir!r}: {problem[0]}. Name a folder that "
-                'rank 0 can write to, or set "events": "none".'
-            )
-        return log
-
-    def _announce(self) -> None:
-        if self._events:
-            self._events.write(
-                self.engine.global_steps,
-                {
-                    "kind": "start",
-                    "mesh": {"stages": self.mesh.stages, "replicas": self.mesh.replicas},
-                    "config": self.config.model_dump(mode="json"),
-                    "injecting": bool(self.config.inject),
-                },
-            )
-        if dist.get_rank() != 0:
-            return
-        logger.info(
-            f"[sentinel] watching {self.mesh.stages} stages x {self.mesh.replicas} replicas, action "
-            f"{self.config.action!r}"
-        )
-        if self.mesh.replicas < 3:
-            logger.warning(f"[sentinel] {_FEW_REPLICAS[self.mesh.replicas]}")
-        for injection in self.config.inject:
-            logger.warning(
-                f"[sentinel] !!! FAULT INJECTION IS ON !!! stage {injection.stage}, replica {injection.replica}: "
-                f"{injection.attack} {injection.arguments or ''} on {injection.direction} messages ({injection.where}) "
-                f"from step {injection.start_step}. Never do this in a run whose weights you need."
-            )
-
-
-_FEW_REPLICAS = {
-    1: "1 replica: there is nothing to compare with, so statistics are reported and exclude nothing; what is not "
-    "finite, disputed, or should have been passed on unchanged still does",
-    2: "2 replicas: there is no majority, so only a replica that changes while the other does not is left out, and "
-    "slow drift by one cannot be seen",
-}
 
 
 def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:

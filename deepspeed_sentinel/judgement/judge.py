@@ -17,13 +17,13 @@ from deepspeed_sentinel.judgement.account import Account, Judged, entries
 from deepspeed_sentinel.judgement.blame import Blame, followers
 from deepspeed_sentinel.judgement.cascade import hold_against_fences
 from deepspeed_sentinel.judgement.content import Content, content_alone
+from deepspeed_sentinel.judgement.contradiction import contradictions
 from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Overflow
 from deepspeed_sentinel.judgement.passing import Passing
 from deepspeed_sentinel.judgement.record import Record
-from deepspeed_sentinel.judgement.robust import median
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
@@ -100,7 +100,10 @@ class Judge:
         hard = np.nan_to_num(statistics[..., self.table.hard & ~self.table.by_judge]).any(-1)
         compared = comparable(values)
         differ = (evidence.digests[SENT] != evidence.digests[RECEIVED]).any(-1) | (hard[SENT] != hard[RECEIVED])
-        contradicted, contested = self._contradictions(statistics, differ, warming_up)
+        contradicted, contested = differ, np.zeros_like(differ)
+        if not warming_up:
+            by_ends, contested = contradictions(statistics, self.fences, self.table)
+            contradicted = differ | by_ends
         disputes = contradicted | contested
         values[self.table.by_judge] = 0.0
         values[_PASSED_ON] = self.passing.step(evidence.digests[RECEIVED], ~differ)
@@ -256,37 +259,6 @@ class Judge:
         statistics = statistics.copy()
         statistics[:, BACKWARD] = np.where(void[..., None] & ~self.table.hard, np.nan, statistics[:, BACKWARD])
         return statistics
-
-    def _contradictions(
-        self, statistics: np.ndarray, differ: np.ndarray, warming_up: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Messages about which the two ends, and those about whose sender its two neighbours, report different things.
-
-        Different means other bits, or statistics further apart than an inter-quartile range. Each end measures against
-        its own copy of the baseline, and a liar among the replicas that hold one copy must not be able to set honest
-        neighbours at odds. What most columns of a link show alike is therefore of the copies, and not of the column:
-        it is subtracted, and where most have a number at one end alone, or differ in spite of it, that says nothing.
-        Otherwise all columns would be left out, nothing learnt any more, and the copies never become alike again.
-        """
-        bits = np.ascontiguousarray(statistics).view(np.int64)
-        if warming_up or np.array_equal(bits[SENT], bits[RECEIVED]):
-            return differ, np.zeros_like(differ)
-        sent, received = (comparable(np.moveaxis(statistics[end], -1, 0)) for end in (SENT, RECEIVED))
-        gone = np.isnan(sent) != np.isnan(received)
-        with np.errstate(invalid="ignore"):
-            difference = sent - received
-            if self.fences.has_majority:
-                copies = self.table.to_baseline
-                flat = difference[copies].reshape(*difference[copies].shape[:3], -1)
-                difference[copies] -= np.nan_to_num(median(flat))[..., None, None]
-                mostly = 2 * np.count_nonzero(gone[copies], axis=(3, 4)) > flat.shape[-1]
-                gone[copies] &= ~mostly[..., None, None]
-            apart = (np.abs(difference) > self.fences.iqr[..., None, None]) | gone
-        if self.fences.has_majority:
-            columns = np.count_nonzero(apart[self.table.to_baseline].any((0, 4)), axis=-1)
-            apart[self.table.to_baseline] &= (2 * columns <= self.mesh.replicas)[..., None, None]
-        of_pair = self.table.of_pair
-        return np.asarray(differ | apart[~(self.table.hard | of_pair)].any(0)), np.asarray(apart[of_pair].any(0))
 
     def _served_by_convicted(self, served: np.ndarray) -> np.ndarray:
         """Where the worker that serves a column is convicted, bool [S, C]."""

@@ -1,0 +1,124 @@
+"""What a watched engine says: lines of the log on rank 0, and events."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.utils import logger
+
+from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.mesh import Mesh, Worker
+from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
+
+_FEW_REPLICAS = {
+    1: "1 replica: there is nothing to compare with, so statistics are reported and exclude nothing; what is not "
+    "finite, disputed, or should have been passed on unchanged still does",
+    2: "2 replicas: there is no majority, so only a replica that changes while the other does not is left out, and "
+    "slow drift by one cannot be seen",
+}
+
+
+class Telling:
+    """Says on rank 0 what happens; on other ranks it is silent. Collective to create.
+
+    Args:
+        config: whose ``output_dir`` and ``events`` say where events go, and which.
+        mesh: the mesh watched.
+        control: a gloo group of all ranks.
+
+    Raises:
+        ValueError: on every rank, when rank 0 cannot write events.
+    """
+
+    def __init__(self, config: SentinelConfig, mesh: Mesh, control: dist.ProcessGroup) -> None:
+        self._config, self._mesh = config, mesh
+        self._first = dist.get_rank() == 0
+        self._log = self._open_log(control)
+
+    def close(self) -> None:
+        if self._log:
+            self._log.close()
+
+    def start(self, step: int) -> None:
+        """What is watched, what cannot be seen, and what is injected."""
+        config, mesh = self._config, self._mesh
+        self._event(
+            step,
+            {
+                "kind": "start",
+                "mesh": {"stages": mesh.stages, "replicas": mesh.replicas},
+                "config": config.model_dump(mode="json"),
+                "injecting": bool(config.inject),
+            },
+        )
+        if not self._first:
+            return
+        logger.info(f"[sentinel] watching {mesh.stages} stages x {mesh.replicas} replicas, action {config.action!r}")
+        if mesh.replicas < 3:
+            logger.warning(f"[sentinel] {_FEW_REPLICAS[mesh.replicas]}")
+        for injection in config.inject:
+            logger.warning(
+                f"[sentinel] !!! FAULT INJECTION IS ON !!! stage {injection.stage}, replica {injection.replica}: "
+                f"{injection.attack} {injection.arguments or ''} on {injection.direction} messages ({injection.where}) "
+                f"from step {injection.start_step}. Never do this in a run whose weights you need."
+            )
+
+    def verdict(self, verdict: Verdict) -> None:
+        """What one step came to."""
+        if not self._first:
+            return
+        for event in verdict_events(verdict, every_step=self._config.events == "steps"):
+            self._event(verdict.step, event)
+        for worker in verdict.newly_convicted:
+            self._warn(verdict.step, f"{worker} CONVICTED")
+        for worker in verdict.released:
+            logger.info(f"[sentinel] step {verdict.step}: {worker} released, on probation")
+        for told in (*verdict.findings, *verdict.disputed):
+            self._warn(verdict.step, str(told))
+        if verdict.skip:
+            self._warn(verdict.step, "every column excluded, step skipped")
+
+    def misfit(self, step: int, worker: Worker) -> None:
+        """A worker's mean for the baseline that cannot be."""
+        if not self._first:
+            return
+        self._warn(
+            step,
+            f"{worker} told the other replicas of its stage a mean that no message of the size it reported can have, "
+            "and its messages were clean: it lies, or it miscalculates. It counted for nothing",
+        )
+        self._event(step, {"kind": "misfit", "stage": worker.stage, "replica": worker.replica})
+
+    def anew(self, parts: int, before: int) -> None:
+        """A state that was taken over and does not fit the messages."""
+        if self._first:
+            logger.warning(
+                f"[sentinel] messages have {parts} judged parts, and the state taken over is of {before}: fences and "
+                f"convictions start anew, with {self._config.warmup_steps} steps of warm-up"
+            )
+
+    def _warn(self, step: int, text: str) -> None:
+        logger.warning(f"[sentinel] step {step}: {text}")
+
+    def _event(self, step: int, event: dict[str, Any]) -> None:
+        if self._log:
+            self._log.write(step, event)
+
+    def _open_log(self, control: dist.ProcessGroup) -> EventLog | None:
+        """Only rank 0 writes, but all ranks must fail together when it cannot."""
+        log: EventLog | None = None
+        problem: list[str | None] = [None]
+        if self._first and self._config.events != "none":
+            try:
+                log = EventLog(self._config.output_dir)
+            except OSError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0, group=control)
+        if problem[0]:
+            raise ValueError(
+                f"sentinel.output_dir: cannot write to {self._config.output_dir!r}: {problem[0]}. Name a folder that "
+                'rank 0 can write to, or set "events": "none".'
+            )
+        return log
