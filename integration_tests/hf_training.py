@@ -124,6 +124,7 @@ class Runs:
         save_to: str | None = None,
         stages: int | None = None,
         trainer_options: dict[str, Any] | None = None,
+        mixin: type | None = None,
         **changes: Any,
     ) -> Any:
         kind: Any = Trainer
@@ -134,6 +135,8 @@ class Runs:
             kind, stages = SentinelTrainer, stages or self.stages
             replicas = int(os.environ["WORLD_SIZE"]) // stages
             config = {**BASE, "pipeline": {"stages": stages}, **(deepspeed or {})}
+        if mixin is not None:
+            kind = type(mixin.__name__, (mixin, kind), {})
         told: list[Any] = []
         trainer = kind(
             what,

@@ -34,6 +34,7 @@ class ModelOutputs:
         self.logits = outputs[0]
         self._name, self._own_loss, self._outputs = type(stage_model).__name__, own_loss, outputs
         self._inputs: dict[str, torch.Tensor] | None = dict(inputs)
+        self._modules: dict[str, Any] = {}  # Accelerator.unwrap_model looks for compiled ones
 
     def __call__(self, **given: Any) -> CausalLMOutput:
         """Outputs with ``logits``, and with ``loss`` if there are ``labels``.

@@ -55,11 +55,10 @@ class CausalLMPipeline(PipelineModule):
         router: of a model with a router loss, else None.
         config: the model's.
         peft_model: what was given around the model, if it has adapters, else None.
-        placeholder: where nothing on this stage is to be trained, a zero that the optimizer is given, else None.
+        placeholders: zeros that the optimizer is given where it would have nothing to train on this stage.
     """
 
     _layer_specs: list[Any]
-    placeholder: nn.Parameter | None
 
     def __init__(
         self,
@@ -85,8 +84,10 @@ class CausalLMPipeline(PipelineModule):
         interval = options.pop("activation_checkpoint_interval", 0)
         super().__init__(modules, num_stages=num_stages, loss_fn=loss, partition_method=method, **options)
         self.stage_model.to(get_accelerator().device_name(self.local_rank))
-        self.fill_empty_stage()
+        self.placeholders = nn.ParameterList()
         self._mark_for_clipping()
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            self.placeholder(0)
         if num_stages > 1:
             models = [model, model.base_model, *([] if peft_model is None else [peft_model])]
             refuse_as_whole(models, self.stage_id, num_stages, lambda: self._runs)
@@ -132,6 +133,8 @@ class CausalLMPipeline(PipelineModule):
             where there are any.
         """
         first, *others = inputs if isinstance(inputs, tuple) else (inputs,)
+        if not self.is_first:
+            first = self._with_placeholders(first)
         sums_N = next((part for part in others if part.is_floating_point()), None)
         mask_BT = next((part for part in others if part.dtype == torch.bool), None)
         positions_BT = next((part for part in others if part.dtype == torch.int64), None)
@@ -145,9 +148,8 @@ class CausalLMPipeline(PipelineModule):
         finally:
             self._runs = False
         result = outputs.logits if self.is_last else outputs.last_hidden_state
-        if not self.is_last and torch.is_grad_enabled() and not result.requires_grad:
-            # nothing up to here is trained, but DeepSpeed runs backward from what it sends
-            result = result.detach().requires_grad_()
+        if self.is_first:
+            result = self._with_placeholders(result)
         parts = [result]
         if self.router is not None:
             before_N = sums_N if sums_N is not None else self.router.nothing(result.device)
@@ -159,14 +161,25 @@ class CausalLMPipeline(PipelineModule):
     def hf_names(self) -> dict[str, str]:
         """Parameter names of this module to names in the transformers model."""
         names = {id(parameter): name for name, parameter in self.stage_model.named_parameters()}
-        return {name: names[id(own)] for name, own in self.named_parameters() if own is not self.placeholder}
+        return {name: names[id(own)] for name, own in self.named_parameters() if id(own) in names}
 
-    def fill_empty_stage(self) -> None:
-        """Make the ``placeholder`` if nothing on this stage is to be trained: DeepSpeed's optimizers need something."""
-        if self.placeholder is None and not any(parameter.requires_grad for parameter in self.parameters()):
+    def placeholder(self, index: int) -> nn.Parameter:
+        """A parameter that is no part of the model, for an optimizer's group that has nothing on this stage."""
+        while len(self.placeholders) <= index:
             device = get_accelerator().device_name(self.local_rank)
-            self.placeholder = nn.Parameter(torch.zeros(1, dtype=self.stage_model.dtype, device=device))
-            self.placeholder.ds_pipe_replicated = False
+            zero = nn.Parameter(torch.zeros(1, dtype=self.stage_model.dtype, device=device))
+            zero.ds_pipe_replicated, zero.model_parallel = False, True
+            self.placeholders.append(zero)
+        return self.placeholders[index]
+
+    def _with_placeholders(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """The same values, made to depend on the placeholders: so these have gradients, which are zero.
+
+        And what the first stage sends requires a gradient, even if it trains nothing: DeepSpeed runs backward from it.
+        """
+        for zero in self.placeholders:
+            hidden_BTD = hidden_BTD + 0 * zero.to(hidden_BTD.dtype)
+        return hidden_BTD
 
     @property
     def universal_checkpoint_info(self) -> dict[str, Any]:
@@ -191,7 +204,6 @@ class CausalLMPipeline(PipelineModule):
             for name, spec in zip(plan.pieces, self._layer_specs, strict=True)
         ]
         super()._build()
-        self.register_parameter("placeholder", None)
 
     def _mark_for_clipping(self) -> None:
         # DeepSpeed's fp32 clipping takes the norm over stage 0 alone, unless parameters are marked like this.

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedType, DummyOptim, DummyScheduler
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
 from torch.utils.data import DataLoader
@@ -20,10 +19,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from deepspeed_sentinel.engine import access
 from deepspeed_sentinel.engine.launch import initialize
 from deepspeed_sentinel.engine.tied import reduce_rightly
-from deepspeed_sentinel.hf.batches import ALLOWED, Batch, announce_shapes, label_tokens
+from deepspeed_sentinel.hf.batches import ALLOWED, announce_shapes, label_tokens
 from deepspeed_sentinel.hf.callback import has_news, log_entries, tell
 from deepspeed_sentinel.hf.compute_loss import ComputeLoss
 from deepspeed_sentinel.hf.data import prepare_by_replica
+from deepspeed_sentinel.hf.evaluation import evaluate_batch, gather_replicas, share_logits
+from deepspeed_sentinel.hf.groups import align_groups
 from deepspeed_sentinel.hf.options import check_arguments, check_config, engine_config, given_config
 from deepspeed_sentinel.hf.overrides import check_overrides
 from deepspeed_sentinel.hf.pipeline import to_pipeline
@@ -173,16 +174,12 @@ class SentinelTrainer(Trainer):
             self._created_lr_scheduler = False
         self._release_engine()
         self._held = []
-        self.pipeline.fill_empty_stage()
         self.optimizer, self.lr_scheduler = deepspeed_init(self, num_training_steps=max_steps)
         given: dict[str, Any] = {}
         if isinstance(self.optimizer, DummyOptim):  # the config has an "optimizer"
-            given["model_parameters"] = self.optimizer.params or [self.pipeline.placeholder]
+            given["model_parameters"] = self.optimizer.params or [self.pipeline.placeholder(0)]
         else:
-            # as DeepSpeed does, but before the scheduler counts them
-            groups = self.optimizer.param_groups
-            empty = [{**groups[0], "params": [self.pipeline.placeholder]}]
-            groups[:] = [group for group in groups if group["params"]] or empty
+            align_groups(self.optimizer.param_groups, self.pipeline.placeholder)
             given["optimizer"] = self.optimizer
         if isinstance(self.lr_scheduler, DummyScheduler):  # so it has, or a "scheduler"
             if self.lr_scheduler.lr_scheduler_callable is not None:
@@ -262,7 +259,7 @@ class SentinelTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         if self.deepspeed is None:
             self._start_engine(deepspeed.initialize, trains=False)
-        self.gather_function = self._gather_replicas
+        self.gather_function = lambda tensor: gather_replicas(self.accelerator, tensor, self.mesh.stages)
         return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
@@ -281,32 +278,12 @@ class SentinelTrainer(Trainer):
         has_labels = bool(labels) and all(part is not None for part in labels)
         batch = evaluation_batch(self, self._loss, inputs, has_labels, self.mesh.replicas)
         announce_shapes(engine, [batch])
-        losses, logits = engine.eval_batch(
-            iter([batch]), return_logits=True, reduce_output=None, bcast_loss=False, num_micro_batches=1
-        )
-        loss = engine._bcast_pipe_scalar(losses[0] if self.pipeline.is_last else None) if has_labels else None
+        own_loss, outputs = evaluate_batch(engine, batch)
+        loss = engine._bcast_pipe_scalar(own_loss) if has_labels else None
         if prediction_loss_only:
             return loss, None, None
         given = self._prepare_input(labels[0] if len(labels) == 1 else tuple(labels)) if has_labels else None
-        return loss, self._share_logits(logits, batch), given
-
-    def _share_logits(self, logits: Any, batch: Batch) -> torch.Tensor:
-        engine = self.deepspeed
-        if self.pipeline.is_last:
-            logits_BTV = (logits[0] if isinstance(logits, tuple) else logits).detach().float().contiguous()
-        else:
-            size = self.pipeline.config.get_text_config().vocab_size
-            logits_BTV = torch.empty((*batch[0][0].shape, size), device=engine.device)
-        source = engine._loss_stage_global_rank()
-        dist.broadcast(logits_BTV, source, group=engine.mpu.get_pipe_parallel_group())
-        return logits_BTV
-
-    def _gather_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``gather_for_metrics`` over replicas: all stages hold the same, so the first stage's is kept."""
-        gathered = self.accelerator.gather(tensor)
-        gathered = gathered[: len(gathered) // self.mesh.stages]
-        state = self.accelerator.gradient_state
-        return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
+        return loss, share_logits(engine, self.pipeline, outputs, inputs["input_ids"]), given
 
     # ---- saving ----
 
