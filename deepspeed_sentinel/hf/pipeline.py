@@ -167,7 +167,7 @@ class CausalLMPipeline(PipelineModule):
         """A parameter that is no part of the model, for an optimizer's group that has nothing on this stage."""
         while len(self.placeholders) <= index:
             device = get_accelerator().device_name(self.local_rank)
-            zero = nn.Parameter(torch.zeros(1, dtype=self.stage_model.dtype, device=device))
+            zero: Any = nn.Parameter(torch.zeros(1, dtype=self.stage_model.dtype, device=device))
             zero.ds_pipe_replicated, zero.model_parallel = False, True
             self.placeholders.append(zero)
         return self.placeholders[index]
