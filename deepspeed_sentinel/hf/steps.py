@@ -29,9 +29,14 @@ class MicroBatch:
 
 
 def training_batches(trainer: Trainer, loss: ComputeLoss, step: Sequence[MicroBatch]) -> list[Batch]:
-    """The micro-batches of one step, weighted so that the engine's mean over them is the sum that a Trainer makes."""
+    """The micro-batches of one step, weighted so that the engine's mean over them is the sum that a Trainer makes.
+
+    Raises:
+        ValueError: a batch that the pipeline cannot take, or batches with different columns.
+    """
     own = _computes_own_loss(trainer)
-    batches = []
+    batches: list[Batch] = []
+    columns: set[tuple[str, ...]] = set()
     for micro_batch in step:
         inputs, items = micro_batch.inputs, micro_batch.items
         first = forward_inputs(inputs, ("input_ids",) if own else ("input_ids", "labels"), others=own)
@@ -40,8 +45,15 @@ def training_batches(trainer: Trainer, loss: ComputeLoss, step: Sequence[MicroBa
             scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
         weight = len(step) if scaled else len(step) / micro_batch.together
         names, last = labelled(inputs if own else {"labels": inputs["labels"]}, items, weight)
-        loss.expect(names, evaluates=False)
         batches.append((first, last))
+        columns.add(names)
+    if len(columns) > 1:
+        different = sorted(set.union(*map(set, columns)) - set.intersection(*map(set, columns)))
+        raise ValueError(
+            f"micro-batches of one step have different columns: {', '.join(different) or 'in another order'}. Let the "
+            "data collator make the same ones of every batch."
+        )
+    loss.expect(columns.pop(), evaluates=False)
     return batches
 
 
