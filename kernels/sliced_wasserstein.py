@@ -46,7 +46,7 @@ def sliced_wasserstein(sketch_MmK: torch.Tensor, hidden: int) -> torch.Tensor:
         tokens,
         *sketch_MmK.stride(),
         _unit(hidden),
-        BM=max(16, 1 << (tokens - 1).bit_length()),
+        BM=TOKENS,
         num_warps=4,
         **SHAPE,
         **LAUNCH,
