@@ -59,7 +59,7 @@ KERNELS = {
     },
     "quantiles": (
         sliced_wasserstein._quantiles_kernel,
-        {**sliced_wasserstein.SHAPE, "BM": token_sketch.TOKENS},
+        sliced_wasserstein.SHAPE,
         4,
     ),
     "distances": (baseline_distances._distances_kernel, {"BLOCK": baseline_distances.BLOCK}, 4),
