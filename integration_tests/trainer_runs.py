@@ -80,8 +80,9 @@ def lora(kind: str = "llama", **options: Any) -> PeftModel:
 
 
 # adapters on the first stage's embedding and in all layers, and the last stage's head trained whole
-ADAPTED = {"target_modules": ["embed_tokens", "q_proj", "v_proj", "down_proj"], "modules_to_save": ["lm_head"]}
-UPPER = {"target_modules": ["q_proj"], "layers_to_transform": [2, 3]}
+TARGETS = ["embed_tokens", "q_proj", "v_proj", "down_proj"]
+ADAPTED = {"target_modules": TARGETS, "modules_to_save": ["lm_head"], "use_rslora": True}
+UPPER = {"target_modules": ["q_proj"], "layers_to_transform": [2, 3], "use_dora": True}
 
 
 class Calls:
