@@ -5,8 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
+
+
+class Joined(torch.autograd.Function):
+    """``Joined.apply(hidden, placeholder)`` is ``hidden``, and gives the placeholder a gradient of zero.
+
+    So what a stage sends requires a gradient even if it trains nothing, since DeepSpeed runs backward from it. The
+    gradient is no product with zero: what is not finite must not get from a message into the placeholder.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, placeholder: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(placeholder)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (placeholder,) = ctx.saved_tensors
+        return gradients[0], torch.zeros_like(placeholder)
 
 
 def align_groups(groups: list[dict[str, Any]], placeholder: Callable[[int], nn.Parameter]) -> None:

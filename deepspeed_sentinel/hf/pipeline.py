@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepspeed_sentinel.hf.adapters import taken_apart
+from deepspeed_sentinel.hf.groups import Joined
 from deepspeed_sentinel.hf.loss import CausalLMLoss
 from deepspeed_sentinel.hf.partial import refuse_as_whole
 from deepspeed_sentinel.hf.plan import PassThrough, Plan
@@ -173,12 +174,8 @@ class CausalLMPipeline(PipelineModule):
         return self.placeholders[index]
 
     def _with_placeholders(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """The same values, made to depend on the placeholders: so these have gradients, which are zero.
-
-        And what the first stage sends requires a gradient, even if it trains nothing: DeepSpeed runs backward from it.
-        """
         for zero in self.placeholders:
-            hidden_BTD = hidden_BTD + 0 * zero.to(hidden_BTD.dtype)
+            hidden_BTD = Joined.apply(hidden_BTD, zero)
         return hidden_BTD
 
     @property
