@@ -48,7 +48,7 @@ def training_batches(trainer: Trainer, loss: ComputeLoss, step: Sequence[MicroBa
         batches.append((first, last))
         columns.add(names)
     if len(columns) > 1:
-        different = sorted(set.union(*map(set, columns)) - set.intersection(*map(set, columns)))
+        different = sorted({name for names in columns for name in names if any(name not in one for one in columns)})
         raise ValueError(
             f"micro-batches of one step have different columns: {', '.join(different) or 'in another order'}. Let the "
             "data collator make the same ones of every batch."

@@ -9,6 +9,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from deepspeed_sentinel.hf.compute_loss import ComputeLoss, ModelOutputs, labelled
 from deepspeed_sentinel.hf.loss import CausalLMLoss
+from deepspeed_sentinel.hf.steps import MicroBatch, training_batches
 
 IDS = torch.arange(8).reshape(2, 4)
 BATCH = {"input_ids": IDS, "labels": IDS.clone(), "weight": torch.ones(2)}
@@ -79,3 +80,15 @@ def test_other_logits_than_the_models_are_refused_in_evaluation(stage_model):
 def test_only_tensors_reach_the_last_stage():
     with pytest.raises(ValueError, match="a batch has 'text', a list; only tensors"):
         labelled({"text": ["a"]}, None, 1.0)
+
+
+def test_columns_that_differ_within_a_step_are_named():
+    class Fake:
+        loss_is_scaled_for_ga = True
+
+        def compute_loss(self):
+            pass
+
+    step = [MicroBatch(batch, None, 2) for batch in ({"input_ids": IDS, "weight": torch.ones(2)}, {"input_ids": IDS})]
+    with pytest.raises(ValueError, match="micro-batches of one step have different columns: weight"):
+        training_batches(Fake(), ComputeLoss(OWN, None, None), step)
