@@ -18,7 +18,7 @@ from integration_tests.trainer_runs import LORA_STEPS, SAVED
 SCRIPT = "integration_tests/jobs/trainer.py"
 COMPARED = ("lora", "times_ten", "weighted_rows", "stream", "lower", "upper")
 KEYS = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "num_input_tokens_seen", "total_flos", "train_loss")
-CLOSE = 1e-5  # float32 sums in another order; measured maximum 2.4e-6, of gradient norms after 40 steps
+CLOSE = 1e-5  # float32 sums in another order; measured maximum 2.4e-6, of a gradient norm in 40 steps
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def jobs(tmp_path_factory):
         start_job(SCRIPT, 1, 1, folder=folder / "plain", args=["plain"]) as plain,
         start_job(SCRIPT, 2, 2, folder=folder / "pipeline", args=["pipeline"]) as pipeline,
     ):
-        return plain.wait(300).check(), pipeline.wait(300).check()
+        return plain.wait(400).check(), pipeline.wait(600).check()
 
 
 @pytest.fixture(scope="module")
