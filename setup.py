@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 TRANSFORMERS = ["transformers>=5.23", "accelerate>=1.15", "tokenizers>=0.23", "safetensors>=0.8"]
+PEFT = ["peft>=0.21.2"]
 SWEEP = ["pyarrow>=26.0"]
 REPORT = ["rich>=15.0", "matplotlib>=3.11"]
 DEV = [
@@ -58,9 +59,10 @@ setup(
     ],
     extras_require={
         "transformers": TRANSFORMERS,
+        "peft": [*TRANSFORMERS, *PEFT],
         "report": REPORT,
         "sweep": SWEEP,
-        "dev": [*DEV, *TRANSFORMERS, *REPORT, *SWEEP],
+        "dev": [*DEV, *TRANSFORMERS, *PEFT, *REPORT, *SWEEP],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -19,7 +19,7 @@ from deepspeed_sentinel import hf
 from integration_tests import groups
 from integration_tests.hf_models import batches, build, configs
 
-STEPS = 5
+STEPS = 3
 MICRO_BATCHES = 8  # of a step, over all replicas
 OPTIMIZER = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 CLIP = 1.0

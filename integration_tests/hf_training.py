@@ -23,7 +23,7 @@ from transformers import (
 
 from integration_tests.hf_models import SIZE, VOCABULARY, build
 
-STEPS, SHORT = 50, 6
+STEPS, SHORT = 40, 6
 MICRO_BATCHES = 8  # of a step, over all replicas
 FAULT = {"stage": 1, "replica": 1, "attack": "constant", "value": 0.0, "start_step": 26, "stop_step": 31}
 
@@ -92,7 +92,7 @@ def arguments(folder: Path, replicas: int, deepspeed: dict[str, Any] | None, **c
         "max_grad_norm": 1.0,
         "logging_steps": 1,
         "eval_strategy": "steps",
-        "eval_steps": 25,
+        "eval_steps": 20,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -124,6 +124,7 @@ class Runs:
         save_to: str | None = None,
         stages: int | None = None,
         trainer_options: dict[str, Any] | None = None,
+        mixin: type | None = None,
         **changes: Any,
     ) -> Any:
         kind: Any = Trainer
@@ -134,6 +135,8 @@ class Runs:
             kind, stages = SentinelTrainer, stages or self.stages
             replicas = int(os.environ["WORLD_SIZE"]) // stages
             config = {**BASE, "pipeline": {"stages": stages}, **(deepspeed or {})}
+        if mixin is not None:
+            kind = type(mixin.__name__, (mixin, kind), {})
         told: list[Any] = []
         trainer = kind(
             what,
@@ -168,7 +171,7 @@ def both(runs: Runs) -> None:
     """The runs that are compared, each the same with and without a pipeline."""
     metrics = {"trainer_options": {"compute_metrics": accuracy}}
     guard = {"sentinel": {"enabled": True, "output_dir": str(runs.folder / "events")}}
-    saving = {"save_strategy": "steps", "save_steps": 20}
+    saving = {"save_strategy": "steps", "save_steps": 30}
     final = runs.folder / "final"
     runs.finish(runs.run("long", model(), guard, save_to=str(final / "long"), **metrics, **saving))
     runs.finish(runs.run("mixtral", model("mixtral"), save_to=str(final / "mixtral"), **SHORTLY))
@@ -182,7 +185,7 @@ def both(runs: Runs) -> None:
 
 def pipeline_only(runs: Runs) -> None:
     guard = {"enabled": True, "output_dir": str(runs.folder / "events")}
-    checkpoint = str(runs.folder / "long" / "checkpoint-40")
+    checkpoint = str(runs.folder / "long" / "checkpoint-30")
     runs.finish(runs.run("resumed", model(seed=9), {"sentinel": guard}, resume=checkpoint))
     attacked = {"sentinel": {**guard, "inject": [FAULT]}}
     runs.finish(runs.run("attacked", model(), attacked, eval_strategy="no", max_steps=33))

@@ -15,7 +15,7 @@ from integration_tests.hf_training import FAULT, SHORT, STEPS
 
 # float32 sums in another order; measured maxima: loss 8e-7, gradient 9e-7 of its tensor's largest entry
 LOSS, GRADIENT, WEIGHT = 5e-6, 5e-6, 2e-3
-LOGITS = 1e-3  # of the largest, after five steps of AdamW, which amplifies the rounding of small gradients
+LOGITS = 1e-3  # of the largest, after three steps of AdamW, which amplifies the rounding of small gradients
 SCRIPT = "integration_tests/jobs/hf.py"
 
 
@@ -119,7 +119,7 @@ def test_the_trainer_logs_what_it_logs_without_a_pipeline(runs, run, key):
 def test_the_compared_runs_are_of_the_length_meant(runs):
     plain, _ = runs
     assert list(logged(plain["long"]["history"], "loss")) == list(range(1, STEPS + 1))
-    assert list(logged(plain["long"]["history"], "eval_loss")) == [25, 50]
+    assert list(logged(plain["long"]["history"], "eval_loss")) == [20, 40]
     assert len(logged(plain["epochs"]["history"], "loss")) == 14  # twice 6 whole steps and one of half the size
 
 
@@ -146,7 +146,7 @@ def test_a_saved_model_is_read_stage_by_stage_and_evaluates_as_it_did(runs):
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(runs):
     for rank in runs[1]:
         whole, resumed = (logged(rank[run]["history"], "loss") for run in ("long", "resumed"))
-        assert [resumed[step] for step in range(41, STEPS + 1)] == [whole[step] for step in range(41, STEPS + 1)]
+        assert [resumed[step] for step in range(31, STEPS + 1)] == [whole[step] for step in range(31, STEPS + 1)]
 
 
 def test_a_universal_checkpoint_goes_on_with_other_stages_and_replicas(runs):

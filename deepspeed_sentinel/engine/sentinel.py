@@ -19,6 +19,7 @@ from deepspeed_sentinel.engine.buffers import ForwardState
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness, rendezvous_host
 from deepspeed_sentinel.engine.telling import Telling
+from deepspeed_sentinel.engine.tied import reduce_tied_gradients
 from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.parts import Layout
@@ -178,7 +179,9 @@ class Sentinel:
 
     def _reduce_tied_gradients(self, engine: PipelineEngine) -> None:
         self._pass_gate()
-        self._unless_skipped(schedule.ReduceTiedGrads)
+        assert self.last_verdict is not None
+        if not self.last_verdict.skip:
+            reduce_tied_gradients(engine)
 
     def _reduce_gradients(self, engine: PipelineEngine) -> None:
         self._unless_skipped(schedule.ReduceGrads)

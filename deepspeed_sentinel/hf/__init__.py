@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deepspeed_sentinel.hf.batches import announce_shapes, step_batches, to_batch
     from deepspeed_sentinel.hf.callback import SentinelCallback
+    from deepspeed_sentinel.hf.partial import PartialModel
     from deepspeed_sentinel.hf.pipeline import CausalLMPipeline, to_pipeline
     from deepspeed_sentinel.hf.saving import save_pretrained
     from deepspeed_sentinel.hf.trainer import SentinelTrainer
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 # Resolved on first use: transformers takes seconds to import.
 _HOMES = {
     "CausalLMPipeline": "pipeline",
+    "PartialModel": "partial",
     "to_pipeline": "pipeline",
     "SentinelCallback": "callback",
     "SentinelTrainer": "trainer",
@@ -26,6 +28,7 @@ _HOMES = {
 
 __all__ = [
     "CausalLMPipeline",
+    "PartialModel",
     "SentinelCallback",
     "SentinelTrainer",
     "announce_shapes",

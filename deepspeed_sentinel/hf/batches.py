@@ -30,13 +30,33 @@ def to_batch(batch: Mapping[str, Any], num_items_in_batch: torch.Tensor | int | 
     Raises:
         ValueError: other keys, or a mask that is not [B, T].
     """
-    unknown = [key for key in batch if key not in ALLOWED]
+    inputs = forward_inputs(batch)
+    labels = [batch["labels"]]
+    if num_items_in_batch is not None:
+        labels += [torch.as_tensor(num_items_in_batch), torch.tensor(shares)]
+    return inputs, tuple(labels)
+
+
+def forward_inputs(
+    batch: Mapping[str, Any], needed: Sequence[str] = ("input_ids", "labels"), others: bool = False
+) -> tuple[torch.Tensor, ...]:
+    """What the first stage takes of a micro-batch.
+
+    Args:
+        batch: as in ``to_batch``.
+        needed: keys that must be there.
+        others: keys that the model does not take are passed over, not refused.
+
+    Raises:
+        ValueError: as ``to_batch``.
+    """
+    unknown = [] if others else [key for key in batch if key not in ALLOWED]
     if unknown:
         raise ValueError(
             f"a batch has {', '.join(map(repr, unknown))}; allowed are {', '.join(ALLOWED)}. Drop other columns "
             "or use another data collator."
         )
-    missing = [key for key in ("input_ids", "labels") if key not in batch]
+    missing = [key for key in needed if key not in batch]
     if missing:
         raise ValueError(
             f"a batch lacks {' and '.join(map(repr, missing))}. For language modelling use "
@@ -55,10 +75,7 @@ def to_batch(batch: Mapping[str, Any], num_items_in_batch: torch.Tensor | int | 
         # With position ids a mask has a second meaning: transformers then does not look for packed sequences.
         if positions is not None or not bool(mask.all()):
             inputs.append(mask.bool())
-    labels = [batch["labels"]]
-    if num_items_in_batch is not None:
-        labels += [torch.as_tensor(num_items_in_batch), torch.tensor(shares)]
-    return tuple(inputs), tuple(labels)
+    return tuple(inputs)
 
 
 def label_tokens(batches: Sequence[Mapping[str, Any]]) -> torch.Tensor:

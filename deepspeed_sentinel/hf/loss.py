@@ -44,14 +44,25 @@ class CausalLMLoss:
     def __call__(
         self, outputs: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor | tuple[torch.Tensor, ...]
     ) -> torch.Tensor:
-        logits_BTV, *router_sums = outputs if isinstance(outputs, tuple) else (outputs,)
+        parts = outputs if isinstance(outputs, tuple) else (outputs,)
         labels_BT, *weighting = labels if isinstance(labels, tuple) else (labels,)
         items, shares = weighting if weighting else (None, None)
         if self.custom is not None:
-            loss = self.custom(CausalLMOutput(logits=logits_BTV), labels_BT, num_items_in_batch=items)
+            loss = self.custom(CausalLMOutput(logits=parts[0]), labels_BT, num_items_in_batch=items)
         else:
-            options: dict[str, Any] = {} if items is None else {"num_items_in_batch": items}
-            loss = self._function(logits=logits_BTV, labels=labels_BT, vocab_size=self._vocabulary, **options)
-            if self._router is not None:
-                loss = loss + self._router.loss(router_sums[0])
+            loss = self.of(parts, labels_BT, items)
         return loss if shares is None else loss * shares
+
+    def of(
+        self, outputs: tuple[torch.Tensor, ...], labels_BT: torch.Tensor, items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """The model's own loss.
+
+        Args:
+            outputs: logits [B, T, V], and with a router its sums.
+            labels_BT: int64.
+            items: by which the sum over label tokens is divided; the mean over them if None.
+        """
+        options: dict[str, Any] = {} if items is None else {"num_items_in_batch": items}
+        loss = self._function(logits=outputs[0], labels=labels_BT, vocab_size=self._vocabulary, **options)
+        return loss if self._router is None else loss + self._router.loss(outputs[1])

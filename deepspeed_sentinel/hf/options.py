@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 _PIPELINE = ("stages", "partition", "activation_checkpoint_interval")
+_OPTIMIZERS_IN_BACKWARD = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
+_SCHEDULERS_OF_METRICS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
@@ -102,9 +105,7 @@ def check_arguments(args: TrainingArguments) -> None:
     """
     accelerator = args.accelerator_config
     refused = {
-        "load_best_model_at_end": (args.load_best_model_at_end, "load the best checkpoint with from_pretrained()"),
         "fsdp": (args.fsdp, "stages and ZeRO-1 already divide model and optimizer"),
-        "label_smoothing_factor": (args.label_smoothing_factor, "pass compute_loss_func"),
         "neftune_noise_alpha": (args.neftune_noise_alpha, "add the noise in the model"),
         "auto_find_batch_size": (args.auto_find_batch_size, "set per_device_train_batch_size"),
         "torch_compile": (args.torch_compile, "leave it out"),
@@ -112,6 +113,14 @@ def check_arguments(args: TrainingArguments) -> None:
         "fp16_full_eval": (args.fp16_full_eval, "set fp16 for training and evaluation"),
         "bf16_full_eval": (args.bf16_full_eval, "set bf16 for training and evaluation"),
         "push_to_hub": (args.push_to_hub, "upload the folder that save_model() writes"),
+        "optim": (
+            args.optim.value if args.optim in _OPTIMIZERS_IN_BACKWARD else None,
+            "it steps within the backward pass",
+        ),
+        "lr_scheduler_type": (
+            args.lr_scheduler_type.value if args.lr_scheduler_type in _SCHEDULERS_OF_METRICS else None,
+            "the engine steps its scheduler without the metric; change the rate in a callback",
+        ),
         "include_for_metrics": (args.include_for_metrics, "leave it out"),
         "batch_eval_metrics": (args.batch_eval_metrics, "leave it out"),
         "train_sampling_strategy": (
@@ -149,5 +158,8 @@ def engine_config(
     config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
     config["train_batch_size"] = args.per_device_train_batch_size * args.gradient_accumulation_steps * mesh.replicas
     config.setdefault("gradient_clipping", args.max_grad_norm)
+    if not config["gradient_clipping"] and not config.get("zero_optimization", {}).get("stage"):
+        # the engine takes the norm, which the Trainer logs in any case, only where it clips
+        config["gradient_clipping"] = float("inf")
     config.setdefault("steps_per_print", 10**9)  # the Trainer logs
     return config

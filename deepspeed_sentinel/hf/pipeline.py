@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
@@ -20,10 +20,16 @@ from deepspeed.pipe import PipelineModule, TiedLayerSpec
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from deepspeed_sentinel.hf.adapters import taken_apart
+from deepspeed_sentinel.hf.groups import Joined
 from deepspeed_sentinel.hf.loss import CausalLMLoss
+from deepspeed_sentinel.hf.partial import refuse_as_whole
 from deepspeed_sentinel.hf.plan import PassThrough, Plan
 from deepspeed_sentinel.hf.router import Router
 from deepspeed_sentinel.hf.weights import Source, resolve
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 Message = torch.Tensor | tuple[torch.Tensor, ...]
 _TIE = "embedding"
@@ -49,13 +55,24 @@ class CausalLMPipeline(PipelineModule):
         plan: the pieces in order; layer i of the pipeline is ``plan.pieces[i]``.
         router: of a model with a router loss, else None.
         config: the model's.
+        peft_model: what was given around the model, if it has adapters, else None.
+        placeholders: zeros that the optimizer is given where it would have nothing to train on this stage.
     """
 
     _layer_specs: list[Any]
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, source: Source, num_stages: int, **options: Any) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        plan: Plan,
+        source: Source,
+        num_stages: int,
+        peft_model: Any = None,
+        **options: Any,
+    ) -> None:
         # plain attributes and not submodules: a stage's parameters are registered once, layer by layer
-        self.__dict__["_model"] = (model,)
+        self.__dict__["_model"] = (model, peft_model)
+        self._runs = False
         self.plan = plan
         self.router = Router.of(model)
         self._source = source
@@ -68,7 +85,13 @@ class CausalLMPipeline(PipelineModule):
         interval = options.pop("activation_checkpoint_interval", 0)
         super().__init__(modules, num_stages=num_stages, loss_fn=loss, partition_method=method, **options)
         self.stage_model.to(get_accelerator().device_name(self.local_rank))
+        self.placeholders = nn.ParameterList()
         self._mark_for_clipping()
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            self.placeholder(0)
+        if num_stages > 1:
+            models = [model, model.base_model, *([] if peft_model is None else [peft_model])]
+            refuse_as_whole(models, self.stage_id, num_stages, lambda: self._runs)
         if not set(self.plan.layers) & set(range(int(self._local_start), int(self._local_stop))):
             # a stage with embedding or head alone has nothing to recompute, where transformers raises an error
             model.activation_checkpointing_enable = model.activation_checkpointing_disable = lambda *_, **__: None
@@ -78,6 +101,10 @@ class CausalLMPipeline(PipelineModule):
     @property
     def stage_model(self) -> PreTrainedModel:
         return self.__dict__["_model"][0]
+
+    @property
+    def peft_model(self) -> Any:
+        return self.__dict__["_model"][1]
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -107,6 +134,8 @@ class CausalLMPipeline(PipelineModule):
             where there are any.
         """
         first, *others = inputs if isinstance(inputs, tuple) else (inputs,)
+        if not self.is_first:
+            first = self._with_placeholders(first)
         sums_N = next((part for part in others if part.is_floating_point()), None)
         mask_BT = next((part for part in others if part.dtype == torch.bool), None)
         positions_BT = next((part for part in others if part.dtype == torch.int64), None)
@@ -114,12 +143,14 @@ class CausalLMPipeline(PipelineModule):
         arguments["input_ids" if self.is_first else "inputs_embeds"] = first
         if self.router is not None:
             arguments["output_router_logits"] = True
-        if self.is_last:
-            outputs = self.stage_model(**arguments)
-            result = outputs.logits
-        else:
-            outputs = self.stage_model.base_model(**arguments)
-            result = outputs.last_hidden_state
+        self._runs = True
+        try:
+            outputs = (self.stage_model if self.is_last else self.stage_model.base_model)(**arguments)
+        finally:
+            self._runs = False
+        result = outputs.logits if self.is_last else outputs.last_hidden_state
+        if self.is_first:
+            result = self._with_placeholders(result)
         parts = [result]
         if self.router is not None:
             before_N = sums_N if sums_N is not None else self.router.nothing(result.device)
@@ -131,7 +162,21 @@ class CausalLMPipeline(PipelineModule):
     def hf_names(self) -> dict[str, str]:
         """Parameter names of this module to names in the transformers model."""
         names = {id(parameter): name for name, parameter in self.stage_model.named_parameters()}
-        return {name: names[id(parameter)] for name, parameter in self.named_parameters()}
+        return {name: names[id(own)] for name, own in self.named_parameters() if id(own) in names}
+
+    def placeholder(self, index: int) -> nn.Parameter:
+        """A parameter that is no part of the model, for an optimizer's group that has nothing on this stage."""
+        while len(self.placeholders) <= index:
+            device = get_accelerator().device_name(self.local_rank)
+            zero: Any = nn.Parameter(torch.zeros(1, dtype=self.stage_model.dtype, device=device))
+            zero.ds_pipe_replicated, zero.model_parallel = False, True
+            self.placeholders.append(zero)
+        return self.placeholders[index]
+
+    def _with_placeholders(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        for zero in self.placeholders:
+            hidden_BTD = Joined.apply(hidden_BTD, zero)
+        return hidden_BTD
 
     @property
     def universal_checkpoint_info(self) -> dict[str, Any]:
@@ -177,7 +222,7 @@ class CausalLMPipeline(PipelineModule):
 
 
 def to_pipeline(
-    model: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str],
+    model: PreTrainedModel | PeftModel | PreTrainedConfig | str | os.PathLike[str],
     num_stages: int,
     *,
     partition_method: str | None = None,
@@ -189,8 +234,9 @@ def to_pipeline(
     """Turn a transformers causal LM into a DeepSpeed PipelineModule. To be called on every rank.
 
     Args:
-        model: a model with its weights, which is taken over: pieces of other stages are removed from it. Or a config,
-            for random weights. Or the name or folder of a pretrained model, of which each stage reads its own weights.
+        model: a model with its weights, which is taken over: pieces of other stages are removed from it; also a
+            PeftModel with LoRA. Or a config, for random weights. Or the name or folder of a pretrained model, of which
+            each stage reads its own weights.
         num_stages: number of stages; must divide the number of processes.
         partition_method: PipelineModule's; by default stages have equally many decoder layers, embedding and head
             come on top.
@@ -215,7 +261,8 @@ def to_pipeline(
             f"{num_stages} stages do not divide {world} processes; with so many, stages can be {fitting}. Change the "
             "number of stages or of processes."
         )
-    whole, source = resolve(model, seed, dict(load_options))
+    given, peft_model = taken_apart(model)
+    whole, source = resolve(given, seed, dict(load_options))
     plan = Plan.of(whole)
     if num_stages > len(plan.layers):
         raise ValueError(
@@ -227,6 +274,7 @@ def to_pipeline(
         plan,
         source,
         num_stages,
+        peft_model,
         partition_method=partition_method,
         activation_checkpoint_interval=activation_checkpoint_interval,
     )

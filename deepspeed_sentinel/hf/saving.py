@@ -11,11 +11,14 @@ from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from deepspeed_sentinel.hf.adapters import save_adapters
 from deepspeed_sentinel.hf.pipeline import CausalLMPipeline
 
 
 def save_pretrained(pipeline: CausalLMPipeline, folder: str | os.PathLike[str]) -> None:
     """Write config and weights so that ``AutoModelForCausalLM.from_pretrained`` loads them.
+
+    With adapters write these alone, so that ``PeftModel.from_pretrained`` loads them.
 
     Each stage's first replica writes one safetensors file of its own weights, in the names and layout of published
     checkpoints. To be called on every rank; returns when all is written. The folder must be one for all ranks.
@@ -23,6 +26,9 @@ def save_pretrained(pipeline: CausalLMPipeline, folder: str | os.PathLike[str]) 
     model, stages = pipeline.stage_model, pipeline.num_stages
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
+    if pipeline.peft_model is not None:
+        save_adapters(pipeline, path)
+        return
     first = dist.get_rank() == 0
     if first:
         stale = [

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedType, DummyOptim, DummyScheduler
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
 from torch.utils.data import DataLoader
@@ -19,12 +18,21 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from deepspeed_sentinel.engine import access
 from deepspeed_sentinel.engine.launch import initialize
-from deepspeed_sentinel.hf.batches import ALLOWED, Batch, announce_shapes, label_tokens, step_batches, to_batch
+from deepspeed_sentinel.engine.tied import reduce_rightly
+from deepspeed_sentinel.hf.batches import ALLOWED, announce_shapes, label_tokens
 from deepspeed_sentinel.hf.callback import has_news, log_entries, tell
+from deepspeed_sentinel.hf.compute_loss import ComputeLoss
 from deepspeed_sentinel.hf.data import prepare_by_replica
+from deepspeed_sentinel.hf.evaluation import evaluate_batch, gather_replicas, share_logits
+from deepspeed_sentinel.hf.groups import align_groups
 from deepspeed_sentinel.hf.options import check_arguments, check_config, engine_config, given_config
+from deepspeed_sentinel.hf.overrides import check_overrides
 from deepspeed_sentinel.hf.pipeline import to_pipeline
 from deepspeed_sentinel.hf.saving import save_pretrained
+from deepspeed_sentinel.hf.steps import MicroBatch, evaluation_batch, training_batches
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _REFUSED = {
     "model_init": "pass model",
@@ -42,13 +50,15 @@ class SentinelTrainer(Trainer):
     stages are used.
 
     Args:
-        model: a causal LM, its config (for random weights), or the name or folder of a pretrained one (each stage
-            then reads only its own weights). A model is taken over: pieces of other stages are removed from it.
+        model: a causal LM, a PeftModel with LoRA around one, its config (for random weights), or the name or folder
+            of a pretrained one (each stage then reads only its own weights). A model is taken over: pieces of other
+            stages are removed from it.
         args: must have a DeepSpeed config with a pipeline.
         data_collator, train_dataset, eval_dataset, processing_class, compute_loss_func, others: as for Trainer.
 
     Attributes:
-        pipeline: the PipelineModule; ``model`` is this stage's part of the model.
+        pipeline: the PipelineModule; ``model`` is this stage's part of the model, and with several stages refuses to be
+            used as the whole (PartialModel).
         sentinel: the Sentinel, from the start of training, or None if the config has it off.
 
     Raises:
@@ -60,7 +70,7 @@ class SentinelTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | PreTrainedConfig | str | os.PathLike[str],
+        model: PreTrainedModel | PeftModel | PreTrainedConfig | str | os.PathLike[str],
         args: TrainingArguments,
         data_collator: Any = None,
         train_dataset: Any = None,
@@ -75,6 +85,7 @@ class SentinelTrainer(Trainer):
             if any(part is not None for part in given) if isinstance(given, tuple) else given is not None:
                 raise ValueError(f"SentinelTrainer does not support {name}: {advice}.")
         config = given_config(args)
+        check_overrides(type(self), SentinelTrainer, set(config))
         check_arguments(args)
         self.mesh = check_config(config, args)
         # transformers counts samples by processes; the config we hand to the engine counts by replicas
@@ -84,13 +95,17 @@ class SentinelTrainer(Trainer):
             model,
             self.mesh.stages,
             partition_method=config["pipeline"].get("partition"),
-            compute_loss_func=compute_loss_func,
             seed=args.seed,
         )
-        self._held: list[dict[str, Any]] = []
+        # compute_loss is looked up when it is called, as the Trainer does
+        self._loss = ComputeLoss(
+            self.pipeline.loss_fn, self.pipeline.stage_model, lambda *given, **named: self.compute_loss(*given, **named)
+        )
+        self.pipeline.loss_fn = self._loss
+        self._held: list[MicroBatch] = []
         self._rate = 0.0
         super().__init__(
-            self.pipeline.stage_model,
+            self.pipeline.stage_model if self.pipeline.peft_model is None else self.pipeline.peft_model,
             args,
             data_collator,
             train_dataset,
@@ -137,10 +152,17 @@ class SentinelTrainer(Trainer):
         """Label tokens of the step: of all replicas, or with ``average_tokens_across_devices=False`` of this one."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
+        if not (self.model_accepts_loss_kwargs or self.compute_loss_func):
+            return None
         count = label_tokens(batch_samples).to(device)
         if self.args.average_tokens_across_devices:
             count = self.accelerator.gather(count).sum() // self.mesh.stages
         return count
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = before + (self.state.num_input_tokens_seen - before) // self.mesh.stages
 
     # ---- engine ----
 
@@ -151,11 +173,13 @@ class SentinelTrainer(Trainer):
             self.lr_scheduler = None
             self._created_lr_scheduler = False
         self._release_engine()
+        self._held = []
         self.optimizer, self.lr_scheduler = deepspeed_init(self, num_training_steps=max_steps)
         given: dict[str, Any] = {}
         if isinstance(self.optimizer, DummyOptim):  # the config has an "optimizer"
-            given["model_parameters"] = self.optimizer.params
+            given["model_parameters"] = self.optimizer.params or [self.pipeline.placeholder(0)]
         else:
+            align_groups(self.optimizer.param_groups, self.pipeline.placeholder)
             given["optimizer"] = self.optimizer
         if isinstance(self.lr_scheduler, DummyScheduler):  # so it has, or a "scheduler"
             if self.lr_scheduler.lr_scheduler_callable is not None:
@@ -167,7 +191,9 @@ class SentinelTrainer(Trainer):
         self.lr_scheduler = DeepSpeedSchedulerWrapper(scheduler, self.optimizer)
         self.accelerator._optimizers.append(self.optimizer)
         if resume_from_checkpoint is not None:
-            deepspeed_load_checkpoint(engine, resume_from_checkpoint)
+            # with adapters the frozen weights are in no checkpoint
+            strict = self.pipeline.peft_model is None
+            deepspeed_load_checkpoint(engine, resume_from_checkpoint, load_module_strict=strict)
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = train_dataloader
@@ -178,6 +204,8 @@ class SentinelTrainer(Trainer):
         config = engine_config(filled, self.args, self.mesh, trains)
         engine, optimizer, _, scheduler = start(model=self.pipeline, config=config, **given)
         access.keep_gradient_norm(engine)
+        if not hasattr(engine, "sentinel"):
+            reduce_rightly(engine)
         self.deepspeed = self.model_wrapped = engine
         self.accelerator.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(engine)
         self.accelerator._models.append(engine)
@@ -191,30 +219,28 @@ class SentinelTrainer(Trainer):
         self.deepspeed.destroy()
         self.deepspeed, self.model_wrapped = None, self.model
 
-    def get_batch_samples(self, *args: Any) -> Any:
-        self._held = []  # a step that a callback broke off is not finished with the next one's batches
-        return super().get_batch_samples(*args)
-
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Hold a micro-batch back; with the last of a step run them all through the pipeline.
 
+        What an epoch leaves over, fewer micro-batches than a step takes, is run with the next step, as the Trainer
+        adds up their gradients.
+
         Returns:
             The step's loss with its last micro-batch, zero before.
         """
-        self._held.append(inputs)
+        self._held.append(MicroBatch(inputs, num_items_in_batch, self.current_gradient_accumulation_steps))
         if not self.accelerator.gradient_state.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        batches, self._held = self._held, []
+        held, self._held = self._held, []
         engine = self.deepspeed
-        if len(batches) != engine.micro_batches:  # the last step of an epoch
-            engine.set_train_batch_size(len(batches) * engine.micro_batch_size * self.mesh.replicas)
+        if len(held) != engine.micro_batches:  # the last step of an epoch, and after what is left of one
+            engine.set_train_batch_size(len(held) * engine.micro_batch_size * self.mesh.replicas)
         self._rate = super()._get_learning_rate()
-        own_count = not self.args.average_tokens_across_devices
-        loss = engine.train_batch(
-            step_batches(engine, batches, num_items_in_batch, len(batches) if own_count else None)
-        )
+        batches = training_batches(self, self._loss, held)
+        announce_shapes(engine, batches)
+        loss = engine.train_batch(iter(batches))
         if self.sentinel is not None and has_news(self.sentinel.last_verdict):
             self.control = tell(self.callback_handler, self.args, self.state, self.control, self.sentinel.last_verdict)
         return loss.detach().to(self.args.device)
@@ -233,7 +259,7 @@ class SentinelTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         if self.deepspeed is None:
             self._start_engine(deepspeed.initialize, trains=False)
-        self.gather_function = self._gather_replicas
+        self.gather_function = lambda tensor: gather_replicas(self.accelerator, tensor, self.mesh.stages)
         return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(
@@ -243,35 +269,21 @@ class SentinelTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """This replica's loss on one batch, on all its stages; logits and labels too unless only the loss is wanted."""
+        """This replica's loss on one batch, on all its stages; logits and labels too unless only the loss is wanted.
+
+        Without labels there are logits alone.
+        """
         engine = self.deepspeed
-        batch = to_batch(inputs)
+        labels = [inputs.get(name) for name in self.label_names]
+        has_labels = bool(labels) and all(part is not None for part in labels)
+        batch = evaluation_batch(self, self._loss, inputs, has_labels, self.mesh.replicas)
         announce_shapes(engine, [batch])
-        losses, logits = engine.eval_batch(
-            iter([batch]), return_logits=True, reduce_output=None, bcast_loss=False, num_micro_batches=1
-        )
-        loss = engine._bcast_pipe_scalar(losses[0] if self.pipeline.is_last else None)
+        own_loss, outputs = evaluate_batch(engine, batch)
+        loss = engine._bcast_pipe_scalar(own_loss) if has_labels else None
         if prediction_loss_only:
             return loss, None, None
-        return loss, self._share_logits(logits, batch), inputs["labels"].to(self.args.device)
-
-    def _share_logits(self, logits: Any, batch: Batch) -> torch.Tensor:
-        engine = self.deepspeed
-        if self.pipeline.is_last:
-            logits_BTV = (logits[0] if isinstance(logits, tuple) else logits).detach().float().contiguous()
-        else:
-            size = self.pipeline.config.get_text_config().vocab_size
-            logits_BTV = torch.empty((*batch[0][0].shape, size), device=engine.device)
-        source = engine._loss_stage_global_rank()
-        dist.broadcast(logits_BTV, source, group=engine.mpu.get_pipe_parallel_group())
-        return logits_BTV
-
-    def _gather_replicas(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``gather_for_metrics`` over replicas: all stages hold the same, so the first stage's is kept."""
-        gathered = self.accelerator.gather(tensor)
-        gathered = gathered[: len(gathered) // self.mesh.stages]
-        state = self.accelerator.gradient_state
-        return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
+        given = self._prepare_input(labels[0] if len(labels) == 1 else tuple(labels)) if has_labels else None
+        return loss, share_logits(engine, self.pipeline, outputs, inputs["input_ids"]), given
 
     # ---- saving ----
 

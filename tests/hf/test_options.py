@@ -70,8 +70,8 @@ def test_processes_that_transformers_does_not_see_are_noticed(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "options",
     [
-        {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
-        {"label_smoothing_factor": 0.1},
+        {"optim": "adalomo"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
         {"neftune_noise_alpha": 5.0},
         {"auto_find_batch_size": True},
         {"push_to_hub": True},
@@ -94,6 +94,13 @@ def test_the_engine_counts_by_replicas_and_clips_as_the_trainer_says(tmp_path):
     config = engine_config({"train_batch_size": 64}, args, Mesh(stages=4, replicas=3))
     assert (config["train_batch_size"], config["gradient_clipping"]) == (24, 0.5)
     assert engine_config({"gradient_clipping": 2.0}, args, Mesh(4, 3))["gradient_clipping"] == 2.0
+
+
+def test_nothing_is_clipped_but_the_norm_taken_where_the_trainer_does_not_clip(tmp_path):
+    args = arguments(tmp_path, max_grad_norm=0.0)
+    assert engine_config({"gradient_clipping": 0.0}, args, Mesh(4, 3))["gradient_clipping"] == float("inf")
+    # ZeRO takes it in any case
+    assert engine_config({"zero_optimization": {"stage": 1}}, args, Mesh(4, 3))["gradient_clipping"] == 0.0
 
 
 def test_without_training_the_engine_has_no_optimizer_and_no_zero(tmp_path):
