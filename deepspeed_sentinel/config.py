@@ -119,6 +119,11 @@ class SentinelConfig(BaseModel):
     max_skipped_steps: int = Field(
         10, ge=1, description="successive steps without any column left after which training stops"
     )
+    heartbeat_timeout: float = Field(
+        120.0,
+        ge=5.0,
+        description="seconds without a heartbeat after which a rank is given up, if all others wait for it",
+    )
     output_dir: str = Field("sentinel_logs", min_length=1, description="folder of events.jsonl")
     events: Literal["none", "alarms", "steps"] = Field(
         "alarms", description="what events.jsonl holds; steps adds one line a step with every worker's score"

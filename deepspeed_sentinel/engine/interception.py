@@ -33,7 +33,7 @@ class Interception:
         self._keeping = keeping
         self._faults = faults
         self.watching = False
-        self._original = dict(type(engine)._INSTRUCTION_MAP)
+        self._original = dict(engine._INSTRUCTION_MAP)
 
     def instructions(self) -> dict[type, Callable[..., Any]]:
         """Wrapped entries for an engine's ``_INSTRUCTION_MAP``."""

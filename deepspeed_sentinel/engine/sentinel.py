@@ -15,9 +15,10 @@ from deepspeed.utils import logger
 from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import access, checkpoint
+from deepspeed_sentinel.engine.board import rendezvous_host
 from deepspeed_sentinel.engine.buffers import ForwardState
 from deepspeed_sentinel.engine.interception import Interception
-from deepspeed_sentinel.engine.liveness import Liveness, rendezvous_host
+from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
@@ -92,7 +93,15 @@ class Sentinel:
         # What a script has put over a method of the engine is its own, and there again after ``detach``.
         self._before = {name: vars(engine)[name] for name in _SET if name in vars(engine)}
         self.reset()
-        self._liveness = Liveness(self.mesh, ranks)
+        self._liveness = Liveness(
+            self.mesh,
+            ranks,
+            self._control,
+            heartbeat_timeout=config.heartbeat_timeout,
+            timeouts=access.timeouts(engine),
+            step=lambda: engine.global_steps,
+            ends=config.action != "observe",
+        )
         self._wrap()
         self._telling.start(engine.global_steps)
 
@@ -149,13 +158,15 @@ class Sentinel:
 
     def _wrap(self) -> None:
         engine = self.engine
-        engine._INSTRUCTION_MAP = {
-            **type(engine)._INSTRUCTION_MAP,
-            **self._interception.instructions(),
-            schedule.ReduceTiedGrads: self._reduce_tied_gradients,
-            schedule.ReduceGrads: self._reduce_gradients,
-            schedule.OptimizerStep: self._optimizer_step,
-        }
+        engine._INSTRUCTION_MAP = self._liveness.progress.tracked(
+            {
+                **engine._INSTRUCTION_MAP,
+                **self._interception.instructions(),
+                schedule.ReduceTiedGrads: self._reduce_tied_gradients,
+                schedule.ReduceGrads: self._reduce_gradients,
+                schedule.OptimizerStep: self._optimizer_step,
+            }
+        )
         engine._exec_schedule = self._exec_schedule
         engine._aggregate_total_loss = self._aggregate_total_loss
         engine.save_checkpoint = checkpoint.saver(self._originals["save_checkpoint"], self)
@@ -167,12 +178,14 @@ class Sentinel:
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         if not isinstance(pipe_schedule, schedule.TrainSchedule):
             self._originals["_exec_schedule"](pipe_schedule)
+            self._liveness.progress.end_schedule()
             return
         self._collector.begin_step(self.engine.global_steps, self.engine.micro_batches)
         self._forward_state.begin_step()
         self._interception.watching = True
         self._originals["_exec_schedule"](pipe_schedule)
         self._interception.watching = False
+        self._liveness.progress.end_schedule()
         if self.last_verdict and self.last_verdict.halt:
             self._halt(self.last_verdict.halt)
 
