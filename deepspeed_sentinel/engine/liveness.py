@@ -186,6 +186,7 @@ class Liveness:
                     seen, unlooked = self._standstill.look(unlooked, self._read_beats()), 0.0
                     if seen:
                         self._found(seen)
+                        text, noticed = self._told(), GRACE_SECONDS  # here nothing will raise any more
             except RuntimeError:
                 # It may be late, or gone with its host; a run that gets on does not need it.
                 without_store = min(without_store + seconds, still)
