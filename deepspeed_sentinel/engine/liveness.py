@@ -38,6 +38,7 @@ from deepspeed_sentinel.mesh import Mesh, Worker
 BEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 5.0
 GRACE_SECONDS = 10.0
+RETRY_SECONDS = 10.0
 LOOK_SECONDS = 2.0
 RANKS_A_SECOND = 50  # how many heartbeats a rank reads: all ranks may look at once, and one store serves them
 SHARE_OF_TIMEOUT = 0.9  # of the group's: shortly before torch ends the run, without a name
@@ -165,7 +166,7 @@ class Liveness:
 
     def _run(self) -> None:
         noticed = still = without_store = unlooked = 0.0
-        place, before = self.progress.place, time.monotonic()
+        place, before, retry = self.progress.place, time.monotonic(), 0.0
         look_seconds = max(LOOK_SECONDS, len(self._workers) / RANKS_A_SECOND)
         while not self._stopped.wait(BEAT_SECONDS):
             # A process that was suspended must not count what it did not see.
@@ -177,24 +178,24 @@ class Liveness:
             else:
                 still += seconds
                 unlooked += seconds
-            text: str | None = None
+            without_store = min(without_store + seconds, still) if retry else 0.0
             try:
-                self._beat()
-                text = self._told()
-                without_store = 0.0
-                if not text and unlooked >= look_seconds:
-                    seen, unlooked = self._standstill.look(unlooked, self._read_beats()), 0.0
-                    if seen:
-                        self._found(seen)
-                        text, noticed = self._told(), GRACE_SECONDS  # here nothing will raise any more
+                if now >= retry:
+                    self._beat()
+                    retry = 0.0
+                    if not self._told() and unlooked >= look_seconds:
+                        seen, unlooked = self._standstill.look(unlooked, self._read_beats()), 0.0
+                        if seen:
+                            self._found(seen)
+                            noticed = GRACE_SECONDS  # here nothing will raise any more
             except RuntimeError:
                 # It may be late, or gone with its host; a run that gets on does not need it.
-                without_store = min(without_store + seconds, still)
-                if without_store >= self._heartbeat_timeout and waits(place):
-                    self._found(self._without_store(f"{self.name(self._rank)} waited in {place}"), alone=True)
-            noticed = noticed + seconds if text and self._busy else 0.0
-            if text and noticed > PATIENCE_SECONDS + GRACE_SECONDS:
-                self._end(text)
+                retry = now + RETRY_SECONDS
+            if without_store >= self._heartbeat_timeout and waits(place):
+                self._found(self._without_store(f"{self.name(self._rank)} waited in {place}"), alone=True)
+            noticed = noticed + seconds if self._failure and self._busy else 0.0
+            if self._failure and noticed > PATIENCE_SECONDS + GRACE_SECONDS:
+                self._end(self._failure)
 
     def _found(self, text: str, alone: bool = False) -> None:
         """The heart has seen why the run stands still; ``alone``: there is no way to tell the others."""
@@ -206,6 +207,7 @@ class Liveness:
             self._end(text)
         else:
             self._board.post(text)
+            self._told()
 
     def _end(self, text: str) -> None:
         if self._ends:

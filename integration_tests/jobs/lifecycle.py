@@ -28,13 +28,14 @@ from integration_tests.models import build_model, micro_batches
 from integration_tests.scenario import Scenario
 
 SMALL = Scenario(name="lifecycle", micro_batches=2)
-STEPS, WHEN, SECONDS = 6, 3, 7.0
+STEPS, WHEN, SECONDS = 6, 3, 6.0
 PATIENCE = {"stuck": 8.0, "observe": 8.0}
 
 
 def join(attempt: str) -> None:
     """Torch's own keys outlive an attempt too (pytorch issue 135712), so each attempt has its part of the store."""
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", store=dist.PrefixStore(f"attempt_{attempt}", store), rank=rank, world_size=size)
 
@@ -52,9 +53,8 @@ def never_raises(wait: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def late(data: Iterator[Any]) -> Iterator[Any]:
-    for one in data:
-        time.sleep(SECONDS)
-        yield one
+    time.sleep(SECONDS)
+    yield from data
 
 
 def once(engine: Any, act: Callable[[], None]) -> None:
