@@ -57,6 +57,7 @@ class Sentinel:
         self.mesh = access.mesh_of(engine)
         self.worker = access.worker_of(engine)
         for injection in config.inject:
+            injection.check_attack()
             injection.check_mesh(self.mesh)
         self.last_verdict: Verdict | None = None
         self.counts = dict.fromkeys(
