@@ -104,7 +104,8 @@ class Standstill:
             if for_seconds >= self._silence and rank != self._rank
         ]
         awaited = {other for rank in self._workers if rank not in silent for other in self._awaited(rank)}
-        holding = sorted(rank for rank in awaited.difference(silent) if not waits(self._places[rank]))
+        known = awaited.intersection(self._places).difference(silent)
+        holding = sorted(rank for rank in known if not waits(self._places[rank]))
         if silent and not holding and self._still >= self._silence:
             return self._gone(silent)
         if self._still >= self._patience(mine):
