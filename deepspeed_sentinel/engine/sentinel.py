@@ -107,13 +107,14 @@ class Sentinel:
         self._telling.start(engine.global_steps)
 
     def detach(self) -> None:
-        """Give the engine back as it was: no wrapped instruction remains."""
+        """Give the engine back as it was, but for what the script itself has put over a method since."""
         if getattr(self.engine, "sentinel", None) is not self:
             return
-        for name in _SET:
+        here = vars(self.engine)
+        for name in [name for name, ours in self._ours.items() if here.get(name) is ours]:
             delattr(self.engine, name)
-        for name, before in self._before.items():
-            setattr(self.engine, name, before)
+            if name in self._before:
+                setattr(self.engine, name, self._before[name])
         self._liveness.stop()
         self._telling.close()
 
@@ -175,6 +176,7 @@ class Sentinel:
         for name in _WATCHED:
             setattr(engine, name, self._liveness.watched(getattr(engine, name)))
         engine.sentinel = self
+        self._ours = {name: vars(engine)[name] for name in _SET}
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         if not isinstance(pipe_schedule, schedule.TrainSchedule):
