@@ -191,7 +191,13 @@ def start_job(
     try:
         if launcher == "torchrun":
             run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}"]
-            run += [f"--max-restarts={restarts}", f"--master_port={port}", f"--log-dir={folder / 'torchrun'}", "--redirects=3", *command]
+            run += [
+                f"--max-restarts={restarts}",
+                f"--master_port={port}",
+                f"--log-dir={folder / 'torchrun'}",
+                "--redirects=3",
+                *command,
+            ]
             processes.append(spawn(run, environment, folder / "launcher"))
             return job
         if launcher == "accelerate":

@@ -135,7 +135,9 @@ def test_check_fails_with_the_reason(tmp_path, capsys, content, said):
 @pytest.mark.parametrize("of_file", ["plain", "inner"])
 def test_a_file_runs_only_once_the_attack_is_built(tmp_path, capsys, of_file):
     script, ran = tmp_path / "attack.py", tmp_path / "ran"
-    script.write_text(f"open({str(ran)!r}, 'w')\nclass Mine:\n    def __call__(self, message, context): return message\n")
+    script.write_text(
+        f"open({str(ran)!r}, 'w')\nclass Mine:\n    def __call__(self, message, context): return message\n"
+    )
     name = f"{script}:Mine"
     fault = {"attack": name} if of_file == "plain" else {"attack": "intermittent", "inner": name}
     block = {"enabled": False, "inject": [{"stage": 1, "replica": 0, **fault}]}

@@ -9,8 +9,8 @@ get on. Then it looks where the others are:
                                     for all ranks that have not come there yet
     anywhere else                   for nobody: it computes, loads data, or is in the script's own code
 
-Who is awaited and waits for nobody *holds the run up*. Whose heartbeat has stopped is *silent*. Example, two stages, two
-replicas: (0, 0) in LoadMicroBatch, (1, 0) in RecvActivation, (0, 1) and (1, 1) in ReduceTiedGrads: all wait for (0, 0).
+Who is awaited and waits for nobody *holds the run up*. Whose heartbeat has stopped is *silent*. Example, two stages,
+two replicas: (0, 0) in LoadMicroBatch, (1, 0) in RecvActivation, (0, 1) and (1, 1) in ReduceTiedGrads: all wait for (0, 0).
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ class Standstill:
         if mine is None or not waits(mine):
             return None
         silent = [
-            rank
-            for rank, for_seconds in self._silent.items()
-            if for_seconds >= self._silence and rank != self._rank
+            rank for rank, for_seconds in self._silent.items() if for_seconds >= self._silence and rank != self._rank
         ]
         awaited = {other for rank in self._workers if rank not in silent for other in self._awaited(rank)}
         known = awaited.intersection(self._places).difference(silent)

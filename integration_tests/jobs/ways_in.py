@@ -124,6 +124,7 @@ def cases() -> dict[str, Any]:
             config={**SCENARIO.deepspeed_config(), "sentinel": block()},
         )
     )
+
     def with_topology(topology: ProcessTopology) -> Any:
         layers = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
         model = deepspeed.pipe.PipelineModule(layers=layers, topology=topology, loss_fn=torch.nn.MSELoss())

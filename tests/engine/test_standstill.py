@@ -39,7 +39,10 @@ WAITING = {0: place("RecvGrad"), 1: place(*GATE), 2: place("RecvActivation"), 3:
 def test_a_silent_rank_that_all_wait_for_is_lost_after_a_short_while():
     text, after = watch({**WAITING, 2: place("ForwardPass")}, rank=0, silent={2})
     assert text.startswith("lost rank 2 = worker (stage 1, replica 0): no heartbeat for 30 s, and everybody waits")
-    assert "last seen in ForwardPass of step 7" in text and "rank 0 = worker (stage 0, replica 0) waited in RecvGrad" in text
+    assert (
+        "last seen in ForwardPass of step 7" in text
+        and "rank 0 = worker (stage 0, replica 0) waited in RecvGrad" in text
+    )
     assert after == SILENCE
 
 
@@ -60,7 +63,9 @@ def test_a_rank_in_the_scripts_own_code_is_waited_for_as_long():
     idle = {rank: place("LoadMicroBatch" if rank == 0 else "RecvActivation") for rank in WORKERS}
     idle |= {3: place("the script's own code", OUTSIDE, call=7), 1: place("RecvGrad")}
     text, after = watch({**idle, 0: place("RecvGrad")}, rank=1)
-    assert after == PATIENCE and "stuck: rank 3 = worker (stage 1, replica 1) in the script's own code of step 6" in text
+    assert (
+        after == PATIENCE and "stuck: rank 3 = worker (stage 1, replica 1) in the script's own code of step 6" in text
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -83,7 +88,10 @@ def test_a_script_that_ended_is_as_good_as_gone():
 
 def test_ranks_that_wait_for_each_other_name_nobody():
     text, after = watch(dict.fromkeys(WORKERS, place(*GATE)), rank=1)
-    assert text.startswith("stuck: ranks wait for each other, so none is named; furthest behind: rank 0") and after == PATIENCE
+    assert (
+        text.startswith("stuck: ranks wait for each other, so none is named; furthest behind: rank 0")
+        and after == PATIENCE
+    )
     crossed = {**WAITING, 0: place("SendActivation"), 2: place("SendGrad")}
     assert "furthest behind: rank 0 = worker (stage 0, replica 0) in SendActivation" in watch(crossed, rank=1)[0]
 
@@ -95,7 +103,9 @@ def test_a_rank_without_a_line_of_its_own_is_silent():
 
 def test_progress_counts_calls_and_names_instructions():
     progress, seen = Progress(step=lambda: 4), []
-    run = progress.tracked({kind: lambda: seen.append(progress.place) for kind in (schedule.LoadMicroBatch, schedule.ReduceGrads)})
+    run = progress.tracked(
+        {kind: lambda: seen.append(progress.place) for kind in (schedule.LoadMicroBatch, schedule.ReduceGrads)}
+    )
     progress.enter()
     seen.append(progress.place)
     run[schedule.LoadMicroBatch]()
