@@ -46,7 +46,7 @@ REFUSED = {
     "one_stage": "sentinel needs at least 2 pipeline stages, got 1",
     "stages_do_not_divide": "num_stages (3) must divide distributed world size (4)",
     "no_pipeline": "sentinel watches DeepSpeed's PipelineEngine, got DeepSpeedEngine",
-    "tensor_parallel": "the topology has further axes: 'model' of size 2. Allowed beside 'pipe' and 'data' are axes of size 1",
+    "tensor_parallel": "further axes: 'model' of size 2. Allowed beside 'pipe' and 'data' are axes of size 1",
 }
 
 

@@ -10,7 +10,8 @@ get on. Then it looks where the others are:
     anywhere else                   for nobody: it computes, loads data, or is in the script's own code
 
 Who is awaited and waits for nobody *holds the run up*. Whose heartbeat has stopped is *silent*. Example, two stages,
-two replicas: (0, 0) in LoadMicroBatch, (1, 0) in RecvActivation, (0, 1) and (1, 1) in ReduceTiedGrads: all wait for (0, 0).
+two replicas: (0, 0) in LoadMicroBatch, (1, 0) in RecvActivation, (0, 1) and (1, 1) in ReduceTiedGrads: all wait for
+(0, 0).
 """
 
 from __future__ import annotations

@@ -85,6 +85,6 @@ def test_a_users_error_stays_what_it_is_and_is_told(heart):
     def fail():
         raise RuntimeError("cannot store the batch: connection timed out")
 
-    with pytest.raises(RuntimeError, match="^cannot store"):
+    with pytest.raises(RuntimeError, match=r"^cannot store"):
         heart.watched(fail)()
     assert until(lambda: heart._failure) and " failed: RuntimeError: cannot store" in heart._failure
