@@ -142,7 +142,8 @@ class Standstill:
             for rank, place in sorted(self._places.items())
             if (place.call, place.phase) == last
         )
-        return f"stuck: ranks wait for each other, so none is named; furthest behind: {where}; {how_long}. {self._advice()}"
+        nobody = "ranks wait for each other, so none is named; furthest behind"
+        return f"stuck: {nobody}: {where}; {how_long}. {self._advice()}"
 
     def _advice(self) -> str:
         return f"Resume from the last checkpoint. {self.name(self._rank)} waited in {self._places[self._rank]}"

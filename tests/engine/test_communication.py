@@ -11,8 +11,8 @@ OF_GLOO = {
     + "Connection closed by peer [127.0.0.1]:49285. This is typically caused by a remote worker crashing. Check the "
     "logs of the remote worker before reporting an error. GLHF! 🏖️": "Connection closed by peer [127.0.0.1]:49285",
     "[enforce fail at /__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:801] state_ >= CONNECTED. "
-    "1 vs 4. Pair is not connected ([127.0.0.1]:31153$1 <--> [none])": "state_ >= CONNECTED. 1 vs 4. Pair is not connected "
-    "([127.0.0.1]:31153$1 <--> [none])",
+    "1 vs 4. Pair is not connected ([127.0.0.1]:31153$1 <--> [none])": "state_ >= CONNECTED. 1 vs 4. "
+    "Pair is not connected ([127.0.0.1]:31153$1 <--> [none])",
     "Application timeout caused pair closure": "Application timeout caused pair closure",
 }
 
