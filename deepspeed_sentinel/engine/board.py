@@ -34,7 +34,7 @@ _KEY_BYTES, _SIGNATURE_BYTES = 32, 64
 class Board:
     """Lines of the ranks of one attempt. Collective to create.
 
-    Every method but ``close`` raises RuntimeError when the store does not answer; the next call connects anew.
+    Every method raises RuntimeError when the store does not answer; the next call connects anew.
 
     Args:
         control: group of all ranks on the CPU; None is the default group.
@@ -56,6 +56,11 @@ class Board:
         # Whoever reads finds all keys there: a missing one would keep it waiting.
         self.write_beat("")
         self._write("post", "")
+
+    @property
+    def connected(self) -> bool:
+        """Whether the store answered last time."""
+        return self._connection is not None
 
     def write_beat(self, text: str) -> None:
         self._write("beat", text)

@@ -103,8 +103,9 @@ class Liveness:
         self._thread.join(timeout=2 * BEAT_SECONDS)
         atexit.unregister(self.stop)
         # Where the store has ended before, nobody is left who could ask.
-        with suppress(RuntimeError):
-            self._beat(ended=True)
+        if self._board.connected:
+            with suppress(RuntimeError):
+                self._beat(ended=True)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -149,11 +150,14 @@ class Liveness:
             before = self._read_beats()
             self._stopped.wait(PATIENCE_SECONDS)
             told = self._told()
-            if told:
-                return f"{told} [{self.name(self._rank)} learnt of it as: {saw}]"
-            after = self._read_beats()
+            after = {} if told else self._read_beats()
         except RuntimeError:
-            return self._without_store(f"{self.name(self._rank)} saw: {saw}")
+            # Its host may be gone by now, and the heart may have heard of the reason before.
+            told = self._failure
+            if not told:
+                return self._without_store(f"{self.name(self._rank)} saw: {saw}")
+        if told:
+            return f"{told} [{self.name(self._rank)} learnt of it as: {saw}]"
         others = [rank for rank in self._workers if rank != self._rank]
         ended = [rank for rank in others if rank in after and after[rank].ended]
         gone = [rank for rank in others if rank not in ended and _same(before.get(rank), after.get(rank))]
