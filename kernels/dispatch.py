@@ -27,10 +27,14 @@ LAUNCH = {"enable_fp_fusion": False}
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
+def runs_on_gpu(x: torch.Tensor) -> bool:
+    """Whether kernels can read this tensor where it lies."""
+    return tl is not None and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+
+
 def runs_on_triton(x: torch.Tensor) -> bool:
-    """Whether a kernel, not the reference, handles this tensor."""
-    on_device = x.is_cuda or (INTERPRETED and x.device.type == "cpu")
-    return on_device and tl is not None and x.dtype in KINDS
+    """Whether a kernel, not the reference, handles this floating-point tensor."""
+    return runs_on_gpu(x) and x.dtype in KINDS
 
 
 def integer_view(x: torch.Tensor) -> torch.Tensor:

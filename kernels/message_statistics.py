@@ -89,7 +89,10 @@ def check_statistics(
         check_output("copy_TD", copy_TD, x_TD.dtype, tuple(x_TD.shape), x_TD)
 
 
-@triton.jit(do_not_specialize_on_alignment=["sums_ptr", "scalars_ptr", "digest_ptr"])  # rows of buffers: any alignment
+@triton.jit(
+    do_not_specialize=["groups", "programs"],
+    do_not_specialize_on_alignment=["sums_ptr", "scalars_ptr", "digest_ptr"],
+)  # rows of buffers: any alignment
 def _reduce_kernel(
     floats_ptr, words_ptr, sums_ptr, scalars_ptr, digest_ptr, hidden, groups, programs, BLOCK: tl.constexpr
 ):

@@ -72,7 +72,7 @@ def launch_stream(x_TD: torch.Tensor, plan: StreamPlan, copy_TD: torch.Tensor | 
         plan.rows,
         KIND=KINDS[x_TD.dtype],
         COPY=copy_TD is not None,
-        WHOLE=hidden > 0 and hidden % plan.columns == 0 and tokens % plan.rows == 0,
+        FULL=hidden > 0 and hidden % plan.columns == 0,
         BT=GROUP,
         BD=plan.columns,
         num_warps=_WARPS,
@@ -80,7 +80,8 @@ def launch_stream(x_TD: torch.Tensor, plan: StreamPlan, copy_TD: torch.Tensor | 
     )
 
 
-@triton.jit
+# The number of tokens is a number like any other, so that messages of all lengths share one compilation.
+@triton.jit(do_not_specialize=["tokens", "rows"])
 def _stream_kernel(
     x_ptr,
     copy_ptr,
@@ -95,7 +96,7 @@ def _stream_kernel(
     rows,
     KIND: tl.constexpr,
     COPY: tl.constexpr,
-    WHOLE: tl.constexpr,
+    FULL: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -113,25 +114,20 @@ def _stream_kernel(
     largest = tl.zeros([BD], tl.float32)
     word0 = tl.zeros([BD], tl.int32)
     word1 = tl.zeros([BD], tl.int32)
-    for t in range(first, end, BT):
-        if WHOLE:
+    masked = first
+    if FULL:
+        masked = end - (end - first) % BT
+        for t in range(first, masked, BT):
             bits = tl.load(x_ptr + t * stride_t + offsets)
-        else:
-            inside = (t + r < end)[:, None] & (columns < hidden)[None, :]
-            bits = tl.load(x_ptr + t * stride_t + offsets, mask=inside, other=0)
-        if COPY:
-            if WHOLE:
+            if COPY:
                 tl.store(copy_ptr + t * copy_stride_t + copy_offsets, bits)
-            else:
-                tl.store(copy_ptr + t * copy_stride_t + copy_offsets, bits, mask=inside)
-        p0, p1 = odd_weights(t // BT, 0x3C6EF372)
-        wide = spread(bits.to(tl.int32))
-        word0 += p0 * tl.sum(wide * q0[:, None], 0)
-        word1 += p1 * tl.sum(wide * q1[:, None], 0)
-        x = float_of_bits(bits, KIND)
-        sums += tl.sum(x, 0)
-        squares += tl.sum(x * x, 0)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
+            sums, squares, largest, word0, word1 = _add(bits, t, q0, q1, sums, squares, largest, word0, word1, KIND, BT)
+    for t in range(masked, end, BT):
+        inside = (t + r < end)[:, None] & (columns < hidden)[None, :]
+        bits = tl.load(x_ptr + t * stride_t + offsets, mask=inside, other=0)
+        if COPY:
+            tl.store(copy_ptr + t * copy_stride_t + copy_offsets, bits, mask=inside)
+        sums, squares, largest, word0, word1 = _add(bits, t, q0, q1, sums, squares, largest, word0, word1, KIND, BT)
 
     energy = tl.sum(squares, 0)
     non_finite = 0
@@ -161,6 +157,20 @@ def _stream_kernel(
     tl.store(words_ptr + place + 2 * programs, non_finite)
     tl.store(words_ptr + place + 3 * programs, tl.sum(word0 * w0, 0))
     tl.store(words_ptr + place + 4 * programs, tl.sum(word1 * w1, 0))
+
+
+@triton.jit
+def _add(bits, t, q0, q1, sums, squares, largest, word0, word1, KIND: tl.constexpr, BT: tl.constexpr):
+    """BT rows of a strip more."""
+    p0, p1 = odd_weights(t // BT, 0x3C6EF372)
+    wide = spread(bits.to(tl.int32))
+    word0 += p0 * tl.sum(wide * q0[:, None], 0)
+    word1 += p1 * tl.sum(wide * q1[:, None], 0)
+    x = float_of_bits(bits, KIND)
+    sums += tl.sum(x, 0)
+    squares += tl.sum(x * x, 0)
+    largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
+    return sums, squares, largest, word0, word1
 
 
 @triton.jit

@@ -60,7 +60,10 @@ def observe_message(
     )
 
 
-@triton.jit(do_not_specialize_on_alignment=["sums_ptr", "scalars_ptr", "digest_ptr"])  # rows of buffers: any alignment
+@triton.jit(
+    do_not_specialize=["tokens", "rows", "sketchers", "groups", "programs"],
+    do_not_specialize_on_alignment=["sums_ptr", "scalars_ptr", "digest_ptr"],
+)  # rows of buffers: any alignment
 def _observe_kernel(
     x_ptr,
     seeds_ptr,

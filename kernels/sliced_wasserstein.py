@@ -16,7 +16,7 @@ from deepspeed_sentinel.kernels.dispatch import LAUNCH, runs_on_triton, tl, trit
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS
 
 DIRECTIONS, QUANTILES = 16, 32
-SHAPE = {"P": 4, "Q": QUANTILES}  # directions of a program
+SHAPE = {"P": 4, "Q": QUANTILES, "BM": TOKENS}  # directions of a program, quantiles, tokens
 
 
 def sliced_wasserstein(sketch_MmK: torch.Tensor, hidden: int) -> torch.Tensor:
@@ -46,7 +46,6 @@ def sliced_wasserstein(sketch_MmK: torch.Tensor, hidden: int) -> torch.Tensor:
         tokens,
         *sketch_MmK.stride(),
         _unit(hidden),
-        BM=max(16, 1 << (tokens - 1).bit_length()),
         num_warps=4,
         **SHAPE,
         **LAUNCH,

@@ -16,23 +16,41 @@ from functools import lru_cache
 
 import torch
 
-from deepspeed_sentinel.kernels.dispatch import tl, triton
+from deepspeed_sentinel.kernels.dispatch import LAUNCH, runs_on_gpu, tl, triton
 from deepspeed_sentinel.kernels.hashing import mix, mix_reference
 
 DIGEST_WORDS = 2
 GROUP = 8  # rows that share one weight P
 INTEGER_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+_BR, _BC = 128, 1024  # a program's rows and columns
 _COLUMNS, _GROUPS, _ROWS = 0x9E3779B9, 0x3C6EF372, 0xDAA66D2B  # counters of the three kinds of weights start here
 
 
 def tensor_digest(x: torch.Tensor) -> torch.Tensor:
     """The digest of a tensor of any dtype and shape, int32 [2]; see the head of this file."""
-    x = x.detach().to(torch.uint8) if x.dtype == torch.bool else x.detach()
+    bits_RC = _bits(x.detach())
+    if not runs_on_gpu(bits_RC):
+        return tensor_digest_reference(bits_RC)
+    rows, columns = bits_RC.shape
+    digest_2 = torch.zeros(DIGEST_WORDS, dtype=torch.int32, device=bits_RC.device)
+    _digest_kernel[(-(-columns // _BC), -(-rows // _BR))](
+        bits_RC, digest_2, rows, columns, BR=_BR, BC=_BC, GROUP=GROUP, num_warps=4, **LAUNCH
+    )
+    return digest_2
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits as contiguous integers [R, C], its last dimension along the columns."""
+    x = x.view(torch.uint8) if x.dtype == torch.bool else x
     x_RC = x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.reshape(1, -1)
     # flat, since a tensor of one column may be contiguous with any stride along it
     bits_N = x_RC.reshape(-1).contiguous().view(INTEGER_VIEW[x.element_size()])
-    bits_RC = bits_N.view(x_RC.shape[0], -1).to(torch.int32)
-    return weighted_sum(bits_RC, *digest_weights(*bits_RC.shape, bits_RC.device))
+    return bits_N.view(x_RC.shape[0], -1)
+
+
+def tensor_digest_reference(bits_RC: torch.Tensor) -> torch.Tensor:
+    """The digest of integers of 32 or fewer bits: int32 [2]."""
+    return weighted_sum(bits_RC.to(torch.int32), *digest_weights(*bits_RC.shape, bits_RC.device))
 
 
 def weighted_sum(bits_XRC: torch.Tensor, row_weights_2R: torch.Tensor, column_weights_2C: torch.Tensor) -> torch.Tensor:
@@ -54,16 +72,15 @@ def spread_reference(bits: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def digest_weights(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights V int32 [2, rows] and W int32 [2, columns]."""
-    group_2G, row_2R = _odd_pair(-(-rows // GROUP), _GROUPS), _odd_pair(GROUP, _ROWS)
+    """The weights V int32 [2, rows] and W int32 [2, columns], made on the device."""
+    group_2G, row_2R = _odd_pair(-(-rows // GROUP), _GROUPS, device), _odd_pair(GROUP, _ROWS, device)
     row_weights_2R = (group_2G[:, :, None] * row_2R[:, None, :]).flatten(1)[:, :rows]
-    weights = (_signed(row_weights_2R & 0xFFFFFFFF), _signed(_odd_pair(columns, _COLUMNS)))
-    return weights[0].contiguous().to(device), weights[1].to(device)
+    return _signed(row_weights_2R & 0xFFFFFFFF).contiguous(), _signed(_odd_pair(columns, _COLUMNS, device))
 
 
-def _odd_pair(count: int, start: int) -> torch.Tensor:
+def _odd_pair(count: int, start: int, device: torch.device) -> torch.Tensor:
     """int64 [2, count]: two odd 32-bit weights a counter, the second derived from the first one's hash."""
-    h = mix_reference(torch.arange(count, dtype=torch.int64) + start & 0xFFFFFFFF)
+    h = mix_reference(torch.arange(count, dtype=torch.int64, device=device) + start & 0xFFFFFFFF)
     return torch.stack([h, (h ^ (h >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF]) | 1
 
 
@@ -82,3 +99,24 @@ def odd_weights(counters, start: tl.constexpr):
 def spread(bits):
     unsigned = bits.to(tl.uint32, bitcast=True)
     return (unsigned ^ (unsigned >> 16)).to(tl.int32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def _digest_kernel(bits_ptr, digest_ptr, rows, columns, BR: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr):
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    r = tl.arange(0, GROUP)
+    first = tl.program_id(1).to(tl.int64) * BR
+    q0, q1 = odd_weights(r, 0xDAA66D2B)
+    word0 = tl.zeros([BC], tl.int32)
+    word1 = tl.zeros([BC], tl.int32)
+    for t in range(first, tl.minimum(first + BR, rows), GROUP):
+        inside = (t + r < rows)[:, None] & (c < columns)[None, :]
+        places = (t + r)[:, None] * columns + c[None, :]
+        wide = spread(tl.load(bits_ptr + places, mask=inside, other=0).to(tl.int32))
+        p0, p1 = odd_weights(t // GROUP, 0x3C6EF372)
+        word0 += p0 * tl.sum(wide * q0[:, None], 0)
+        word1 += p1 * tl.sum(wide * q1[:, None], 0)
+    w0, w1 = odd_weights(c, 0x9E3779B9)
+    # Sums of integers have the same bits in any order.
+    tl.atomic_add(digest_ptr, tl.sum(word0 * w0, 0), sem="relaxed")
+    tl.atomic_add(digest_ptr + 1, tl.sum(word1 * w1, 0), sem="relaxed")

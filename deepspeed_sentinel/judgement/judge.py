@@ -24,6 +24,7 @@ from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Overflow
 from deepspeed_sentinel.judgement.passing import Passing
 from deepspeed_sentinel.judgement.record import Record
+from deepspeed_sentinel.judgement.silence import Silence
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
@@ -75,6 +76,7 @@ class Judge:
         self.cusum = Cusum(mesh, settings.seed, self.table)
         self.passing = Passing(mesh, settings.warmup_steps)
         self.nothing = Nothing(mesh)
+        self.silence = Silence(mesh, parts)
         self.content = Content(mesh.replicas, self.table)
         self.record = Record(mesh, settings.strikes, settings.strike_window, settings.probation_steps)
         self.overflow = Overflow(mesh)
@@ -104,6 +106,7 @@ class Judge:
         if not warming_up:
             by_ends, contested = contradictions(statistics, self.fences, self.table)
             contradicted = differ | by_ends
+        contested = contested | self.silence.step(evidence.statistics[RECEIVED], void, warming_up)
         disputes = contradicted | contested
         values[self.table.by_judge] = 0.0
         values[_PASSED_ON] = self.passing.step(evidence.digests[RECEIVED], ~differ)
@@ -230,6 +233,7 @@ class Judge:
             "record": self.record.state_dict(),
             "passing": self.passing.state_dict(),
             "nothing": self.nothing.state_dict(),
+            "silence": self.silence.state_dict(),
             "overflow": self.overflow.state_dict(),
             "skipped_in_a_row": np.array(self.skipped_in_a_row),
         }
@@ -241,6 +245,7 @@ class Judge:
         self.record.load_state_dict(state["record"])
         self.passing.load_state_dict(state["passing"])
         self.nothing.load_state_dict(state["nothing"])
+        self.silence.load_state_dict(state["silence"])
         self.overflow.load_state_dict(state["overflow"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
 

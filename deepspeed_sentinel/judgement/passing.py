@@ -54,13 +54,13 @@ class Passing:
         if self._same.shape[-1] != tensors:
             self._same, self._learnt = np.ones((*self._same.shape[:2], tensors, tensors), bool), 0
             self._seen = np.zeros_like(self._same)
-        entering, leaving = _entering(digests)[..., :, None], _leaving(digests)[..., None, :]
-        known = _entering(agreed) & _leaving(agreed)
-        equal = (entering == leaving) & (entering != 0)  # [2, S - 2, C, M, T entering, T leaving]
+        entered, left = entering(digests)[..., :, None], leaving(digests)[..., None, :]
+        known = entering(agreed) & leaving(agreed)
+        equal = (entered == left) & (entered != 0)  # [2, S - 2, C, M, T entering, T leaving]
         if self._learnt < self._steps:
             if known.any():
                 telling = equal & known[..., None, None]
-                telling[BACKWARD] &= entering[BACKWARD] != ZEROS
+                telling[BACKWARD] &= entered[BACKWARD] != ZEROS
                 self._seen |= telling.any(axis=(2, 3))
                 self._same &= (equal | ~known[..., None, None]).all(axis=(2, 3))
                 self._learnt += 1
@@ -85,11 +85,11 @@ class Passing:
         self._learnt = int(state["learnt"])
 
 
-def _entering(per_link: np.ndarray) -> np.ndarray:
+def entering(per_link: np.ndarray) -> np.ndarray:
     """[2, L, ...] -> [2, S - 2, ...]: what entered each middle stage."""
     return np.stack([per_link[FORWARD, :-1], per_link[BACKWARD, 1:]])
 
 
-def _leaving(per_link: np.ndarray) -> np.ndarray:
+def leaving(per_link: np.ndarray) -> np.ndarray:
     """[2, L, ...] -> [2, S - 2, ...]: what left each middle stage."""
     return np.stack([per_link[FORWARD, 1:], per_link[BACKWARD, :-1]])

@@ -48,4 +48,5 @@ def coarse_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few large programs where the interpreter would run hundreds of small ones."""
     if INTERPRETED:
         monkeypatch.setitem(token_sketch.SHAPE, "BM", 64)
-        monkeypatch.setitem(sliced_wasserstein.SHAPE, "P", 16)
+        monkeypatch.setitem(sliced_wasserstein.SHAPE, "P", sliced_wasserstein.DIRECTIONS)
+        monkeypatch.setitem(sliced_wasserstein.SHAPE, "BM", 64)

@@ -7,12 +7,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from deepspeed_sentinel.kernels import (
     baseline_distances,
@@ -20,8 +22,10 @@ from deepspeed_sentinel.kernels import (
     message_stream,
     observe_message,
     sliced_wasserstein,
+    tensor_digest,
     token_sketch,
     transfer_kernel,
+    transfer_statistics,
 )
 from deepspeed_sentinel.kernels.dispatch import INTERPRETED, LAUNCH
 
@@ -40,7 +44,7 @@ ONES = ("stride_d", "copy_stride_d", "stride_k", "sketch_k", "norms_m", "e_k", "
 LANES = {"bf16": 1024, "fp16": 1024, "fp32": 512}
 KINDS = tuple(LANES)
 
-STREAM = {kind: {"KIND": kind, "COPY": False, "WHOLE": True, "BT": 8, "BD": lanes} for kind, lanes in LANES.items()}
+STREAM = {kind: {"KIND": kind, "COPY": False, "FULL": True, "BT": 8, "BD": lanes} for kind, lanes in LANES.items()}
 KERNELS = {
     **{f"stream-{kind}": (message_stream._stream_kernel, STREAM[kind], 4) for kind in KINDS},
     "reduce": (message_statistics._reduce_kernel, {"BLOCK": message_stream.REDUCED}, 4),
@@ -55,20 +59,24 @@ KERNELS = {
     },
     "quantiles": (
         sliced_wasserstein._quantiles_kernel,
-        {**sliced_wasserstein.SHAPE, "BM": token_sketch.TOKENS},
+        sliced_wasserstein.SHAPE,
         4,
     ),
     "distances": (baseline_distances._distances_kernel, {"BLOCK": baseline_distances.BLOCK}, 4),
     "update": (baseline_distances._update_kernel, {"BV": 256, "BR": 8}, 4),
     "transfer": (transfer_kernel.transfer_kernel, transfer_kernel.SHAPE, transfer_kernel.WARPS),
+    **{
+        f"digest-{kind}": (tensor_digest._digest_kernel, {"BR": 128, "BC": 1024, "GROUP": 8}, 4)
+        for kind in ("u8", "i16", "i32")
+    },
 }
 # What messages of unusual shapes make of the arguments: no multiples of 16, no unit stride, indices beyond 32 bits.
 UNUSUAL = {
-    "stream-bf16": {"COPY": True, "WHOLE": False, "stride_d": "i64", "hidden": "i32", "tokens": "i64"},
-    "stream-fp32": {"COPY": True, "WHOLE": False, "tokens": 1, "hidden": 1},
+    "stream-bf16": {"COPY": True, "FULL": False, "stride_d": "i64", "hidden": "i32", "tokens": "i64"},
+    "stream-fp32": {"COPY": True, "FULL": False, "tokens": 1, "hidden": 1},
     "observe-fp16": {"stride_d": "i64", "hidden": "i32", "tokens": "i64", "rows": "i32"},
     "observe-bf16": {"tokens": 1, "hidden": 1, "rows": 1, "groups": 1, "programs": 1},
-    "quantiles": {"tokens": "i32", "BM": 16},
+    "quantiles": {"tokens": "i32"},
     "distances": {"hidden": 1, "quantiles": "i32"},
     "update": {"replicas": 1, "BR": 2, "values": "i32"},
     "transfer": {"tokens": "i32", "en_m": "i32"},
@@ -86,6 +94,8 @@ def build(name, target, unusual=False):
             signature[argument], constexprs[argument] = "constexpr", given[argument]
         elif argument in given:
             signature[argument] = given[argument]
+        elif argument == "bits_ptr":
+            signature[argument] = f"*{name.removeprefix('digest-')}"
         elif argument in ("x_ptr", "copy_ptr"):
             signature[argument] = "*i32" if kind == "fp32" else "*i16"
         elif argument.endswith("_ptr"):
@@ -151,3 +161,51 @@ def test_sums_are_taken_in_the_same_order_on_every_nvidia_gpu(name):
     for target in ("sm_80", "sm_90", "sm_100"):
         ptx = build(name, target).asm["ptx"]
         assert name == "transfer" or not re.search(r"\bfma\.rn\.f32", ptx)
+
+
+def compilations(monkeypatch, launch):
+    """How many variants of each kernel a series of launches needs, by the key that Triton keeps them under."""
+    variants = {}
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(TARGETS["sm_90"]))
+        names = {name: kwargs.pop(name) for name in list(kwargs) if name not in kernel.arg_names}
+        _, specialization, _ = bind(*args, **kwargs, **names)
+        variants.setdefault(kernel.__name__, set()).add(str(specialization))
+
+    monkeypatch.setattr(triton.JITFunction, "run", record)
+    for module in (message_statistics, observe_message, sliced_wasserstein, transfer_statistics):
+        monkeypatch.setattr(module, "runs_on_triton", lambda x: True)
+    monkeypatch.setattr(tensor_digest, "runs_on_gpu", lambda x: True)
+    launch()
+    return {name: len(found) for name, found in variants.items()}
+
+
+def test_messages_of_all_lengths_share_one_compilation(monkeypatch):
+    seeds_J2 = torch.zeros(3, 2, dtype=torch.int64)
+
+    def launch():
+        for tokens in (1, 2, 5, 16, 33, 200, 256, 300, 512, 1000, 1024, 4096, 8192, 8200):
+            rows = token_sketch.sketch_rows(tokens)
+            x_TD = torch.zeros(tokens, 1024, dtype=torch.bfloat16)
+            sums, scalars, digest = torch.zeros(1024), torch.zeros(3), torch.zeros(2, dtype=torch.int32)
+            sketches, norms = torch.zeros(3, 4, 256, 64), torch.zeros(3, 4, 256)
+            message_statistics.message_statistics(x_TD, sums, scalars, digest)
+            observe_message.observe_message(
+                x_TD, seeds_J2, sums, scalars, digest, sketches[:, 1, :rows], norms[:, 1, :rows]
+            )
+            tensor_digest.tensor_digest(torch.zeros(2, tokens, dtype=torch.bool))
+            sliced_wasserstein.sliced_wasserstein(sketches[0][:, :rows], 1024)
+            pair = sketches[1:, :, :rows].flatten(0, -3), norms[0, :, :rows].expand(2, 4, -1).flatten(0, -2)
+            transfer_statistics.transfer_statistics(pair[0], pair[0], pair[1], pair[1], torch.zeros(64, 64))
+
+    counted = compilations(monkeypatch, launch)
+    assert set(counted) == {
+        "_stream_kernel",
+        "_reduce_kernel",
+        "_observe_kernel",
+        "_digest_kernel",
+        "_quantiles_kernel",
+        "transfer_kernel",
+    }
+    assert set(counted.values()) == {1}, counted

@@ -13,7 +13,7 @@ from deepspeed_sentinel.kernels.sliced_wasserstein import (
 from deepspeed_sentinel.kernels.token_sketch import projection, token_sketch_reference
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 33, 100] if INTERPRETED else [1, 2, 5, 31, 32, 33, 128, 250, 256])
+@pytest.mark.parametrize("tokens", [1, 33] if INTERPRETED else [1, 2, 5, 31, 32, 33, 128, 250, 256])
 def test_bits_of_the_reference(device, coarse_programs, tokens):
     sketch = torch.randn(2, tokens + 1, 64, generator=torch.Generator().manual_seed(tokens))[:, :tokens]
     sketch[0, 0, 3], sketch[1, -1, 2] = torch.finfo(torch.float32).max, -torch.finfo(torch.float32).max
@@ -22,14 +22,14 @@ def test_bits_of_the_reference(device, coarse_programs, tokens):
 
 
 def test_quantiles_are_those_of_the_tokens_along_unit_directions(coarse_programs):
-    x_TD = torch.randn(200, 96, generator=torch.Generator().manual_seed(3))
+    x_TD = torch.randn(60, 96, generator=torch.Generator().manual_seed(3))
     sketch, _ = token_sketch_reference(x_TD, torch.tensor([[5, 6]]))
     result = sliced_wasserstein(sketch, 96).view(DIRECTIONS, QUANTILES)
     directions = projection(96, torch.tensor(6))[:, :DIRECTIONS]
     directions = directions / directions.norm(dim=0)
     along = (x_TD @ directions).sort(dim=0).values
     for q in range(QUANTILES):
-        torch.testing.assert_close(result[:, q], along[math.floor((q + 0.5) / QUANTILES * 200)], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(result[:, q], along[math.floor((q + 0.5) / QUANTILES * 60)], atol=1e-5, rtol=1e-5)
 
 
 def test_leading_dimensions(coarse_programs):
