@@ -95,6 +95,7 @@ def main(mode: str, folder: str) -> None:
     if attempt != "0":
         engine.load_checkpoint(f"{folder}/checkpoints")
         print(f"resumed at step {engine.global_steps}", flush=True)
+        time.sleep(2)  # long enough to hear of a failure
     while engine.global_steps < STEPS:
         step = engine.global_steps
         data = iter(list(micro_batches(SMALL, step, 0)))
