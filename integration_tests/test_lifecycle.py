@@ -17,7 +17,7 @@ def start(jobs, tmp_path: Path, mode: str, **options):
 
 def test_a_job_that_torchrun_starts_anew_goes_on_from_its_checkpoint(jobs, tmp_path):
     with start(jobs, tmp_path, "restart", launcher="torchrun", restarts=2) as job:
-        result = job.wait(timeout=150).check()
+        result = job.wait(timeout=240).check()
     assert "ValueError: transient" in result.stderr[1]
     for text in result.stdout:
         assert text.count("resumed at step 2") == text.count("finished") == 1, result.describe()
