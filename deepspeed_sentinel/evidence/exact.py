@@ -48,7 +48,7 @@ _ARCSIN_Q = (
 )
 _HALF_PI = 1.5707963267948966
 # Some thirty passes over each block: as many values as stay in a core's own cache with what is made of them.
-_BLOCK = 16384
+_BLOCK = 8192
 _DECIMALS = 9
 
 
@@ -78,8 +78,11 @@ def total(values: np.ndarray) -> np.ndarray:
         return np.zeros(values.shape[:-1])
     while count > 1:
         half = (count + 1) // 2
-        folded = values[..., :half].copy()
-        folded[..., : count - half] += values[..., half:]
+        if count % 2:
+            folded = values[..., :half].copy()
+            folded[..., : count - half] += values[..., half:]
+        else:
+            folded = values[..., :half] + values[..., half:]
         values, count = folded, half
     return np.asarray(values[..., 0])
 

@@ -92,17 +92,20 @@ class Exchange:
             [[ends(direction, role) for direction in (FORWARD, BACKWARD)] for role in (SENT, RECEIVED)]
         )
         reported = np.ascontiguousarray(packed[..., : layout.parts * REPORTED]).view(np.float32)
-        statistics = np.zeros((*packed.shape[:-1], layout.parts, len(TABLE)))
-        statistics[..., :REPORTED] = reported.reshape(*packed.shape[:-1], layout.parts, REPORTED)
+        reported = reported.reshape(*packed.shape[:-1], layout.parts, REPORTED)
+        # Statistic by statistic in memory, which is how they are judged.
+        statistics = np.zeros((2, layout.parts, len(TABLE), *packed.shape[1:-1]))
+        statistics[:, :, :REPORTED] = np.moveaxis(reported, (-2, -1), (1, 2))
         # The stage that sends cannot be asked about its pair: its neighbour on the other side reports it, one stage
         # before the sender, at the end over which the micro-batch entered it.
-        pair = statistics[SENT, ..., OWN:REPORTED]
-        pair[FORWARD, 1:], pair[FORWARD, :1] = pair[FORWARD, :-1].copy(), np.nan
-        pair[BACKWARD, :-1], pair[BACKWARD, -1:] = pair[BACKWARD, 1:].copy(), np.nan
+        pair = statistics[SENT, :, OWN:REPORTED]
+        forward, backward = pair[:, :, FORWARD], pair[:, :, BACKWARD]
+        forward[:, :, 1:], forward[:, :, :1] = forward[:, :, :-1].copy(), np.nan
+        backward[:, :, :-1], backward[:, :, -1:] = backward[:, :, 1:].copy(), np.nan
         words = np.ascontiguousarray(packed[..., layout.parts * REPORTED :])
         return Evidence(
             self._mesh,
             step,
-            statistics.reshape(*packed.shape[:-1], -1),
+            np.moveaxis(statistics.reshape(2, -1, *packed.shape[1:-1]), 1, -1),
             layout.mark_all(words.view(np.int64)),
         )

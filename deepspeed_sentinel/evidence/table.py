@@ -179,14 +179,19 @@ class Rows:
 
 def comparable(statistics: np.ndarray) -> np.ndarray:
     """Statistics [P * K, ...] in the unit that fences compare, the same bits on every host; NaN (missing) stays NaN."""
-    result = np.where(np.isinf(statistics), np.copysign(_LARGEST, statistics), statistics)
+    result = np.empty(statistics.shape)
     for index, row in enumerate(TABLE * (len(statistics) // len(TABLE))):
+        values = statistics[index]
+        infinite = np.isinf(values)
+        if infinite.any():
+            values = np.where(infinite, np.copysign(_LARGEST, values), values)
         if row.scale == "log":
-            result[index] = exact.log(np.maximum(result[index], 0.0) + row.resolution)
+            values = exact.log(np.maximum(values, 0.0) + row.resolution)
         elif row.scale == "arcsine":
-            result[index] = exact.arcsin(np.sqrt(np.clip(result[index], 0.0, 1.0)))
+            values = exact.arcsin(np.sqrt(np.clip(values, 0.0, 1.0)))
         elif row.scale == "fisher":
-            result[index] = exact.arctanh(np.clip(result[index], -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
+            values = exact.arctanh(np.clip(values, -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
+        result[index] = values
     return result
 
 

@@ -83,7 +83,7 @@ class Content:
 
 
 def content_alone(
-    alarms: np.ndarray, per_statistic: np.ndarray, available: np.ndarray, unlike: np.ndarray, table: Rows
+    alarms: np.ndarray, per_statistic: np.ndarray, values: np.ndarray, unlike: np.ndarray, table: Rows
 ) -> np.ndarray:
     """Alarms that content explains, bool [2, L, C, M]: they are no strike, and what is usual follows them.
 
@@ -94,10 +94,13 @@ def content_alone(
     Args:
         alarms: bool [2, L, C, M].
         per_statistic: float64 [K, 2, L, C, M], scores.
-        available: bool [2, L, C, M], messages with statistics of the pair.
+        values: float64 [K, 2, L, C, M], NaN where a statistic is not available.
         unlike: bool [C].
         table: the rows judged.
     """
+    if not alarms.any():
+        return alarms
+    available = ~np.isnan(values[table.of_pair]).all(0)
     mild = alarms & (per_statistic[~table.of_pair].max(0) <= HIGHEST)
     explained = available & (per_statistic[table.of_pair].max(0) < CONSPICUOUS)
     explained[BACKWARD, -1] = True

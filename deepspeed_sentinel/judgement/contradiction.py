@@ -26,8 +26,8 @@ def contradictions(statistics: np.ndarray, fences: Fences, table: Rows) -> tuple
     Returns:
         bool [2, L, C, M] each: by the two ends of a link, and by the two neighbours of a worker.
     """
-    bits = np.ascontiguousarray(statistics).view(np.int64)
-    unequal = (bits[SENT] != bits[RECEIVED]).any(-1)
+    bits = np.ascontiguousarray(np.moveaxis(statistics, -1, 1)).view(np.int64)
+    unequal = (bits[SENT] != bits[RECEIVED]).any(0)
     if not unequal.any():
         return unequal, unequal
     sent, received = (comparable(statistics[end][unequal].T) for end in (SENT, RECEIVED))

@@ -21,12 +21,14 @@ Arrays follow the axes [statistic, direction, link, column, micro-batch].
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.evidence.table import Rows
 from deepspeed_sentinel.judgement.few import Past
-from deepspeed_sentinel.judgement.robust import median, quantiles, shortest_interval
+from deepspeed_sentinel.judgement.robust import Ordered, median, shortest_interval
 from deepspeed_sentinel.judgement.usual import Usual
 from deepspeed_sentinel.judgement.window import Window
 from deepspeed_sentinel.mesh import Mesh
@@ -95,18 +97,22 @@ class Fences:
             eligible: bool [2, L, C, M], messages that may set the centre.
             doubtful: bool [2, L], links where they are not to be believed in this step.
         """
-        aligned = comparable - self.usual.level[..., None]
-        current = median(self._samples(aligned, eligible))
+        aligned, current = np.empty_like(comparable), np.empty(self._rows)
+        for row, level in enumerate(self.usual.level):  # one at a time stays in the processor's own memory
+            np.subtract(comparable[row], level[..., None], out=aligned[row])
+            current[row] = median(_samples(aligned[row], eligible))
         majority = self._more_than(1, 2, eligible)
         believed = majority & ~doubtful
         if believed.all() or self.learnt_steps == 0:
-            return aligned - current[..., None, None]
+            aligned -= current[..., None, None]
+            return aligned
         # The past only stands in for a step, so it should be the latest.
         slots = (self.learnt_steps - 1 - np.arange(min(_RECENT, self.learnt_steps))) % self.window
         recent = median(self._centres[..., slots])
         shared = majority & self._all_beyond(aligned - recent[..., None, None], eligible)
         centre = np.where(believed | shared | np.isnan(recent), current, recent)
-        return aligned - centre[..., None, None]
+        aligned -= centre[..., None, None]
+        return aligned
 
     def scores(
         self,
@@ -128,10 +134,10 @@ class Fences:
             return scores
         majority = self._more_than(1, 2, eligible) & ~doubtful
         # Who sends what the others send stands out nowhere, whatever it used to send.
-        among_others = comparable - median(self._samples(comparable, eligible))[..., None, None]
+        among_others = comparable - self._medians(comparable, eligible)[..., None, None]
         scores = np.where(majority[..., None, None], np.minimum(scores, self._beyond(among_others)), scores)
         if self.has_majority:
-            spread = shortest_interval(self._samples(residuals, eligible), 1.0 / 3.0)
+            spread = shortest_interval(_samples(residuals, eligible), 1.0 / 3.0)
             known = self._more_than(2, 3, eligible) & ~doubtful & ~np.isnan(spread)
             widening = np.where(known, np.maximum(spread / self.iqr, 1.0), 1.0)
             scores = scores / widening[..., None, None]
@@ -168,15 +174,13 @@ class Fences:
             if not clean.any(axis=(0, 1, 3)).all():
                 return  # what is left of the pair is measured from the middle between them
         # Among enough replicas the centre is what the residuals were taken from.
-        measured = (comparable - residuals)[..., 0, 0] - self.usual.level[..., 0]
-        centre = measured if self.has_majority else median(self._samples(comparable, clean))
+        measured = comparable[..., 0, 0] - residuals[..., 0, 0] - self.usual.level[..., 0]
+        centre = measured if self.has_majority else self._medians(comparable, clean)
         self._centres[..., self.learnt_steps % self.window] = centre
         if self.compares_replicas:
             explained = np.broadcast_to(unlike, self.usual.level.shape)
             self.usual.learn(residuals, followed, explained, self.reach)
-        renewed = self._residuals.learn(self._samples(residuals, clean), step)
-        if renewed:
-            self._renew(renewed)
+        self._renew(*self._residuals.learn(_samples(residuals, clean), step))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         parts = {"usual": self.usual.state_dict(), "past": self._past.state_dict()}
@@ -194,13 +198,23 @@ class Fences:
     def _beyond(self, residuals: np.ndarray) -> np.ndarray:
         """Distance beyond the nearer quartile in reaches; 0 where not available."""
         low, high = (bound[..., None, None] for bound in self._residuals.quantiles)
-        outside = np.fmax(np.fmax(low - residuals, residuals - high), 0.0)
-        return np.asarray(outside / np.where(np.isnan(self.reach), np.inf, self.reach)[..., None, None])
+        reach = np.where(np.isnan(self.reach), np.inf, self.reach)[..., None, None]
+        result = np.empty_like(residuals)
+        for row, outside in enumerate(result):
+            np.subtract(residuals[row], high[row], out=outside)
+            np.fmax(low[row] - residuals[row], outside, out=outside)
+            np.fmax(outside, 0.0, out=outside)
+            outside /= reach[row]
+        return result
+
+    def _medians(self, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """Of those of a link's messages (bool [2, L, C, M]), float64 [K, 2, L]."""
+        return np.stack([median(_samples(row, chosen)) for row in values])
 
     def _all_beyond(self, residuals: np.ndarray, eligible: np.ndarray) -> np.ndarray:
         """Where every message that counts (bool [2, L, C, M]) lies on the same side of the fences, bool [K, 2, L]."""
         low, high = self._residuals.quantiles
-        values = self._samples(residuals, eligible)
+        values = _samples(residuals, eligible)
         with np.errstate(invalid="ignore"):
             left = np.fmax.reduce(values, axis=-1) < low - self.reach
             right = np.fmin.reduce(values, axis=-1) > high + self.reach
@@ -211,18 +225,32 @@ class Fences:
         columns = np.count_nonzero(eligible.any(-1), axis=-1)
         return (denominator * columns > numerator * self.mesh.replicas) & self.compares_replicas
 
-    def _samples(self, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        """Those of a link's messages (bool [2, L, C, M]) in one axis, float64 [K, 2, L, C * M], NaN for the others."""
-        return (values if chosen.all() else np.where(chosen, values, np.nan)).reshape(*self._rows, -1)
-
-    def _renew(self, links: list[int]) -> None:
-        samples = self._residuals.samples(links)
+    def _renew(self, links: list[int], ordered: Ordered) -> None:
+        if not links:
+            return
         low, high = self._residuals.quantiles[..., links]
         iqr = self.iqr[..., links]
-        beyond = np.maximum(np.maximum(low[..., None] - samples, samples - high[..., None]), 0.0)
-        (tail,) = quantiles(beyond, (1.0 - self._rate,))
-        seen = np.maximum(self._residuals.counts[..., links], 2)
+        # Whatever lies far beyond the quartiles is among the least or the largest.
+        outer = ordered.outer(math.ceil(self._rate * ordered.values.shape[-1]) + 2)
+        beyond = np.sort(np.maximum(np.maximum(low[..., None] - outer, outer - high[..., None]), 0.0), axis=-1)
+        found = np.count_nonzero(~np.isnan(beyond), axis=-1)
+        last = np.maximum(ordered.count - 1, 0)
+        position = (1.0 - self._rate) * last
+        rank = position.astype(np.intp)
+
+        def of_rank(rank: np.ndarray) -> np.ndarray:
+            from_end = found - (ordered.count - rank)
+            return np.take_along_axis(beyond, np.maximum(from_end, 0)[..., None], -1)[..., 0]
+
+        at_low, at_high = of_rank(rank), of_rank(np.minimum(rank + 1, last))
+        tail = at_low + (at_high - at_low) * (position - rank)
+        seen = np.maximum(ordered.count, 2)
         # With fewer samples than 1 / rate the tail is extended as if scores fell off exponentially.
         stretch = np.maximum(1.0, -exact.log(np.array(self._rate)) / exact.log(seen))
         doubt = 1.0 + STEP_DOUBT / np.sqrt(min(self.learnt_steps, self.window))
         self.reach[..., links] = np.maximum(self.multiplier * iqr, MARGIN * doubt * stretch * tail)
+
+
+def _samples(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Those of a link's messages (bool [2, L, C, M]) in one axis, float64 [..., 2, L, C * M], NaN for the others."""
+    return (values if chosen.all() else np.where(chosen, values, np.nan)).reshape(*values.shape[:-2], -1)

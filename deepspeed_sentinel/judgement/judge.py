@@ -151,8 +151,7 @@ class Judge:
 
         certain = (values[self.table.by_judge] > 0.0).any(0)
         firm = per_statistic[self.table.hard].max(0) > 0
-        available = ~np.isnan(values[of_pair]).all(0)
-        content = content_alone(alarms & ~firm, per_statistic, available, unlike, self.table)
+        content = content_alone(alarms & ~firm, per_statistic, values, unlike, self.table)
         reported_only = alarms & ~firm & (not self.fences.compares_replicas)
         blame = Blame.of(alarms, disputes, scores, explained.overflow | content | reported_only, certain)
         account = Account(self.mesh, served, self.table)
@@ -251,7 +250,7 @@ class Judge:
 
     def _reported(self, statistics: np.ndarray) -> np.ndarray:
         """float64 [K, 2, L, C, M]: what receivers report, and the first and the last stage of what they sent."""
-        values = np.ascontiguousarray(np.moveaxis(statistics[RECEIVED], -1, 0))
+        values = np.array(np.moveaxis(statistics[RECEIVED], -1, 0), order="C")
         own = ~self.table.of_pair
         for direction, link in ((FORWARD, 0), (BACKWARD, -1)):
             values[own, direction, link] = np.moveaxis(statistics[SENT, direction, link], -1, 0)[own]

@@ -2,7 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """Values along the last axis in ascending order.
+
+    Attributes:
+        values: float64 [..., N], NaN last.
+        count: int [...], how many are not NaN.
+    """
+
+    values: np.ndarray
+    count: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Ordered:
+        ordered = np.sort(values, axis=-1)
+        return cls(ordered, np.count_nonzero(~np.isnan(ordered), axis=-1))
+
+    def quantiles(self, probabilities: tuple[float, ...]) -> np.ndarray:
+        """float64 [Q, ...], linear between ranks; NaN where every value is NaN."""
+        last = np.maximum(self.count - 1, 0)[..., None]
+        position = np.asarray(probabilities) * last
+        low = position.astype(np.intp)
+        at_low = np.take_along_axis(self.values, low, -1)
+        at_high = np.take_along_axis(self.values, np.minimum(low + 1, last), -1)
+        return np.moveaxis(at_low + (at_high - at_low) * (position - low), -1, 0)
+
+    def outer(self, each: int) -> np.ndarray:
+        """The least and the largest values, float64 [..., 2 * each], no value twice; NaN where there are too few."""
+        n = np.arange(each)
+        wanted = np.minimum(n, self.values.shape[-1] - 1)
+        least = np.where(n < self.count[..., None], self.values[..., wanted], np.nan)
+        place = self.count[..., None] - 1 - n
+        largest = np.take_along_axis(self.values, np.maximum(place, 0), -1)
+        return np.concatenate([least, np.where(place >= each, largest, np.nan)], axis=-1)
 
 
 def quantiles(values: np.ndarray, probabilities: tuple[float, ...]) -> np.ndarray:
@@ -15,27 +53,19 @@ def quantiles(values: np.ndarray, probabilities: tuple[float, ...]) -> np.ndarra
     Returns:
         float64 [Q, ...]; NaN where every value is NaN.
     """
-    ordered = np.sort(values, axis=-1)  # NaN sort last
-    count = np.count_nonzero(~np.isnan(ordered), axis=-1)
-    last = np.maximum(count - 1, 0)[..., None]
-    position = np.asarray(probabilities) * last
-    low = position.astype(np.intp)
-    at_low = np.take_along_axis(ordered, low, -1)
-    at_high = np.take_along_axis(ordered, np.minimum(low + 1, last), -1)
-    return np.moveaxis(at_low + (at_high - at_low) * (position - low), -1, 0)
+    return Ordered.of(values).quantiles(probabilities)
 
 
 def median(values: np.ndarray) -> np.ndarray:
-    """``quantiles(values, (0.5,))[0]``, without sorting where a row misses all of its values or none."""
-    missing = np.isnan(values)
-    absent = missing.all(-1)
-    if (missing.any(-1) != absent).any() or values.shape[-1] == 0:
-        return quantiles(values, (0.5,))[0] if values.shape[-1] else np.full(values.shape[:-1], np.nan)
+    """``quantiles(values, (0.5,))[0]``; cheaper where no row misses some of its values and not all."""
+    if values.shape[-1] == 0:
+        return np.full(values.shape[:-1], np.nan)
+    ordered = np.sort(values, axis=-1)
+    if (np.isnan(ordered[..., -1]) & ~np.isnan(ordered[..., 0])).any():
+        return Ordered(ordered, np.count_nonzero(~np.isnan(ordered), axis=-1)).quantiles((0.5,))[0]
     middle = values.shape[-1] // 2
-    lower = middle if values.shape[-1] % 2 else middle - 1
-    ordered = np.partition(values, (lower, middle), axis=-1)
-    low, high = ordered[..., lower], ordered[..., middle]
-    return np.asarray(np.where(absent, np.nan, low + (high - low) * 0.5))
+    low, high = ordered[..., middle if values.shape[-1] % 2 else middle - 1], ordered[..., middle]
+    return np.asarray(low + (high - low) * 0.5)
 
 
 def shortest_interval(values: np.ndarray, share: float) -> np.ndarray:

@@ -45,9 +45,11 @@ class Usual:
             explained: bool [K or 1, 2, L, C], where the change is followed at once.
             limit: float64 [K, 2, L], how far off a step may be where it is not; NaN is any distance.
         """
-        known = chosen & ~np.isnan(residuals)
-        count = np.count_nonzero(known, axis=-1)
-        mean = exact.total(np.where(known, residuals, 0.0)) / np.maximum(count, 1)
+        count, mean = np.empty(self.level.shape, np.int64), np.empty(self.level.shape)
+        for row, values in enumerate(residuals):
+            known = chosen[row % len(chosen)] & ~np.isnan(values)
+            count[row] = np.count_nonzero(known, axis=-1)
+            mean[row] = exact.total(np.where(known, values, 0.0)) / np.maximum(count[row], 1)
         off = mean - self.level
         bound = np.where(explained | np.isnan(limit)[..., None], np.inf, limit[..., None])
         first = np.maximum(1.0 / (self._seen + 1.0), np.where(np.isnan(limit), _FIRST_STEPS, RATE)[..., None])

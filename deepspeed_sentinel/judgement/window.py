@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepspeed_sentinel.judgement.robust import quantiles
+from deepspeed_sentinel.judgement.robust import Ordered
 
 _SAMPLES = 2048
 _TURNS = 8
@@ -36,11 +36,11 @@ class Window:
         self.quantiles = np.full((len(probabilities), *rows), np.nan)
         self.counts = np.zeros(rows, np.int64)
 
-    def learn(self, values: np.ndarray, step: int) -> list[int]:
+    def learn(self, values: np.ndarray, step: int) -> tuple[list[int], Ordered]:
         """Remember a step's samples, float64 [*rows, N], NaN where there is none.
 
         Returns:
-            the links whose quantiles are new.
+            the links whose quantiles are new, and all that is remembered of them, [K, 2, len(links), N].
         """
         keep = max(1, min(values.shape[-1], _SAMPLES // self._steps))
         if keep < values.shape[-1]:
@@ -55,12 +55,11 @@ class Window:
         self.learnt += 1
         every = 1 if self.learnt <= self._steps // 2 else _TURNS
         links = [link for link in range(self._rows[2]) if (link + self.learnt) % every == 0]
-        self._refresh(links)
-        return links
-
-    def samples(self, links: list[int]) -> np.ndarray:
-        """float64 [K, 2, len(links), N]: all that is remembered of some links."""
-        return self._samples[:, :, links].reshape(*self._rows[:2], len(links), -1)
+        size = self._steps * self._samples.shape[-1]
+        ordered = Ordered.of(self._samples[:, :, links].reshape(*self._rows[:2], len(links), size))
+        self.quantiles[..., links] = ordered.quantiles(self._probabilities)
+        self.counts[..., links] = ordered.count
+        return links, ordered
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
@@ -75,9 +74,3 @@ class Window:
         self.learnt = int(state["learnt"])
         self.quantiles = np.array(state["quantiles"])
         self.counts = np.array(state["counts"])
-
-    def _refresh(self, links: list[int]) -> None:
-        if links:
-            samples = self.samples(links)
-            self.quantiles[..., links] = quantiles(samples, self._probabilities)
-            self.counts[..., links] = np.count_nonzero(~np.isnan(samples), axis=-1)
