@@ -11,7 +11,7 @@ import torch.distributed as dist
 _GLOO = re.compile(r"\[(?:enforce fail at )?\S*gloo/\S+:\d+\]\s*")
 _OF_GLOO = "Application timeout caused pair closure"  # the one that it raises without its place
 _WORDS = ("gloo", "nccl", "connection", "socket", "timed out", "timeout", "broken pipe")
-_ADVICE = re.compile(r"\.?\s*This is typically caused by a remote worker crashing\..*", re.DOTALL)
+_ADVICE = re.compile(r"\.?\s*This is typically caused by .*", re.DOTALL)
 _FOLDER = str(Path(dist.__file__).parent)
 
 

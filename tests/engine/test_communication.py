@@ -13,6 +13,10 @@ OF_GLOO = {
     "[enforce fail at /__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:801] state_ >= CONNECTED. "
     "1 vs 4. Pair is not connected ([127.0.0.1]:31153$1 <--> [none])": "state_ >= CONNECTED. 1 vs 4. "
     "Pair is not connected ([127.0.0.1]:31153$1 <--> [none])",
+    PAIR
+    + "Read error [127.0.0.1]:10470: Connection reset by peer. This is typically caused by a remote worker hanging or "
+    "bugs in the application. Check the logs of the remote worker before reporting an error. GLHF! 🏖️": "Read error "
+    "[127.0.0.1]:10470: Connection reset by peer",
     "Application timeout caused pair closure": "Application timeout caused pair closure",
 }
 
