@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deepspeed_sentinel.attacks import Needs, build_attack
+from deepspeed_sentinel.attacks.loading import check_path, files_named
 from deepspeed_sentinel.mesh import Mesh
 
 BLOCK = "sentinel"
@@ -45,7 +46,19 @@ class Injection(BaseModel):
         return dict(self.model_extra or {})
 
     @model_validator(mode="after")
-    def _attack_can_be_built(self) -> Injection:
+    def _possible(self) -> Injection:
+        # A file is code: it runs when somebody means to inject, not where a config is looked at or switched off.
+        files = files_named([self.attack, self.arguments])
+        for name in files:
+            check_path(name)
+        if not files:
+            self.check_attack()
+        if self.stop_step is not None and self.stop_step <= self.start_step:
+            raise ValueError(f"stop_step ({self.stop_step}) must be greater than start_step ({self.start_step})")
+        return self
+
+    def check_attack(self) -> None:
+        """Raise ValueError when the attack cannot be built, or cannot act there; runs the file that it names."""
         needs = Needs.of(build_attack(self.attack, self.arguments))
         if needs.simulator_only:
             raise ValueError(
@@ -59,9 +72,6 @@ class Injection(BaseModel):
                 f"attack {self.attack!r} remembers messages, and where='sketch' alters two kinds of them; choose an "
                 "attack without memory"
             )
-        if self.stop_step is not None and self.stop_step <= self.start_step:
-            raise ValueError(f"stop_step ({self.stop_step}) must be greater than start_step ({self.start_step})")
-        return self
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raise ValueError when the worker is not in ``mesh`` or has no such message there."""
@@ -118,6 +128,11 @@ class SentinelConfig(BaseModel):
     )
     max_skipped_steps: int = Field(
         10, ge=1, description="successive steps without any column left after which training stops"
+    )
+    heartbeat_timeout: float = Field(
+        120.0,
+        ge=5.0,
+        description="seconds without a heartbeat after which a rank is given up, if all others wait for it",
     )
     output_dir: str = Field("sentinel_logs", min_length=1, description="folder of events.jsonl")
     events: Literal["none", "alarms", "steps"] = Field(

@@ -163,6 +163,7 @@ def start_job(
     env: Mapping[str, str] | None = None,
     launcher: Launcher = "bare",
     module: bool = False,
+    restarts: int = 0,
 ) -> JobHandle:
     """Start ``stages * replicas`` processes of a script on this machine's CPU.
 
@@ -177,6 +178,7 @@ def start_job(
             as Slurm's srun does; "torchrun" leaves it to torch.distributed.run, "deepspeed" to DeepSpeed's,
             "accelerate" to ``accelerate launch``.
         module: ``script`` is the name of a module to run with ``-m``.
+        restarts: how often launcher "torchrun" starts all processes anew after a failure.
     """
     folder.mkdir(parents=True, exist_ok=True)
     warm_extensions()
@@ -189,7 +191,13 @@ def start_job(
     try:
         if launcher == "torchrun":
             run = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={size}"]
-            run += [f"--master_port={port}", f"--log-dir={folder / 'torchrun'}", "--redirects=3", *command]
+            run += [
+                f"--max-restarts={restarts}",
+                f"--master_port={port}",
+                f"--log-dir={folder / 'torchrun'}",
+                "--redirects=3",
+                *command,
+            ]
             processes.append(spawn(run, environment, folder / "launcher"))
             return job
         if launcher == "accelerate":

@@ -32,7 +32,8 @@ def test_a_detached_engine_is_as_it_was(cases):
     for case in cases:
         assert case["attached_is_handle"]
         assert case["attached_observed"] == case["detached_observed"] == 2 * 2 * Scenario(name="").micro_batches
-        assert case["detached_attributes"] == [] and case["still_the_scripts"]
+        assert case["detached_attributes"] == ["save_checkpoint"] and case["set_meanwhile"] == "set while attached"
+        assert case["still_the_scripts"] and case["own_instruction_runs"]
         assert case["detached"] == case["plain"]
 
 
@@ -45,7 +46,7 @@ REFUSED = {
     "one_stage": "sentinel needs at least 2 pipeline stages, got 1",
     "stages_do_not_divide": "num_stages (3) must divide distributed world size (4)",
     "no_pipeline": "sentinel watches DeepSpeed's PipelineEngine, got DeepSpeedEngine",
-    "tensor_parallel": "does not support tensor-parallel shards yet: model parallel size is 2",
+    "tensor_parallel": "further axes: 'model' of size 2. Allowed beside 'pipe' and 'data' are axes of size 1",
 }
 
 
@@ -53,6 +54,14 @@ REFUSED = {
 def test_what_cannot_work_is_refused_on_every_rank(cases, name):
     for case in cases:
         assert REFUSED[name] in case[name]
+
+
+def test_further_axes_of_size_one_change_nothing(cases):
+    for case in cases:
+        trained, judged, ranks = case["three_axes"]
+        assert trained and judged == 0 and ranks == [[0, 1], [2, 3]]
+        trained, judged, ranks = case["other_axes"]
+        assert trained and judged == 0 and ranks == [[0, 2], [1, 3]]
 
 
 def test_dualpipev_is_refused():

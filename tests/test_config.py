@@ -132,6 +132,31 @@ def test_check_fails_with_the_reason(tmp_path, capsys, content, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("of_file", ["plain", "inner"])
+def test_a_file_runs_only_once_the_attack_is_built(tmp_path, capsys, of_file):
+    script, ran = tmp_path / "attack.py", tmp_path / "ran"
+    script.write_text(
+        f"open({str(ran)!r}, 'w')\nclass Mine:\n    def __call__(self, message, context): return message\n"
+    )
+    name = f"{script}:Mine"
+    fault = {"attack": name} if of_file == "plain" else {"attack": "intermittent", "inner": name}
+    block = {"enabled": False, "inject": [{"stage": 1, "replica": 0, **fault}]}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"sentinel": block}))
+    assert main(["check", str(path)]) == 0 and name in capsys.readouterr().out
+    assert not ran.exists()
+    (injection,) = SentinelConfig.parse(block).inject
+    assert not ran.exists()
+    injection.check_attack()
+    assert ran.exists()
+
+
+def test_what_can_be_seen_of_a_file_without_running_it_is_checked(tmp_path):
+    for name, said in ((f"{tmp_path}/none.py:Mine", "there is no file"), (f"{tmp_path}/none.py", "say which class")):
+        with pytest.raises(ValueError, match=said):
+            SentinelConfig.parse({"inject": [{"stage": 1, "replica": 0, "attack": name}]})
+
+
 def test_check_says_when_there_is_no_block(tmp_path, capsys):
     path = tmp_path / "ds.json"
     path.write_text("{}")

@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,16 +20,39 @@ def is_path(name: str) -> bool:
     return name.rpartition(":")[0].endswith(_SUFFIX) or name.endswith(_SUFFIX)
 
 
-def load_class(name: str) -> type:
-    """The class that ``path/to/file.py:ClassName`` names.
+def files_named(settings: Any) -> list[str]:
+    """Every name of a class in a file in some settings, such as an attack's name and arguments, however deep."""
+    if isinstance(settings, str):
+        return [settings] if is_path(settings) else []
+    if isinstance(settings, Mapping):
+        settings = settings.values()
+    elif not isinstance(settings, (list, tuple)):
+        return []
+    return [name for entry in settings for name in files_named(entry)]
+
+
+def check_path(name: str) -> tuple[Path, str]:
+    """File and class that ``path/to/file.py:ClassName`` names. Nothing of the file is run.
 
     Raises:
-        ValueError: no such file, it does not run, or it has no such class.
+        ValueError: no such file, or no class.
     """
     path, _, class_name = name.rpartition(":")
     if not path.endswith(_SUFFIX) or not class_name:
         raise ValueError(f"attack {name!r}: say which class of the file, as in path/to/file.py:ClassName")
-    module = _module(Path(path), name)
+    if not Path(path).is_file():
+        raise ValueError(f"attack {name!r}: there is no file {path!r}")
+    return Path(path), class_name
+
+
+def load_class(name: str) -> type:
+    """The class that ``path/to/file.py:ClassName`` names; runs the file.
+
+    Raises:
+        ValueError: no such file, it does not run, or it has no such class.
+    """
+    path, class_name = check_path(name)
+    module = _module(path, name)
     cls = getattr(module, class_name, None)
     if not inspect.isclass(cls):
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
@@ -38,8 +61,6 @@ def load_class(name: str) -> type:
 
 
 def _module(path: Path, name: str) -> ModuleType:
-    if not path.is_file():
-        raise ValueError(f"attack {name!r}: there is no file {str(path)!r}")
     # One module a file, whatever its name: two users' attacks.py must not be taken for each other.
     module_name = f"_deepspeed_sentinel_attack_{zlib.crc32(str(path.resolve()).encode()):08x}"
     if module_name in sys.modules:

@@ -141,6 +141,7 @@ def _validate(options: DemoOptions) -> None:
     from deepspeed_sentinel.mesh import Mesh
 
     for injection in SentinelConfig.parse(options.sentinel_block("guarded")).inject:
+        injection.check_attack()
         injection.check_mesh(Mesh(options.stages, options.replicas))
 
 

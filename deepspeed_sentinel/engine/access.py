@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
@@ -27,10 +29,14 @@ def check_supported(engine: object) -> None:
             "sentinel does not support DualPipeV yet: its two phases share ranks. Use a PipelineModule, or set "
             '"sentinel": {"enabled": false}.'
         )
-    if engine.grid.model_parallel_size > 1:
+    topology = engine.grid.topology()
+    further = {axis: topology.get_dim(axis) for axis in topology.get_axis_names() if axis not in ("pipe", "data")}
+    split = ", ".join(f"{axis!r} of size {size}" for axis, size in further.items() if size > 1)
+    if split:
         raise ValueError(
-            f"sentinel does not support tensor-parallel shards yet: model parallel size is "
-            f'{engine.grid.model_parallel_size}, allowed is 1. Set "sentinel": {{"enabled": false}}.'
+            f"sentinel watches a mesh of stages and replicas, and the topology has further axes: {split}. Allowed "
+            "beside 'pipe' and 'data' are axes of size 1; tensor-parallel and other shards are not supported yet. Set "
+            'those axes to 1, or "sentinel": {"enabled": false}.'
         )
     if engine.has_moe_layers:
         raise ValueError(
@@ -50,7 +56,19 @@ def worker_of(engine: PipelineEngine) -> Worker:
 def ranks_of(engine: PipelineEngine) -> np.ndarray:
     """Global rank of each worker, int [S, R]."""
     mesh, topology = mesh_of(engine), engine.grid.topology()
-    return np.array([[topology.get_rank(pipe=s, data=r) for r in range(mesh.replicas)] for s in range(mesh.stages)])
+    ranks = np.empty((mesh.stages, mesh.replicas), np.int64)
+    for coordinates, rank in topology.mapping.items():
+        # Any other axis has the size 1, see ``check_supported``.
+        ranks[getattr(coordinates, "pipe", 0), getattr(coordinates, "data", 0)] = rank
+    return ranks
+
+
+def timeouts(engine: PipelineEngine) -> tuple[timedelta, timedelta]:
+    """How long torch lets an operation wait: in the default group, and between stages."""
+    default, device = dist.distributed_c10d._get_default_group(), torch.device(engine.device)
+    groups = (default, engine.grid.get_pipe_parallel_group())
+    every, between_stages = (group._get_backend(device).options._timeout for group in groups)
+    return every, between_stages
 
 
 def stage_module(engine: PipelineEngine) -> torch.nn.Module:

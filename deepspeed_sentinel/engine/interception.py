@@ -25,15 +25,24 @@ class Interception:
     """Reads each message at once where DeepSpeed has it in hand, since it reuses the buffers.
 
     Only training schedules are watched: ``eval_batch`` runs the same instructions, but passes through.
+
+    Args:
+        engine: whose messages.
+        probe, keeping: which read them.
+        faults: to inject.
+        lenient: leave it to DeepSpeed to raise about messages that it cannot train with.
     """
 
-    def __init__(self, engine: PipelineEngine, probe: Probe, keeping: Keeping, faults: Faults) -> None:
+    def __init__(
+        self, engine: PipelineEngine, probe: Probe, keeping: Keeping, faults: Faults, *, lenient: bool
+    ) -> None:
         self._engine = engine
         self._probe = probe
         self._keeping = keeping
         self._faults = faults
+        self._lenient = lenient
         self.watching = False
-        self._original = dict(type(engine)._INSTRUCTION_MAP)
+        self._original = dict(engine._INSTRUCTION_MAP)
 
     def instructions(self) -> dict[type, Callable[..., Any]]:
         """Wrapped entries for an engine's ``_INSTRUCTION_MAP``."""
@@ -52,7 +61,8 @@ class Interception:
         if not self.watching:
             return self.run_original(schedule.SendActivation, buffer_id=buffer_id)
         kept = outputs[buffer_id]
-        self._check_differentiable(as_tuple(kept))
+        if not self._lenient:
+            self._check_differentiable(as_tuple(kept))
         wire = self._observe_sent(FORWARD, as_tuple(kept))
         # The graph keeps the true output; only what crosses the link is tampered with.
         outputs[buffer_id] = wire[0] if isinstance(kept, torch.Tensor) else tuple(wire)
@@ -67,8 +77,8 @@ class Interception:
             self._observe_received(FORWARD, as_tuple(engine.pipe_buffers["inputs"][buffer_id]))
 
     def _send_gradient(self, engine: PipelineEngine, buffer_id: int) -> None:
-        if self.watching:
-            inputs = floating(engine.pipe_buffers["inputs"][buffer_id])
+        inputs = floating(engine.pipe_buffers["inputs"][buffer_id])
+        if self.watching and not (self._lenient and any(tensor.grad is None for tensor in inputs)):
             gradients = self._gradients(as_tuple(engine.pipe_buffers["inputs"][buffer_id]))
             wire = self._observe_sent(BACKWARD, gradients)
             for tensor, gradient in zip(inputs, wire, strict=True):

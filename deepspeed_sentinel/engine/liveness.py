@@ -1,8 +1,14 @@
-"""Who is gone: heartbeats through the rendezvous store, so that a broken run says which worker broke it.
+"""Who is gone, stuck or has failed: heartbeats through the rendezvous store, so that a broken run says what broke it.
 
-A collective only tells that some peer closed its connection. Each rank therefore beats once a second into the store
-that started the job, and the first to fail looks whose heart has stopped, writes that down for the others and raises.
-A rank that is stuck where no exception reaches it (a GPU collective, say) ends itself once that has been written.
+Each rank has a thread, its heart, that beats once a second: with a count, and with the place where the main thread is
+(``progress``). Three things end a run:
+
+    a watched call raises      a communication error: whose heart has stopped is named. Any other: its text is posted
+    nothing raises, no rank    the heart of a rank that waits sees who holds the run up (``standstill``) and posts it
+    gets on
+    somebody has posted        a main thread that then still hangs in a watched call is ended by its own heart
+
+What is posted is signed (``board``), and begins with the name of who says it where that is not who it is about.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -21,38 +28,66 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from deepspeed_sentinel.engine.board import Board
+from deepspeed_sentinel.engine.communication import in_short, is_communication
+from deepspeed_sentinel.engine.progress import PIPELINE, Place, Progress
+from deepspeed_sentinel.engine.standstill import Beat, Standstill, waits
 from deepspeed_sentinel.errors import LostWorker, SentinelError, SentinelHalt
 from deepspeed_sentinel.mesh import Mesh, Worker
 
 BEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 5.0
 GRACE_SECONDS = 10.0
+RETRY_SECONDS = 10.0
+LOOK_SECONDS = 2.0
+RANKS_A_SECOND = 50  # how many heartbeats a rank reads: all ranks may look at once, and one store serves them
+SHARE_OF_TIMEOUT = 0.9  # of the group's: shortly before torch ends the run, without a name
 EXIT_CODE = 70
-_ENDED = "ended"
-_COMMUNICATION = ("gloo", "nccl", "connection", "socket", "timed out", "broken pipe", "store")
-_instances = itertools.count()
 
 
 class Liveness:
-    """Heartbeat of this rank and diagnosis of the others.
+    """Heartbeat of this rank and diagnosis of the others. Collective to create.
+
+    Attributes:
+        progress: to be told where the main thread is.
 
     Args:
         mesh: the mesh.
         ranks: int [S, R], the global rank of each worker.
+        control: group of all ranks on the CPU; None is the default group.
+        heartbeat_timeout: seconds, see the config.
+        timeouts: of the default group and of the groups between stages.
+        step: the global step.
+        ends: whether it ends this rank where nothing raises; otherwise it says what it sees, once.
     """
 
-    def __init__(self, mesh: Mesh, ranks: np.ndarray) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        ranks: np.ndarray,
+        control: dist.ProcessGroup | None = None,
+        *,
+        heartbeat_timeout: float = 120.0,
+        timeouts: tuple[timedelta, timedelta] = (timedelta(minutes=10), timedelta(minutes=10)),
+        step: Callable[[], int] = lambda: 0,
+        ends: bool = True,
+    ) -> None:
         self._workers = {
             int(ranks[stage, replica]): Worker(stage, replica)
             for stage in range(mesh.stages)
             for replica in range(mesh.replicas)
         }
-        self._prefix = f"deepspeed_sentinel/{next(_instances)}"
-        self._store = _own_connection()
         self._rank = dist.get_rank()
+        self._heartbeat_timeout = heartbeat_timeout
+        self._timeouts = timeouts
+        self._ends = ends
+        self.progress = Progress(step)
+        self._standstill = Standstill(self._workers, self._rank, heartbeat_timeout, self._patience)
+        self._board = Board(control, PATIENCE_SECONDS)
         self._beats = itertools.count()
         self._busy = False
         self._failure: str | None = None
+        self._said = False
         self._stopped = threading.Event()
         self._beat()
         self._thread = threading.Thread(target=self._run, name="sentinel-liveness", daemon=True)
@@ -60,7 +95,7 @@ class Liveness:
         atexit.register(self.stop)
 
     def name(self, rank: int) -> str:
-        return f"rank {rank} = {self._workers[rank]}"
+        return self._standstill.name(rank)
 
     def stop(self) -> None:
         """Stop beating, and let the others know that this is the end of a run or of a script, not of a machine."""
@@ -68,13 +103,21 @@ class Liveness:
         self._thread.join(timeout=2 * BEAT_SECONDS)
         atexit.unregister(self.stop)
         # Where the store has ended before, nobody is left who could ask.
-        with suppress(RuntimeError):
-            self._store.set(self._beat_key(self._rank), _ENDED)
+        if self._board.connected:
+            with suppress(RuntimeError):
+                self._beat(ended=True)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Turn a communication error inside into LostWorker, and tell the other ranks of any error but a halt."""
+        """Turn a communication error inside into LostWorker, and tell the other ranks of any error but a halt.
+
+        Raises:
+            LostWorker: also at once, where another rank has told that it failed.
+        """
+        if self._failure and self._ends:
+            raise LostWorker(self._failure)
         self._busy = True
+        self.progress.enter()
         try:
             yield
         except SentinelHalt:
@@ -83,12 +126,13 @@ class Liveness:
             self._post(f"{self.name(self._rank)} stopped: {error}")
             raise
         except Exception as error:
-            if _is_communication(error):
+            if is_communication(error):
                 raise LostWorker(self._diagnose(error)) from error
             self._post(f"{self.name(self._rank)} failed: {type(error).__name__}: {error}")
             raise
         finally:
             self._busy = False
+            self.progress.leave()
 
     def watched(self, method: Callable[..., Any]) -> Callable[..., Any]:
         """``method``, whole in ``watch``."""
@@ -101,103 +145,115 @@ class Liveness:
         return in_watch
 
     def _diagnose(self, error: Exception) -> str:
-        before = self._read_beats()
-        self._stopped.wait(PATIENCE_SECONDS)
-        told = self._told()
+        saw = in_short(error)
+        try:
+            before = self._read_beats()
+            self._stopped.wait(PATIENCE_SECONDS)
+            told = self._told()
+            after = {} if told else self._read_beats()
+        except RuntimeError:
+            # Its host may be gone by now, and the heart may have heard of the reason before.
+            told = self._failure
+            if not told:
+                return self._without_store(f"{self.name(self._rank)} saw: {saw}")
         if told:
-            return f"{told} [{self.name(self._rank)} learnt of it as: {error}]"
-        after = self._read_beats()
-        if before is None or after is None:
-            return (
-                "the rendezvous store is gone: the process that holds it (rank 0, or the launcher of the first node) "
-                f"ended, {self.name(0)}. This rank saw: {error}"
-            )
-        silent = [rank for rank in self._workers if rank != self._rank and after[rank] in (before[rank], _ENDED)]
+            return f"{told} [{self.name(self._rank)} learnt of it as: {saw}]"
+        others = [rank for rank in self._workers if rank != self._rank]
+        ended = [rank for rank in others if rank in after and after[rank].ended]
+        gone = [rank for rank in others if rank not in ended and _same(before.get(rank), after.get(rank))]
         # Who went by an error of its own may only have met the loss of another in a collective of the user's.
-        gone = [rank for rank in silent if after[rank] != _ENDED] or silent
-        names = ", ".join(map(self.name, gone))
-        what = f"lost {names}" if gone else "a link between two live ranks broke"
-        text = f"{what}. Resume from the last checkpoint. {self.name(self._rank)} saw: {error}"
+        names = ", ".join(map(self.name, gone or ended))
+        what = f"lost {names}" if names else "a link between two live ranks broke"
+        text = f"{what}. Resume from the last checkpoint. {self.name(self._rank)} saw: {saw}"
         self._post(text)
         return text
 
     def _run(self) -> None:
-        noticed = 0.0
+        noticed = still = without_store = unlooked = 0.0
+        place, before, retry = self.progress.place, time.monotonic(), 0.0
+        look_seconds = max(LOOK_SECONDS, len(self._workers) / RANKS_A_SECOND)
         while not self._stopped.wait(BEAT_SECONDS):
+            # A process that was suspended must not count what it did not see.
+            now = time.monotonic()
+            seconds, before = min(now - before, 2 * PATIENCE_SECONDS), now
+            if not self._busy or self.progress.place != place:
+                place, still, unlooked = self.progress.place, 0.0, 0.0
+                self._standstill.forget()
+            else:
+                still += seconds
+                unlooked += seconds
+            without_store = min(without_store + seconds, still) if retry else 0.0
             try:
-                self._beat()
-                text = self._told()
+                if now >= retry:
+                    self._beat()
+                    retry = 0.0
+                    if not self._told() and unlooked >= look_seconds:
+                        seen, unlooked = self._standstill.look(unlooked, self._read_beats()), 0.0
+                        if seen:
+                            self._found(seen)
+                            noticed = GRACE_SECONDS  # here nothing will raise any more
             except RuntimeError:
-                # The store ends with its host; whether that is an error the main thread finds out for itself.
-                return
-            noticed = noticed + BEAT_SECONDS if text and self._busy else 0.0
-            if noticed > PATIENCE_SECONDS + GRACE_SECONDS:
-                print(f"[sentinel] {self.name(self._rank)} ends because {text}", file=sys.stderr, flush=True)
-                os._exit(EXIT_CODE)
+                # It may be late, or gone with its host; a run that gets on does not need it.
+                retry = now + RETRY_SECONDS
+            if without_store >= self._heartbeat_timeout and waits(place):
+                self._found(self._without_store(f"{self.name(self._rank)} waited in {place}"), alone=True)
+            noticed = noticed + seconds if self._failure and self._busy else 0.0
+            if self._failure and noticed > PATIENCE_SECONDS + GRACE_SECONDS:
+                self._end(self._failure)
 
-    def _beat(self) -> None:
-        self._store.set(self._beat_key(self._rank), str(next(self._beats)))
+    def _found(self, text: str, alone: bool = False) -> None:
+        """The heart has seen why the run stands still; ``alone``: there is no way to tell the others."""
+        if not self._ends:
+            if not self._said:
+                print(f'[sentinel] {text} (nothing is ended: "action" is "observe")', file=sys.stderr, flush=True)
+            self._said = True
+        elif alone:
+            self._end(text)
+        else:
+            self._board.post(text)
+            self._told()
 
-    def _beat_key(self, rank: int) -> str:
-        return f"{self._prefix}/beat/{rank}"
+    def _end(self, text: str) -> None:
+        if self._ends:
+            print(f"[sentinel] {self.name(self._rank)} ends because {text}", file=sys.stderr, flush=True)
+            os._exit(EXIT_CODE)
 
-    def _read_beats(self) -> dict[int, str] | None:
-        try:
-            values = self._store.multi_get([self._beat_key(rank) for rank in self._workers])
-        except RuntimeError:
-            return None
-        return {rank: value.decode() for rank, value in zip(self._workers, values, strict=True)}
+    def _patience(self, place: Place) -> float:
+        every, between_stages = self._timeouts
+        return SHARE_OF_TIMEOUT * (between_stages if place.phase == PIPELINE else every).total_seconds()
+
+    def _beat(self, ended: bool = False) -> None:
+        self._board.write_beat(Beat(next(self._beats), self.progress.place, ended).to_text())
+
+    def _read_beats(self) -> dict[int, Beat]:
+        beats = {rank: Beat.from_text(text) for rank, text in self._board.read_beats(self._workers).items()}
+        return {rank: beat for rank, beat in beats.items() if beat is not None}
 
     def _post(self, text: str) -> None:
-        """Keep the first diagnosis, since later ones are its consequences, and let every rank read it.
+        """Let every rank read it; the first is kept, since later ones are its consequences.
 
         The store ends with its host, so nobody goes before the others had two beats' time.
         """
         try:
-            self._store.compare_set(f"{self._prefix}/failure", "", text)
+            self._board.post(text)
             self._stopped.wait(2 * BEAT_SECONDS)
         except RuntimeError as error:
             print(f"[sentinel] could not tell the other ranks ({error}): {text}", file=sys.stderr, flush=True)
 
     def _told(self) -> str | None:
-        key = f"{self._prefix}/failure"
-        try:
-            if self._failure is None and self._store.check([key]):
-                self._failure = self._store.get(key).decode()
-        except RuntimeError:
-            if threading.current_thread() is self._thread:
-                raise
+        if self._failure is None and (post := self._board.read_post(self._workers)):
+            rank, text = post
+            about_itself = text.startswith(self.name(rank))
+            self._failure = text if about_itself else f"{text} (said by {self.name(rank)})"
         return self._failure
 
-
-def _is_communication(error: Exception) -> bool:
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _COMMUNICATION)
-
-
-def rendezvous_host() -> str:
-    """A host that all ranks could reach when they met."""
-    store = _default_store()
-    return store.host if isinstance(store, dist.TCPStore) else os.environ.get("MASTER_ADDR", "localhost")
+    def _without_store(self, saw: str) -> str:
+        return (
+            "the rendezvous store is gone: the process that holds it (rank 0, or the launcher of the first node) "
+            f"ended, {self.name(0)}. {saw}"
+        )
 
 
-def _default_store() -> dist.Store:
-    store = dist.distributed_c10d._get_default_store()
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    return store
-
-
-def _own_connection() -> dist.Store:
-    """A second client of the default store: the first may be blocked in a collective's set-up."""
-    store = _default_store()
-    if not isinstance(store, dist.TCPStore):
-        return store
-    return dist.TCPStore(
-        store.host,
-        store.port,
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=PATIENCE_SECONDS),
-    )
+def _same(before: Beat | None, after: Beat | None) -> bool:
+    """Whether a heart has not beaten between two looks."""
+    return after is None or (before is not None and before.count >= after.count)

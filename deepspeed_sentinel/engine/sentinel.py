@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,15 @@ from deepspeed.utils import logger
 from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import access, checkpoint
+from deepspeed_sentinel.engine.agreement import disagreement
+from deepspeed_sentinel.engine.board import rendezvous_host
 from deepspeed_sentinel.engine.buffers import ForwardState
 from deepspeed_sentinel.engine.interception import Interception
-from deepspeed_sentinel.engine.liveness import Liveness, rendezvous_host
+from deepspeed_sentinel.engine.liveness import Liveness
+from deepspeed_sentinel.engine.loss import mean_of_included
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.tied import reduce_tied_gradients
-from deepspeed_sentinel.errors import SentinelError, SentinelHalt, VerdictMismatch
+from deepspeed_sentinel.errors import SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.table import Evidence
@@ -54,9 +57,11 @@ class Sentinel:
         if hasattr(engine, "sentinel"):
             raise ValueError("this engine already has a sentinel attached; detach it first: engine.sentinel.detach()")
         self.engine, self.config = engine, config
+        self._lenient = config.action == "observe"
         self.mesh = access.mesh_of(engine)
         self.worker = access.worker_of(engine)
         for injection in config.inject:
+            injection.check_attack()
             injection.check_mesh(self.mesh)
         self.last_verdict: Verdict | None = None
         self.counts = dict.fromkeys(
@@ -75,9 +80,12 @@ class Sentinel:
             device=device,
             decays=(config.activation_decay, config.gradient_decay),
             seed=config.seed,
+            lenient=self._lenient,
         )
         faults = Faults(config.inject, self.worker, config.seed or 0)
-        self._interception = Interception(engine, self._collector.probe, self._collector.keeping, faults)
+        self._interception = Interception(
+            engine, self._collector.probe, self._collector.keeping, faults, lenient=self._lenient
+        )
         self._forward_state = ForwardState(access.stage_module(engine))
         self._hearing = Hearing(
             self.worker,
@@ -93,18 +101,27 @@ class Sentinel:
         # What a script has put over a method of the engine is its own, and there again after ``detach``.
         self._before = {name: vars(engine)[name] for name in _SET if name in vars(engine)}
         self.reset()
-        self._liveness = Liveness(self.mesh, ranks)
+        self._liveness = Liveness(
+            self.mesh,
+            ranks,
+            self._control,
+            heartbeat_timeout=config.heartbeat_timeout,
+            timeouts=access.timeouts(engine),
+            step=lambda: engine.global_steps,
+            ends=not self._lenient,
+        )
         self._wrap()
         self._telling.start(engine.global_steps)
 
     def detach(self) -> None:
-        """Give the engine back as it was: no wrapped instruction remains."""
+        """Give the engine back as it was, but for what the script itself has put over a method since."""
         if getattr(self.engine, "sentinel", None) is not self:
             return
-        for name in _SET:
+        here = vars(self.engine)
+        for name in [name for name, ours in self._ours.items() if here.get(name) is ours]:
             delattr(self.engine, name)
-        for name, before in self._before.items():
-            setattr(self.engine, name, before)
+            if name in self._before:
+                setattr(self.engine, name, self._before[name])
         self._liveness.stop()
         self._telling.close()
 
@@ -150,13 +167,15 @@ class Sentinel:
 
     def _wrap(self) -> None:
         engine = self.engine
-        engine._INSTRUCTION_MAP = {
-            **type(engine)._INSTRUCTION_MAP,
-            **self._interception.instructions(),
-            schedule.ReduceTiedGrads: self._reduce_tied_gradients,
-            schedule.ReduceGrads: self._reduce_gradients,
-            schedule.OptimizerStep: self._optimizer_step,
-        }
+        engine._INSTRUCTION_MAP = self._liveness.progress.tracked(
+            {
+                **engine._INSTRUCTION_MAP,
+                **self._interception.instructions(),
+                schedule.ReduceTiedGrads: self._reduce_tied_gradients,
+                schedule.ReduceGrads: self._reduce_gradients,
+                schedule.OptimizerStep: self._optimizer_step,
+            }
+        )
         engine._exec_schedule = self._exec_schedule
         engine._aggregate_total_loss = self._aggregate_total_loss
         engine.save_checkpoint = checkpoint.saver(self._originals["save_checkpoint"], self)
@@ -164,16 +183,19 @@ class Sentinel:
         for name in _WATCHED:
             setattr(engine, name, self._liveness.watched(getattr(engine, name)))
         engine.sentinel = self
+        self._ours = {name: vars(engine)[name] for name in _SET}
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
         if not isinstance(pipe_schedule, schedule.TrainSchedule):
             self._originals["_exec_schedule"](pipe_schedule)
+            self._liveness.progress.end_schedule()
             return
         self._collector.begin_step(self.engine.global_steps, self.engine.micro_batches)
         self._forward_state.begin_step()
         self._interception.watching = True
         self._originals["_exec_schedule"](pipe_schedule)
         self._interception.watching = False
+        self._liveness.progress.end_schedule()
         if self.last_verdict and self.last_verdict.halt:
             self._halt(self.last_verdict.halt)
 
@@ -208,9 +230,10 @@ class Sentinel:
             self._take_layout()
         for told in self._collector.changed():
             logger.warning(f"[sentinel] {told}")
+        self._telling.unseen(self._collector.probe.unseen)
         verdict = self._judge.step(evidence, access.overflow_limit(self.engine))
-        self._agree(verdict)
-        verdict = self._audit(verdict, evidence)
+        if self._agree(verdict):
+            verdict = self._audit(verdict, evidence)
         self._collector.learn(self._judge.clean_columns)
         self._share = Share.of(verdict.excluded, self.worker.replica)
         if not verdict.skip:
@@ -220,22 +243,19 @@ class Sentinel:
         self._count(verdict)
         self._telling.verdict(verdict)
 
-    def _agree(self, verdict: Verdict) -> None:
-        """Stop all ranks unless they came to the same verdict."""
+    def _agree(self, verdict: Verdict) -> bool:
+        """Whether all ranks came to the same verdict; where one may be acted on, all stop unless they did."""
         said = self.gather_words(verdict.digest(), self._collector.complaint)
-        digests = said[:, 0]
-        values, counts = digests.unique(return_counts=True)
-        if len(values) > 1:
-            common = values[counts.argmax()]
-            odd = [self._liveness.name(rank) for rank in torch.nonzero(digests != common).flatten().tolist()]
+        split = disagreement(said[:, 0], verdict.step, self._liveness.name)
+        if split and not self._lenient:
             raise VerdictMismatch(
-                f"verdicts differ at step {verdict.step}: {', '.join(odd)} came to another one than the other "
-                f"{int(counts.max())} ranks from the same evidence. No gradient of this step was applied. Their "
-                "memory, software versions or state differ; resume from the last checkpoint without them."
+                f"{split} No gradient of this step was applied. Resume from the last checkpoint without them."
             )
-
+        if split:
+            self._telling.split(split)
         for worker in complained_of(said[:, 1].numpy()[self._ranks]):
             self._telling.misfit(verdict.step - 1, worker)
+        return split is None
 
     def gather_words(self, *words: int) -> torch.Tensor:
         """int64 [ranks, W]: what every rank says in W whole numbers. Collective."""
@@ -253,19 +273,11 @@ class Sentinel:
         return self._judge.retract(ruling.verdict, ruling.opened, ruling.refuted)
 
     def _aggregate_total_loss(self) -> torch.Tensor:
-        """The engine's mean loss over the columns that took part; NaN when none did."""
-        engine, share = self.engine, self._share
-        verdict = self.last_verdict
         original: Callable[[], torch.Tensor] = self._originals["_aggregate_total_loss"]
+        verdict = self.last_verdict
         if verdict is None or not verdict.excluded.any():
             return original()
-        own = engine.total_loss
-        if engine.is_last_stage():
-            share.apply_(_tensors([engine.total_loss, *(engine.total_additional_losses or {}).values()]))
-        mean = original()
-        if own is not None and share.included:
-            engine.dp_group_loss /= share.factor
-        return torch.full_like(mean, float("nan")) if verdict.skip else mean
+        return mean_of_included(self.engine, self._share, verdict.skip, original)
 
     def _halt(self, reason: str) -> None:
         folder = f"{self.config.output_dir}/halt_checkpoint"
@@ -297,10 +309,3 @@ class Sentinel:
         if self._judge.fences.learnt_steps:
             self._telling.anew(parts, before=self._judge.table.parts)
         self.reset()
-
-
-def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    if not tensors:
-        raise SentinelError("the last stage has no tensor loss to average over the included columns")
-    return tensors

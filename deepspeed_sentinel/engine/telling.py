@@ -35,6 +35,7 @@ class Telling:
     def __init__(self, config: SentinelConfig, mesh: Mesh, control: dist.ProcessGroup) -> None:
         self._config, self._mesh = config, mesh
         self._first = dist.get_rank() == 0
+        self._said: set[str] = set()
         self._log = self._open_log(control)
 
     def close(self) -> None:
@@ -91,6 +92,16 @@ class Telling:
         )
         self._event(step, {"kind": "misfit", "stage": worker.stage, "replica": worker.replica})
 
+    def unseen(self, problem: str | None) -> None:
+        """What this rank, whichever it is, could not judge at first and lets pass."""
+        if problem:
+            self._once("unseen", f"not judged: {problem} Told once; with this action it passes")
+
+    def split(self, text: str) -> None:
+        """Ranks that do not come to the same verdict, where none is acted on."""
+        if self._first:
+            self._once("split", f"{text} From here on they may report different things; told once")
+
     def anew(self, parts: int, before: int) -> None:
         """A state that was taken over and does not fit the messages."""
         if self._first:
@@ -102,9 +113,20 @@ class Telling:
     def _warn(self, step: int, text: str) -> None:
         logger.warning(f"[sentinel] step {step}: {text}")
 
+    def _once(self, kind: str, text: str) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            logger.warning(f"[sentinel] {text}")
+
     def _event(self, step: int, event: dict[str, Any]) -> None:
-        if self._log:
+        if not self._log:
+            return
+        try:
             self._log.write(step, event)
+        except OSError as error:
+            # A full disk is no reason to end a run.
+            self._log = None
+            logger.warning(f"[sentinel] cannot write to {self._config.output_dir!r} any more: {error}")
 
     def _open_log(self, control: dist.ProcessGroup) -> EventLog | None:
         """Only rank 0 writes, but all ranks must fail together when it cannot."""

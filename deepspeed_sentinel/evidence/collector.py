@@ -48,6 +48,7 @@ class Collector:
         device: where messages live.
         decays: EMA decays of activations and gradients.
         seed: of the secrets, or None; see ``Keys``.
+        lenient: leave out messages that cannot be judged, instead of raising.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class Collector:
         device: torch.device,
         decays: tuple[float, float],
         seed: int | None,
+        lenient: bool = False,
     ) -> None:
         self._mesh, self._ranks, self._control = mesh, ranks, control
         self._device = device
         self._worker = worker
         self._decays = decays
         self.layout: Layout | None = None
-        self.probe = Probe(mesh, worker.stage, device, PUBLIC_SEED)
+        self.probe = Probe(mesh, worker.stage, device, PUBLIC_SEED, lenient)
         self.keeping = Keeping()
         self._step = 0
         self.keys = Keys.exchange(seed, control)

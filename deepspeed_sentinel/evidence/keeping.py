@@ -55,8 +55,8 @@ class Keeping:
             self._kept[end] = tuple(tensor.detach().clone() for tensor in tensors)
 
     def kept(self, end: End) -> tuple[int, tuple[torch.Tensor, ...]]:
-        """The micro-batch and its tensors as observed."""
-        return self._chosen[end], self._kept[end]
+        """The micro-batch and its tensors as observed; no tensors, if it could not be kept."""
+        return self._chosen[end], self._kept.get(end, ())
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,20 @@ class Probe:
         micro_batches: M of the step.
         ends: those that this worker has.
         kinds: per end, dtype and shape of each tensor of the first message.
+        unseen: what could not be judged at first, in words; None unless ``lenient``.
 
     Args:
         mesh: the mesh.
         stage: the stage of this worker.
         device: where messages live.
         seed: of the public sketch's sample and projection; the same on all ranks.
+        lenient: leave out what cannot be judged, instead of raising.
     """
 
-    def __init__(self, mesh: Mesh, stage: int, device: torch.device, seed: int) -> None:
+    def __init__(self, mesh: Mesh, stage: int, device: torch.device, seed: int, lenient: bool = False) -> None:
         self._device = device
+        self._lenient = lenient
+        self.unseen: str | None = None
         self._public_J2 = torch.tensor([[seed, seed]], dtype=torch.int64, device=device)
         self._seeds: dict[End, torch.Tensor] = {}
         self._mesh = mesh
@@ -121,10 +125,13 @@ class Probe:
                 checksum.
 
         Raises:
-            ValueError: no floating-point tensor, or no element in any.
+            ValueError: no floating-point tensor, or no element in any, unless ``lenient``.
         """
         judged = parts_of(tensors)
-        self._check(end, micro_batch, tensors, judged)
+        problem = self._problem(end, micro_batch, tensors, judged)
+        if problem and not self._lenient:
+            raise ValueError(problem)
+        self.unseen = self.unseen or problem
         if end not in self._digests:
             slots = self._layout.slots if self._layout else len(tensors)
             self._digests[end] = torch.zeros(
@@ -207,25 +214,30 @@ class Probe:
         ]
         return torch.tensor(counts, dtype=torch.float32).to(self._device, non_blocking=True)
 
-    def _check(self, end: End, micro_batch: int, tensors: Sequence[torch.Tensor], judged: Sequence[int]) -> None:
+    def _problem(
+        self, end: End, micro_batch: int, tensors: Sequence[torch.Tensor], judged: Sequence[int]
+    ) -> str | None:
         if not judged:
-            raise ValueError(
+            return (
                 f"{self._name(end)} has no floating-point tensor, got ({', '.join(map(describe, tensors))}): sentinel "
                 "judges the hidden state, so a message must carry one. Let the stages pass it, not token ids alone."
             )
         if not any(tensors[index].numel() for index in judged):
-            raise ValueError(
+            return (
                 f"{self._name(end)}, micro-batch {micro_batch}, has zero tokens: its shape is "
                 f"{tuple(tensors[judged[0]].shape)}. Drop empty batches before they enter the pipeline."
             )
+        return None
 
     def _read(self, end: End, part: int, micro_batch: int, tensor: torch.Tensor, digest_2: torch.Tensor) -> bool:
         """Read a part, its digest included; False if it is not one that is judged."""
         x_TD = as_tokens(tensor)
         expected = self._expected[end]
-        if part >= len(expected) or expected[part] != x_TD.shape[1] or x_TD.numel() == 0:
+        if part >= len(expected) or expected[part] != x_TD.shape[1]:
             if self._layout is None or (part < len(expected) and expected[part]):
                 self._changed.add((end, part))
+            return False
+        if x_TD.numel() == 0:
             return False
         self._buffers_of(end, part, expected[part]).read(micro_batch, x_TD, self._seeds[end], digest_2)
         return True

@@ -13,7 +13,8 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology, ProcessTopology
 
 import deepspeed_sentinel
 from deepspeed_sentinel.evidence.probe import Probe
@@ -79,16 +80,28 @@ def cases() -> dict[str, Any]:
     engine = initialize(None)[0]
     losses = train(engine, range(1))
     engine.load_checkpoint = lambda *_, **__: "the script's own"
+    passes: list[int] = []
+    forward = engine._INSTRUCTION_MAP[schedule.ForwardPass]
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        passes.append(1)
+        forward(*arguments, **options)
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.ForwardPass: counted}
     before = dict(vars(engine))
     handle = deepspeed_sentinel.attach(engine, block())
     result["attached_is_handle"] = engine.sentinel is handle
     result["twice"] = refusal(lambda: deepspeed_sentinel.attach(engine, block()))
     losses += train(engine, range(1, 3))
     result["attached_observed"] = observed
+    result["own_instruction_runs"] = len(passes) == 2 * SCENARIO.micro_batches
+    engine.save_checkpoint = lambda *_, **__: "set while attached"
     handle.detach()
     handle.detach()
     result["detached_attributes"] = sorted(set(vars(engine)) ^ set(before))
-    result["still_the_scripts"] = engine.load_checkpoint is before["load_checkpoint"]
+    scripts = ("load_checkpoint", "_INSTRUCTION_MAP")
+    result["still_the_scripts"] = all(vars(engine)[name] is before[name] for name in scripts)
+    result["set_meanwhile"] = engine.save_checkpoint()
     losses += train(engine, range(3, 4))
     result["detached"] = losses
     result["detached_observed"] = observed
@@ -111,17 +124,26 @@ def cases() -> dict[str, Any]:
             config={**SCENARIO.deepspeed_config(), "sentinel": block()},
         )
     )
-    topology = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)
-    sharded = deepspeed.pipe.PipelineModule(
-        layers=[torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)], topology=topology, loss_fn=torch.nn.MSELoss()
-    )
-    result["tensor_parallel"] = refusal(
-        lambda: deepspeed_sentinel.initialize(
-            model=sharded,
-            model_parameters=list(sharded.parameters()),
+
+    def with_topology(topology: ProcessTopology) -> Any:
+        layers = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+        model = deepspeed.pipe.PipelineModule(layers=layers, topology=topology, loss_fn=torch.nn.MSELoss())
+        return deepspeed_sentinel.initialize(
+            model=model,
+            model_parameters=list(model.parameters()),
             config={**SCENARIO.deepspeed_config(), "sentinel": block()},
-        )
-    )
+        )[0]
+
+    result["tensor_parallel"] = refusal(lambda: with_topology(PipeModelDataParallelTopology(2, 2, 1)))
+    for name, topology in {
+        "three_axes": PipeModelDataParallelTopology(num_pp=2, num_mp=1, num_dp=2),
+        "other_axes": ProcessTopology(axes=["data", "sequence", "pipe"], dims=[2, 1, 2]),
+    }.items():
+        engine = with_topology(topology)
+        data = iter([(torch.ones(2, 2), torch.zeros(2, 2))] * SCENARIO.micro_batches)
+        loss = float(engine.train_batch(data))
+        result[name] = [loss == loss, engine.sentinel.last_verdict.judged, engine.sentinel._ranks.tolist()]
+        engine.sentinel.detach()
     return result
 
 

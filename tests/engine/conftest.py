@@ -1,0 +1,18 @@
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+
+@pytest.fixture
+def free_store():
+    """A store of its own that answers within 0.2 s or not at all."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=0.2))
+
+
+@pytest.fixture
+def one_rank(free_store):
+    """A default group of this process alone."""
+    dist.init_process_group("gloo", store=free_store, rank=0, world_size=1)
+    yield free_store
+    dist.destroy_process_group()
