@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.buffers import EndStatistics
+from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.exchange import Exchange, Place, build_report
 from deepspeed_sentinel.evidence.keeping import Keeping
 from deepspeed_sentinel.evidence.keys import Keys
@@ -44,7 +45,7 @@ class Collector:
         mesh, worker: the mesh and this worker.
         ranks: int [S, R], the global rank of each worker.
         replica_group: process group of this stage's replicas, in replica order.
-        control: group of all ranks on the CPU.
+        control: gathers of all ranks on the CPU.
         device: where messages live.
         decays: EMA decays of activations and gradients.
         seed: of the secrets, or None; see ``Keys``.
@@ -58,7 +59,7 @@ class Collector:
         ranks: np.ndarray,
         *,
         replica_group: dist.ProcessGroup,
-        control: dist.ProcessGroup,
+        control: Control,
         device: torch.device,
         decays: tuple[float, float],
         seed: int | None,

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from deepspeed_sentinel.errors import SentinelError
+from deepspeed_sentinel.evidence.control import Control
 
 BITS = 62  # of a number: what fits an int64 seed, with room
 _BYTES = 32
@@ -68,13 +69,12 @@ class Keys:
         self._with = functools.cache(self._agree)
 
     @classmethod
-    def exchange(cls, seed: int | None, control: dist.ProcessGroup | None) -> Keys:
+    def exchange(cls, seed: int | None, control: Control) -> Keys:
         """Make this rank's keys and learn all others'. Collective over the control group.
 
         Args:
             seed: all private keys follow from it, for runs that repeat exactly: whoever reads it knows every secret.
                 None draws them from the operating system.
-            control: group of all ranks on the CPU.
 
         Raises:
             SentinelError: a public key is none that a key pair can have, on all ranks.
@@ -82,9 +82,7 @@ class Keys:
         rank = dist.get_rank()
         private = private_key(seed, rank)
         own = torch.frombuffer(bytearray(private.public_key().public_bytes_raw()), dtype=torch.uint8)
-        everyone = torch.empty(dist.get_world_size() * _BYTES, dtype=torch.uint8)
-        dist.all_gather_single(everyone, own, group=control)
-        keys = cls(rank, private, [bytes(key.tolist()) for key in everyone.split(_BYTES)])
+        keys = cls(rank, private, [bytes(key.tolist()) for key in control.all_gather(own)])
         for other in range(dist.get_world_size()):
             keys._shared(other)  # so that a useless key ends all ranks here, and not two of them later
         return keys

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
+from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.table import SENT, ZEROS
 from deepspeed_sentinel.kernels.tensor_digest import tensor_digest
 from deepspeed_sentinel.mesh import FORWARD, Mesh
@@ -111,7 +111,7 @@ def agree(
     mesh: Mesh,
     ranks: np.ndarray,
     ends: Sequence[tuple[int, int]],
-    control: dist.ProcessGroup,
+    control: Control,
 ) -> Layout:
     """Gather what all ranks saw; what most of those that saw a link report holds. Collective over ``control``.
 
@@ -122,8 +122,7 @@ def agree(
         ends: direction and SENT or RECEIVED of each end, in that order.
     """
     mine = report(seen)
-    everyone = torch.empty(ranks.size * mine.size, dtype=torch.int64)
-    dist.all_gather_single(everyone, torch.from_numpy(mine).flatten(), group=control)
+    everyone = control.all_gather(torch.from_numpy(mine).flatten())
     return combine(everyone.numpy().reshape(ranks.size, *mine.shape)[ranks], mesh, ends)
 
 

@@ -9,9 +9,9 @@ from hashlib import sha256
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from deepspeed_sentinel.errors import SentinelError
+from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.keys import PairSecret
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import End
@@ -36,7 +36,7 @@ class Hearing:
     Args:
         worker: this worker.
         ranks: int [S, R], the global rank of each worker.
-        control: group of all ranks on the CPU.
+        control: gathers of all ranks on the CPU.
         device: where this worker computes.
         testify: what this worker kept at an end.
         most_bytes: how large a message may be, as far as this worker can tell.
@@ -48,7 +48,7 @@ class Hearing:
         self,
         worker: Worker,
         ranks: np.ndarray,
-        control: dist.ProcessGroup,
+        control: Control,
         device: torch.device,
         *,
         testify: Callable[[End], Statement],
@@ -151,9 +151,7 @@ class Hearing:
 
     def _gather(self, mine_B: torch.Tensor) -> torch.Tensor:
         """uint8 [B] of each rank -> [ranks, B]."""
-        everyone = torch.empty(self._ranks.size * mine_B.numel(), dtype=torch.uint8)
-        dist.all_gather_single(everyone, mine_B, group=self._control)
-        return everyone.view(self._ranks.size, -1)
+        return self._control.all_gather(mine_B)
 
     def _key(self, other: Worker, nonce: bytes, place: Place) -> bytes:
         """Of one statement: this worker and the other can make it, and nobody else."""

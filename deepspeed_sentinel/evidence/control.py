@@ -1,0 +1,124 @@
+"""The control plane: small gathers of all ranks on the CPU, over groups of a column and of a stage.
+
+A gloo group connects each of its ranks with each other. One of all N ranks would take N - 1 sockets in every process,
+and a ring over all of them. Rows and columns of the mesh take S - 1 + R - 1: of 64 x 64 ranks 126 in place of 4,095.
+
+What a rank says reaches all others by two ways:
+
+    within its column, then from there within each stage;        within its stage, then from there within each column
+
+so it is handed on once, by another worker each way. Where the two arrive different, somebody on them lies, and the run
+ends with the names of those who can have done it.
+
+Worked example, 2 stages x 2 replicas, worker (stage, replica): what (0, 0) says comes to (1, 1) from (1, 0), which has
+it of (0, 0) itself, and from (0, 1), which has it of (0, 0) too.
+"""
+
+from __future__ import annotations
+
+import resource
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from deepspeed_sentinel.errors import SentinelError
+from deepspeed_sentinel.mesh import Worker
+
+_SPARE_FILES = 256  # what a process opens besides: libraries, data, logs, the launcher's store
+
+
+class Control:
+    """The groups of one rank. Collective to create, all ranks at once.
+
+    Args:
+        ranks: int [S, R], the global rank of each worker.
+        timeout: of its collectives; None is torch's default.
+
+    Raises:
+        SentinelError: too few files may be open, or gloo cannot connect the ranks.
+    """
+
+    def __init__(self, ranks: np.ndarray, timeout: timedelta | None = None) -> None:
+        self._ranks = ranks
+        (place,) = np.argwhere(ranks == dist.get_rank()).tolist()
+        self._stage, self._replica = place
+        _allow_files(sum(ranks.shape))
+        self._column = _connect(ranks[:, self._replica], timeout)
+        self._row = _connect(ranks[self._stage], timeout)
+
+    def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """What every rank says, in the order of ranks: [N] -> [ranks, N]. Collective.
+
+        Args:
+            mine: any dtype, on the CPU, of the same size on all ranks.
+
+        Raises:
+            SentinelError: two workers hand on different things.
+        """
+        by_column_RSN = self._in_row(self._in_column(mine[None]))
+        by_row_SRN = self._in_column(self._in_row(mine[None]))
+        said_SRN = by_column_RSN.view(*self._ranks.T.shape, -1).transpose(0, 1).contiguous()
+        differ_SR = (said_SRN.view(torch.uint8) != by_row_SRN.view(*self._ranks.shape, -1).view(torch.uint8)).any(-1)
+        if differ_SR.any():
+            self._refuse([Worker(*place) for place in differ_SR.nonzero().tolist()])
+        result = torch.empty_like(said_SRN).flatten(0, 1)
+        result[torch.from_numpy(self._ranks).flatten()] = said_SRN.flatten(0, 1)
+        return result
+
+    def _in_column(self, mine: torch.Tensor) -> torch.Tensor:
+        return _gather(mine, self._column, len(self._ranks))
+
+    def _in_row(self, mine: torch.Tensor) -> torch.Tensor:
+        return _gather(mine, self._row, self._ranks.shape[1])
+
+    def _refuse(self, said: list[Worker]) -> None:
+        handed_on = sorted(
+            {Worker(self._stage, one.replica) for one in said} | {Worker(one.stage, self._replica) for one in said}
+        )
+        raise SentinelError(
+            f"what {', '.join(map(str, said))} said to all ranks came to {Worker(self._stage, self._replica)} in two "
+            f"versions, handed on by {', '.join(map(str, handed_on))}: one of them alters it, or its sender said two "
+            "things. Nothing of this step was applied. Resume from the last checkpoint without the one at fault."
+        )
+
+
+def _gather(mine: torch.Tensor, group: dist.ProcessGroup | None, size: int) -> torch.Tensor:
+    """[K, N] of each of a group's ranks -> [size, K, N]; of one rank without a word."""
+    if group is None:
+        return mine[None].contiguous()
+    everyone = torch.empty((size * len(mine), *mine.shape[1:]), dtype=mine.dtype)
+    dist.all_gather_single(everyone, mine.contiguous(), group=group)
+    return everyone.view(size, *mine.shape)
+
+
+def _connect(ranks: np.ndarray, timeout: timedelta | None) -> dist.ProcessGroup | None:
+    if len(ranks) == 1:
+        return None
+    try:
+        group = dist.new_group(
+            ranks.tolist(), timeout=timeout, backend="gloo", use_local_synchronization=True, sort_ranks=False
+        )
+    except RuntimeError as error:
+        raise SentinelError(
+            f"gloo cannot connect this rank with ranks {ranks.tolist()}: {error}. Sentinel's small collectives run "
+            "over the CPU. On several hosts, name the network interface by which they reach each other in "
+            "GLOO_SOCKET_IFNAME; if it speaks of open files, raise the limit (ulimit -n)."
+        ) from error
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _allow_files(sockets: int) -> None:
+    """Raise this process's limit of open files as far as it takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = sockets + _SPARE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise SentinelError(
+            f"this mesh takes {sockets} sockets a process, so {wanted} open files, and the limit is {soft}, at most "
+            f"{hard}. Raise it (ulimit -Hn, or nofile in /etc/security/limits.conf) on every host."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,80 @@
+"""The control plane alone, without a model: attach, the small collectives of steps, detach.
+
+    control.py STAGES [--liar]
+
+Writes JOB_FOLDER/<rank>.json: seconds to connect and to exchange keys, seconds of a gather, open sockets, and what the
+gathers gave. With --liar the second rank alters what it hands on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import stat
+import statistics
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from deepspeed_sentinel.evidence.control import Control
+from deepspeed_sentinel.evidence.keys import Keys
+
+GATHERS = 10
+
+
+def open_sockets() -> int:
+    modes = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            modes.append(os.fstat(int(descriptor)).st_mode)
+        except OSError:  # of the listing itself
+            continue
+    return sum(map(stat.S_ISSOCK, modes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stages", type=int)
+    parser.add_argument("--liar", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    before = open_sockets()
+    begin = time.monotonic()
+    control = Control(np.arange(world).reshape(arguments.stages, -1))
+    connected = time.monotonic()
+    keys = Keys.exchange(None, control)
+    result = {
+        "connect_seconds": connected - begin,
+        "keys_seconds": time.monotonic() - connected,
+        "sockets": open_sockets() - before,
+        "shared": keys.secret_with((rank + 1) % world).number("test"),
+        "right": True,
+        "error": None,
+    }
+    if arguments.liar and rank == 1:
+        honest = control._in_row
+        control._in_row = lambda mine: honest(mine + (len(mine) > 1))  # type: ignore[method-assign]
+    seconds = []
+    for step in range(GATHERS):
+        begin = time.monotonic()
+        try:
+            said = control.all_gather(torch.tensor([step, rank], dtype=torch.int64))
+        except RuntimeError as error:  # ours, or that somebody left because of it
+            result["error"] = str(error)
+            break
+        seconds.append(time.monotonic() - begin)
+        result["right"] &= said.tolist() == [[step, other] for other in range(world)]
+    result["gather_seconds"] = statistics.median(seconds) if seconds else None
+    (Path(os.environ["JOB_FOLDER"]) / f"{rank}.json").write_text(json.dumps(result), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
