@@ -2,7 +2,7 @@
 
 The store outlives an attempt (torchrun keeps it over restarts), anybody who reaches its port may write into it, and it
 has no notion of who wrote what. So every rank draws an Ed25519 key (RFC 8032) when it attaches, all learn each
-other's public keys in one gather over the control group, and
+other's public keys in one gather, and
 
     prefix of all keys   = "deepspeed_sentinel/" and the SHA-256 of all public keys: of this attempt and no other
     value                = signature of (prefix, kind, rank, text), and the text
@@ -27,8 +27,10 @@ import torch.distributed as dist
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from deepspeed_sentinel.evidence.control import Control
+
 _Answer = TypeVar("_Answer")
-_KEY_BYTES, _SIGNATURE_BYTES = 32, 64
+_SIGNATURE_BYTES = 64
 
 
 class Board:
@@ -37,19 +39,18 @@ class Board:
     Every method raises RuntimeError when the store does not answer; the next call connects anew.
 
     Args:
-        control: group of all ranks on the CPU; None is the default group.
+        control: gathers of all ranks.
         patience: seconds to wait for an answer of the store.
     """
 
-    def __init__(self, control: dist.ProcessGroup | None, patience: float) -> None:
+    def __init__(self, control: Control, patience: float) -> None:
         self._rank = dist.get_rank()
         self._private = Ed25519PrivateKey.generate()
         own = torch.frombuffer(bytearray(self._private.public_key().public_bytes_raw()), dtype=torch.uint8)
-        everyone = torch.empty(dist.get_world_size() * _KEY_BYTES, dtype=torch.uint8)
-        dist.all_gather_single(everyone, own, group=control)
-        public = bytes(everyone.tolist())
-        self._public = [Ed25519PublicKey.from_public_bytes(bytes(key.tolist())) for key in everyone.split(_KEY_BYTES)]
-        self._prefix = f"deepspeed_sentinel/{sha256(public).hexdigest()[:32]}"
+        keys = [bytes(key.tolist()) for key in control.all_gather(own)]
+        self._public = [Ed25519PublicKey.from_public_bytes(key) for key in keys]
+        attempt = sha256(b"".join(keys)).hexdigest()[:32]
+        self._prefix = f"deepspeed_sentinel/{attempt}"
         self._patience = timedelta(seconds=patience)
         self._lock = threading.Lock()
         self._connection: dist.Store | None = None

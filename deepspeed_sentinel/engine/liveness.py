@@ -33,6 +33,7 @@ from deepspeed_sentinel.engine.communication import in_short, is_communication
 from deepspeed_sentinel.engine.progress import PIPELINE, Place, Progress
 from deepspeed_sentinel.engine.standstill import Beat, Standstill, waits
 from deepspeed_sentinel.errors import LostWorker, SentinelError, SentinelHalt
+from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.mesh import Mesh, Worker
 
 BEAT_SECONDS = 1.0
@@ -54,7 +55,7 @@ class Liveness:
     Args:
         mesh: the mesh.
         ranks: int [S, R], the global rank of each worker.
-        control: group of all ranks on the CPU; None is the default group.
+        control: gathers of all ranks.
         heartbeat_timeout: seconds, see the config.
         timeouts: of the default group and of the groups between stages.
         step: the global step.
@@ -65,7 +66,7 @@ class Liveness:
         self,
         mesh: Mesh,
         ranks: np.ndarray,
-        control: dist.ProcessGroup | None = None,
+        control: Control,
         *,
         heartbeat_timeout: float = 120.0,
         timeouts: tuple[timedelta, timedelta] = (timedelta(minutes=10), timedelta(minutes=10)),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
@@ -25,6 +24,7 @@ from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.tied import reduce_tied_gradients
 from deepspeed_sentinel.errors import SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
+from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.table import Evidence
 from deepspeed_sentinel.judgement.complaints import complained_of
@@ -67,9 +67,9 @@ class Sentinel:
         self.counts = dict.fromkeys(
             ("judged_messages", "alarms", "disputes", "skipped_steps", "excluded_column_steps"), 0
         )
-        self._control = dist.new_group(backend="gloo")
-        self._telling = Telling(config, self.mesh, self._control)
         ranks, device = access.ranks_of(engine), torch.device(engine.device)
+        self._control = Control(ranks)
+        self._telling = Telling(config, self.mesh, self._control)
         self._ranks = ranks
         self._collector = Collector(
             self.mesh,
@@ -259,10 +259,7 @@ class Sentinel:
 
     def gather_words(self, *words: int) -> torch.Tensor:
         """int64 [ranks, W]: what every rank says in W whole numbers. Collective."""
-        mine = torch.tensor(words, dtype=torch.int64)
-        everyone = torch.empty(self._ranks.size * len(words), dtype=torch.int64)
-        dist.all_gather_single(everyone, mine, group=self._control)
-        return everyone.view(-1, len(words))
+        return self._control.all_gather(torch.tensor(words, dtype=torch.int64))
 
     def _audit(self, verdict: Verdict, evidence: Evidence) -> Verdict:
         """Take back the strikes that rest on neighbours' words and that no trusted worker could confirm."""

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from deepspeed.utils import logger
 
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
@@ -26,13 +27,13 @@ class Telling:
     Args:
         config: whose ``output_dir`` and ``events`` say where events go, and which.
         mesh: the mesh watched.
-        control: a gloo group of all ranks.
+        control: gathers of all ranks.
 
     Raises:
         ValueError: on every rank, when rank 0 cannot write events.
     """
 
-    def __init__(self, config: SentinelConfig, mesh: Mesh, control: dist.ProcessGroup) -> None:
+    def __init__(self, config: SentinelConfig, mesh: Mesh, control: Control) -> None:
         self._config, self._mesh = config, mesh
         self._first = dist.get_rank() == 0
         self._said: set[str] = set()
@@ -128,19 +129,19 @@ class Telling:
             self._log = None
             logger.warning(f"[sentinel] cannot write to {self._config.output_dir!r} any more: {error}")
 
-    def _open_log(self, control: dist.ProcessGroup) -> EventLog | None:
+    def _open_log(self, control: Control) -> EventLog | None:
         """Only rank 0 writes, but all ranks must fail together when it cannot."""
         log: EventLog | None = None
-        problem: list[str | None] = [None]
+        problem = ""
         if self._first and self._config.events != "none":
             try:
                 log = EventLog(self._config.output_dir)
             except OSError as error:
-                problem = [str(error)]
-        dist.broadcast_object_list(problem, src=0, group=control)
-        if problem[0]:
+                problem = str(error)
+        problem = control.of_first(problem)
+        if problem:
             raise ValueError(
-                f"sentinel.output_dir: cannot write to {self._config.output_dir!r}: {problem[0]}. Name a folder that "
+                f"sentinel.output_dir: cannot write to {self._config.output_dir!r}: {problem}. Name a folder that "
                 'rank 0 can write to, or set "events": "none".'
             )
         return log

@@ -67,6 +67,14 @@ class Control:
         result[torch.from_numpy(self._ranks).flatten()] = said_SRN.flatten(0, 1)
         return result
 
+    def of_first(self, text: str) -> str:
+        """What rank 0 says, on all ranks. Collective."""
+        said = np.frombuffer(text.encode(), np.uint8) if dist.get_rank() == 0 else np.zeros(0, np.uint8)
+        size = int(self.all_gather(torch.tensor([said.size]))[0])
+        mine = np.zeros(max(size, 1), np.uint8)
+        mine[: said.size] = said
+        return bytes(self.all_gather(torch.from_numpy(mine))[0, :size].tolist()).decode()
+
     def _in_column(self, mine: torch.Tensor) -> torch.Tensor:
         return _gather(mine, self._column, len(self._ranks))
 

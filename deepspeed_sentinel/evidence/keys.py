@@ -70,7 +70,7 @@ class Keys:
 
     @classmethod
     def exchange(cls, seed: int | None, control: Control) -> Keys:
-        """Make this rank's keys and learn all others'. Collective over the control group.
+        """Make this rank's keys and learn all others'. Collective over the control plane.
 
         Args:
             seed: all private keys follow from it, for runs that repeat exactly: whoever reads it knows every secret.

@@ -11,16 +11,17 @@ from deepspeed_sentinel.engine import liveness as module
 from deepspeed_sentinel.engine.board import Board
 from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.errors import LostWorker
+from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.mesh import Mesh
 
-RANKS = np.array([[0], [0]])
+ALONE, RANKS = np.array([[0]]), np.array([[0], [0]])
 
 
 @pytest.fixture
 def heart(one_rank, monkeypatch):
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.02)
     monkeypatch.setattr(module, "RETRY_SECONDS", 0.05)
-    heart = Liveness(Mesh(2, 1), RANKS)
+    heart = Liveness(Mesh(2, 1), RANKS, Control(ALONE))
     yield heart
     heart.stop()
 
@@ -33,14 +34,14 @@ def until(condition, seconds=5.0):
 
 
 def test_an_attempt_reads_nothing_of_another(one_rank):
-    first, second = Board(None, 1.0), Board(None, 1.0)
+    first, second = Board(Control(ALONE), 1.0), Board(Control(ALONE), 1.0)
     first.post("failed")
     assert first.read_post([0]) == (0, "failed")
     assert second.read_post([0]) is None
 
 
 def test_the_first_post_stands(one_rank):
-    board = Board(None, 1.0)
+    board = Board(Control(ALONE), 1.0)
     board.write_beat("7")
     board.post("first")
     assert board.read_beats([0]) == {0: "7"} and board.read_post([0]) == (0, "first")
@@ -48,7 +49,7 @@ def test_the_first_post_stands(one_rank):
 
 @pytest.mark.parametrize("forge", ["text", "kind", "garbage"])
 def test_a_line_that_its_rank_did_not_sign_counts_as_none(one_rank, forge):
-    board = Board(None, 1.0)
+    board = Board(Control(ALONE), 1.0)
     board.write_beat("7")
     beat, post = board._key("beat", 0), board._key("post", 0)
     line = one_rank.get(beat).decode()
