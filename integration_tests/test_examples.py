@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from integration_tests.harness import ROOT, base_environment, run_job, start_job
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.long)])
 def test_the_trainer_example_trains_and_saves(tmp_path, launcher):
     quick = ["--max_steps=3", "--logging_steps=1", "--eval_steps=3", "--disable_tqdm=True"]
     job = run_job(

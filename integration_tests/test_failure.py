@@ -36,6 +36,7 @@ def test_a_killed_worker_is_named_by_all_others_and_the_last_checkpoint_resumes(
     assert "start anew" not in resumed.stderr[0] + resumed.stdout[0]
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_as_losses_are_averaged_is_named(jobs, tmp_path):
     with start(jobs, tmp_path, "loss", 10) as job:
         result = job.wait(timeout=150)

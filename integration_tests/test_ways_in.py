@@ -69,7 +69,7 @@ def test_dualpipev_is_refused():
         deepspeed_sentinel.attach(DualPipeVEngine.__new__(DualPipeVEngine), {"enabled": True})
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.long)])
 def test_the_config_alone_switches_it_on(jobs, tmp_path, launcher):
     fault = {"stage": 0, "replica": 1, "attack": "nan"}
     block = {"enabled": True, "output_dir": str(tmp_path / "logs"), "inject": [fault]}
