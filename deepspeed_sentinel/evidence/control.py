@@ -45,8 +45,8 @@ class Control:
         (place,) = np.argwhere(ranks == dist.get_rank()).tolist()
         self._stage, self._replica = place
         _allow_files(sum(ranks.shape))
-        self._column = _connect(ranks[:, self._replica], timeout)
-        self._row = _connect(ranks[self._stage], timeout)
+        columns, rows = ([_connect(group, timeout) for group in groups] for groups in (ranks.T, ranks))
+        self._column, self._row = columns[self._replica], rows[self._stage]
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         """What every rank says, in the order of ranks: [N] -> [ranks, N]. Collective.
@@ -105,17 +105,15 @@ def _connect(ranks: np.ndarray, timeout: timedelta | None) -> dist.ProcessGroup 
     if len(ranks) == 1:
         return None
     try:
-        group = dist.new_group(
-            ranks.tolist(), timeout=timeout, backend="gloo", use_local_synchronization=True, sort_ranks=False
-        )
+        # Not with local synchronization: it names a group by how many others a rank is in, and that may differ.
+        group = dist.new_group(ranks.tolist(), timeout=timeout, backend="gloo")
     except RuntimeError as error:
         raise SentinelError(
             f"gloo cannot connect this rank with ranks {ranks.tolist()}: {error}. Sentinel's small collectives run "
             "over the CPU. On several hosts, name the network interface by which they reach each other in "
             "GLOO_SOCKET_IFNAME; if it speaks of open files, raise the limit (ulimit -n)."
         ) from error
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+    return None if group == dist.GroupMember.NON_GROUP_MEMBER else group
 
 
 def _allow_files(sockets: int) -> None:
