@@ -3,7 +3,7 @@
 Honest replicas hold the same weights, so what lasts between them comes of their data, and data belong to a column. Of
 each column, link, direction and statistic the usual residual is kept,
 
-    level <- level + rate clip(r - level, -limit, limit)        r: the step's mean residual of what was clean
+    level <- level + rate clip(r, -limit, limit)        r: the step's mean residual of what was clean, level taken off
 
 with a rate so low and a limit so close that who drifts slowly walks no faster than ``RATE`` fences a step. Where a
 change of content is known to be honest (``content.py``) it is followed at once.
@@ -50,11 +50,10 @@ class Usual:
             known = chosen[row % len(chosen)] & ~np.isnan(values)
             count[row] = np.count_nonzero(known, axis=-1)
             mean[row] = exact.total(np.where(known, values, 0.0)) / np.maximum(count[row], 1)
-        off = mean - self.level
         bound = np.where(explained | np.isnan(limit)[..., None], np.inf, limit[..., None])
         first = np.maximum(1.0 / (self._seen + 1.0), np.where(np.isnan(limit), _FIRST_STEPS, RATE)[..., None])
         rate = np.where(explained, np.maximum(first, FOLLOWED), first)
-        self.level = np.where(count > 0, self.level + rate * np.clip(off, -bound, bound), self.level)
+        self.level = np.where(count > 0, self.level + rate * np.clip(mean, -bound, bound), self.level)
         self._seen = self._seen + (count > 0)
 
     def state_dict(self) -> dict[str, np.ndarray]:

@@ -166,6 +166,17 @@ def test_without_new_content_or_beyond_all_content_it_is_an_attack(factor, conte
     assert np.argwhere(verdict.convicted).tolist() == [[1, 2]]
 
 
+def test_what_lasts_from_the_start_is_taken_off_whole():
+    def other(values):
+        values[:, FORWARD, 1, 2, :, GAIN] += 0.03
+
+    world = World(replicas=5)
+    for _ in range(200):
+        world.step(other)
+    level = world.judge.fences.usual.level[GAIN, FORWARD, 1]
+    assert level[2] - np.median(level) == pytest.approx(0.03, rel=0.15)
+
+
 def test_who_drifts_slowly_does_not_take_what_is_usual_along():
     """No step differs much from the one before."""
     world = World(replicas=5)

@@ -154,10 +154,11 @@ def test_an_alarm_is_traced_back_to_the_message_that_stayed_just_inside_its_fenc
 def test_trusted_stages_are_excluded_but_never_convicted():
     world = World()
     world.warm_up()
-    for _ in range(10):
-        verdict = world.step(louder(FORWARD, 0, 1))
+    verdicts = [world.step(louder(FORWARD, 0, 1)) for _ in range(10)]
+    for verdict in verdicts[:3]:
         assert verdict.findings[0].trusted and verdict.excluded[1]
-    assert not verdict.convicted.any()
+    # What lasts of a stage that was given nothing but data is usual.
+    assert not verdicts[-1].excluded.any() and not verdicts[-1].convicted.any()
 
 
 def test_non_finite_counts_even_while_warming_up():
