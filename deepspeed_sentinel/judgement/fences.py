@@ -21,8 +21,6 @@ Arrays follow the axes [statistic, direction, link, column, micro-batch].
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from deepspeed_sentinel.evidence import exact
@@ -231,7 +229,7 @@ class Fences:
         low, high = self._residuals.quantiles[..., links]
         iqr = self.iqr[..., links]
         # Whatever lies far beyond the quartiles is among the least or the largest.
-        outer = ordered.outer(math.ceil(self._rate * ordered.values.shape[-1]) + 2)
+        outer = ordered.outer(int(np.ceil(self._rate * ordered.values.shape[-1])) + 2)
         beyond = np.sort(np.maximum(np.maximum(low[..., None] - outer, outer - high[..., None]), 0.0), axis=-1)
         found = np.count_nonzero(~np.isnan(beyond), axis=-1)
         last = np.maximum(ordered.count - 1, 0)

@@ -1,4 +1,4 @@
-"""Hearings of five stages in five threads: the desk's sockets are real, queues stand in for the control group."""
+"""Hearings of five stages in five threads: the desk's sockets are real, barriers stand in for the control plane."""
 
 import hmac
 import socket
@@ -32,18 +32,19 @@ LIAR = Worker(3, COLUMN)
 
 
 class Gather:
-    """``all_gather_single`` between threads; ranks without a thread give zeros."""
+    """The control plane between threads; ranks without a thread give zeros."""
 
     def __init__(self):
         self.barrier = threading.Barrier(MESH.stages)
         self.given = {}
         self.here = threading.local()
 
-    def all_gather_single(self, out, mine, group):
+    def all_gather(self, mine):
         self.given[self.here.rank] = mine.clone()
         self.barrier.wait(timeout=20)
-        out.copy_(torch.cat([self.given.get(rank, torch.zeros_like(mine)) for rank in range(RANKS.size)]))
+        said = torch.stack([self.given.get(rank, torch.zeros_like(mine)) for rank in range(RANKS.size)])
         self.barrier.wait(timeout=20)
+        return said
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +78,6 @@ def hold(monkeypatch, case, said=None, sends=None, those=None):
     ``sends(pieces, addresses, port)`` takes the place of what LIAR hands in.
     """
     gather, honest = Gather(), hearing.hand_in
-    monkeypatch.setattr(hearing, "dist", gather)
     if sends:
 
         def hand_in(pieces, addresses, port, seconds):
@@ -88,6 +88,8 @@ def hold(monkeypatch, case, said=None, sends=None, those=None):
         monkeypatch.setattr(hearing, "hand_in", hand_in)
     audits = audits_due(said or verdict(finding()), case.evidence)
     those = those or hearings(case)
+    for one in those.values():
+        one._control = gather
     learnt = {}
 
     def take_part(stage):
@@ -289,13 +291,13 @@ def test_an_auditor_without_a_port_blames_nobody(monkeypatch):
 
 
 def test_an_auditor_without_an_outcome_ends_the_run(monkeypatch):
-    honest = Gather.all_gather_single
+    honest = Gather.all_gather
 
-    def forgetful(self, out, mine, group):
+    def forgetful(self, mine):
         of_outcomes = mine.numel() == 8
-        honest(self, out, torch.zeros_like(mine) if of_outcomes else mine, group)
+        return honest(self, torch.zeros_like(mine) if of_outcomes else mine)
 
-    monkeypatch.setattr(Gather, "all_gather_single", forgetful)
+    monkeypatch.setattr(Gather, "all_gather", forgetful)
     for error in hold(monkeypatch, Case()):
         assert isinstance(error, SentinelError)
         assert "worker (stage 0, replica 1) gave no outcome of its audit of worker (stage 2, replica 1)" in str(error)
