@@ -92,10 +92,15 @@ def build_model(scenario: Scenario, stages: int) -> PipelineModule:
         layers = [LayerSpec(Images, place, scenario.hidden) for place in places]
     else:
         layers = [LayerSpec(Parts, place, scenario.hidden, scenario.kind) for place in places]
+    return one_layer_a_stage(layers, loss, scenario)
+
+
+def one_layer_a_stage(layers: list[LayerSpec], loss_fn: Any, scenario: Scenario) -> PipelineModule:
+    """A pipeline of as many stages as layers, seeded and shaped as the scenario says."""
     return PipelineModule(
         layers=layers,
-        num_stages=stages,
-        loss_fn=loss,
+        num_stages=len(layers),
+        loss_fn=loss_fn,
         partition_method="uniform",
         seed_layers=True,
         seed_fn=lambda value: torch.manual_seed(int(value)),

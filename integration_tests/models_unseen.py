@@ -13,7 +13,7 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
 
-from integration_tests.models_of_parts import CLASSES, TOKENS, loss
+from integration_tests.models_of_parts import CLASSES, TOKENS, loss, one_layer_a_stage
 from integration_tests.scenario import Scenario
 
 EMPTY_AT = 2
@@ -37,16 +37,8 @@ class Stage(nn.Module):
 
 def build_model(scenario: Scenario, stages: int) -> PipelineModule:
     places = ["first", *["middle"] * (stages - 2), "last"]
-    return PipelineModule(
-        layers=[LayerSpec(Stage, place, scenario.hidden, scenario.kind) for place in places],
-        num_stages=stages,
-        loss_fn=loss,
-        partition_method="uniform",
-        seed_layers=True,
-        seed_fn=lambda value: torch.manual_seed(int(value)),
-        base_seed=scenario.seed,
-        dynamic_shape=scenario.dynamic_shape,
-    )
+    layers = [LayerSpec(Stage, place, scenario.hidden, scenario.kind) for place in places]
+    return one_layer_a_stage(layers, loss, scenario)
 
 
 def micro_batches(scenario: Scenario, step: int, replica: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
