@@ -234,7 +234,8 @@ class Sentinel:
         verdict = self._judge.step(evidence, access.overflow_limit(self.engine))
         if self._agree(verdict):
             verdict = self._audit(verdict, evidence)
-        self._collector.learn(self._judge.clean_columns)
+        if not verdict.skip:
+            self._collector.learn(self._judge.clean_links)
         self._share = Share.of(verdict.excluded, self.worker.replica)
         if not verdict.skip:
             self._share.apply_(access.gradients(self.engine))

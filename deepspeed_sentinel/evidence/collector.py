@@ -122,6 +122,7 @@ class Collector:
         # The copy that ``learn`` began in the step before was over before that of the reports began.
         misfits = self._misfits.nonzero().flatten().tolist()
         self.complaint = 1 + misfits[0] if misfits else 0
+        self._misfits.zero_()
         return self._evidence
 
     def not_judged(self) -> str:
@@ -162,23 +163,23 @@ class Collector:
         return Statement(micro_batch, self._pairs.step_seeds(end, self._step), known, tensors)
 
     def learn(self, clean: np.ndarray) -> None:
-        """Learn from the step's clean columns, bool [C]; one gather among the replicas of a stage."""
+        """Learn from the step's clean messages, bool [2, L, C]; one gather among the replicas of a stage."""
         summaries = [self._baselines[part].summary(end, rows) for (end, part), rows in self._statistics.items()]
         if summaries:
             gathered = self._exchange.gather_summaries(torch.cat(summaries))
             shares = gathered.split([share.numel() for share in summaries], dim=1)
             misfits = [
-                self._baselines[part].learn(end, share, clean, self._largest(end, part))
+                self._baselines[part].learn(end, share, self._at(end, clean), self._largest(end, part))
                 for (end, part), share in zip(self._statistics, shares, strict=True)
             ]
             self._misfits.copy_(torch.stack(misfits).any(0), non_blocking=True)
-        own = clean[self._worker.replica]
+        changes = self._pairs.learn(clean)
         for (end, part), lessons_JV in self._lessons_JV.items():
             for which, lesson_V in enumerate(lessons_JV, LASTING):
-                self._transfers[part].learn(end, lesson_V, own, which)
-        for end, change in self._pairs.learn(clean).items():
+                self._transfers[part].learn(end, lesson_V, changes[end].clean, which)
+        for end, change in changes.items():
             for transfers in self._transfers.values():
-                transfers.renew(end, *change)
+                transfers.renew(end, change.renewed, change.stale)
 
     def state_dict(self) -> dict[str, Any]:
         """What later evidence depends on; the same on all replicas of a stage, and nothing of it secret.
@@ -199,6 +200,10 @@ class Collector:
         """Directions and links of which a state holds baselines that are not finite."""
         ends = {end for of_part in state["baselines"].values() for end in Baselines.spoilt(of_part)}
         return tuple((end[0], self.probe.link(end)) for end in sorted(ends))
+
+    def _at(self, end: End, of_links: np.ndarray) -> np.ndarray:
+        """What is said of the messages at an end, of [2, L, C]."""
+        return np.ascontiguousarray(of_links[end[0], self.probe.link(end)])
 
     def _known(self, end: End, part: int) -> Known | None:
         return self._transfers[part].known(end) if self._pairs.ready(end) else None

@@ -1,12 +1,12 @@
 """When the lasting projection of a pair gives way to the next one, without a step in which nothing is foretold.
 
-All ranks count alike, because a verdict says the same to all about which columns were clean, so nobody talks about it.
+All ranks count alike, because a verdict says the same to all about which messages were clean, so nobody talks about it.
 When a projection is renewed is no secret; what it is, is. It is due after PERIOD steps, by an offset that is the pair's
-own, so that not all pairs renew theirs at once. In the last steps before that the next one is sketched and learnt
-beside it, and takes over as soon as it has LEAD clean steps behind it.
+own in each direction, so that not all renew theirs at once. In the last steps before that the next one is sketched and
+learnt beside it, and takes over as soon as it has LEAD clean steps behind it.
 
-A column that is not clean is not learnt from, while its stages go on changing: after a few steps what is known of them
-is out of date and would accuse honest work. After STALE such steps in a row the pair starts anew with another
+What is not clean is not learnt from, while its stages go on changing: after a few steps what is known of them is out
+of date and would accuse honest work. After STALE such steps in a row the pair starts anew with another
 projection, and until READY clean steps are learnt its statistics that need memory are not available. Those without
 memory are not touched by it.
 """
@@ -27,7 +27,7 @@ _SPREAD = 103  # shares no factor with PERIOD - 2 LEAD
 
 
 class Renewal:
-    """Counts the steps of pairs X: of a whole mesh, [S, C] by the stage between and the column.
+    """Counts the steps of pairs X: of a whole mesh, [2, S, C] by direction, the stage between and the column.
 
     Attributes:
         epoch_X: int, how many lasting projections came before the present one.
@@ -47,8 +47,8 @@ class Renewal:
     @classmethod
     def of(cls, mesh: Mesh) -> Renewal:
         """Of all pairs of a mesh, spread over the period."""
-        pairs_SC = np.arange(mesh.stages * mesh.replicas).reshape(mesh.stages, mesh.replicas)
-        return cls(pairs_SC * _SPREAD)
+        pairs_2SC = np.arange(2 * mesh.stages * mesh.replicas).reshape(2, mesh.stages, mesh.replicas)
+        return cls(pairs_2SC * _SPREAD)
 
     @property
     def ready_X(self) -> np.ndarray:
@@ -64,7 +64,7 @@ class Renewal:
         """End a step.
 
         Args:
-            clean_X: bool, which pairs learnt from it; [C] of a mesh's columns will do.
+            clean_X: bool, which pairs learnt from it (``of_senders`` of a mesh's).
 
         Returns:
             bool, the pairs for which the next projection takes over, with what was learnt in it; and bool, those that
@@ -93,3 +93,9 @@ class Renewal:
         self._age_X, self._next_X, self._missed_X = (
             np.where(chosen_X, 0, count_X) for count_X in (self._age_X, self._next_X, self._missed_X)
         )
+
+
+def of_senders(clean_2LC: np.ndarray) -> np.ndarray:
+    """From messages over links, bool [2, L, C], to the stages that sent them, [2, S, C]; False where one sends none."""
+    none_1C = np.zeros_like(clean_2LC[0, :1])
+    return np.stack([np.concatenate([clean_2LC[0], none_1C]), np.concatenate([none_1C, clean_2LC[1]])])

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from deepspeed_sentinel.evidence.keys import Keys, PairSecret
 from deepspeed_sentinel.evidence.probe import ENDS, SECRET, End, Probe
-from deepspeed_sentinel.evidence.renewal import Renewal
+from deepspeed_sentinel.evidence.renewal import Renewal, of_senders
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.evidence.transfer import Sketches
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
@@ -45,20 +45,30 @@ class _Pair:
     secret: PairSecret
     names: tuple[int, int, int, int]
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """The stage between, and the column."""
-        return self.names[2:]
-
     def number(self, purpose: str, *more: int) -> int:
         return self.secret.number(purpose, *self.names, *more)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the end of a step means for a pair's knowledge in one direction, each bool [].
+
+    Attributes:
+        clean: it is learnt from.
+        renewed: the next projection takes over, with what was learnt in it.
+        stale: it starts anew, with nothing.
+    """
+
+    clean: np.ndarray
+    renewed: np.ndarray
+    stale: np.ndarray
 
 
 class PairSketches:
     """Seeds and swaps of one worker's two pairs.
 
     Attributes:
-        renewal: of the lasting projections of all pairs of the mesh, [S, C].
+        renewal: of the lasting projections of all pairs of the mesh, [2, S, C].
 
     Args:
         mesh: the mesh.
@@ -85,13 +95,17 @@ class PairSketches:
 
     def ready(self, end: End) -> bool:
         """Whether enough was learnt in the lasting projection to measure against it."""
-        return bool(self.renewal.ready_X[self._pairs[_side(end)].place])
+        return bool(self.renewal.ready_X[self._place(end)])
 
-    def learn(self, clean_C: np.ndarray) -> dict[End, tuple[np.ndarray, np.ndarray]]:
-        """End a step in which these columns were clean, bool [C]: for each end what ``Renewal.learn`` says."""
-        renewed_SC, stale_SC = self.renewal.learn(clean_C)
-        places = {end: self._pairs[_side(end)].place for end in self.ends}
-        return {end: (np.asarray(renewed_SC[place]), np.asarray(stale_SC[place])) for end, place in places.items()}
+    def learn(self, clean_2LC: np.ndarray) -> dict[End, Change]:
+        """End a step in which these messages were clean, bool [2, L, C]."""
+        clean_2SC = of_senders(clean_2LC)
+        renewed_2SC, stale_2SC = self.renewal.learn(clean_2SC)
+        places = {end: self._place(end) for end in self.ends}
+        return {
+            end: Change(*(np.asarray(which[place]) for which in (clean_2SC, renewed_2SC, stale_2SC)))
+            for end, place in places.items()
+        }
 
     def forget(self) -> None:
         """Start anew with other lasting projections."""
@@ -102,7 +116,7 @@ class PairSketches:
         result = {}
         for end in self.ends:
             sample, *projections = self.step_seeds(end, step)
-            if self.renewal.overlapping_X[self._pairs[_side(end)].place]:
+            if self.renewal.overlapping_X[self._place(end)]:
                 projections.append(self._lasting(end, ahead=1))
             rows = [[public_seed, public_seed], *([sample, projection] for projection in projections)]
             result[end] = torch.tensor(rows, dtype=torch.int64).to(self._device, non_blocking=True)
@@ -125,7 +139,8 @@ class PairSketches:
     def swap(self, probe: Probe) -> dict[End, tuple[Sketches, Sketches]]:
         """What entered and left the neighbouring stages: {own end: (entering, leaving)}, [J, P * M, m, ...] each."""
         own = {side: [sketches_of(probe, end) for end in PAIR_ENDS[side]] for side in self._pairs}
-        packed = {side: torch.cat([_pack(sketches) for sketches in both]) for side, both in own.items()}
+        parts = {side: [_pack(sketches) for sketches in both] for side, both in own.items()}
+        packed = {side: torch.cat(both) for side, both in parts.items()}
         theirs = {side: torch.empty_like(values) for side, values in packed.items()}
         operations = []
         for side, pair in self._pairs.items():
@@ -136,7 +151,7 @@ class PairSketches:
         result = {}
         for side, both in own.items():
             # The partner packs the same directions in the same order, each at its own end of the stage.
-            halves = theirs[side].chunk(len(both))
+            halves = theirs[side].split([part.numel() for part in parts[side]])
             for end, mine, half in zip(PAIR_ENDS[side], both, halves, strict=True):
                 other = _unpack(half, mine)
                 result[end] = (mine, other) if end[1] == SENT else (other, mine)
@@ -144,7 +159,11 @@ class PairSketches:
 
     def _lasting(self, end: End, ahead: int = 0) -> int:
         pair = self._pairs[_side(end)]
-        return pair.number("lasting projection", end[0], int(self.renewal.epoch_X[pair.place]) + ahead)
+        return pair.number("lasting projection", end[0], int(self.renewal.epoch_X[self._place(end)]) + ahead)
+
+    def _place(self, end: End) -> tuple[int, int, int]:
+        """Direction, the stage between, and the column."""
+        return (end[0], *self._pairs[_side(end)].names[2:])
 
 
 def sketches_of(probe: Probe, end: End) -> Sketches:

@@ -210,8 +210,8 @@ class Evidence:
             message in its order, of any kind; 0 where there is none.
         dealt: int [S, C], the replica of each stage that served each column in this step, or None where replica
             ``c`` served column ``c``, as in DeepSpeed.
-        renewed: bool [S, C], where statistics of the pair around a stage that rest on what was learnt are measured in
-            another projection than in the step before; None is nowhere.
+        renewed: bool [2, S, C], by direction, where statistics of the pair around a stage that rest on what was learnt
+            are measured in another projection than in the step before; None is nowhere.
     """
 
     mesh: Mesh

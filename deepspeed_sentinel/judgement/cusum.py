@@ -84,7 +84,7 @@ class Cusum:
             unlike: bool [C], columns whose content is unlike the others'; None is none. What is usual changes there
                 without any worker's doing, so nothing is added, what was fades, and what is usual is learnt anew
                 when it is over.
-            renewed: bool [S, C], stages whose pair is measured in another projection from this step on, where what
+            renewed: bool [2, S, C], stages whose pair is measured in another projection from this step on, where what
                 is usual in statistics that rest on what was learnt is another too; None is none.
 
         Returns:
@@ -97,7 +97,7 @@ class Cusum:
         unlike = unlike | (4 * np.count_nonzero(~unlike) <= 3 * self._mesh.replicas)
         mean, columns = self._by_worker(residuals, counted & ~unlike[:, None], served)
         deviation = self._in_spreads(mean * np.sqrt(columns))
-        faded = _of_senders(np.broadcast_to(unlike, served.shape), served)
+        faded = _of_senders(np.broadcast_to(unlike, (2, *served.shape)), served)
         self._forget_usual(faded, np.ones(len(self._learnt), bool))
         if renewed is not None:
             self._forget_usual(_of_senders(renewed, served), self._learnt)
@@ -200,9 +200,9 @@ class Cusum:
             return total / messages, columns
 
 
-def _of_senders(chosen_SC: np.ndarray, served: np.ndarray) -> np.ndarray:
-    """Which workers send for these stages and columns, bool [2, L, R]; [S, C] both."""
-    senders, chosen = (np.stack([array[:-1], array[1:]]) for array in (served, chosen_SC))
+def _of_senders(chosen_2SC: np.ndarray, served: np.ndarray) -> np.ndarray:
+    """Which workers send for these stages and columns, bool [2, L, R] of [2, S, C]."""
+    senders, chosen = np.stack([served[:-1], served[1:]]), np.stack([chosen_2SC[0, :-1], chosen_2SC[1, 1:]])
     result = np.zeros(senders.shape, bool)
     np.logical_or.at(result, (*np.indices(senders.shape)[:2], senders), chosen)
     return result

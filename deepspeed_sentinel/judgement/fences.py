@@ -169,8 +169,11 @@ class Fences:
         """
         if self.mesh.replicas == 2:
             self._past.learn(comparable, clean)
-            if not clean.any(axis=(0, 1, 3)).all():
-                return  # what is left of the pair is measured from the middle between them
+            # What is left of a pair is measured from the middle between the two.
+            both = np.asarray(clean.any(-1).all(-1))[..., None, None]
+            clean, followed = clean & both, followed & both
+            if not clean.any():
+                return
         # Among enough replicas the centre is what the residuals were taken from.
         measured = comparable[..., 0, 0] - residuals[..., 0, 0] - self.usual.level[..., 0]
         centre = measured if self.has_majority else self._medians(comparable, clean)

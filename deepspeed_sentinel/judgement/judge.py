@@ -16,6 +16,7 @@ from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, Evidence, R
 from deepspeed_sentinel.judgement.account import Account, Judged, entries
 from deepspeed_sentinel.judgement.blame import Blame, followers
 from deepspeed_sentinel.judgement.cascade import hold_against_fences
+from deepspeed_sentinel.judgement.clean import clean_links
 from deepspeed_sentinel.judgement.content import Content, content_alone
 from deepspeed_sentinel.judgement.contradiction import contradictions
 from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
@@ -58,7 +59,7 @@ class Judge:
 
     Attributes:
         table: the rows judged.
-        clean_columns: bool [C], the columns of the last step that baselines may learn from.
+        clean_links: bool [2, L, C], whose messages of the last step baselines may learn from.
     """
 
     def __init__(self, mesh: Mesh, settings: JudgeSettings, parts: int = 1) -> None:
@@ -81,7 +82,7 @@ class Judge:
         self.record = Record(mesh, settings.strikes, settings.strike_window, settings.probation_steps)
         self.overflow = Overflow(mesh)
         self.skipped_in_a_row = 0
-        self.clean_columns = np.zeros(mesh.replicas, bool)
+        self.clean_links = np.zeros((2, mesh.links, mesh.replicas), bool)
 
     @property
     def warming_up(self) -> bool:
@@ -160,23 +161,24 @@ class Judge:
         disputed = account.disputes(blame.disputes, contradicted)
         newly, released = self.record.update(*entries(self.mesh, findings, disputed))
 
-        suspected = ((alarms & ~reported_only) | disputes).any(axis=(0, 1, 3))
-        convicted_columns = self._served_by_convicted(served).any(0)
+        events = (alarms & ~reported_only) | disputes
+        suspected = events.any(axis=(0, 1, 3))
+        convicted = self._served_by_convicted(served)
         excluded = np.zeros_like(suspected)
         if self.settings.action != "observe":
             excluded |= suspected
         if self.settings.action == "quarantine":
-            excluded |= convicted_columns
+            excluded |= convicted.any(0)
         skip = bool(excluded.all())
         overflow = skip and bool((alarms & explained.overflow).any())
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip and not overflow else 0
 
-        clean = ~suspected & ~convicted_columns
-        if not clean.any():
-            clean = ~suspected
-        self.clean_columns = clean & bool(judged.all())
-        if self.clean_columns.any():
-            clean_messages = np.broadcast_to(clean[None, None, :, None], alarms.shape)
+        # In a skipped step no weight changes, and nothing has to be learnt.
+        blamed = blame.named & (events | self.fences.compares_replicas)
+        self.clean_links = clean_links(blamed, blame.disputes, events, convicted)
+        self.clean_links &= bool(judged.all()) and not skip
+        if self.clean_links.any():
+            clean_messages = np.broadcast_to(self.clean_links[..., None], alarms.shape)
             followed = np.where(of_pair[:, None, None, None, None], clean_messages, clean_messages | content)
             followed[of_pair] &= quiet | unlike[:, None]
             self.fences.learn(compared, residuals, clean_messages, followed, unlike, evidence.step)

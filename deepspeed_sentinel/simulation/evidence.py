@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
+from deepspeed_sentinel.evidence.renewal import of_senders
 from deepspeed_sentinel.evidence.table import BY_JUDGE, HARD, NAMES, OF_PAIR, RECEIVED, SENT, TABLE, Evidence
 from deepspeed_sentinel.evidence.transfer import NEXT, Known, Transfers, lessons, pair_rows
 from deepspeed_sentinel.kernels.baseline_distances import DISTANCES
@@ -106,21 +107,21 @@ class Verifiers:
         return Evidence(self._mesh, step, statistics, digests, served, self._observer.renewal.new_X)
 
     def learn(self, clean: np.ndarray) -> None:
-        """Learn from the clean columns of the step whose evidence was taken last, bool [C] or [2, L, C]."""
-        shape = (2, self._mesh.links, self._mesh.replicas)
+        """Learn from the clean messages of the step whose evidence was taken last, bool [2, L, C]."""
         for (direction, link), lesson in self._lessons.items():
-            clean_C = np.broadcast_to(clean, shape)[direction, link].copy()
+            clean_C = clean[direction, link].copy()
             for end in (SENT, RECEIVED):
                 self._baselines[link].learn((direction, end), lesson.summaries_CV, clean_C)
             stage, at_receiver = self._mesh.sender_stage(direction, link), (direction, RECEIVED)
             if lesson.lessons_CV is not None:
                 self._transfers[stage].learn(at_receiver, lesson.lessons_CV, clean_C)
             if lesson.ahead_CV is not None:
-                overlapping_C = self._observer.renewal.overlapping_X[stage]
+                overlapping_C = self._observer.renewal.overlapping_X[direction, stage]
                 self._transfers[stage].learn(at_receiver, lesson.ahead_CV, clean_C & overlapping_C, NEXT)
-        for transfers, *change in zip(self._transfers, *self._observer.renewal.learn(clean_C), strict=True):
+        renewed, stale = self._observer.renewal.learn(of_senders(clean))
+        for stage, transfers in enumerate(self._transfers):
             for direction in (FORWARD, BACKWARD):
-                transfers.renew((direction, RECEIVED), *change)
+                transfers.renew((direction, RECEIVED), renewed[direction, stage], stale[direction, stage])
 
     def _look_at_pair(
         self, direction: int, link: int, entering: Looks, leaving: Looks
@@ -129,7 +130,7 @@ class Verifiers:
         stage = self._mesh.sender_stage(direction, link)
         renewal, known = self._observer.renewal, self._transfers[stage].known((direction, RECEIVED))
         if known is not None:
-            ready_C1 = torch.from_numpy(renewal.ready_X[stage][:, None]).to(known.w_KK.device)
+            ready_C1 = torch.from_numpy(renewal.ready_X[direction, stage][:, None]).to(known.w_KK.device)
             known = Known(
                 torch.where(ready_C1, known.expected_K, torch.nan), torch.where(ready_C1[..., None], known.w_KK, 0.0)
             )
@@ -137,7 +138,8 @@ class Verifiers:
         lesson_CV, ahead_CV = lessons_JCMV[0].mean(1), None
         if entering.ahead is not None and leaving.ahead is not None:
             ahead_CV = torch.zeros_like(lesson_CV)
-            ahead_CV[np.flatnonzero(renewal.overlapping_X[stage])] = lessons(entering.ahead, leaving.ahead)[0].mean(1)
+            overlapping = np.flatnonzero(renewal.overlapping_X[direction, stage])
+            ahead_CV[overlapping] = lessons(entering.ahead, leaving.ahead)[0].mean(1)
         return rows_CMS.cpu().numpy(), lesson_CV, ahead_CV
 
     def _numbers(self, rows_NV: torch.Tensor) -> np.ndarray:

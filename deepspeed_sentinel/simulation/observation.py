@@ -60,7 +60,7 @@ class Observer:
     """Takes observations.
 
     Attributes:
-        renewal: of the lasting projections, [S, C].
+        renewal: of the lasting projections, [2, S, C].
 
     Args:
         mesh: the mesh.
@@ -97,7 +97,7 @@ class Observer:
         """Sketches for the pair around ``stage``."""
         if not self._pairs or self._mesh.is_trusted(stage):
             return None
-        epoch_C, device = self.renewal.epoch_X[stage], x_CMTD.device
+        epoch_C, device = self.renewal.epoch_X[direction, stage], x_CMTD.device
         samples_C, fresh_C = _secrets(2 * len(x_CMTD), self._seed, _STEP, stage, direction, self._step).reshape(2, -1)
         if x_CMTD.shape[2] > TOKENS:  # otherwise every token is looked at, whatever the sample's seed
             index_Cm = sampled_rows(x_CMTD.shape[2], torch.from_numpy(samples_C).to(device))
@@ -110,7 +110,7 @@ class Observer:
             return np.array(numbers)
 
         now = _sketch(x_CMTD, np.stack([fresh_C, lasting(epoch_C)], axis=1))
-        columns = np.flatnonzero(self.renewal.overlapping_X[stage])
+        columns = np.flatnonzero(self.renewal.overlapping_X[direction, stage])
         ahead = None
         if len(columns):
             ahead = _sketch(x_CMTD[columns], lasting(epoch_C + 1)[columns, None])

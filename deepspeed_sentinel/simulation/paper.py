@@ -58,7 +58,7 @@ class PaperJudge:
     Attributes:
         judged: the same, bool [2].
         record: who is banned.
-        clean_columns: bool [2, L, C], whose messages of the last step enter the EMA of a boundary.
+        clean_links: bool [2, L, C], whose messages of the last step enter the EMA of a boundary.
     """
 
     def __init__(self, mesh: Mesh, honest_steps: int, judged: tuple[bool, bool]) -> None:
@@ -70,7 +70,7 @@ class PaperJudge:
         self._honest: list[np.ndarray] = []
         self._multiplier = np.full((len(_ROWS), 2, mesh.links), np.nan)
         self._steps = 0
-        self.clean_columns = np.ones((2, mesh.links, mesh.replicas), bool)
+        self.clean_links = np.ones((2, mesh.links, mesh.replicas), bool)
 
     def step(self, evidence: Evidence) -> Verdict:
         """Judge one step; what is not flagged is what the next ones are judged by."""
@@ -95,7 +95,7 @@ class PaperJudge:
         self._learn(np.where(clean, distances, np.nan))
         if warming_up and self._steps == self._honest_steps:
             self._choose_multiplier()
-        self.clean_columns = clean.all(3)
+        self.clean_links = clean.all(3)
         suspected = first.any(axis=(0, 1, 3))
         nothing = np.zeros_like(flagged)
         worst = scores.max(0)

@@ -240,7 +240,8 @@ class Simulation:
         begin = time.perf_counter()
         evidence = self.verifiers.evidence(self.step_index, self._served)
         verdict = self.judge.step(evidence)
-        self.verifiers.learn(self.judge.clean_columns)
+        if not verdict.skip:
+            self.verifiers.learn(self.judge.clean_links)
         self.seconds["judge"] += time.perf_counter() - begin
         return verdict
 

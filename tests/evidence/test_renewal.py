@@ -30,10 +30,10 @@ def test_pairs_of_a_mesh_renew_at_steps_of_their_own():
     renewal = Renewal.of(Mesh(6, 8))
     steps = []
     for step in range(PERIOD):
-        renewed, _ = renewal.learn(np.ones(8, bool))
+        renewed, _ = renewal.learn(np.ones((2, 6, 8), bool))
         assert (renewal.new_X == renewed).all()
         steps += [step] * np.count_nonzero(renewed)
-    assert len(steps) == 48 == len(set(steps))
+    assert len(steps) == 96 == len(set(steps))
 
 
 @pytest.mark.parametrize("before", [0, 30, PERIOD - LEAD + 10])

@@ -88,7 +88,7 @@ def test_a_renewal_leaves_no_step_without_prediction_and_both_neighbours_see_the
     stage_DD = 0.05 * torch.randn(96, 96, generator=generator)
     lasting, correlations, ahead = [], [], 0
     for pairs in (below, above):
-        pairs.renewal = Renewal(np.full((5, 3), PERIOD - 2 * LEAD - 1))
+        pairs.renewal = Renewal(np.full((2, 5, 3), PERIOD - 2 * LEAD - 1))
     for step in range(3 * LEAD):
         entering = torch.randn(1, 150, 96, generator=generator)
         leaving = entering + entering @ stage_DD
@@ -107,7 +107,8 @@ def test_a_renewal_leaves_no_step_without_prediction_and_both_neighbours_see_the
         assert lasting[-1] == secret(above, ends[1], step)[LASTING][1]
         correlations.append(float(told[0][0, -2]))
         for pairs, end, transfers in zip((below, above), ends, knowledge, strict=True):
-            transfers.renew(end, *pairs.learn(np.ones(3, bool))[end])
+            change = pairs.learn(np.ones((2, 4, 3), bool))[end]
+            transfers.renew(end, change.renewed, change.stale)
     assert np.isnan(correlations[:READY]).all() and not np.isnan(correlations[READY:]).any()
     assert len(set(lasting)) == 2 and ahead == LEAD, "the projection was renewed, and sketched before"
     renewed = lasting.index(lasting[-1])

@@ -100,8 +100,8 @@ def test_where_another_projection_is_in_use_what_was_usual_is_no_longer():
             residuals = generator.standard_normal((PAIRS, 2, 3, 4, 2))
             if step >= 80:
                 residuals[row, 0, 1, 2] += 3.0
-            renewed = np.zeros((4, 4), bool)
-            renewed[1, 2] = told and step == 80
+            renewed = np.zeros((2, 4, 4), bool)
+            renewed[:, 1, 2] = told and step == 80
             counted = np.ones((2, 3, 4, 2), bool)
             scores.append(cusum.step(residuals, counted, served, nobody, step, step < 20, renewed=renewed))
         return np.array(scores)[80:].max()

@@ -60,7 +60,7 @@ def test_tampering_where_what_entered_is_conspicuous_gets_nobody_else_convicted(
         otherwise = None
         verdict = world.step(tampered)
         assert struck(verdict) <= struck(otherwise) | {bad}
-    assert acted >= 3, "else this shows nothing"
+    assert acted >= 2, "else this shows nothing"
 
 
 @pytest.mark.parametrize("micro_batches", [[0], [0, 3], [0, 1, 2, 3]])

@@ -6,7 +6,7 @@ import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.probe import Probe
-from deepspeed_sentinel.evidence.renewal import LEAD, PERIOD, READY, Renewal
+from deepspeed_sentinel.evidence.renewal import LEAD, PERIOD, READY, Renewal, of_senders
 from deepspeed_sentinel.evidence.table import BY_JUDGE, NAMES, OF_PAIR, RECEIVED, SENT
 from deepspeed_sentinel.evidence.transfer import FRESH, LASTING, Sketches, Transfers, pair_rows
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
@@ -63,12 +63,13 @@ def observe_all(verifiers, step, parts=1, tokens=130):
 
 @pytest.mark.parametrize(("parts", "tokens"), [(1, 130), (2, 130), (1, 400), (2, 400)])
 def test_layout_and_values(parts, tokens):
-    """Against baselines and each column's transfers fed by hand, over steps of which one column is not clean."""
+    """Against baselines and each column's transfers fed by hand, over steps in which some messages are not clean."""
     verifiers = Verifiers(MESH, DECAYS, seed=3, paper_only=False)
     observer = Observer(MESH, 3, pairs=True)
     baselines = {(direction, link): Baselines(*DECAYS) for direction in (0, 1) for link in range(3)}
     transfers = {(stage, column): Transfers(*DECAYS) for stage in (1, 2) for column in range(5)}
-    clean = np.array([True, True, False, True, True])
+    clean = np.ones((2, 3, 5), bool)
+    clean[:, :, 2] = clean[BACKWARD, :, 3] = clean[BACKWARD, 0, 4] = False
     for step in range(READY + 2):
         messages = observe_all(verifiers, step, parts, tokens)
         evidence = verifiers.evidence(step, SERVED)
@@ -84,7 +85,7 @@ def test_layout_and_values(parts, tokens):
             ours = evidence.statistics[RECEIVED, direction, link].reshape(10, -1)
             np.testing.assert_allclose(ours[:, ~(OF_PAIR | BY_JUDGE)], expected.numpy(), rtol=1e-3, atol=1e-6)
             summaries = torch.cat([rows.means_MD, rows.quantiles_MQ], 1).view(5, 2, -1).mean(1)
-            baselines[direction, link].learn(end, summaries, clean)
+            baselines[direction, link].learn(end, summaries, clean[direction, link].copy())
             sender, came_over = (link, link - 1) if direction == FORWARD else (link + 1, link + 1)
             if sender not in (1, 2):
                 assert np.isnan(ours[:, OF_PAIR]).all(), "first and last stage have no pair"
@@ -95,15 +96,15 @@ def test_layout_and_values(parts, tokens):
                     of_column(observer._look(direction, sender, messages[direction, at].flatten(2, 3)).now, column)
                     for at in (came_over, link)
                 ]
-                ready = observer.renewal.ready_X[sender, column]
+                ready = observer.renewal.ready_X[direction, sender, column]
                 found, lessons = pair_rows(*pair, one.known(end) if ready else None)
                 of_pair = evidence.statistics[RECEIVED, direction, link, column][:, OF_PAIR]
                 np.testing.assert_allclose(of_pair, found.numpy(), rtol=1e-3, atol=1e-5)
-                one.learn(end, lessons[0].mean(0), clean[column])
+                one.learn(end, lessons[0].mean(0), clean[direction, link, column])
         verifiers.learn(clean)
-        observer.renewal.learn(clean)
-    known = ~np.isnan(evidence.statistics[RECEIVED, :, 1][..., ~BY_JUDGE]).any(axis=(0, 2, 3))
-    assert (known == clean).all(), "what is learnt in a column is available there"
+        observer.renewal.learn(of_senders(clean))
+    known = ~np.isnan(evidence.statistics[RECEIVED, :, 1][..., ~BY_JUDGE]).any(axis=(2, 3))
+    assert (known == clean[:, 1]).all(), "what is learnt on a link is available there"
 
 
 def of_column(sketches, column):
@@ -134,8 +135,9 @@ def test_samples_and_fresh_projections_differ_between_columns_and_steps_and_agre
 
 def test_renewals_leave_no_step_without_prediction():
     verifiers = Verifiers(Mesh(3, 2), DECAYS, seed=5, paper_only=False)
-    verifiers._observer.renewal = Renewal(PERIOD - 2 * LEAD - np.array([[9, 9], [1, 4], [9, 9]]))
-    everywhere, epochs = np.ones(2, bool), set()
+    offsets_SC = np.array([[9, 9], [1, 4], [9, 9]])
+    verifiers._observer.renewal = Renewal(PERIOD - 2 * LEAD - np.stack([offsets_SC, offsets_SC]))
+    everywhere, epochs = np.ones((2, 2, 2), bool), set()
     generator = torch.Generator().manual_seed(0)
     stage_DD = 0.1 * torch.randn(72, 72, generator=generator)
     for step in range(2 * LEAD + 10):
@@ -148,7 +150,7 @@ def test_renewals_leave_no_step_without_prediction():
         rows = verifiers.evidence(step, np.zeros((3, 2), int) + np.arange(2)).statistics[RECEIVED]
         correlations = rows[[FORWARD, BACKWARD], [1, 0], ..., NAMES.index("prediction_correlation")]
         assert np.isnan(correlations).all() if step < READY else (correlations > 0.3).all(), (step, correlations)
-        epochs.add(tuple(verifiers._observer.renewal.epoch_X[1].tolist()))
+        epochs.add(tuple(verifiers._observer.renewal.epoch_X[FORWARD, 1].tolist()))
         verifiers.learn(everywhere)
     assert {(0, 0), (1, 0), (1, 1)} == epochs, "both columns' projections were renewed, each at its own step"
 
@@ -157,7 +159,7 @@ def test_paper_only_hides_the_other_rows():
     verifiers = Verifiers(MESH, DECAYS, seed=0, paper_only=True)
     observe_all(verifiers, 0)
     verifiers.evidence(0, SERVED)
-    verifiers.learn(np.ones(5, bool))
+    verifiers.learn(np.ones((2, 3, 5), bool))
     observe_all(verifiers, 1)
     known = ~np.isnan(verifiers.evidence(1, SERVED).statistics).any(axis=(0, 1, 2, 3, 4))
     paper = {"mean_abs", "l2_rel", "sign_flip", "sliced_wasserstein"}

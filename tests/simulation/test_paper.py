@@ -65,7 +65,7 @@ def test_what_follows_a_flagged_message_is_not_judged_and_neither_is_learnt_from
 
     verdict = judge.step(evidence(200, change))
     assert [(one.direction, one.link) for one in verdict.findings if one.column == 3] == [(FORWARD, 1)]
-    learnt = judge.clean_columns[:, :, 3]
+    learnt = judge.clean_links[:, :, 3]
     assert learnt.tolist() == [[True, False, False], [False, False, False]]
     assert np.nanmax(judge._recent) < 9.0
 

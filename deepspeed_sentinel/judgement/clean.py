@@ -1,0 +1,47 @@
+"""Which of a step's messages may be learnt from.
+
+What precedes the first event on a column's way (``blame.py``) is what it would have been without that event, so it
+stays clean: where a quarter of every stage is bad, hardly a column has no event at all, and what is known of honest
+stages would soon be out of date. Not clean are
+
+* all messages of a column, of any micro-batch, behind the first event of one of its micro-batches, and that event;
+* what the sender of that event sent before it, over another link, and all behind that; of a dispute both ends;
+* what a convicted worker sent, and all behind it, unless that leaves nothing on a link.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from deepspeed_sentinel.judgement.blame import followers
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD
+
+
+def clean_links(blamed: np.ndarray, disputes: np.ndarray, events: np.ndarray, convicted: np.ndarray) -> np.ndarray:
+    """Links of whose messages all are clean, bool [2, L, C].
+
+    Args:
+        blamed: bool [2, L, C, M], messages that are blamed.
+        disputes: bool [2, L, C, M], disputes with nothing before them.
+        events: bool [2, L, C, M], all alarms and disputes that leave a column out.
+        convicted: bool [S, C], where the worker that serves a column is convicted.
+    """
+    disputed = np.asarray(disputes.any(-1))
+    named = np.asarray(blamed.any(-1)) | disputed
+    doubtful = np.zeros_like(convicted)
+    doubtful[:-1] |= named[FORWARD] | disputed[BACKWARD]
+    doubtful[1:] |= named[BACKWARD] | disputed[FORWARD]
+    spoilt = events.any(-1) | _sent_by(doubtful)
+    clean = ~_with_followers(spoilt)
+    without_convicted = clean & ~_with_followers(_sent_by(convicted))
+    return np.asarray(np.where(without_convicted.any(-1, keepdims=True), without_convicted, clean))
+
+
+def _sent_by(workers_SC: np.ndarray) -> np.ndarray:
+    """Links over which these send, bool [2, L, C] of [S, C]."""
+    return np.stack([workers_SC[:-1], workers_SC[1:]])
+
+
+def _with_followers(links: np.ndarray) -> np.ndarray:
+    marked = links[..., None]
+    return np.asarray((marked | followers(marked))[..., 0])
