@@ -18,6 +18,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import nn
 from torch.nn import functional
 
+from integration_tests.models import seed
 from integration_tests.scenario import Scenario
 
 CLASSES, TOKENS = 8, 24
@@ -103,7 +104,7 @@ def one_layer_a_stage(layers: list[LayerSpec], loss_fn: Any, scenario: Scenario)
         loss_fn=loss_fn,
         partition_method="uniform",
         seed_layers=True,
-        seed_fn=lambda value: torch.manual_seed(int(value)),
+        seed_fn=seed,
         base_seed=scenario.seed,
         dynamic_shape=scenario.dynamic_shape,
     )

@@ -45,6 +45,7 @@ def test_a_worker_that_dies_as_losses_are_averaged_is_named(jobs, tmp_path):
         assert LOST in result.stderr[rank], result.describe()
 
 
+@pytest.mark.long
 def test_who_ends_by_an_error_of_its_own_is_not_taken_for_lost(jobs, tmp_path):
     with start(jobs, tmp_path, "leave", 10) as job:
         result = job.wait(timeout=150)

@@ -18,8 +18,8 @@ ATTACKS = {
     "delay": {"steps": 5},
     "token_shuffle": {},
 }
-
-
+IN_EVERY_RUN = ("scaling", "token_shuffle")
+NAMES = [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.long) for name in ATTACKS]
 BASE = Scenario(name="base", steps=STEPS, hidden=64, lengths=(64,))
 
 
@@ -34,16 +34,16 @@ def scenario(attack: str, folder) -> Scenario:
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory):
+def live(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("parity")
-    scenarios = [scenario(attack, folder) for attack in ATTACKS]
+    scenarios = [scenario(attack, folder) for attack in ATTACKS if attack in selected("attack")]
     block = {"enabled": True, "seed": SEED, "output_dir": str(folder / "logs_warm")}
     saved = {"directory": str(folder / "warm"), "after_step": WARM}
     warm = BASE.with_(name="warm", steps=WARM, sentinel=block, save=saved)
     return run_scenarios([warm, *scenarios], stages=STAGES, replicas=REPLICAS, folder=folder, timeout=420)
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", NAMES)
 def test_convictions_in_deepspeed_are_those_of_the_simulator(live, attack):
     convicted = {tuple(worker) for verdict in live[attack][0].verdicts for worker in verdict["newly_convicted"]}
     options = SimulationOptions(

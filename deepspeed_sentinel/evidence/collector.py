@@ -74,6 +74,8 @@ class Collector:
         self.keeping = Keeping()
         self._step = 0
         self.keys = Keys.exchange(seed, control)
+        # NCCL wants all ranks in the first operation of a group, and a step's first is between neighbours.
+        dist.all_reduce(torch.zeros(1, device=device))
         self._pairs = PairSketches(mesh, worker, ranks, device, self.keys)
         self._exchange = Exchange(mesh, ranks, replica_group)
         self._evidence: Evidence | None = None

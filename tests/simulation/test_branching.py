@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 
 from deepspeed_sentinel.simulation.branching import Trunk
@@ -22,8 +23,12 @@ def told(simulation):
     return json.dumps([result, simulation.losses], allow_nan=False)
 
 
+WITH_MEMORY = [("delay", {"steps": 3}), ("stale_weights", {"steps": 3}), ("surrogate", {})]
+OTHERS = [("scaling", {}), ("stale_weights", {"steps": 5}), ("replay", {}), ("stored_bit_flip", {})]
+
+
 def test_branches_end_as_runs_alone(options, tmp_path):
-    """Attacks without memory, with messages, weights or a pupil kept from before, and of a user's own file."""
+    """Attacks with messages, weights or a pupil kept from before, and of a user's own file."""
     mine = tmp_path / "mine.py"
     mine.write_text(
         "class Sum:\n    total = 0.0\n    def observe(self, message, context):\n        self.total += message.mean()\n"
@@ -31,24 +36,24 @@ def test_branches_end_as_runs_alone(options, tmp_path):
         "class Holds:\n    uses_previous = True\n    def __init__(self):\n        self.scale = lambda x: 3 * x\n"
         "    def __call__(self, message, context):\n        return self.scale(message)\n"
     )
-    attacks = [
-        ("scaling", {}),
-        ("delay", {"steps": 3}),
-        ("stale_weights", {"steps": 3}),
-        ("stale_weights", {"steps": 5}),
-        ("replay", {}),
-        ("surrogate", {}),
-        ("stored_bit_flip", {}),
-        (f"{mine}:Sum", {}),
-        (f"{mine}:Holds", {}),
-    ]
+    attacks = [*WITH_MEMORY, (f"{mine}:Sum", {}), (f"{mine}:Holds", {})]
     runs = [options(attack=name, attack_arguments=arguments, sentinel=EARLY) for name, arguments in attacks]
     runs.append(options(attack="scaling", sentinel=EARLY, direction="backward", malicious=0.5, majority=True))
     Trunk.grow(runs).write(tmp_path / "trunk")
     trunk = Trunk.read(tmp_path / "trunk")
     copied = {run.attack: trunk.watchers.get(run.key(), b"") for run in runs}
     assert [name for name, seen in copied.items() if seen is None] == [f"{mine}:Holds"]
-    assert all(copied[name] for name in ("delay", "stale_weights", "replay", "surrogate", f"{mine}:Sum"))
+    assert all(copied[name] for name in ("delay", "stale_weights", "surrogate", f"{mine}:Sum"))
+    same_as_alone(trunk, runs)
+
+
+@pytest.mark.long
+def test_branches_of_other_attacks_end_as_runs_alone(options):
+    runs = [options(attack=name, attack_arguments=arguments, sentinel=EARLY) for name, arguments in OTHERS]
+    same_as_alone(Trunk.grow(runs), runs)
+
+
+def same_as_alone(trunk, runs):
     results = [told(trunk.branch(run)) for run in runs]
     assert results == [told(Simulation(run)) for run in runs]
     assert len(set(results)) == len(runs)
