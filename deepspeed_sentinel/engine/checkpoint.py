@@ -1,9 +1,13 @@
-"""Sentinel's state in DeepSpeed checkpoints: it travels in the client state of every stage's own file."""
+"""Sentinel's state in DeepSpeed checkpoints: it travels in the client state of every stage's own file.
+
+The judge's state is the same on all ranks and grows with the mesh, so only the first stage's file holds it.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import io
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +29,10 @@ def saver(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., Any
 
     @functools.wraps(original)
     def save_checkpoint(save_dir: str, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return original(save_dir, tag, {**(client_state or {}), KEY: sentinel.state_dict()}, *args, **kwargs)
+        state = sentinel.state_dict()
+        if sentinel.worker.stage != 0:
+            del state["judge"]
+        return original(save_dir, tag, {**(client_state or {}), KEY: state}, *args, **kwargs)
 
     return save_checkpoint
 
@@ -53,6 +60,7 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
                 )
             return path, client_state
         without = {divmod(index, sentinel.mesh.links) for index, bit in enumerate(words_W[1:]) if bit}
+        state["judge"] = _from_bytes(sentinel.of_first_stage(_to_bytes(state.get("judge"))))
         sentinel.load_state_dict(state, without)
         if dist.get_rank() == 0:
             for direction, link in sorted(without):
@@ -82,7 +90,19 @@ def _problem(state: Any, sentinel: Sentinel) -> str | None:
     if differing:
         return f"is of a run with {', '.join(differing)}"
     # NaN means not available there; infinite is what nothing that is learnt can be.
-    return "holds infinite values" if _any_infinite(state["judge"]) else None
+    return "holds infinite values" if _any_infinite(state.get("judge", {})) else None
+
+
+def _to_bytes(state: Any) -> torch.Tensor:
+    """A nested dict of tensors as uint8 [N]."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+
+
+def _from_bytes(file_N: torch.Tensor) -> Any:
+    """The inverse of ``_to_bytes``."""
+    return torch.load(io.BytesIO(file_N.numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
 def _any_infinite(state: Any) -> bool:

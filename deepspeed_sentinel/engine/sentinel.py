@@ -262,6 +262,10 @@ class Sentinel:
         """int64 [ranks, W]: what every rank says in W whole numbers. Collective."""
         return self._control.all_gather(torch.tensor(words, dtype=torch.int64))
 
+    def of_first_stage(self, mine: torch.Tensor) -> torch.Tensor:
+        """uint8 [N]: what the first stage's worker of this column says. Collective."""
+        return self._control.of_first_stage(mine)
+
     def _audit(self, verdict: Verdict, evidence: Evidence) -> Verdict:
         """Take back the strikes that rest on neighbours' words and that no trusted worker could confirm."""
         audits = audits_due(verdict, evidence)

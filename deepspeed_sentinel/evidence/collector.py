@@ -214,7 +214,7 @@ class Collector:
         """float64 [replicas], the largest magnitude at an end by each replica's report; NaN counts as none."""
         assert self._evidence is not None, "nothing was collected yet"
         reported_CMV = self._evidence.statistics[end[1], end[0], self.probe.link(end)]
-        return np.nan_to_num(reported_CMV[..., part * len(TABLE) + _MAX_ABS]).max(-1)
+        return np.nan_to_num(reported_CMV[..., part * len(TABLE) + _MAX_ABS].astype(np.float64)).max(-1)
 
     def _transfer(self, place: Place, entering: Sketches, leaving: Sketches) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [M, PAIR_ROWS] of one part and this column's lessons [J - 1, LESSON]; messages with equally many tokens

@@ -75,6 +75,20 @@ class Control:
         mine[: said.size] = said
         return bytes(self.all_gather(torch.from_numpy(mine))[0, :size].tolist()).decode()
 
+    def of_first_stage(self, mine: torch.Tensor) -> torch.Tensor:
+        """What the first stage's worker of this column says, uint8 [N] of any size, on all of the column. Collective.
+
+        Args:
+            mine: this rank's; only the first stage's counts.
+        """
+        if self._column is None:
+            return mine
+        source, size = int(self._ranks[0, self._replica]), torch.tensor([mine.numel()])
+        dist.broadcast(size, source, group=self._column)
+        said = mine if self._stage == 0 else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(said, source, group=self._column)
+        return said
+
     def _in_column(self, mine: torch.Tensor) -> torch.Tensor:
         return _gather(mine, self._column, len(self._ranks))
 

@@ -88,24 +88,25 @@ class Exchange:
             sends_from_below = (direction == FORWARD) == (role == SENT)
             return of_all_stages[:-1] if sends_from_below else of_all_stages[1:]
 
-        packed = np.ascontiguousarray(
-            [[ends(direction, role) for direction in (FORWARD, BACKWARD)] for role in (SENT, RECEIVED)]
-        )
-        reported = np.ascontiguousarray(packed[..., : layout.parts * REPORTED]).view(np.float32)
-        reported = reported.reshape(*packed.shape[:-1], layout.parts, REPORTED)
+        shape, split = (2, self._mesh.links, self._mesh.replicas, reports.shape[3]), layout.parts * REPORTED
         # Statistic by statistic in memory, which is how they are judged.
-        statistics = np.zeros((2, layout.parts, len(TABLE), *packed.shape[1:-1]))
-        statistics[:, :, :REPORTED] = np.moveaxis(reported, (-2, -1), (1, 2))
+        statistics = np.zeros((2, layout.parts, len(TABLE), *shape), np.float32)
+        words = np.empty((2, *shape, reports.shape[-1] - split), reports.dtype)
+        for role in (SENT, RECEIVED):
+            for direction in (FORWARD, BACKWARD):
+                rows_LRMV = ends(direction, role)
+                words[role, direction] = rows_LRMV[..., split:]
+                reported = rows_LRMV[..., :split].view(np.float32).reshape(*shape[1:], layout.parts, REPORTED)
+                statistics[role, :, :REPORTED, direction] = np.moveaxis(reported, (-2, -1), (0, 1))
         # The stage that sends cannot be asked about its pair: its neighbour on the other side reports it, one stage
         # before the sender, at the end over which the micro-batch entered it.
         pair = statistics[SENT, :, OWN:REPORTED]
         forward, backward = pair[:, :, FORWARD], pair[:, :, BACKWARD]
         forward[:, :, 1:], forward[:, :, :1] = forward[:, :, :-1].copy(), np.nan
         backward[:, :, :-1], backward[:, :, -1:] = backward[:, :, 1:].copy(), np.nan
-        words = np.ascontiguousarray(packed[..., layout.parts * REPORTED :])
         return Evidence(
             self._mesh,
             step,
-            np.moveaxis(statistics.reshape(2, -1, *packed.shape[1:-1]), 1, -1),
+            np.moveaxis(statistics.reshape(2, -1, *shape), 1, -1),
             layout.mark_all(words.view(np.int64)),
         )

@@ -202,7 +202,7 @@ class Evidence:
     Attributes:
         mesh: the workers it is about.
         step: the engine's global step.
-        statistics: float64 [2 ends, 2 directions, links, columns, micro-batches, P * len(TABLE)], laid out as
+        statistics: float32 or 64 [2 ends, 2 directions, links, columns, micro-batches, P * len(TABLE)], laid out as
             ``Rows``; NaN where a statistic is not available. Ends are SENT and RECEIVED; of rows ``of_pair`` RECEIVED
             is what the receiver reports, SENT what the sender's neighbour on the other side does. Rows ``by_judge``
             hold nothing.

@@ -19,18 +19,18 @@ def contradictions(statistics: np.ndarray, fences: Fences, table: Rows) -> tuple
     out, nothing learnt any more, and the copies never become alike again.
 
     Args:
-        statistics: float64 [2 ends, 2, L, C, M, P * K], as in ``Evidence``.
+        statistics: [2 ends, 2, L, C, M, P * K], as in ``Evidence``.
         fences: whose ranges are the measure.
         table: the rows.
 
     Returns:
         bool [2, L, C, M] each: by the two ends of a link, and by the two neighbours of a worker.
     """
-    bits = np.ascontiguousarray(np.moveaxis(statistics, -1, 1)).view(np.int64)
+    bits = np.ascontiguousarray(np.moveaxis(statistics, -1, 1)).view(f"i{statistics.itemsize}")
     unequal = (bits[SENT] != bits[RECEIVED]).any(0)
     if not unequal.any():
         return unequal, unequal
-    sent, received = (comparable(statistics[end][unequal].T) for end in (SENT, RECEIVED))
+    sent, received = (comparable(statistics[end][unequal].T.astype(np.float64)) for end in (SENT, RECEIVED))
     difference = np.where(np.isnan(np.moveaxis(statistics[RECEIVED], -1, 0)), np.nan, 0.0)
     difference[:, unequal] = sent - received
     gone = np.zeros(difference.shape, bool)

@@ -145,7 +145,7 @@ class Judge:
             per_statistic[of_pair] = np.maximum(fenced, np.where(counted, sums[..., None], 0.0))
         scores = per_statistic.max(0)
         alarms = scores > 1.0
-        largest = np.fmax.reduce(evidence.statistics[..., _MAX_ABS], axis=-1)
+        largest = np.fmax.reduce(evidence.statistics[..., _MAX_ABS], axis=-1).astype(np.float64)
         explained = self.overflow.step(largest, hard.any(0), served, overflow_limit)
         judged = ~explained.shared
         alarms, disputes, scores = alarms & judged, disputes & judged, np.where(judged, scores, 0.0)
@@ -252,7 +252,7 @@ class Judge:
 
     def _reported(self, statistics: np.ndarray) -> np.ndarray:
         """float64 [K, 2, L, C, M]: what receivers report, and the first and the last stage of what they sent."""
-        values = np.array(np.moveaxis(statistics[RECEIVED], -1, 0), order="C")
+        values = np.array(np.moveaxis(statistics[RECEIVED], -1, 0), np.float64, order="C")
         own = ~self.table.of_pair
         for direction, link in ((FORWARD, 0), (BACKWARD, -1)):
             values[own, direction, link] = np.moveaxis(statistics[SENT, direction, link], -1, 0)[own]

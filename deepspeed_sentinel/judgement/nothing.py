@@ -33,7 +33,7 @@ class Nothing:
         two at least, or one if it was never seen to leave zeros as they are.
 
         Args:
-            statistics: float64 [2 ends, 2, L, C, M, P * K], as reported.
+            statistics: [2 ends, 2, L, C, M, P * K], as reported.
             warming_up: what is made of nothing is learnt, not held against anybody.
 
         Returns:

@@ -34,7 +34,7 @@ class Silence:
         """Look at a step.
 
         Args:
-            statistics: float64 [2, L, C, M, P * K], as receivers report them.
+            statistics: [2, L, C, M, P * K], as receivers report them.
             void: bool [L, C, M], gradients that carry nothing.
             warming_up: what is missing is learnt, not held against anybody.
 

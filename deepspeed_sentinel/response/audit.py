@@ -153,7 +153,7 @@ def _rows_are_true(
 ) -> bool:
     """Each neighbour reports the rows, as it measured them, of every part."""
     finding, micro_batch = audit.finding, statements[0].micro_batch
-    reported = evidence.statistics[:, finding.direction, finding.link, finding.column, micro_batch]
+    reported = evidence.statistics[:, finding.direction, finding.link, finding.column, micro_batch].astype(np.float64)
     by_part = reported.reshape(2, -1, len(TABLE))
     for part, (entered, left) in enumerate(zip(*(look.tokens for look in looks), strict=True)):
         for end, statement in zip((SENT, RECEIVED), statements, strict=True):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from synthetic import World
 
-from deepspeed_sentinel.evidence.table import NAMES
+from deepspeed_sentinel.evidence.table import NAMES, Evidence
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
 
 NON_FINITE, ENERGY, MAX_ABS, COSINE, STEP = (
@@ -329,3 +329,27 @@ def test_a_thousand_workers():
     verdict = world.step(louder(FORWARD, 3, 100))
     assert Worker(3, 100) in [finding.worker for finding in verdict.findings]
     assert np.count_nonzero(verdict.excluded) <= 4
+
+
+def test_evidence_as_it_is_sent_gives_the_verdicts_of_its_exact_values():
+    """float32 and the same numbers in float64, the fault and the dispute included."""
+    worlds = World(seed=3), World(seed=3)
+
+    def spoil(values, time):
+        if time > 25:
+            values[:, FORWARD, 1, 1, 0, ENERGY] *= 30.0
+        if time == 40:
+            values[1, BACKWARD, 0, 0, 1, ENERGY] *= 2.0
+
+    for _ in range(45):
+        verdicts = []
+        for world, dtype in zip(worlds, (np.float32, np.float64), strict=True):
+            values = world.statistics().astype(np.float32)
+            spoil(values, world.time)
+            values = values.astype(dtype)
+            marks = np.zeros((*values.shape[:5], 1), np.int64)
+            verdicts.append(world.judge.step(Evidence(world.mesh, world.time, values, marks)))
+            world.time += 1
+        assert verdicts[0].digest() == verdicts[1].digest()
+        np.testing.assert_array_equal(verdicts[0].scores, verdicts[1].scores)
+    assert verdicts[0].convicted.any()
