@@ -89,6 +89,8 @@ def _problem(state: Any, sentinel: Sentinel) -> str | None:
     ]
     if differing:
         return f"is of a run with {', '.join(differing)}"
+    if sentinel.worker.stage == 0 and "judge" not in state:
+        return "has no state of the judge"
     # NaN means not available there; infinite is what nothing that is learnt can be.
     return "holds infinite values" if _any_infinite(state.get("judge", {})) else None
 

@@ -234,7 +234,7 @@ class Sentinel:
         verdict = self._judge.step(evidence, access.overflow_limit(self.engine))
         if self._agree(verdict):
             verdict = self._audit(verdict, evidence)
-        if not verdict.skip:
+        if self._judge.clean_links.any():
             self._collector.learn(self._judge.clean_links)
         self._share = Share.of(verdict.excluded, self.worker.replica)
         if not verdict.skip:

@@ -37,6 +37,9 @@ MARGIN = 2.0
 # Messages of one step share the drift of training, so the tail is known only as well as the number of steps allows:
 # after n steps the margin is widened by 1 + STEP_DOUBT / sqrt(n).
 STEP_DOUBT = 2.0
+# Whoever stays just inside a fence is learnt as its tail. Without a limit the fence would go out by MARGIN and more each
+# time that it is renewed. In a full window it grows by no more than this at once, about twofold in 64 steps.
+GROWTH = 1.1
 _MAJORITY = 3
 _RECENT = 8
 _ONE_PART = Rows(1)
@@ -169,15 +172,13 @@ class Fences:
         """
         if self.mesh.replicas == 2:
             self._past.learn(comparable, clean)
-            # What is left of a pair is measured from the middle between the two.
-            both = np.asarray(clean.any(-1).all(-1))[..., None, None]
-            clean, followed = clean & both, followed & both
-            if not clean.any():
-                return
+            if not clean.all():
+                return  # what is left of a pair is measured from the middle between the two
         # Among enough replicas the centre is what the residuals were taken from.
         measured = comparable[..., 0, 0] - residuals[..., 0, 0] - self.usual.level[..., 0]
         centre = measured if self.has_majority else self._medians(comparable, clean)
-        self._centres[..., self.learnt_steps % self.window] = centre
+        slot = self._centres[..., self.learnt_steps % self.window]
+        slot[...] = np.where(np.isnan(centre), slot, centre)
         if self.compares_replicas:
             explained = np.broadcast_to(unlike, self.usual.level.shape)
             self.usual.learn(residuals, followed, explained, self.reach)
@@ -249,7 +250,10 @@ class Fences:
         # With fewer samples than 1 / rate the tail is extended as if scores fell off exponentially.
         stretch = np.maximum(1.0, -exact.log(np.array(self._rate)) / exact.log(seen))
         doubt = 1.0 + STEP_DOUBT / np.sqrt(min(self.learnt_steps, self.window))
-        self.reach[..., links] = np.maximum(self.multiplier * iqr, MARGIN * doubt * stretch * tail)
+        tail_reach = MARGIN * doubt * stretch * tail
+        if self.learnt_steps > self.window:
+            tail_reach = np.fmin(tail_reach, GROWTH * self.reach[..., links])
+        self.reach[..., links] = np.maximum(self.multiplier * iqr, tail_reach)
 
 
 def _samples(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:

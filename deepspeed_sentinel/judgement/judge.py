@@ -175,10 +175,13 @@ class Judge:
 
         # In a skipped step no weight changes, and nothing has to be learnt.
         blamed = blame.named & (events | self.fences.compares_replicas)
-        self.clean_links = clean_links(blamed, blame.disputes, events, convicted)
+        self.clean_links = clean_links(blamed, blame.disputes, contested, events, convicted)
         self.clean_links &= bool(judged.all()) and not skip
         if self.clean_links.any():
-            clean_messages = np.broadcast_to(self.clean_links[..., None], alarms.shape)
+            # One message just inside a fence may break the next, and would be learnt as the fence's own tail.
+            whole_columns = self.clean_links & ~suspected
+            held = np.where(whole_columns.any(-1, keepdims=True), whole_columns, self.clean_links)
+            clean_messages = np.broadcast_to(held[..., None], alarms.shape)
             followed = np.where(of_pair[:, None, None, None, None], clean_messages, clean_messages | content)
             followed[of_pair] &= quiet | unlike[:, None]
             self.fences.learn(compared, residuals, clean_messages, followed, unlike, evidence.step)

@@ -49,9 +49,12 @@ class Window:
             grown = np.full((*self._rows, self._steps, keep), np.nan)
             grown[..., : self._samples.shape[-1]] = self._samples
             self._samples = grown
+        now = np.full(self._samples[..., 0, :].shape, np.nan)
+        now[..., :keep] = values
+        # A row of which nothing is heard for long keeps what is known of it.
+        heard = ~np.isnan(values).all(-1)
         slot = self.learnt % self._steps
-        self._samples[..., slot, :] = np.nan
-        self._samples[..., slot, :keep] = values
+        self._samples[..., slot, :] = np.where(heard[..., None], now, self._samples[..., slot, :])
         self.learnt += 1
         every = 1 if self.learnt <= self._steps // 2 else _TURNS
         links = [link for link in range(self._rows[2]) if (link + self.learnt) % every == 0]

@@ -240,7 +240,7 @@ class Simulation:
         begin = time.perf_counter()
         evidence = self.verifiers.evidence(self.step_index, self._served)
         verdict = self.judge.step(evidence)
-        if not verdict.skip:
+        if self.judge.clean_links.any():
             self.verifiers.learn(self.judge.clean_links)
         self.seconds["judge"] += time.perf_counter() - begin
         return verdict
