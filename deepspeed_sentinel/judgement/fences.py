@@ -37,8 +37,8 @@ MARGIN = 2.0
 # Messages of one step share the drift of training, so the tail is known only as well as the number of steps allows:
 # after n steps the margin is widened by 1 + STEP_DOUBT / sqrt(n).
 STEP_DOUBT = 2.0
-# Whoever stays just inside a fence is learnt as its tail. Without a limit the fence would go out by MARGIN and more each
-# time that it is renewed. In a full window it grows by no more than this at once, about twofold in 64 steps.
+# Whoever stays just inside a fence is learnt as its tail. Without a limit the fence would go out by MARGIN and more
+# each time that it is renewed. In a full window it grows by no more than this at once, about twofold in 64 steps.
 GROWTH = 1.1
 _MAJORITY = 3
 _RECENT = 8
