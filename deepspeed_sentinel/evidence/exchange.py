@@ -97,7 +97,8 @@ class Exchange:
                 rows_LRMV = ends(direction, role)
                 words[role, direction] = rows_LRMV[..., split:]
                 reported = rows_LRMV[..., :split].view(np.float32).reshape(*shape[1:], layout.parts, REPORTED)
-                statistics[role, :, :REPORTED, direction] = np.moveaxis(reported, (-2, -1), (0, 1))
+                for link, of_link in enumerate(reported):  # one at a time stays in the processor's own memory
+                    statistics[role, :, :REPORTED, direction, link] = np.moveaxis(of_link, (-2, -1), (0, 1))
         # The stage that sends cannot be asked about its pair: its neighbour on the other side reports it, one stage
         # before the sender, at the end over which the micro-batch entered it.
         pair = statistics[SENT, :, OWN:REPORTED]
