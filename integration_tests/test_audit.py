@@ -28,7 +28,8 @@ ATTACKS = {
     "shuffle_forward": {"stage": 1, "attack": "token_shuffle"},
     "flip_backward": {"stage": 2, "direction": "backward", **FLIP},
 }
-LONG = ("lie_backward", "garbage", "flip_backward")
+# The silent one is waited for, two minutes the first time.
+LONG = ("lie_backward", "garbage", "flip_backward", "silent")
 STANDS_ALONE = ["flip_forward"]  # the mean of its messages gives it away too, so nothing hangs on its neighbours' word
 
 
