@@ -10,6 +10,7 @@ import pytest
 
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
+from integration_tests.variants import some
 
 BASE = Scenario(name="", steps=4)
 SITUATIONS = [
@@ -43,13 +44,6 @@ RESUMED = [
 ]
 
 
-def names(scenarios):
-    return [
-        scenario.name if scenario.name in IN_EVERY_RUN else pytest.param(scenario.name, marks=pytest.mark.long)
-        for scenario in scenarios
-    ]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, selected):
     wanted = selected("name")
@@ -73,7 +67,7 @@ def equal(some, others):
             assert one.record[key] == other.record[key], key
 
 
-@pytest.mark.parametrize("name", names(SITUATIONS))
+@pytest.mark.parametrize("name", some((one.name for one in SITUATIONS), IN_EVERY_RUN))
 def test_guarded_and_unguarded_are_equal_to_the_bit(runs, name):
     equal(runs[name], runs[f"guarded_{name}"])
     for run in runs[f"guarded_{name}"]:
@@ -81,7 +75,7 @@ def test_guarded_and_unguarded_are_equal_to_the_bit(runs, name):
         assert all(verdict["disputes"] == [] for verdict in run.verdicts)
 
 
-@pytest.mark.parametrize("name", names(RESUMED))
+@pytest.mark.parametrize("name", some((one.name for one in RESUMED), IN_EVERY_RUN))
 def test_what_was_saved_goes_on_as_it_would_have_without_a_guard(runs, name):
     equal(runs[name], runs[f"guarded_{name}"])
     equal(runs[f"{name}_resumed"], runs[f"guarded_{name}_resumed"])

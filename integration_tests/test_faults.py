@@ -10,6 +10,7 @@ import torch
 
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
+from integration_tests.variants import some
 
 # One clean run warms up for all: the others go on from its checkpoint.
 RESUMED, START, STEPS = 22, 25, 28
@@ -67,10 +68,6 @@ def scenario(name: str, fault: dict, folder) -> Scenario:
     return BASE.with_(name=name, sentinel=block, load={"directory": str(folder / "clean")})
 
 
-def some(names):
-    return [name if name in SHORTLY else pytest.param(name, marks=pytest.mark.long) for name in names]
-
-
 @pytest.fixture(scope="module")
 def wanted(selected):
     return selected("name") | {"forward_constant"}
@@ -93,7 +90,7 @@ def attacked(run):
     return [verdict for verdict in run.verdicts if verdict["step"] >= START]
 
 
-@pytest.mark.parametrize("name", some(SEEN))
+@pytest.mark.parametrize("name", some(SEEN, SHORTLY))
 def test_a_tampering_worker_is_found_excluded_and_convicted(runs, name):
     run = runs[name][0]
     assert attacked(run)[0]["findings"], "not found in the step in which it began"
@@ -105,14 +102,14 @@ def test_a_tampering_worker_is_found_excluded_and_convicted(runs, name):
     assert convicted == [CULPRIT]
 
 
-@pytest.mark.parametrize("name", some([*SEEN, *DISPUTED]))
+@pytest.mark.parametrize("name", some([*SEEN, *DISPUTED], SHORTLY))
 def test_weights_and_losses_stay_finite(runs, name):
     for run in runs[name]:
         assert all(math.isfinite(loss) for loss in run.losses)
         assert all(torch.isfinite(weight).all() for weight in run.weights.values())
 
 
-@pytest.mark.parametrize("name", some(DISPUTED))
+@pytest.mark.parametrize("name", some(DISPUTED, SHORTLY))
 def test_a_disputed_link_excludes_its_column_and_convicts_nobody(runs, name):
     run = runs[name][0]
     link, sender, receiver = ENDS[name]

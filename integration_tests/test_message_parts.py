@@ -8,6 +8,7 @@ import pytest
 from integration_tests.harness import ROOT
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
+from integration_tests.variants import some
 
 STEPS, START = 28, 24
 ROLL = f"{ROOT / 'integration_tests' / 'attacks_on_parts.py'}:Roll"
@@ -28,10 +29,6 @@ ATTACKS = {
     "gradient_of_nothing": ("unlabelled", {"attack": "random_value", "std": 0.01, "direction": "backward"}),
 }
 IN_EVERY_RUN = ("mask_first", "carried", "ids_rolled", "hidden_behind_a_mask")
-
-
-def some(names):
-    return [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +59,7 @@ def runs(tmp_path_factory, wanted):
     return run_scenarios(scenarios, stages=3, replicas=2, folder=folder, timeout=400)
 
 
-@pytest.mark.parametrize("name", some(scenario.name for scenario in HONEST))
+@pytest.mark.parametrize("name", some((scenario.name for scenario in HONEST), IN_EVERY_RUN))
 def test_honest_runs_are_bit_identical_and_nobody_is_accused(runs, name):
     for plain, guarded in zip(runs[name], runs[f"guarded_{name}"], strict=True):
         assert guarded.record["losses"] == plain.record["losses"]
@@ -71,7 +68,7 @@ def test_honest_runs_are_bit_identical_and_nobody_is_accused(runs, name):
             assert not verdict["findings"] and not verdict["disputed"] and not any(verdict["excluded"])
 
 
-@pytest.mark.parametrize("name", some(ATTACKS))
+@pytest.mark.parametrize("name", some(ATTACKS, IN_EVERY_RUN))
 def test_who_alters_any_tensor_of_a_message_is_named_and_nobody_else(runs, name):
     run = runs[name][0]
     found = [finding for verdict in run.verdicts for finding in verdict["findings"]]

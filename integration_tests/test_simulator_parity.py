@@ -8,6 +8,7 @@ from deepspeed_sentinel.simulation.options import SimulationOptions
 from deepspeed_sentinel.simulation.run import Simulation
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
+from integration_tests.variants import some
 
 STAGES, REPLICAS, SEED = 4, 3, 0
 WARM, START, STEPS = 20, 25, 31
@@ -19,7 +20,6 @@ ATTACKS = {
     "token_shuffle": {},
 }
 IN_EVERY_RUN = ("scaling", "token_shuffle")
-NAMES = [name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.long) for name in ATTACKS]
 BASE = Scenario(name="base", steps=STEPS, hidden=64, lengths=(64,))
 
 
@@ -43,7 +43,7 @@ def live(tmp_path_factory, selected):
     return run_scenarios([warm, *scenarios], stages=STAGES, replicas=REPLICAS, folder=folder, timeout=420)
 
 
-@pytest.mark.parametrize("attack", NAMES)
+@pytest.mark.parametrize("attack", some(ATTACKS, IN_EVERY_RUN))
 def test_convictions_in_deepspeed_are_those_of_the_simulator(live, attack):
     convicted = {tuple(worker) for verdict in live[attack][0].verdicts for worker in verdict["newly_convicted"]}
     options = SimulationOptions(

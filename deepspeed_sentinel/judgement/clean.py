@@ -38,13 +38,13 @@ def clean_links(
     # One neighbour of a sender receives the message, the other stands before it on the way.
     by_neighbours = np.asarray((contested & disputes).any(-1))
     doubtful[:-2] |= by_neighbours[FORWARD, 1:]
-    spoilt = events.any(-1) | _sent_by(doubtful)
+    spoilt = events.any(-1) | sent_by(doubtful)
     clean = ~_with_followers(spoilt)
-    without_convicted = clean & ~_with_followers(_sent_by(convicted))
+    without_convicted = clean & ~_with_followers(sent_by(convicted))
     return np.asarray(np.where(without_convicted.any(-1, keepdims=True), without_convicted, clean))
 
 
-def _sent_by(workers_SC: np.ndarray) -> np.ndarray:
+def sent_by(workers_SC: np.ndarray) -> np.ndarray:
     """Links over which these send, bool [2, L, C] of [S, C]."""
     return np.stack([workers_SC[:-1], workers_SC[1:]])
 

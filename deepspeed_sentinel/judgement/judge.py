@@ -16,7 +16,7 @@ from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, Evidence, R
 from deepspeed_sentinel.judgement.account import Account, Judged, entries
 from deepspeed_sentinel.judgement.blame import Blame, followers
 from deepspeed_sentinel.judgement.cascade import hold_against_fences
-from deepspeed_sentinel.judgement.clean import clean_links
+from deepspeed_sentinel.judgement.clean import clean_links, sent_by
 from deepspeed_sentinel.judgement.content import Content, content_alone
 from deepspeed_sentinel.judgement.contradiction import contradictions
 from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
@@ -114,7 +114,7 @@ class Judge:
         values[_FROM_NOTHING, BACKWARD] = made
         whole = ~(disputes | hard[RECEIVED])
         convicted = self._served_by_convicted(served)
-        by_convicted = np.broadcast_to(np.stack([convicted[:-1], convicted[1:]])[..., None], whole.shape)
+        by_convicted = np.broadcast_to(sent_by(convicted)[..., None], whole.shape)
         sound = whole & ~by_convicted & ~followers(by_convicted)
         if self.fences.compares_replicas:
             self.content.step(compared, whole, self.fences.iqr)
