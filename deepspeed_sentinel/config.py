@@ -129,6 +129,12 @@ class SentinelConfig(BaseModel):
     max_skipped_steps: int = Field(
         10, ge=1, description="successive steps without any column left after which training stops"
     )
+    weights_every: int = Field(
+        50,
+        ge=0,
+        description="steps from one comparison of the replicas' weights to the next, the first one after a load "
+        "aside; 0 makes none",
+    )
     heartbeat_timeout: float = Field(
         120.0,
         ge=5.0,

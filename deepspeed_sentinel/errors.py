@@ -13,5 +13,9 @@ class VerdictMismatch(SentinelError):
     """Ranks came to different verdicts from what should be the same evidence."""
 
 
+class WeightsDiffer(SentinelError):
+    """Replicas of a stage hold different weights, and no strict majority of them the same."""
+
+
 class LostWorker(SentinelError):
     """Another rank is gone or has failed; the text names its stage and replica."""

@@ -36,6 +36,7 @@ def test_enabled_is_enough_and_the_default_is_off():
         ({"warmup_steps": 99}, ["warmup_steps (99)", "fence_window (64)"]),
         ({"probation_steps": 0}, ["sentinel.probation_steps", "0"]),
         ({"max_skipped_steps": 0}, ["sentinel.max_skipped_steps", "0"]),
+        ({"weights_every": -1}, ["sentinel.weights_every", "-1", "greater than or equal to 0"]),
         ({"output_dir": ""}, ["sentinel.output_dir"]),
         ({"events": "all"}, ["sentinel.events", "'all'", "'none', 'alarms' or 'steps'"]),
         ({"seed": -1}, ["sentinel.seed", "-1"]),

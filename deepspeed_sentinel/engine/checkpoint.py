@@ -45,6 +45,7 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
         path, client_state = original(*args, **kwargs)
         if path is None:
             return path, client_state
+        sentinel.comparison.after_load()
         state = client_state.pop(KEY, None)
         weights_only = inspect.signature(original).bind(*args, **kwargs).arguments.get("load_module_only", False)
         problem = "was loaded for its weights only" if weights_only else _problem(state, sentinel)

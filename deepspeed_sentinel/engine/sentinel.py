@@ -17,6 +17,7 @@ from deepspeed_sentinel.engine import access, checkpoint
 from deepspeed_sentinel.engine.agreement import disagreement
 from deepspeed_sentinel.engine.board import rendezvous_host
 from deepspeed_sentinel.engine.buffers import ForwardState
+from deepspeed_sentinel.engine.comparison import WeightComparison
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.engine.loss import mean_of_included
@@ -27,6 +28,7 @@ from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.table import Evidence
+from deepspeed_sentinel.evidence.weights import Comparison
 from deepspeed_sentinel.judgement.complaints import complained_of
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
@@ -48,6 +50,8 @@ class Sentinel:
         config: the effective settings.
         mesh: stages and replicas.
         last_verdict: of the last training step, or None.
+        last_comparison: of the replicas' weights, or None.
+        comparison: compares them when it is due, or when it is asked to.
         counts: judged_messages, alarms (messages blamed on a worker), disputes, skipped_steps,
             excluded_column_steps since attaching.
     """
@@ -71,6 +75,15 @@ class Sentinel:
         self._control = Control(ranks)
         self._telling = Telling(config, self.mesh, self._control)
         self._ranks = ranks
+        self.comparison = WeightComparison(
+            engine,
+            self.worker,
+            ranks,
+            self._control,
+            self._telling,
+            every=config.weights_every,
+            lenient=self._lenient,
+        )
         self._collector = Collector(
             self.mesh,
             self.worker,
@@ -190,6 +203,7 @@ class Sentinel:
             self._originals["_exec_schedule"](pipe_schedule)
             self._liveness.progress.end_schedule()
             return
+        self.comparison.begin_step()
         self._collector.begin_step(self.engine.global_steps, self.engine.micro_batches)
         self._forward_state.begin_step()
         self._interception.watching = True
@@ -295,6 +309,10 @@ class Sentinel:
         self.counts["disputes"] += len(verdict.disputed)
         self.counts["skipped_steps"] += verdict.skip
         self.counts["excluded_column_steps"] += int(np.count_nonzero(verdict.excluded))
+
+    @property
+    def last_comparison(self) -> Comparison | None:
+        return self.comparison.last
 
     @property
     def _layout(self) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -9,15 +10,23 @@ from deepspeed.utils import logger
 
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.evidence.control import Control
+from deepspeed_sentinel.evidence.weights import Comparison, Division
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker
-from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
+from deepspeed_sentinel.telemetry.events import EventLog, verdict_events, weights_events
 
 _FEW_REPLICAS = {
     1: "1 replica: there is nothing to compare with, so statistics are reported and exclude nothing; what is not "
     "finite, disputed, or should have been passed on unchanged still does",
     2: "2 replicas: there is no majority, so only a replica that changes while the other does not is left out, and "
     "slow drift by one cannot be seen",
+}
+_UNEQUAL = {
+    "healed": "it was given theirs, and training goes on",
+    "unhealed": "what it was given did not stay, or it holds tensors of other shapes. Its memory is unsound, or it "
+    "lies: resume without it",
+    "reported": "reported only",
+    "stopped": "nothing was healed, since another stage has no majority",
 }
 
 
@@ -92,6 +101,23 @@ class Telling:
             "and its messages were clean: it lies, or it miscalculates. It counted for nothing",
         )
         self._event(step, {"kind": "misfit", "stage": worker.stage, "replica": worker.replica})
+
+    def weights(self, comparison: Comparison, found: Sequence[Division], action: str) -> None:
+        """Replicas that hold different weights, and what was done; see ``weights_events``."""
+        if not self._first:
+            return
+        for worker in comparison.unequal:
+            (of_stage,) = (one for one in found if one.stage == worker.stage)
+            self._warn(
+                comparison.step,
+                f"{worker} holds other weights or optimizer state than most replicas of its stage: "
+                f"{_UNEQUAL[action]} ({of_stage})",
+            )
+        for one in found:
+            if one.stage in comparison.undecided:
+                self._warn(comparison.step, f"weights differ, and no more than half of the replicas agree: {one}")
+        for event in weights_events(comparison, found, action):
+            self._event(comparison.step, event)
 
     def unseen(self, problem: str | None) -> None:
         """What this rank, whichever it is, could not judge at first and lets pass."""

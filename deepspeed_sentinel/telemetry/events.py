@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from deepspeed_sentinel.evidence.weights import Comparison, Division
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import DIRECTIONS
 
@@ -66,6 +67,22 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
         yield {"kind": "skipped"}
     if verdict.halt:
         yield {"kind": "halt", "reason": verdict.halt}
+
+
+def weights_events(comparison: Comparison, found: Iterable[Division], action: str) -> Iterator[dict[str, Any]]:
+    """One event for each worker that held other weights than most, then one for each stage without a majority.
+
+    Args:
+        comparison: what it came to.
+        found: the stages whose replicas differ.
+        action: "healed", "unhealed" (it was tried), "reported" (with action observe) or "stopped".
+    """
+    for worker in comparison.unequal:
+        yield {"kind": "weights", "stage": worker.stage, "replica": worker.replica, "action": action}
+    for one in found:
+        if one.stage in comparison.undecided:
+            groups = [list(group) for group in one.groups]
+            yield {"kind": "weights", "stage": one.stage, "replica": None, "groups": groups, "action": action}
 
 
 class EventLog:

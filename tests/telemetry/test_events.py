@@ -9,7 +9,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
 from synthetic import World
 
 from deepspeed_sentinel.evidence.table import NAMES
-from deepspeed_sentinel.telemetry.events import EventLog, verdict_events
+from deepspeed_sentinel.evidence.weights import Comparison, divisions
+from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.telemetry.events import EventLog, verdict_events, weights_events
 
 
 def attacked():
@@ -44,3 +46,15 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         EventLog(str(tmp_path / "file" / "below"))
+
+
+def test_replicas_that_differ_are_told_one_by_one():
+    found = divisions(np.array([[1, 1, 2], [3, 4, 5]]))
+    unequal = Comparison(9, (Worker(0, 2),), healed=True)
+    assert list(weights_events(unequal, found[:1], "healed")) == [
+        {"kind": "weights", "stage": 0, "replica": 2, "action": "healed"}
+    ]
+    undecided = Comparison(9, (), healed=False, undecided=(1,))
+    assert list(weights_events(undecided, found[1:], "stopped")) == [
+        {"kind": "weights", "stage": 1, "replica": None, "groups": [[0], [1], [2]], "action": "stopped"}
+    ]
