@@ -40,7 +40,7 @@ def measure(stages: int, replicas: int, micro_batches: int, fill: int, steps: in
     mesh = Mesh(stages, replicas)
     config = SentinelConfig()
     settings = {name: getattr(config, name) for name in JudgeSettings.__dataclass_fields__}
-    judge = Judge(mesh, JudgeSettings(**{**settings, "seed": 0}))
+    judge = Judge(mesh, JudgeSettings(**{**settings, "seed": 0, "conviction": config.convicts_by(mesh)}))
     generator = np.random.default_rng(0)
     shape = (2, mesh.links, replicas, micro_batches, len(NAMES))
     seconds = []

@@ -97,6 +97,26 @@ class Injection(BaseModel):
             )
 
 
+class TwinsConfig(BaseModel):
+    """Steps in which all columns are given the same micro-batches, so that honest workers of a stage send the same."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    on_suspicion: bool = Field(
+        True,
+        description='while somebody is suspected, each step is a twin step with probability a half; with "action": '
+        '"observe" none is',
+    )
+    every: int = Field(
+        0, ge=0, description="one step in so many, at random, is a twin step, also without suspicion; 0 is none"
+    )
+    columns: Literal["all"] | int = Field(
+        "all",
+        description="how many columns are given the same, drawn anew each time, the others being left out of that "
+        "step; fewer than all where replicas of a stage may compare what they are given",
+    )
+
+
 class SentinelConfig(BaseModel):
     """Everything that can be set in ``"sentinel": {...}``. ``{"enabled": true}`` is enough."""
 
@@ -121,7 +141,16 @@ class SentinelConfig(BaseModel):
     target_false_positive_rate: float = Field(
         0.005, gt=0.0, lt=0.1, description="share of clean messages that may be alarms; widens the fences"
     )
-    strikes: int = Field(3, ge=1, description="strikes that convict a worker")
+    conviction: Literal["proof", "statistics"] | None = Field(
+        None,
+        description="what convicts: proof in a twin step, or strikes; null is proof with three replicas and more, if "
+        "there are twin steps at all",
+    )
+    twins: TwinsConfig = Field(
+        default_factory=lambda: TwinsConfig.model_validate({}),
+        description="twin steps: all columns are given the same micro-batches",
+    )
+    strikes: int = Field(3, ge=1, description="strikes that convict a worker, where strikes do")
     strike_window: int = Field(20, ge=1, description="steps within which those strikes must fall")
     probation_steps: int = Field(
         200, ge=1, description="steps without a strike after which a conviction is lifted, on probation"
@@ -174,6 +203,32 @@ class SentinelConfig(BaseModel):
                 "steps would be forgotten before they are used"
             )
         return self
+
+    @property
+    def tries_suspects(self) -> bool:
+        """Whether there are twin steps on suspicion; who only observes trains on the data that it was given."""
+        return self.twins.on_suspicion and self.action != "observe"
+
+    def convicts_by(self, mesh: Mesh) -> Literal["proof", "statistics"]:
+        """What convicts in this mesh.
+
+        Raises:
+            ValueError: there are too few replicas, or too few columns in a twin step, to prove anything.
+        """
+        columns = mesh.replicas if self.twins.columns == "all" else self.twins.columns
+        least = (mesh.replicas - 1) // 2 + 2
+        if mesh.replicas > 2 and not least <= columns <= mesh.replicas:
+            raise ValueError(
+                f"{BLOCK}.twins.columns: got {columns}, and of {mesh.replicas} replicas {least} to {mesh.replicas} or "
+                '"all" can prove something: fewer than half of a stage may be bad, and one more must agree.'
+            )
+        if self.conviction == "proof" and mesh.replicas < 2:
+            raise ValueError(
+                f'{BLOCK}.conviction: got "proof", and with one replica there is nothing to compare a worker with. '
+                'Allowed here is "statistics".'
+            )
+        able = mesh.replicas > 2 and (self.tries_suspects or self.twins.every > 0)
+        return self.conviction or ("proof" if able else "statistics")
 
     @classmethod
     def parse(cls, block: Any) -> SentinelConfig:

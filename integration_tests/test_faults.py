@@ -61,6 +61,7 @@ def scenario(name: str, fault: dict, folder) -> Scenario:
     inject = {"stage": 1, "replica": 2, "direction": direction, "start_step": START, **fault}
     block = {
         "enabled": True,
+        "conviction": "statistics",
         "output_dir": str(folder / f"logs_{name}"),
         "events": "steps",
         "inject": [inject],

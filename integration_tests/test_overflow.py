@@ -26,7 +26,7 @@ FAULTS = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("overflow")
-    block = {"enabled": True, "output_dir": str(folder / "logs")}
+    block = {"enabled": True, "output_dir": str(folder / "logs"), "conviction": "statistics"}
     scenarios = [
         BASE,
         BASE.with_(name="guarded", sentinel=block),

@@ -27,7 +27,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(folder):
     # Secrets that the operating system draws would make the two runs' scores differ in their last digits.
-    block = {"enabled": True, "output_dir": str(folder / "logs"), "inject": [FAULT], "seed": 0}
+    block = {
+        "enabled": True,
+        "output_dir": str(folder / "logs"),
+        "inject": [FAULT],
+        "seed": 0,
+        "conviction": "statistics",
+    }
     honest = {"enabled": True, "output_dir": str(folder / "honest"), "seed": 0}
     watched, plain, clean, spoilt = (str(folder / name) for name in ("watched", "plain", "clean", "spoilt"))
     whole = BASE.with_(sentinel=block, save={"directory": watched, "after_step": 26})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,17 @@ from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.engine.loss import mean_of_included
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.tied import reduce_tied_gradients
+from deepspeed_sentinel.engine.twins import TwinSteps, as_told
 from deepspeed_sentinel.errors import SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.parts import Layout
-from deepspeed_sentinel.evidence.table import Evidence
-from deepspeed_sentinel.evidence.weights import Comparison
+from deepspeed_sentinel.evidence.table import Evidence, Twins
+from deepspeed_sentinel.evidence.weights import Comparison, tensors_digest
 from deepspeed_sentinel.judgement.complaints import complained_of
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.response.audit import audits_due, rule
 from deepspeed_sentinel.response.gate import Share
 from deepspeed_sentinel.response.hearing import Hearing
@@ -39,7 +42,7 @@ from deepspeed_sentinel.response.hearing import Hearing
 # Whole, not their schedules alone: they communicate before and after. Checkpoints are not watched, since a script may
 # go on after an error in one, and what a watched method fails with ends all ranks.
 _WATCHED = ("train_batch", "eval_batch")
-_WRAPPED = ("_exec_schedule", "_aggregate_total_loss", "save_checkpoint", "load_checkpoint", *_WATCHED)
+_WRAPPED = ("_exec_schedule", "_next_batch", "_aggregate_total_loss", "save_checkpoint", "load_checkpoint", *_WATCHED)
 _SET = ("_INSTRUCTION_MAP", "sentinel", *_WRAPPED)
 
 
@@ -111,6 +114,7 @@ class Sentinel:
             towards=rendezvous_host(),
         )
         self._originals = {name: getattr(engine, name) for name in _WRAPPED}
+        self._twins = TwinSteps(engine, self.mesh, self.worker, self._control, config, self._originals["_next_batch"])
         # What a script has put over a method of the engine is its own, and there again after ``detach``.
         self._before = {name: vars(engine)[name] for name in _SET if name in vars(engine)}
         self.reset()
@@ -147,7 +151,8 @@ class Sentinel:
 
     def _new_judge(self, parts: int) -> Judge:
         values = {name: getattr(self.config, name) for name in JudgeSettings.__dataclass_fields__}
-        return Judge(self.mesh, JudgeSettings(**{**values, "seed": self.config.seed or 0}), parts)
+        chosen = {"seed": self.config.seed or 0, "conviction": self.config.convicts_by(self.mesh)}
+        return Judge(self.mesh, JudgeSettings(**{**values, **chosen}), parts)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later verdicts depend on; the same on all replicas of a stage."""
@@ -190,6 +195,7 @@ class Sentinel:
             }
         )
         engine._exec_schedule = self._exec_schedule
+        engine._next_batch = self._twins.next_batch
         engine._aggregate_total_loss = self._aggregate_total_loss
         engine.save_checkpoint = checkpoint.saver(self._originals["save_checkpoint"], self)
         engine.load_checkpoint = checkpoint.loader(self._originals["load_checkpoint"], self)
@@ -204,6 +210,7 @@ class Sentinel:
             self._liveness.progress.end_schedule()
             return
         self.comparison.begin_step()
+        self._twins.begin_step(self.engine.global_steps, self._suspicion)
         self._collector.begin_step(self.engine.global_steps, self.engine.micro_batches)
         self._forward_state.begin_step()
         self._interception.watching = True
@@ -239,13 +246,17 @@ class Sentinel:
         """Evidence, verdict, exclusion: all that happens between backward and reduction."""
         step = self.engine.global_steps
         first = self._collector.layout is None
-        evidence = self._collector.collect(step, access.gradient_scale(self.engine))
+        evidence = replace(
+            self._collector.collect(step, access.gradient_scale(self.engine)), twins=self._told_of_twins()
+        )
         if first:
             self._take_layout()
         for told in self._collector.changed():
             logger.warning(f"[sentinel] {told}")
         self._telling.unseen(self._collector.probe.unseen)
-        verdict = self._judge.step(evidence, access.overflow_limit(self.engine))
+        if evidence.twins and self.config.weights_every:
+            self.comparison.compare()
+        verdict = self._judge.step(evidence, access.overflow_limit(self.engine), self._unequal(step))
         if self._agree(verdict):
             verdict = self._audit(verdict, evidence)
         if self._judge.clean_links.any():
@@ -257,6 +268,26 @@ class Sentinel:
         self.last_verdict = verdict
         self._count(verdict)
         self._telling.verdict(verdict)
+
+    def _unequal(self, step: int) -> tuple[Worker, ...]:
+        """Who held other weights than its stage in this step."""
+        last = self.last_comparison
+        return last.unequal if last and last.step == step else ()
+
+    @property
+    def _suspicion(self) -> bool:
+        return bool(self._judge.record.suspects.any())
+
+    def _told_of_twins(self) -> Twins | None:
+        """What the step was, if it is a twin step."""
+        if not self._twins.possible(self._suspicion):
+            return None
+        gradients = list(access.gradients(self.engine))
+        digest = int(tensors_digest(gradients, torch.device(self.engine.device))) if gradients else 0
+        # First what each has accumulated, then what the step was: nobody can choose the one by the other.
+        accumulated = self.gather_words(digest).numpy()[self._ranks][..., 0]
+        words = self.gather_words(self._twins.word).numpy()[self._ranks][..., 0]
+        return as_told(words, accumulated)
 
     def _agree(self, verdict: Verdict) -> bool:
         """Whether all ranks came to the same verdict; where one may be acted on, all stop unless they did."""
@@ -282,7 +313,8 @@ class Sentinel:
 
     def _audit(self, verdict: Verdict, evidence: Evidence) -> Verdict:
         """Take back the strikes that rest on neighbours' words and that no trusted worker could confirm."""
-        audits = audits_due(verdict, evidence)
+        # A strike that convicts nobody by itself needs no second look: a twin step is one.
+        audits = () if self._judge.record.by_proof else audits_due(verdict, evidence)
         if not audits:
             return verdict
         ruling = rule(verdict, audits, self._hearing.hold(audits, evidence, self._layout))

@@ -30,6 +30,24 @@ _UNEQUAL = {
 }
 
 
+def _twins(config: SentinelConfig, mesh: Mesh) -> str:
+    """What twin steps there will be, what goes unseen without them, and what they cost."""
+    if mesh.replicas < 2:
+        return "no twin steps: one replica has no twins"
+    lost = 1.0 - 1.0 / mesh.replicas
+    unseen = (
+        "what no statistic sees (rounding, a small bias, wrong gradients of weights) goes unseen without them: "
+        f'"twins": {{"every": 100}} finds it for {lost:.2g} % of the data'
+    )
+    on_suspicion = "on suspicion alone" if config.tries_suspects else "never"
+    if not config.twins.every:
+        return f"twin steps {on_suspicion}; {unseen}"
+    price = 100 * lost / config.twins.every
+    return f"twin steps one in {config.twins.every} at random, which costs {price:.2g} % of the data" + (
+        ", and on suspicion" if config.tries_suspects else ""
+    )
+
+
 class Telling:
     """Says on rank 0 what happens; on other ranks it is silent. Collective to create.
 
@@ -67,6 +85,7 @@ class Telling:
         if not self._first:
             return
         logger.info(f"[sentinel] watching {mesh.stages} stages x {mesh.replicas} replicas, action {config.action!r}")
+        logger.info(f"[sentinel] {_twins(config, mesh)}")
         if mesh.replicas < 3:
             logger.warning(f"[sentinel] {_FEW_REPLICAS[mesh.replicas]}")
         for injection in config.inject:
@@ -86,8 +105,12 @@ class Telling:
             self._warn(verdict.step, f"{worker} CONVICTED")
         for worker in verdict.released:
             logger.info(f"[sentinel] step {verdict.step}: {worker} released, on probation")
-        for told in (*verdict.findings, *verdict.disputed):
+        for told in (*verdict.proofs, *verdict.differences, *verdict.findings, *verdict.disputed):
             self._warn(verdict.step, str(told))
+        for worker in verdict.cleared:
+            logger.info(
+                f"[sentinel] step {verdict.step}: {worker} cleared: given the same, it does what its stage does"
+            )
         if verdict.skip:
             self._warn(verdict.step, "every column excluded, step skipped")
 

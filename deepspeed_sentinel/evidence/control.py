@@ -81,13 +81,41 @@ class Control:
         Args:
             mine: this rank's; only the first stage's counts.
         """
-        if self._column is None:
+        return self._broadcast(mine, int(self._ranks[0, self._replica]), self._column)
+
+    def _broadcast(self, mine: torch.Tensor, source: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+        if group is None:
             return mine
-        source, size = int(self._ranks[0, self._replica]), torch.tensor([mine.numel()])
-        dist.broadcast(size, source, group=self._column)
-        said = mine if self._stage == 0 else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(said, source, group=self._column)
+        size = torch.tensor([mine.numel()])
+        dist.broadcast(size, source, group=group)
+        said = mine if dist.get_rank() == source else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(said, source, group=group)
         return said
+
+    def of_row(self, mine: torch.Tensor) -> torch.Tensor:
+        """What the replicas of this stage say, [N] -> [R, N]. Collective in the stage."""
+        return self._in_row(mine[None])[:, 0]
+
+    def of_replica(self, mine: torch.Tensor, replica: int) -> torch.Tensor:
+        """What one replica of this stage says, uint8 [N] of any size. Collective in the stage.
+
+        Args:
+            mine: this rank's; only that of ``replica`` counts.
+            replica: who speaks.
+        """
+        return self._broadcast(mine, int(self._ranks[self._stage, replica]), self._row)
+
+    def swap_ends(self, mine: torch.Tensor) -> torch.Tensor:
+        """What the other end of this column says, of the size of ``mine``. For its first and its last stage alone."""
+        other, theirs = len(self._ranks) - 1 - self._stage, torch.empty_like(mine)
+        assert other in (0, len(self._ranks) - 1) and self._column is not None, self._stage
+        there = int(self._ranks[other, self._replica])
+        # gloo sends without waiting for the other end's receive, up to what a socket holds.
+        sending = dist.isend(mine.contiguous(), there, group=self._column)
+        dist.recv(theirs, there, group=self._column)
+        assert sending is not None
+        sending.wait()
+        return theirs
 
     def _in_column(self, mine: torch.Tensor) -> torch.Tensor:
         return _gather(mine, self._column, len(self._ranks))

@@ -196,6 +196,22 @@ def comparable(statistics: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Twins:
+    """What is known of a twin step beside its messages.
+
+    Attributes:
+        source: the replica whose micro-batches were given to others.
+        given: bool [C], the columns that were given them, its own among them.
+        gradients: int64 [S, R], a digest of the gradients that each worker has accumulated, before any reduction; 0
+            where there is none.
+    """
+
+    source: int
+    given: np.ndarray
+    gradients: np.ndarray
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What both ends of every link report on every message of one step.
 
@@ -212,6 +228,7 @@ class Evidence:
             ``c`` served column ``c``, as in DeepSpeed.
         renewed: bool [2, S, C], by direction, where statistics of the pair around a stage that rest on what was learnt
             are measured in another projection than in the step before; None is nowhere.
+        twins: of a twin step; None of any other.
     """
 
     mesh: Mesh
@@ -220,6 +237,7 @@ class Evidence:
     digests: np.ndarray
     dealt: np.ndarray | None = None
     renewed: np.ndarray | None = None
+    twins: Twins | None = None
 
     @property
     def served(self) -> np.ndarray:

@@ -65,7 +65,7 @@ class Blame:
         first_alarms = _first(events) & alarms & ~disputes
         doubtful = (scores >= CONSPICUOUS) | conspicuous | first_alarms.any(2, keepdims=True)
         strikes = first_alarms & (certain | ~_reached_by(doubtful)) & ~excused
-        return cls(*map(_by_link, ((first & ~disputes) | strikes, strikes, first & disputes)))
+        return cls(*map(by_link, ((first & ~disputes) | strikes, strikes, first & disputes)))
 
 
 def chain_order(per_message: np.ndarray) -> np.ndarray:
@@ -75,11 +75,11 @@ def chain_order(per_message: np.ndarray) -> np.ndarray:
 
 def followers(events: np.ndarray) -> np.ndarray:
     """Messages that come after an event (bool [2, L, C, M]) on their micro-batch's way."""
-    return _by_link(_after(chain_order(events)))
+    return by_link(_after(chain_order(events)))
 
 
-def _by_link(ordered: np.ndarray) -> np.ndarray:
-    """The inverse of ``chain_order``."""
+def by_link(ordered: np.ndarray) -> np.ndarray:
+    """The inverse of ``chain_order``: [2L, ...] -> [2, L, ...]."""
     links = len(ordered) // 2
     return np.stack([ordered[:links], ordered[links:][::-1]])
 

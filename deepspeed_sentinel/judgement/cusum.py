@@ -135,6 +135,10 @@ class Cusum:
         self._sums = self._sums.copy()
         self._sums[of_worker] = kept
 
+    def forget(self, workers: np.ndarray) -> None:
+        """Take back all that was added for these, bool [S, R]."""
+        self._sums = np.where(np.stack([workers[:-1], workers[1:]]), 0.0, self._sums)
+
     def state_dict(self) -> dict[str, np.ndarray]:
         return {**self._window.state_dict(), **{name: getattr(self, f"_{name}").copy() for name in _STATE}}
 

@@ -1,5 +1,8 @@
 """The judge: evidence of a step in, verdict out. The same evidence and state give the same verdict, bit for bit.
 
+In a twin step all columns have the same data, and what a majority of a stage makes of it decides (``proof.py``).
+Statistics speak where nothing could be compared, and nothing is learnt: the others' messages are no example.
+
 The combination rule: a message is an alarm if any one of its statistics lies outside that statistic's own fence, or if
 the deviations of its sender in any one statistic have added up to the limit. The statistics share the permitted rate
 of false alarms equally.
@@ -7,6 +10,7 @@ of false alarms equally.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,8 +28,10 @@ from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Overflow
 from deepspeed_sentinel.judgement.passing import Passing
-from deepspeed_sentinel.judgement.record import Record
+from deepspeed_sentinel.judgement.proof import tried, try_twins
+from deepspeed_sentinel.judgement.record import Record, Tried
 from deepspeed_sentinel.judgement.silence import Silence
+from deepspeed_sentinel.judgement.standing import Standing
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
@@ -44,6 +50,7 @@ class JudgeSettings:
     target_false_positive_rate: float
     strikes: int
     strike_window: int
+    conviction: Literal["proof", "statistics"]
     probation_steps: int
     max_skipped_steps: int
     seed: int
@@ -79,24 +86,36 @@ class Judge:
         self.nothing = Nothing(mesh)
         self.silence = Silence(mesh, parts)
         self.content = Content(mesh.replicas, self.table)
-        self.record = Record(mesh, settings.strikes, settings.strike_window, settings.probation_steps)
+        self.standing = Standing((len(self.table), 2, mesh.links, mesh.replicas), settings.strike_window)
+        self.record = Record(
+            mesh,
+            settings.strikes,
+            settings.strike_window,
+            settings.probation_steps,
+            by_proof=settings.conviction == "proof",
+        )
         self.overflow = Overflow(mesh)
         self.skipped_in_a_row = 0
+        self._tried: Tried | None = None
         self.clean_links = np.zeros((2, mesh.links, mesh.replicas), bool)
 
     @property
     def warming_up(self) -> bool:
         return self.fences.learnt_steps < self.settings.warmup_steps
 
-    def step(self, evidence: Evidence, overflow_limit: float = float("inf")) -> Verdict:
+    def step(
+        self, evidence: Evidence, overflow_limit: float = float("inf"), unequal: Collection[Worker] = ()
+    ) -> Verdict:
         """Judge one step.
 
         Args:
             evidence: reports of both ends on every message.
             overflow_limit: the magnitude at which an honest gradient overflows under dynamic loss scaling, in
                 the unit of the evidence; infinite without such scaling.
+            unequal: who held other weights than the majority of its stage in this step, which is proof.
         """
         warming_up, served, of_pair = self.warming_up, evidence.served, self.table.of_pair
+        twins = evidence.twins
         void, made = self.nothing.step(evidence.statistics, warming_up)
         statistics = self._available(evidence.statistics, void)
         values = self._reported(statistics)
@@ -116,7 +135,7 @@ class Judge:
         convicted = self._served_by_convicted(served)
         by_convicted = np.broadcast_to(sent_by(convicted)[..., None], whole.shape)
         sound = whole & ~by_convicted & ~followers(by_convicted)
-        if self.fences.compares_replicas:
+        if self.fences.compares_replicas and not twins:
             self.content.step(compared, whole, self.fences.iqr)
         unlike = self.content.unlike
         if not self.fences.has_majority:
@@ -126,7 +145,7 @@ class Judge:
         )
         fenced = per_statistic[of_pair]
         quiet = np.ones((*fenced.shape[:4], 1), bool)
-        if self.mesh.replicas >= LEAST_REPLICAS:
+        if self.mesh.replicas >= LEAST_REPLICAS and not twins:
             counted = whole & ~cascade
             counted[BACKWARD] &= ~void
             # With what is usual of a column: sums have a usual of their own, which stands still where they grow.
@@ -149,20 +168,40 @@ class Judge:
         explained = self.overflow.step(largest, hard.any(0), served, overflow_limit)
         judged = ~explained.shared
         alarms, disputes, scores = alarms & judged, disputes & judged, np.where(judged, scores, 0.0)
+        trial = None
+        differing, right = np.zeros_like(alarms), np.zeros_like(alarms)
+        if twins:
+            trial = try_twins(
+                self.mesh,
+                evidence.digests[RECEIVED],
+                disputes | ~judged,
+                twins.gradients,
+                served,
+                self.record.convicted,
+                twins.given,
+            )
+            differing, right = trial.wrong | trial.undecided, trial.right
+            alarms = alarms & ~differing & (hard.any(0) | ~right)
+            scores = np.where(alarms, scores, 0.0)
 
         certain = (values[self.table.by_judge] > 0.0).any(0)
         firm = per_statistic[self.table.hard].max(0) > 0
         content = content_alone(alarms & ~firm, per_statistic, values, unlike, self.table)
         reported_only = alarms & ~firm & (not self.fences.compares_replicas)
-        blame = Blame.of(alarms, disputes, scores, explained.overflow | content | reported_only, certain)
+        excused = explained.overflow | content | reported_only | right
+        blame = Blame.of(alarms, disputes | differing, scores, excused, certain)
         account = Account(self.mesh, served, self.table)
         judged_step = Judged(values, residuals, per_statistic, fenced, scores, explained.overflow, content)
         findings = account.findings(blame, judged_step, self.fences)
-        disputed = account.disputes(blame.disputes, contradicted)
-        newly, released = self.record.update(*entries(self.mesh, findings, disputed))
+        disputed = account.disputes(blame.disputes & ~differing, contradicted)
+        self._tried = tried(self.mesh, trial, self.record.suspects, unequal) if trial or unequal else None
+        changes = self.record.update(*entries(self.mesh, findings, disputed), self._tried)
+        self._take_for_usual(residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None)
 
-        events = (alarms & ~reported_only) | disputes
+        events = (alarms & ~reported_only) | disputes | differing
         suspected = events.any(axis=(0, 1, 3))
+        if twins and trial:
+            suspected |= trial.spoilt | ~twins.given
         convicted = self._served_by_convicted(served)
         excluded = np.zeros_like(suspected)
         if self.settings.action != "observe":
@@ -176,7 +215,7 @@ class Judge:
         # In a skipped step no weight changes, and nothing has to be learnt.
         blamed = blame.named & (events | self.fences.compares_replicas)
         self.clean_links = clean_links(blamed, blame.disputes, contested, events, convicted)
-        self.clean_links &= bool(judged.all()) and not skip
+        self.clean_links &= bool(judged.all()) and not skip and not twins
         if self.clean_links.any():
             # One message just inside a fence may break the next, and would be learnt as the fence's own tail.
             whole_columns = self.clean_links & ~suspected
@@ -199,11 +238,16 @@ class Judge:
             convicted=self.record.convicted.copy(),
             findings=findings,
             disputed=disputed,
-            newly_convicted=_workers(newly),
-            released=_workers(released),
+            newly_convicted=_workers(changes.convicted),
+            released=_workers(changes.released),
             skip=skip,
             overflow=overflow,
-            halt=self._halt_reason(newly),
+            halt=self._halt_reason(changes.convicted),
+            twins=twins is not None,
+            suspects=self.record.suspects,
+            proofs=trial.proofs if trial else (),
+            differences=trial.differences if trial else (),
+            cleared=_workers(changes.cleared),
         )
 
     def retract(self, verdict: Verdict, opened: tuple[Finding, ...], refuted: tuple[Finding, ...]) -> Verdict:
@@ -218,15 +262,16 @@ class Judge:
             the verdict after it. What is excluded in that step stays excluded.
         """
         strikes = [finding for finding in verdict.findings if finding not in opened]
-        newly, released = self.record.update_again(*entries(self.mesh, strikes, verdict.disputed))
+        changes = self.record.update_again(*entries(self.mesh, strikes, verdict.disputed), self._tried)
         for finding in (*opened, *refuted):
             self.cusum.retract(finding.direction, finding.link, finding.worker.replica, to_zero=finding in refuted)
         return replace(
             verdict,
             convicted=self.record.convicted.copy(),
-            newly_convicted=_workers(newly),
-            released=_workers(released),
-            halt=self._halt_reason(newly),
+            suspects=self.record.suspects,
+            newly_convicted=_workers(changes.convicted),
+            released=_workers(changes.released),
+            halt=self._halt_reason(changes.convicted),
         )
 
     def state_dict(self) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
@@ -234,6 +279,7 @@ class Judge:
             "fences": self.fences.state_dict(),
             "content": self.content.state_dict(),
             "cusum": self.cusum.state_dict(),
+            "standing": self.standing.state_dict(),
             "record": self.record.state_dict(),
             "passing": self.passing.state_dict(),
             "nothing": self.nothing.state_dict(),
@@ -246,12 +292,24 @@ class Judge:
         self.fences.load_state_dict(state["fences"])
         self.content.load_state_dict(state["content"])
         self.cusum.load_state_dict(state["cusum"])
+        self.standing.load_state_dict(state["standing"])
         self.record.load_state_dict(state["record"])
         self.passing.load_state_dict(state["passing"])
         self.nothing.load_state_dict(state["nothing"])
         self.silence.load_state_dict(state["silence"])
         self.overflow.load_state_dict(state["overflow"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
+
+    def _take_for_usual(
+        self, residuals: np.ndarray, strikes: np.ndarray, cleared: np.ndarray, served: np.ndarray, of_twins: bool
+    ) -> None:
+        """What lasts of those who are cleared (bool [S, R]) is their own new normal."""
+        if not of_twins:
+            self.standing.step(residuals, np.asarray(strikes.any(-1)))
+        elif cleared.any():
+            links, mean = self.standing.lasting(np.take_along_axis(cleared, served, axis=1))
+            self.fences.usual.adopt(links, mean)
+            self.cusum.forget(cleared)
 
     def _reported(self, statistics: np.ndarray) -> np.ndarray:
         """float64 [K, 2, L, C, M]: what receivers report, and the first and the last stage of what they sent."""

@@ -1,29 +1,72 @@
-"""The record of every worker: strikes, convictions, probation; and of every link: disputes."""
+"""The record of every worker: strikes, suspicion, convictions, probation; and of every link: disputes."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from deepspeed_sentinel.mesh import Mesh
 
 
-class Record:
-    """Strikes within a sliding window convict; a conviction is lifted after ``probation`` steps without a strike.
+@dataclass(frozen=True)
+class Tried:
+    """What a twin step has shown of workers.
 
-    A released worker stays on probation for as long again: one strike then convicts it at once. First and last
-    stage are trusted: they collect strikes, so that events can tell, but are never convicted.
+    Attributes:
+        proved: bool [S, R], workers whose work is not their stage's.
+        sound: bool [S, R], workers all of whose work is.
+        unlike: bool [S], stages whose honest replicas do not make the same of the same.
     """
 
-    def __init__(self, mesh: Mesh, strikes: int, window: int, probation: int) -> None:
+    proved: np.ndarray
+    sound: np.ndarray
+    unlike: np.ndarray
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a step has changed in the record, each bool [S, R].
+
+    Attributes:
+        convicted, released: by this step.
+        cleared: suspects no longer.
+    """
+
+    convicted: np.ndarray
+    released: np.ndarray
+    cleared: np.ndarray
+
+
+class Record:
+    """A strike makes a suspect for as long as the sliding window holds it. What convicts a suspect depends:
+
+    by proof       a proof does, at once; who agrees with the majority of its stage in a twin step is cleared.
+    by statistics  so do ``strikes`` of them within the window.
+
+    A conviction is lifted after ``probation`` steps without a strike or a proof. A released worker stays on probation
+    for as long again: where strikes convict, one then does. First and last stage are trusted: they collect strikes, so
+    that events can tell, but are never convicted.
+
+    Args:
+        mesh: stages and replicas.
+        strikes, window: strikes that convict, and the steps within which they must fall.
+        probation: steps.
+        by_proof: strikes convict only where nothing can be proved.
+    """
+
+    def __init__(self, mesh: Mesh, strikes: int, window: int, probation: int, by_proof: bool = False) -> None:
         self.mesh = mesh
         self.strikes_needed = strikes
         self.probation = probation
+        self.by_proof = by_proof
         shape = (mesh.stages, mesh.replicas)
         self._struck = np.zeros((window, *shape), bool)
         self._disputed = np.zeros((window, mesh.links, mesh.replicas), bool)
         self.convicted = np.zeros(shape, bool)
         self.on_probation = np.zeros(shape, bool)
         self._quiet_steps = np.zeros(shape, np.int64)
+        self._unlike = np.zeros(mesh.stages, bool)
         self._position = 0
         self._before: dict[str, np.ndarray] | None = None
         self._trusted = np.zeros(shape, bool)
@@ -35,27 +78,37 @@ class Record:
         return np.count_nonzero(self._struck, axis=0)
 
     @property
+    def suspects(self) -> np.ndarray:
+        """Workers with a strike within the window that are not convicted, bool [S, R]."""
+        return np.asarray((self.strikes > 0) & ~self.convicted)
+
+    @property
     def lasting_disputes(self) -> np.ndarray:
         """Links disputed as often as it takes strikes to convict, bool [L, C]."""
         return np.count_nonzero(self._disputed, axis=0) >= self.strikes_needed
 
-    def update(self, struck: np.ndarray, disputed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def update(self, struck: np.ndarray, disputed: np.ndarray, tried: Tried | None = None) -> Changes:
         """Enter one step.
 
         Args:
             struck: bool [S, R], workers blamed in this step.
             disputed: bool [L, C], links in dispute in this step.
-
-        Returns:
-            bool [S, R] twice: newly convicted, released.
+            tried: what a twin step has shown.
         """
         self._before = self.state_dict()
         slot = self._position % len(self._struck)
         self._struck[slot], self._disputed[slot] = struck, disputed
         self._position += 1
-        self._quiet_steps = np.where(struck, 0, self._quiet_steps + 1)
+        proved = cleared = np.zeros_like(self.convicted)
+        if tried is not None:
+            proved, cleared = tried.proved, tried.sound & self.suspects
+            self._unlike = (self._unlike | tried.unlike) & ~tried.sound.any(1)
+        self._quiet_steps = np.where(struck | proved, 0, self._quiet_steps + 1)
         guilty = (self.strikes >= self.strikes_needed) | (self.on_probation & struck)
-        newly = guilty & ~self.convicted & ~self._trusted
+        if self.by_proof:
+            guilty &= self._unlike[:, None]
+        self._struck[:, cleared] = False
+        newly = ((guilty & ~cleared) | proved) & ~self.convicted & ~self._trusted
         self.convicted = self.convicted | newly
         self.on_probation = self.on_probation & ~newly
         quiet = self._quiet_steps >= self.probation
@@ -65,16 +118,16 @@ class Record:
         self.on_probation = (self.on_probation & ~served) | released
         self._quiet_steps = np.where(released, 0, self._quiet_steps)
         self._struck[:, released] = False
-        return newly, released
+        return Changes(newly, released, cleared)
 
-    def update_again(self, struck: np.ndarray, disputed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def update_again(self, struck: np.ndarray, disputed: np.ndarray, tried: Tried | None = None) -> Changes:
         """Enter the last step anew, in place of what was entered: strikes were taken back, links found in dispute.
 
         Args and returns as of ``update``.
         """
         assert self._before is not None, "no step was entered yet"
         self.load_state_dict(self._before)
-        return self.update(struck, disputed)
+        return self.update(struck, disputed, tried)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
@@ -83,6 +136,7 @@ class Record:
             "convicted": self.convicted.copy(),
             "on_probation": self.on_probation.copy(),
             "quiet_steps": self._quiet_steps.copy(),
+            "unlike": self._unlike.copy(),
             "position": np.array(self._position),
         }
 
@@ -92,4 +146,5 @@ class Record:
         self.convicted = np.array(state["convicted"])
         self.on_probation = np.array(state["on_probation"])
         self._quiet_steps = np.array(state["quiet_steps"])
+        self._unlike = np.array(state["unlike"])
         self._position = int(state["position"])

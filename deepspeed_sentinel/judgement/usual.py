@@ -56,6 +56,15 @@ class Usual:
         self.level = np.where(count > 0, self.level + rate * np.clip(mean, -bound, bound), self.level)
         self._seen = self._seen + (count > 0)
 
+    def adopt(self, links: np.ndarray, residuals: np.ndarray) -> None:
+        """Take what stood out of some columns for what is usual of them.
+
+        Args:
+            links: bool [2, L, C].
+            residuals: float64 [K, 2, L, C], the level taken off; NaN changes nothing.
+        """
+        self.level = np.where(links & ~np.isnan(residuals), self.level + residuals, self.level)
+
     def state_dict(self) -> dict[str, np.ndarray]:
         return {"level": self.level.copy(), "seen": self._seen.copy()}
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from deepspeed_sentinel.judgement.proof import Difference, Proof
 from deepspeed_sentinel.mesh import DIRECTIONS, Worker
 
 _SCORE_GRID, _LARGEST_SCORE = 64.0, 1e6
@@ -185,6 +186,10 @@ class Verdict:
         skip: no column is left; the optimizer must not step.
         overflow: it is skipped because of gradients that loss scaling may explain: the scale must come down.
         halt: why training must stop, or None.
+        twins: it is a twin step.
+        suspects: bool [S, R], workers with strikes that are not convicted, after this step.
+        proofs, differences: what a twin step has shown.
+        cleared: suspects that it has cleared.
     """
 
     step: int
@@ -204,6 +209,11 @@ class Verdict:
     skip: bool
     overflow: bool
     halt: str | None
+    suspects: np.ndarray
+    twins: bool = False
+    proofs: tuple[Proof, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    cleared: tuple[Worker, ...] = ()
 
     def digest(self) -> int:
         """A checksum of everything that ranks must agree on: all that is decided, and scores on a coarse grid.
@@ -211,7 +221,7 @@ class Verdict:
         Scores decide nothing any more. They are there so that a rank whose state is another one (memory that fails,
         another checkpoint) is found before it decides otherwise.
         """
-        crc = zlib.crc32(f"{self.step} {self.warming_up} {self.skip} {self.overflow} {self.halt}".encode())
+        crc = zlib.crc32(f"{self.step} {self.warming_up} {self.twins} {self.skip} {self.overflow} {self.halt}".encode())
         suspects = [
             (
                 one.worker,
@@ -229,8 +239,9 @@ class Verdict:
             (one.direction, one.link, one.column, one.sender, one.receiver, one.about, one.micro_batches)
             for one in self.disputed
         ]
-        crc = zlib.crc32(str((suspects, disputed, self.newly_convicted, self.released)).encode(), crc)
+        changes = (self.newly_convicted, self.released, self.cleared)
+        crc = zlib.crc32(str((suspects, disputed, self.proofs, self.differences, changes)).encode(), crc)
         scores = np.rint(np.fmin(self.scores, _LARGEST_SCORE) * _SCORE_GRID).astype(np.int64)
-        for array in (scores, self.alarms, self.disputes, self.excluded, self.convicted):
+        for array in (scores, self.alarms, self.disputes, self.excluded, self.convicted, self.suspects):
             crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
         return crc

@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     changes = ("none", "kinds", "crossing", "spells", "turn", "spike", "spikes", "rate", "sequence")
     choice("change", changes, "an honest change that training goes through")
     number("change_at", int, "its first step")
+    number("twins_every", int, "one step in so many is a twin step, 0 on suspicion alone")
     choice("verifier", ("trusted", "receiver"), "who computes the statistics; a malicious receiver may lie")
     choice("evidence", ("paper", "all"), "the four distances of the paper alone, or every statistic")
     choice("guard", ("on", "off"), "off lets the attack through")

@@ -13,7 +13,7 @@ import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.renewal import of_senders
-from deepspeed_sentinel.evidence.table import BY_JUDGE, HARD, NAMES, OF_PAIR, RECEIVED, SENT, TABLE, Evidence
+from deepspeed_sentinel.evidence.table import BY_JUDGE, HARD, NAMES, OF_PAIR, RECEIVED, SENT, TABLE, Evidence, Twins
 from deepspeed_sentinel.evidence.transfer import NEXT, Known, Transfers, lessons, pair_rows
 from deepspeed_sentinel.kernels.baseline_distances import DISTANCES
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
@@ -79,8 +79,8 @@ class Verifiers:
         observation = self._observer.observe(direction, link, sent_CMBTD, received)
         self._observed.setdefault((direction, link), []).append(observation)
 
-    def evidence(self, step: int, served: np.ndarray) -> Evidence:
-        """All reports of the step."""
+    def evidence(self, step: int, served: np.ndarray, twins: Twins | None = None) -> Evidence:
+        """All reports of the step; ``twins`` if it is a twin step."""
         observed = {key: join(parts, self._mesh.replicas) for key, parts in self._observed.items()}
         messages = observed[FORWARD, 0].of_end[RECEIVED].means_MD.shape[0]
         shape = (2, 2, self._mesh.links, self._mesh.replicas, messages // self._mesh.replicas)
@@ -104,7 +104,7 @@ class Verifiers:
             self._lessons[direction, link] = _Lesson(summaries, lesson, ahead)
         if self._paper_only:
             statistics[..., ~_PAPER] = np.nan
-        return Evidence(self._mesh, step, statistics, digests, served, self._observer.renewal.new_X)
+        return Evidence(self._mesh, step, statistics, digests, served, self._observer.renewal.new_X, twins)
 
     def learn(self, clean: np.ndarray) -> None:
         """Learn from the clean messages of the step whose evidence was taken last, bool [2, L, C]."""

@@ -42,6 +42,7 @@ class Tally:
         self.judged_messages = self.false_alarms = self.honest_judged = 0
         self.changed_blamed = self.unchanged_blamed = self.changed_missed = 0
         self.skipped_steps = self.excluded_columns = self.disputes = 0
+        self.twin_steps = self.proofs = self.cleared = 0
 
     def add(
         self,
@@ -68,6 +69,12 @@ class Tally:
                 self.false_alarms += len(finding.micro_batches)
             elif self._blamed_first[finding.worker] < 0:
                 self._blamed_first[finding.worker] = verdict.step
+        for proof in verdict.proofs:
+            if malicious[proof.worker] and self._blamed_first[proof.worker] < 0:
+                self._blamed_first[proof.worker] = verdict.step
+        self.twin_steps += verdict.twins
+        self.proofs += len(verdict.proofs)
+        self.cleared += len(verdict.cleared)
         self.convicted |= verdict.convicted
         self.skipped_steps += verdict.skip
         self.excluded_columns += int(np.count_nonzero(verdict.excluded))

@@ -56,6 +56,7 @@ class SimulationOptions:
             have now and then some steps of another kind; turn: all cross at once; spike: one column has a batch of
             noise in one step of ten; spikes: all have; rate: the learning rate grows by a factor of five; sequence:
             sequences double in length, up to ``sequence``.
+        twins_every: one step in so many, at random, is a twin step; 0 leaves them to suspicion alone.
         sentinel: settings of the ``"sentinel"`` block that judgement is to use.
     """
 
@@ -87,6 +88,7 @@ class SimulationOptions:
     routing: str = "dealt"
     change: str = "none"
     change_at: int = 40
+    twins_every: int = 0
     sentinel: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ class SimulationOptions:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         lowest = {"stages": 3, "replicas": 1, "steps": 1, "honest_steps": 1}
-        at_zero = dict.fromkeys(("start", "seed", "chunk", "stop_after", "change_at"), 0)
+        at_zero = dict.fromkeys(("start", "seed", "chunk", "stop_after", "change_at", "twins_every"), 0)
         for name, low in {**lowest, **at_zero}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -174,6 +176,7 @@ class SimulationOptions:
             "stop_after": 0,
             "majority": False,
             "routing": "dealt",
+            "twins_every": 0,
             "sentinel": {},
         }
         return dataclasses.replace(self, **changes)

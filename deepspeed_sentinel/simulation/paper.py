@@ -90,7 +90,7 @@ class PaperJudge:
         findings = tuple(self._findings(first, scores, distances, evidence.served))
         for finding in findings:
             struck[finding.worker] = True
-        newly, _ = self.record.update(struck, np.zeros((self.mesh.links, self.mesh.replicas), bool))
+        newly = self.record.update(struck, np.zeros((self.mesh.links, self.mesh.replicas), bool)).convicted
         clean = ~(first | unjudged)
         self._learn(np.where(clean, distances, np.nan))
         if warming_up and self._steps == self._honest_steps:
@@ -117,6 +117,7 @@ class PaperJudge:
             skip=bool(suspected.all()),
             overflow=False,
             halt=None,
+            suspects=self.record.suspects,
         )
 
     def _beyond(self, distances: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.evidence.table import Twins
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import FORWARD
+from deepspeed_sentinel.response.twins import Draw, draw
 from deepspeed_sentinel.simulation.attackers import Attackers, Part, attackers_of
 from deepspeed_sentinel.simulation.data import Text
 from deepspeed_sentinel.simulation.evidence import Verifiers
@@ -49,7 +52,12 @@ class Simulation:
         self.options = options
         self.mesh = options.mesh
         # A run of a few hundred steps is short; engines stop after ten skipped steps, a simulation shows what follows.
-        settings = {"seed": options.seed, "max_skipped_steps": options.steps, **options.sentinel}
+        settings = {
+            "seed": options.seed,
+            "max_skipped_steps": options.steps,
+            "twins": {"every": options.twins_every},
+            **options.sentinel,
+        }
         self.config = SentinelConfig.parse(settings)
         self.stages = build_stages(options)
         self.step_index = 0
@@ -58,12 +66,13 @@ class Simulation:
         self.riders = riders
         watching = [*riders, *([self.attackers] if self.attackers else [])]
         self.history = WeightHistory(self.stages, max((one.needs.recompute_steps for one in watching), default=0))
-        fields = JudgeSettings.__dataclass_fields__
         self.judge: Judge | PaperJudge
         if options.procedure == "paper":
             self.judge = PaperJudge(self.mesh, options.honest_steps, options.directions)
         else:
-            self.judge = Judge(self.mesh, JudgeSettings(**{name: getattr(self.config, name) for name in fields}))
+            chosen = {name: getattr(self.config, name) for name in JudgeSettings.__dataclass_fields__}
+            chosen["conviction"] = self.config.convicts_by(self.mesh)
+            self.judge = Judge(self.mesh, JudgeSettings(**chosen))
         decays = (self.config.activation_decay, self.config.gradient_decay)
         self.verifiers = Verifiers(self.mesh, decays, options.seed, "paper" in (options.evidence, options.procedure))
         self.tally = Tally(self.mesh)
@@ -96,12 +105,15 @@ class Simulation:
         begin = time.perf_counter()
         self._served = self._deal()
         ids, labels = self._text.next_step()
+        self._twins = self._draw_twins()
+        if self._twins is not None:
+            ids, labels = self._given(ids), self._given(labels)
         everybody = np.zeros(self.mesh.replicas, bool)
         self.verifiers.begin_step(self.step_index)
         if self.attackers is not None:
             self.attackers.begin_step()
         passed = self._compute(ids, labels, everybody, again=False)
-        verdict = self._judge() if self.guarded else None
+        verdict = self._judge(passed) if self.guarded else None
         excluded = everybody if verdict is None else verdict.excluded
         losses_CM = passed.losses_CM
         if excluded.any() and not excluded.all():
@@ -182,6 +194,9 @@ class Simulation:
                 "skipped_steps": self.tally.skipped_steps,
                 "excluded_columns": self.tally.excluded_columns,
                 "disputes": self.tally.disputes,
+                "twin_steps": self.tally.twin_steps,
+                "proofs": self.tally.proofs,
+                "cleared": self.tally.cleared,
                 "seconds_a_step": self.seconds["step"] / max(self.step_index, 1),
                 "judge_seconds_a_step": self.seconds["judge"] / max(self.step_index, 1),
             },
@@ -207,7 +222,9 @@ class Simulation:
     def _apart(self) -> bool:
         """Whether columns may soon be left out, and all of their gradients fit into memory."""
         attacked = self.attackers is not None and self.guarded and self.step_index >= self.options.start
-        return attacked and self.mesh.replicas * sum(map(torch.Tensor.numel, self._weights)) <= _KEPT_APART
+        return (attacked or self._twins is not None) and self.mesh.replicas * sum(
+            map(torch.Tensor.numel, self._weights)
+        ) <= _KEPT_APART
 
     def _compute(self, ids: torch.Tensor, labels: torch.Tensor, excluded: np.ndarray, again: bool) -> Pass:
         """Gradients of the columns that are not excluded, summed over messages."""
@@ -236,9 +253,42 @@ class Simulation:
         for weight, parts in zip(self._weights, zip(*counted, strict=True), strict=False):
             weight.grad = _sum(parts)
 
-    def _judge(self) -> Verdict:
+    def _draw_twins(self) -> Draw | None:
+        """Whose micro-batches which columns are given in this step, or None."""
+        if not self.guarded or self.options.procedure == "paper":
+            return None
+        secret = int(np.random.default_rng((self.options.seed, self.step_index, 3)).integers(1 << 62))
+        return draw(self.config, self.mesh.replicas, bool(self.judge.record.suspects.any()), secret)
+
+    def _given(self, own_CMBT: torch.Tensor) -> torch.Tensor:
+        """What the columns get in a twin step."""
+        assert self._twins is not None
+        given = torch.from_numpy(self._twins.given).to(own_CMBT.device)
+        return torch.where(given[:, None, None, None], own_CMBT[self._twins.source], own_CMBT)
+
+    def _told_of_twins(self, passed: Pass) -> Twins | None:
+        """What is told of a twin step, and what each worker has accumulated in it."""
+        if self._twins is None:
+            return None
+        if not passed.gradients:
+            raise ValueError(
+                f"{self.mesh.replicas} columns of {sum(map(torch.Tensor.numel, self._weights))} weights are too many "
+                "to keep their gradients apart, as a twin step takes; use a smaller model or fewer replicas"
+            )
+        stage_of = [index for index, stage in enumerate(self.stages) for _ in stage.parameters()]
+        marks_SR = np.zeros((self.mesh.stages, self.mesh.replicas), np.int64)
+        for column, gradients in enumerate(passed.gradients):
+            marks = [1] * self.mesh.stages
+            for stage, gradient in zip(stage_of, gradients, strict=True):
+                if gradient is not None:
+                    marks[stage] = zlib.crc32(gradient.cpu().contiguous().view(torch.uint8).numpy().data, marks[stage])
+            # Who serves several columns is not compared, so it does not matter whose mark stays.
+            marks_SR[np.arange(self.mesh.stages), self._served[:, column]] = np.array(marks) + 1
+        return Twins(self._twins.source, self._twins.given, marks_SR)
+
+    def _judge(self, passed: Pass) -> Verdict:
         begin = time.perf_counter()
-        evidence = self.verifiers.evidence(self.step_index, self._served)
+        evidence = self.verifiers.evidence(self.step_index, self._served, self._told_of_twins(passed))
         verdict = self.judge.step(evidence)
         if self.judge.clean_links.any():
             self.verifiers.learn(self.judge.clean_links)

@@ -57,6 +57,28 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
             "audit": dispute.audit or None,
             "at_fault": list(dispute.at_fault) if dispute.at_fault else None,
         }
+    if verdict.twins:
+        yield {"kind": "twins", "suspects": np.argwhere(verdict.suspects).tolist()}
+    for proof in verdict.proofs:
+        yield {
+            "kind": "proof",
+            "stage": proof.worker.stage,
+            "replica": proof.worker.replica,
+            "column": proof.column,
+            "of": "gradients" if proof.direction is None else DIRECTIONS[proof.direction],
+            "micro_batches": list(proof.micro_batches),
+            "agreeing": proof.agreeing,
+            "compared": proof.compared,
+            "trusted": proof.trusted,
+        }
+    for difference in verdict.differences:
+        yield {
+            "kind": "difference",
+            "workers": [list(worker) for worker in difference.workers],
+            "of": "gradients" if difference.direction is None else DIRECTIONS[difference.direction],
+        }
+    for worker in verdict.cleared:
+        yield {"kind": "cleared", "stage": worker.stage, "replica": worker.replica}
     if verdict.excluded.any():
         yield {"kind": "excluded", "columns": np.flatnonzero(verdict.excluded).tolist()}
     for worker in verdict.newly_convicted:

@@ -28,6 +28,7 @@ def settings(**changes) -> JudgeSettings:
         "target_false_positive_rate": 0.005,
         "strikes": 3,
         "strike_window": 20,
+        "conviction": "statistics",
         "probation_steps": 30,
         "max_skipped_steps": 5,
         "seed": 0,
@@ -59,14 +60,14 @@ class World:
         values = np.concatenate([values, np.zeros((*shape[:-1], len(NAMES) - reported))], axis=-1)
         return np.stack([values, values])
 
-    def step(self, change=None, digests=None, overflow_limit=np.inf, served=None, tensors=1):
+    def step(self, change=None, digests=None, overflow_limit=np.inf, served=None, tensors=1, twins=None):
         values = self.statistics()
         marks = np.zeros((*values.shape[:5], tensors), np.int64)
         if change:
             change(values)
         if digests:
             digests(marks)
-        verdict = self.judge.step(Evidence(self.mesh, self.time, values, marks, served), overflow_limit)
+        verdict = self.judge.step(Evidence(self.mesh, self.time, values, marks, served, twins=twins), overflow_limit)
         self.time += 1
         return verdict
 

@@ -71,6 +71,7 @@ def verdict(*findings, convicted=(), newly=()):
         skip=False,
         overflow=False,
         halt=None,
+        suspects=np.zeros((stages, replicas), bool),
     )
 
 

@@ -1,0 +1,200 @@
+"""What a twin step proves, and of whom."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepspeed_sentinel.judgement.proof import try_twins
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+
+
+class Step:
+    """A twin step in which everybody is honest until a test changes the arrays."""
+
+    def __init__(self, stages=4, replicas=3, micro_batches=2, served=None):
+        self.mesh = Mesh(stages, replicas)
+        shape = (2, stages - 1, replicas, micro_batches, 1)
+        # what a stage makes of the same is the same: one number for each link and micro-batch
+        numbers = 1 + np.arange(2 * (stages - 1) * micro_batches).reshape(2, stages - 1, 1, micro_batches, 1)
+        self.digests = np.broadcast_to(numbers, shape).copy()
+        self.disputed = np.zeros(shape[:4], bool)
+        self.gradients = np.broadcast_to(100 + np.arange(stages)[:, None], (stages, replicas)).copy()
+        self.served = np.tile(np.arange(replicas), (stages, 1)) if served is None else served
+        self.convicted = np.zeros((stages, replicas), bool)
+        self.given = np.ones(replicas, bool)
+
+    def sends(self, stage, column, direction, lie, micro_batches=slice(None)):
+        """A wrong message, and what honest work makes of it in all that follows."""
+        links = self.mesh.links
+        start = stage if direction == FORWARD else 2 * links - stage
+        for position in range(start, 2 * links):
+            way, link = (FORWARD, position) if position < links else (BACKWARD, 2 * links - 1 - position)
+            self.digests[way, link, column, micro_batches] += lie * 1000
+        for below in range(self.mesh.stages):
+            if direction == FORWARD or below < stage:
+                self.gradients[below, self.served[below, column]] += lie * 1000
+
+    def trial(self):
+        return try_twins(
+            self.mesh, self.digests, self.disputed, self.gradients, self.served, self.convicted, self.given
+        )
+
+
+def proved(trial):
+    return {(proof.worker, proof.direction) for proof in trial.proofs}
+
+
+def test_honest_workers_are_all_sound():
+    trial = Step().trial()
+    assert not trial.proofs and not trial.differences and not trial.spoilt.any()
+    assert trial.sound.all() and trial.right.all() and not trial.unlike.any()
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("micro_batches", [slice(None), [1]])
+def test_who_sends_another_message_is_proved_and_nobody_behind_it(direction, micro_batches):
+    step = Step()
+    step.sends(2, 1, direction, lie=7, micro_batches=micro_batches)
+    trial = step.trial()
+    assert proved(trial) == {(Worker(2, 1), direction)}
+    assert trial.spoilt.tolist() == [False, True, False]
+    assert trial.proofs[0].agreeing == 2 and trial.proofs[0].compared == 3
+    assert not trial.sound[2, 1] and trial.sound[:, [0, 2]].all()
+    assert not trial.sound[1, 1]  # what it was given was spoilt, so it is not cleared
+
+
+def test_the_worked_example_of_the_docstring():
+    letters = {
+        (FORWARD, 0): "aaa",
+        (FORWARD, 1): "bbc",
+        (FORWARD, 2): "dde",
+        (BACKWARD, 2): "ffg",
+        (BACKWARD, 1): "hij",
+        (BACKWARD, 0): "klm",
+    }
+    step = Step(micro_batches=1)
+    for (direction, link), word in letters.items():
+        step.digests[direction, link, :, 0, 0] = [ord(letter) for letter in word]
+    step.gradients[2] = [ord(letter) for letter in "ppq"]
+    trial = step.trial()
+    assert proved(trial) == {(Worker(1, 2), FORWARD)}
+    assert [(one.workers, one.direction) for one in trial.differences] == [((Worker(2, 0), Worker(2, 1)), BACKWARD)]
+    assert trial.spoilt.all() and not trial.sound[2].any()
+
+
+def test_gradients_of_weights_that_never_cross_a_link_are_compared():
+    step = Step()
+    step.gradients[1, 2] += 5
+    trial = step.trial()
+    assert proved(trial) == {(Worker(1, 2), None)}
+    assert trial.spoilt.tolist() == [False, False, True]
+    assert trial.sound[2].all() and not trial.sound[1, 2]
+
+
+def test_first_and_last_stage_are_compared_too_and_marked_as_trusted():
+    step = Step(replicas=4)
+    step.sends(0, 0, FORWARD, lie=3)
+    step.gradients[3, 1] += 1
+    trial = step.trial()
+    assert proved(trial) == {(Worker(0, 0), FORWARD), (Worker(3, 1), None)}
+    assert all(proof.trusted for proof in trial.proofs)
+
+
+def test_a_dispute_proves_nothing_and_ends_what_can_be_said_of_its_column():
+    step = Step()
+    step.sends(1, 0, FORWARD, lie=3)
+    step.disputed[FORWARD, 1, 0] = True
+    trial = step.trial()
+    assert not trial.proofs and not trial.differences
+
+
+def test_two_replicas_that_differ_name_nobody():
+    step = Step(replicas=2)
+    step.sends(1, 0, FORWARD, lie=3)
+    trial = step.trial()
+    assert not trial.proofs and trial.spoilt.all()
+    assert trial.differences[0].workers == (Worker(1, 0), Worker(1, 1))
+
+
+def test_half_of_the_replicas_odd_alike_name_nobody():
+    step = Step(replicas=4)
+    for column in (0, 1):
+        step.sends(1, column, FORWARD, lie=3)
+    trial = step.trial()
+    assert not trial.proofs and trial.differences and trial.spoilt.all()
+
+
+def test_fewer_than_half_of_a_stage_cannot_convict_an_honest_one_where_other_columns_are_lost():
+    # Of eight replicas three may be bad. Stage 1 takes four columns away; of the other four three lie alike at stage 2.
+    step = Step(replicas=8)
+    for column in (0, 1, 2):
+        step.sends(1, column, FORWARD, lie=column + 1)
+    step.disputed[FORWARD, 1, 3] = True
+    for column in (4, 5, 6):
+        step.sends(2, column, FORWARD, lie=9)
+    trial = step.trial()
+    assert {worker for worker, _ in proved(trial)} == {Worker(1, 0), Worker(1, 1), Worker(1, 2)}
+    assert trial.differences[0].workers == tuple(Worker(2, column) for column in (4, 5, 6, 7))
+
+
+def test_who_is_convicted_is_one_less_to_be_afraid_of_and_has_no_voice():
+    step = Step(replicas=8)
+    step.convicted[2, [4, 5]] = True
+    for column in (0, 1, 2, 3):
+        step.disputed[FORWARD, 0, column] = True
+    for column in (4, 5):
+        step.sends(2, column, FORWARD, lie=9)
+    trial = step.trial()  # two convicted lie alike, two agree, and one more at most can be bad
+    assert {worker for worker, _ in proved(trial)} == {Worker(2, 4), Worker(2, 5)}
+
+
+def test_a_worker_that_serves_two_columns_has_one_voice():
+    served = np.tile(np.arange(4), (4, 1))
+    served[1] = [0, 0, 2, 3]
+    step = Step(replicas=4, served=served)
+    for column in (0, 1):
+        step.sends(1, column, FORWARD, lie=5)
+    trial = step.trial()
+    assert {worker for worker, _ in proved(trial)} == {Worker(1, 0)}
+    assert not trial.sound[1, 1]  # idle, so nothing is known of it
+
+
+def test_work_that_is_not_the_same_by_nature_proves_nothing():
+    step = Step(replicas=3)
+    step.digests[FORWARD, 1:, :, :, 0] += np.arange(3)[:, None] * 100
+    step.digests[BACKWARD, ..., 0] += np.arange(3)[:, None] * 100
+    trial = step.trial()
+    assert not trial.proofs and not trial.differences and not trial.spoilt.any()
+    assert trial.unlike.tolist() == [False, True, False, False]
+
+
+def test_columns_that_were_given_other_data_are_not_compared():
+    step = Step(replicas=5)
+    step.given[4] = False
+    step.digests[..., 4, :, 0] += 77
+    trial = step.trial()
+    assert not trial.proofs and not trial.spoilt.any() and not trial.sound[:, 4].any() and trial.sound[:, :4].all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_no_honest_worker_is_ever_proved_as_long_as_fewer_than_half_of_each_stage_are_bad(data):
+    stages, replicas = data.draw(st.integers(2, 5)), data.draw(st.integers(2, 7))
+    step = Step(stages, replicas, micro_batches=2)
+    bad = set()
+    for stage in range(stages):
+        count = data.draw(st.integers(0, (replicas - 1) // 2))
+        bad |= {(stage, one) for one in data.draw(st.permutations(range(replicas)))[:count]}
+    # Bad workers send what they like, colluding or not, and may dispute what they receive.
+    for stage, replica in sorted(bad):
+        if stage < stages - 1 and data.draw(st.booleans()):
+            step.sends(stage, replica, FORWARD, data.draw(st.integers(1, 3)))
+        if stage and data.draw(st.booleans()):
+            step.sends(stage, replica, BACKWARD, data.draw(st.integers(1, 3)), [data.draw(st.integers(0, 1))])
+        if data.draw(st.booleans()):
+            step.gradients[stage, replica] += data.draw(st.integers(1, 3))
+        if stage and data.draw(st.booleans()):
+            step.disputed[FORWARD, stage - 1, replica, data.draw(st.integers(0, 1))] = True
+    trial = step.trial()
+    assert {tuple(proof.worker) for proof in trial.proofs} <= bad

@@ -1,0 +1,163 @@
+"""Twin steps in the judge: suspects are tried, proof convicts, and who is cleared goes on."""
+
+import numpy as np
+import pytest
+from synthetic import World
+
+from deepspeed_sentinel.evidence.table import NAMES, Evidence, Twins
+from deepspeed_sentinel.mesh import FORWARD, Worker
+
+ENERGY = NAMES.index("energy")
+
+
+def twins(world, gradients=None):
+    replicas = world.mesh.replicas
+    alike = np.ones((world.mesh.stages, replicas), np.int64)
+    return Twins(0, np.ones(replicas, bool), alike if gradients is None else gradients)
+
+
+def loud(stage, column):
+    def change(values):
+        values[:, FORWARD, stage, column, :, ENERGY] *= 50.0
+
+    return change
+
+
+def odd(stage, column):
+    """Other bits than the rest, in all that follows too."""
+
+    def mark(digests):
+        digests[:, FORWARD, stage:, column] = 9
+        digests[:, 1, :, column] = 9
+
+    return mark
+
+
+def by_proof(replicas=3, **more):
+    world = World(replicas=replicas, conviction="proof", **more)
+    world.warm_up()
+    return world
+
+
+def test_strikes_make_a_suspect_and_convict_nobody():
+    world = by_proof()
+    for _ in range(6):
+        verdict = world.step(loud(1, 2))
+        assert verdict.excluded.tolist() == [False, False, True] and verdict.suspects[1, 2]
+    assert not verdict.convicted.any()
+
+
+def test_proof_convicts_at_once_without_a_strike_before():
+    world = by_proof()
+    verdict = world.step(digests=odd(1, 2), twins=twins(world))
+    assert verdict.newly_convicted == (Worker(1, 2),) and verdict.excluded.tolist() == [False, False, True]
+    assert not verdict.suspects.any()
+
+
+def test_proof_convicts_in_the_warm_up_too():
+    world = World(conviction="proof")
+    assert world.step(digests=odd(1, 2), twins=twins(world)).newly_convicted == (Worker(1, 2),)
+
+
+def test_a_suspect_that_does_what_the_others_do_is_cleared():
+    world = by_proof()
+    world.step(loud(1, 2))
+    verdict = world.step(twins=twins(world))
+    assert verdict.cleared == (Worker(1, 2),) and not verdict.suspects.any() and not verdict.excluded.any()
+
+
+def test_what_lasts_of_a_worker_that_is_cleared_is_its_own_normal():
+    world = by_proof()
+    for _ in range(4):
+        assert world.step(loud(1, 2)).excluded[2]
+    world.step(twins=twins(world))
+    after = [world.step(loud(1, 2)) for _ in range(12)]
+    assert not any(verdict.excluded.any() for verdict in after)
+    assert world.step(loud(2, 1)).excluded[1]
+
+
+def test_what_was_seen_once_is_not():
+    world = by_proof()
+    world.step(loud(1, 2))
+    world.step(twins=twins(world))
+    assert world.step(loud(1, 2)).excluded[2]
+
+
+def test_wrong_gradients_of_weights_leave_the_column_out():
+    world = by_proof()
+    gradients = np.ones((4, 3), np.int64)
+    gradients[2, 0] = 5
+    verdict = world.step(twins=twins(world, gradients))
+    assert verdict.newly_convicted == (Worker(2, 0),) and verdict.excluded.tolist() == [True, False, False]
+
+
+def test_statistics_do_not_accuse_whom_exact_comparison_finds_right():
+    world = by_proof()
+    verdict = world.step(loud(1, 2), twins=twins(world))
+    assert not verdict.findings and not verdict.excluded.any()
+
+
+def test_nothing_is_learnt_from_a_twin_step():
+    world = by_proof()
+    before = world.judge.fences.state_dict()
+    world.step(twins=twins(world))
+    assert not world.judge.clean_links.any()
+    assert all(
+        np.array_equal(array, before[name], equal_nan=True) for name, array in world.judge.fences.state_dict().items()
+    )
+
+
+def test_nan_in_all_twins_alike_accuses_nobody_and_stays_out():
+    def broken(values):
+        values[:, FORWARD, 1:, :, :, NAMES.index("non_finite")] = 3
+
+    world = by_proof()
+    verdict = world.step(broken, twins=twins(world))
+    assert verdict.skip and not verdict.newly_convicted and not verdict.proofs and not verdict.suspects.any()
+
+
+def test_first_and_last_stage_are_reported_and_never_convicted():
+    world = by_proof()
+    verdict = world.step(digests=odd(0, 1), twins=twins(world))
+    assert verdict.proofs[0].worker == Worker(0, 1) and verdict.excluded.tolist() == [False, True, False]
+    assert not verdict.newly_convicted and not verdict.convicted.any()
+
+
+def test_with_two_replicas_the_one_that_was_in_alarm_is_convicted():
+    world = World(replicas=2, conviction="statistics")
+    world.warm_up()
+    verdict = world.step(digests=odd(1, 1), twins=twins(world))
+    assert verdict.differences and verdict.skip and not verdict.newly_convicted
+    world.step(loud(1, 1))
+    verdict = world.step(digests=odd(1, 1), twins=twins(world))
+    assert verdict.newly_convicted == (Worker(1, 1),)
+
+
+def test_where_replicas_differ_by_nature_strikes_convict():
+    def unlike(digests):
+        digests[:, FORWARD, 1:] = np.arange(3)[:, None, None]
+        digests[:, 1] = np.arange(3)[:, None, None]
+
+    world = by_proof()
+    assert not world.step(digests=unlike, twins=twins(world)).excluded.any()
+    convicted = [world.step(loud(1, 2)).newly_convicted for _ in range(3)]
+    assert convicted[2] == (Worker(1, 2),)
+
+
+def test_unequal_weights_are_proof():
+    world = by_proof()
+    values = world.statistics()
+    evidence = Evidence(world.mesh, world.time, values, np.zeros((*values.shape[:5], 1), np.int64))
+    assert world.judge.step(evidence, unequal=[Worker(2, 1)]).newly_convicted == (Worker(2, 1),)
+
+
+@pytest.mark.parametrize("replicas", [3, 5])
+def test_state_of_suspects_goes_through_a_checkpoint(replicas):
+    one = by_proof(replicas)
+    for _ in range(3):
+        one.step(loud(1, 2))
+    other = World(replicas=replicas, conviction="proof")
+    other.judge.load_state_dict(one.judge.state_dict())
+    other.generator, other.time = one.generator, one.time
+    verdict = other.step(twins=twins(other))
+    assert verdict.cleared == (Worker(1, 2),)
