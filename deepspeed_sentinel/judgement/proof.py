@@ -202,7 +202,7 @@ def try_twins(
     return Trial(right, wrong, undecided, tuple(proofs), tuple(differences), sound & ~idle, unlike, spoilt)
 
 
-def tried(mesh: Mesh, trial: Trial | None, suspects: np.ndarray, unequal: Collection[Worker]) -> Tried:
+def tried(mesh: Mesh, trial: Trial | None, suspects: np.ndarray, otherwise: Collection[Worker]) -> Tried:
     """What a step has shown of workers beyond doubt, for the record.
 
     With two replicas no majority tells which of two that differ is wrong. Where one of them was in alarm by its own
@@ -212,7 +212,7 @@ def tried(mesh: Mesh, trial: Trial | None, suspects: np.ndarray, unequal: Collec
         mesh: stages and replicas.
         trial: of a twin step, or None.
         suspects: bool [S, R], before it.
-        unequal: who held other weights than the majority of its stage.
+        otherwise: who was proved otherwise.
     """
     proved, sound = np.zeros_like(suspects), np.zeros_like(suspects)
     if trial:
@@ -220,7 +220,7 @@ def tried(mesh: Mesh, trial: Trial | None, suspects: np.ndarray, unequal: Collec
     differences = trial.differences if trial and mesh.replicas == 2 else ()
     accused = [[worker for worker in one.workers if suspects[worker]] for one in differences]
     found = [proof.worker for proof in trial.proofs] if trial else []
-    for worker in (*found, *unequal, *(one[0] for one in accused if len(one) == 1)):
+    for worker in (*found, *otherwise, *(one[0] for one in accused if len(one) == 1)):
         proved[worker] = True
     return Tried(proved, sound & ~proved, trial.unlike if trial else np.zeros(mesh.stages, bool))
 

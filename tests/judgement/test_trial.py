@@ -148,7 +148,7 @@ def test_unequal_weights_are_proof():
     world = by_proof()
     values = world.statistics()
     evidence = Evidence(world.mesh, world.time, values, np.zeros((*values.shape[:5], 1), np.int64))
-    assert world.judge.step(evidence, unequal=[Worker(2, 1)]).newly_convicted == (Worker(2, 1),)
+    assert world.judge.step(evidence, proved=[Worker(2, 1)]).newly_convicted == (Worker(2, 1),)
 
 
 @pytest.mark.parametrize("replicas", [3, 5])
