@@ -25,7 +25,7 @@ from deepspeed_sentinel.engine.loss import mean_of_included
 from deepspeed_sentinel.engine.reduction import Poisoned, Reduction
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.tied import reduce_tied_gradients
-from deepspeed_sentinel.engine.twins import TwinSteps, as_told
+from deepspeed_sentinel.engine.twins import TwinSteps, as_told, kind, norm_bits
 from deepspeed_sentinel.errors import SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.control import Control
@@ -295,12 +295,13 @@ class Sentinel:
         """What the step was, if it is a twin step."""
         if not self._twins.possible(self._suspicion):
             return None
-        gradients = list(access.gradients(self.engine))
-        digest = int(tensors_digest(gradients, torch.device(self.engine.device))) if gradients else 0
+        gradients, device = list(access.gradients(self.engine)), torch.device(self.engine.device)
+        digest = int(tensors_digest(gradients, device)) if gradients else 0
         # First what each has accumulated, then what the step was: nobody can choose the one by the other.
-        accumulated = self.gather_words(digest).numpy()[self._ranks][..., 0]
+        own = (digest, norm_bits(gradients), kind(device))
+        accumulated, norms, kinds = np.moveaxis(self.gather_words(*own).numpy()[self._ranks], -1, 0)
         words = self.gather_words(self._twins.word).numpy()[self._ranks][..., 0]
-        return as_told(words, accumulated)
+        return as_told(words, accumulated, np.ascontiguousarray(norms).view(np.float64), kinds)
 
     def _agree(self, verdict: Verdict) -> bool:
         """Whether all ranks came to the same verdict; where one may be acted on, all stop unless they did."""

@@ -171,14 +171,15 @@ class Judge:
         trial = None
         differing, right = np.zeros_like(alarms), np.zeros_like(alarms)
         if twins:
+            measures = evidence.statistics[..., self.table.measures]
             trial = try_twins(
                 self.mesh,
                 evidence.digests[RECEIVED],
+                measures,
                 disputes | ~judged,
-                twins.gradients,
+                twins,
                 served,
                 self.record.convicted,
-                twins.given,
             )
             differing, right = trial.wrong | trial.undecided, trial.right
             alarms = alarms & ~differing & (hard.any(0) | ~right)
@@ -244,7 +245,7 @@ class Judge:
             overflow=overflow,
             halt=self._halt_reason(changes.convicted),
             twins=twins is not None,
-            alike=np.asarray(_serving(trial.sound, served)[:, ~excluded].all(1)) if trial else NOBODY,
+            alike=np.asarray(_serving(trial.same, served)[:, ~excluded].all(1)) if trial else NOBODY,
             suspects=self.record.suspects,
             proofs=trial.proofs if trial else (),
             differences=trial.differences if trial else (),

@@ -13,7 +13,8 @@ ENERGY = NAMES.index("energy")
 def twins(world, gradients=None):
     replicas = world.mesh.replicas
     alike = np.ones((world.mesh.stages, replicas), np.int64)
-    return Twins(0, np.ones(replicas, bool), alike if gradients is None else gradients)
+    kinds, norms = np.zeros_like(alike), np.ones(alike.shape)
+    return Twins(0, np.ones(replicas, bool), alike if gradients is None else gradients, norms, kinds)
 
 
 def loud(stage, column):
