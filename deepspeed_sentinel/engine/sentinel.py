@@ -289,7 +289,7 @@ class Sentinel:
 
     @property
     def _suspicion(self) -> bool:
-        return bool(self._judge.record.suspects.any())
+        return self._judge.record.suspicion
 
     def _told_of_twins(self) -> Twins | None:
         """What the step was, if it is a twin step."""

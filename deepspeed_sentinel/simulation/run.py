@@ -112,7 +112,7 @@ class Simulation:
         everybody = np.zeros(self.mesh.replicas, bool)
         self.verifiers.begin_step(self.step_index)
         if self.attackers is not None:
-            self.attackers.begin_step(bool(self.judge.record.suspects.any()))
+            self.attackers.begin_step(self.judge.record.suspicion)
         passed = self._compute(ids, labels, everybody, again=False)
         if self.attackers is not None and self.attackers.needs.alters_gradients:
             gradients = self.attackers.tamper_gradients(self.step_index, self._served, passed.gradients, self._stage_of)
@@ -263,7 +263,7 @@ class Simulation:
         if not self.guarded or self.options.procedure == "paper":
             return None
         secret = int(np.random.default_rng((self.options.seed, self.step_index, 3)).integers(1 << 62))
-        return draw(self.config, self.mesh.replicas, bool(self.judge.record.suspects.any()), secret)
+        return draw(self.config, self.mesh.replicas, self.judge.record.suspicion, secret)
 
     def _given(self, own_CMBT: torch.Tensor) -> torch.Tensor:
         """What the columns get in a twin step."""

@@ -55,6 +55,17 @@ def test_proof_convicts_at_once_without_a_strike_before():
     assert not verdict.suspects.any()
 
 
+def test_a_trial_that_convicts_calls_for_another_until_one_finds_nobody_new():
+    world = by_proof(5)
+    assert not world.judge.record.suspicion
+    world.step(digests=odd(1, 2), twins=twins(world))
+    assert world.judge.record.suspicion
+    world.step()
+    assert world.judge.record.suspicion
+    world.step(digests=odd(1, 2), twins=twins(world))
+    assert not world.judge.record.suspicion
+
+
 def test_proof_convicts_in_the_warm_up_too():
     world = World(conviction="proof")
     assert world.step(digests=odd(1, 2), twins=twins(world)).newly_convicted == (Worker(1, 2),)
