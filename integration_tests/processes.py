@@ -86,6 +86,11 @@ def nursery() -> Nursery:
     imports = ["torch", "deepspeed"]
     if importlib.util.find_spec("transformers") is not None:
         imports.append("transformers.models.llama.modeling_llama")
+    # What every process would import once it is under way: with the first group, with the first ZeRO or 16-bit
+    # optimizer (two seconds of CPU, torch's compiler among it), and those parts of Sentinel that know no DeepSpeed,
+    # so that a run without it remains one.
+    imports += ["torch.utils.cpp_extension", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    imports += ["deepspeed_sentinel.judgement.judge", "deepspeed_sentinel.evidence.collector"]
     started = Nursery(base_environment(), imports, ROOT)
     atexit.register(started.close)
     return started
