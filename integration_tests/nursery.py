@@ -35,8 +35,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 # All that may differ between a job's environment and the nursery's: torch and transformers read hundreds of variables
-# at import, but none of these.
+# at import, but none of these. Gloo reads its own with the first group.
 OF_A_JOB = {"JOB_FOLDER", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTEST_CURRENT_TEST"}
+OF_A_JOB |= {"TORCH_GLOO_LAZY_INIT"}
 PR_SET_PDEATHSIG = 1
 
 
