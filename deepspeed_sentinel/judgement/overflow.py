@@ -68,7 +68,7 @@ class Overflow:
             limit: the magnitude at which an honest gradient overflows, in the unit of ``max_abs``; infinite where no
                 loss scale is sought.
         """
-        by_any, by_both = non_finite.any(0), non_finite.all(0)
+        by_any, by_both = (np.asarray(which(0)) for which in (non_finite.any, non_finite.all))
         nothing = np.zeros_like(by_any)
         if not np.isfinite(limit):
             return Explained(nothing, nothing)
