@@ -6,6 +6,7 @@ from collections import deque
 from typing import Any
 
 import torch
+from deepspeed.runtime.pipe import schedule
 
 STAGE, REPLICA, START, OLD = 1, 2, 4, 3
 _past: deque[list[torch.Tensor]] = deque(maxlen=OLD + 1)
@@ -25,6 +26,55 @@ def stale_weights(engine: Any, step: int) -> None:
     if step >= START:
         for parameter, old in zip(engine.module.parameters(), _past[0], strict=True):
             parameter.data.copy_(old)
+
+
+def poisoned_memory(engine: Any, step: int) -> None:
+    """From START on, gradients change their sign between what was reported of them and the reduction."""
+    if not _is_culprit(engine) or step != START:
+        return
+    ours = engine._INSTRUCTION_MAP[schedule.ReduceGrads]
+
+    def reduce(self: Any) -> None:
+        for parameter in self.module.parameters():
+            parameter.grad.neg_()
+        ours(self)
+
+    engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.ReduceGrads: reduce}
+
+
+def poisoned_reduction(engine: Any, step: int) -> None:
+    """From START on, another gradient goes into the all-reduce than the one that was shown to the guard."""
+    if not _is_culprit(engine) or step != START:
+        return
+    honest = engine.allreduce_gradients
+
+    def reduce(**options: Any) -> None:
+        for parameter in engine.module.parameters():
+            parameter.grad.neg_()
+        honest(**options)
+
+    engine.allreduce_gradients = reduce
+
+
+def _round_anew(engine: Any) -> None:
+    generator = torch.Generator().manual_seed(engine.global_rank)  # layers seed torch's own, alike on all replicas
+    for parameter in engine.module.parameters():
+        parameter.register_hook(
+            lambda gradient: gradient * (1 + 1e-6 * torch.rand(gradient.shape, generator=generator))
+        )
+
+
+def unlike_by_nature(engine: Any, step: int) -> None:
+    """Gradients of the middle stage are never the same twice, on any replica, as with some kernels."""
+    if engine.stage_id == STAGE and step == 0:
+        _round_anew(engine)
+
+
+def other_hardware(engine: Any, step: int) -> None:
+    """One worker computes with more threads than the others of its stage and rounds differently."""
+    if _is_culprit(engine) and step == 0:
+        torch.set_num_threads(2)
+        _round_anew(engine)
 
 
 def wrong_gradients(engine: Any, step: int) -> None:

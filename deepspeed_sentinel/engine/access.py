@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import numpy as np
@@ -78,17 +78,46 @@ def stage_module(engine: PipelineEngine) -> torch.nn.Module:
 
 def gradients(engine: PipelineEngine) -> Iterator[torch.Tensor]:
     """Every tensor that the reductions of this step read, after backward and before they start."""
+    yield from (gradient for _, gradient in gradients_by_parameter(engine))
+
+
+def gradients_by_parameter(engine: PipelineEngine) -> Iterator[tuple[torch.nn.Parameter | None, torch.Tensor]]:
+    """``gradients``, each with its parameter; None where it is of many."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "get_grads_for_reduction"):  # BF16_Optimizer, with or without ZeRO-1: flat buffers
         dense, _ = optimizer.get_grads_for_reduction()
-        yield from dense
+        yield from ((None, flat) for flat in dense)
         return
     for parameter in engine.module.parameters():
         if parameter.grad is not None:
-            yield parameter.grad
+            yield parameter, parameter.grad
         accumulated = getattr(parameter, "grad_accum", None)  # ZeRO-1 with its own accumulation dtype
         if accumulated is not None and accumulated is not parameter.grad:
-            yield accumulated
+            yield parameter, accumulated
+
+
+def reduced_gradients(
+    engine: PipelineEngine, handed_over: Sequence[tuple[torch.nn.Parameter | None, torch.Tensor]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What was handed over to the reductions of this step and what came out, after they ended: pairs of one shape.
+
+    Args:
+        engine: the engine.
+        handed_over: ``gradients_by_parameter`` before, copied.
+    """
+    averaged = getattr(engine.optimizer, "averaged_gradients", None)
+    if not averaged:
+        yield from zip((copy for _, copy in handed_over), gradients(engine), strict=True)
+        return
+    # ZeRO-1: of the outcome each replica keeps the share that it steps. ``grad_accum`` comes after ``grad`` and counts.
+    optimizer = engine.optimizer
+    own = {id(parameter): copy for parameter, copy in handed_over}
+    for group, outcomes in averaged.items():
+        offset = int(optimizer.first_offset[group])
+        for parameter, outcome in zip(optimizer.params_in_partition[group], outcomes or (), strict=False):
+            if id(parameter) in own:
+                yield own[id(parameter)].reshape(-1)[offset : offset + outcome.numel()], outcome.reshape(-1)
+            offset = 0
 
 
 def gradient_scale(engine: PipelineEngine) -> float:
@@ -129,6 +158,8 @@ def skip_step(engine: PipelineEngine, overflow: bool) -> None:
         engine.optimizer.clear_lp_grads()
     elif engine.zero_optimization() or engine.fp16_enabled():
         engine.optimizer.zero_grad()
+        averaged = getattr(engine.optimizer, "averaged_gradients", {})
+        averaged.update(dict.fromkeys(averaged))  # where they were reduced already
     else:
         engine.zero_grad()
     engine._step_applied = False

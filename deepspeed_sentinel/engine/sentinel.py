@@ -22,9 +22,10 @@ from deepspeed_sentinel.engine.comparison import WeightComparison
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.engine.loss import mean_of_included
+from deepspeed_sentinel.engine.reduction import Poisoned, Reduction
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.tied import reduce_tied_gradients
-from deepspeed_sentinel.engine.twins import TwinSteps, as_told
+from deepspeed_sentinel.engine.twins import TwinSteps, as_told, kind, norm_bits
 from deepspeed_sentinel.errors import SentinelHalt, VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.control import Control
@@ -53,6 +54,7 @@ class Sentinel:
         config: the effective settings.
         mesh: stages and replicas.
         last_verdict: of the last training step, or None.
+        last_poisoned: what was wrong with the reduction of the last training step, if it was a twin step; or None.
         last_comparison: of the replicas' weights, or None.
         comparison: compares them when it is due, or when it is asked to.
         counts: judged_messages, alarms (messages blamed on a worker), disputes, skipped_steps,
@@ -102,6 +104,7 @@ class Sentinel:
         self._interception = Interception(
             engine, self._collector.probe, self._collector.keeping, faults, lenient=self._lenient
         )
+        self._reduction = Reduction(engine, self.worker, ranks, self._control)
         self._forward_state = ForwardState(access.stage_module(engine))
         self._hearing = Hearing(
             self.worker,
@@ -148,6 +151,7 @@ class Sentinel:
         self._judge = self._new_judge(layout.parts if layout else 1)
         self._collector.reset()
         self._share = Share(included=True, factor=1.0)
+        self.last_poisoned: Poisoned | None = None
 
     def _new_judge(self, parts: int) -> Judge:
         values = {name: getattr(self.config, name) for name in JudgeSettings.__dataclass_fields__}
@@ -227,19 +231,27 @@ class Sentinel:
             reduce_tied_gradients(engine)
 
     def _reduce_gradients(self, engine: PipelineEngine) -> None:
-        self._unless_skipped(schedule.ReduceGrads)
+        verdict = self.last_verdict
+        assert verdict is not None
+        self.last_poisoned = None
+        if verdict.skip:
+            return
+        if not verdict.twins:
+            self._interception.run_original(schedule.ReduceGrads)
+            return
+        comparable = self._share.included and bool(verdict.alike[self.worker.stage])
+        self.last_poisoned = self._reduction.watch(
+            lambda: self._interception.run_original(schedule.ReduceGrads), comparable, self._share.factor
+        )
+        if self.last_poisoned:
+            self._telling.poisoned(self.last_poisoned)
 
     def _optimizer_step(self, engine: PipelineEngine, **kwargs: Any) -> None:
         assert self.last_verdict is not None
-        if self.last_verdict.skip:
+        if self.last_verdict.skip or (self.last_poisoned and not self._lenient):
             access.skip_step(engine, self.last_verdict.overflow)
         else:
             self._interception.run_original(schedule.OptimizerStep, **kwargs)
-
-    def _unless_skipped(self, instruction: type) -> None:
-        assert self.last_verdict is not None
-        if not self.last_verdict.skip:
-            self._interception.run_original(instruction)
 
     @torch.no_grad()
     def _pass_gate(self) -> None:
@@ -256,7 +268,7 @@ class Sentinel:
         self._telling.unseen(self._collector.probe.unseen)
         if evidence.twins and self.config.weights_every:
             self.comparison.compare()
-        verdict = self._judge.step(evidence, access.overflow_limit(self.engine), self._unequal(step))
+        verdict = self._judge.step(evidence, access.overflow_limit(self.engine), self._proved_otherwise(step))
         if self._agree(verdict):
             verdict = self._audit(verdict, evidence)
         if self._judge.clean_links.any():
@@ -269,25 +281,27 @@ class Sentinel:
         self._count(verdict)
         self._telling.verdict(verdict)
 
-    def _unequal(self, step: int) -> tuple[Worker, ...]:
-        """Who held other weights than its stage in this step."""
+    def _proved_otherwise(self, step: int) -> tuple[Worker, ...]:
+        """Who held other weights than its stage in this step, or altered the reduction of the last one."""
         last = self.last_comparison
-        return last.unequal if last and last.step == step else ()
+        unequal = last.unequal if last and last.step == step else ()
+        return (*unequal, *(self.last_poisoned.named if self.last_poisoned else ()))
 
     @property
     def _suspicion(self) -> bool:
-        return bool(self._judge.record.suspects.any())
+        return self._judge.record.suspicion
 
     def _told_of_twins(self) -> Twins | None:
         """What the step was, if it is a twin step."""
         if not self._twins.possible(self._suspicion):
             return None
-        gradients = list(access.gradients(self.engine))
-        digest = int(tensors_digest(gradients, torch.device(self.engine.device))) if gradients else 0
+        gradients, device = list(access.gradients(self.engine)), torch.device(self.engine.device)
+        digest = int(tensors_digest(gradients, device)) if gradients else 0
         # First what each has accumulated, then what the step was: nobody can choose the one by the other.
-        accumulated = self.gather_words(digest).numpy()[self._ranks][..., 0]
+        own = (digest, norm_bits(gradients), kind(device))
+        accumulated, norms, kinds = np.moveaxis(self.gather_words(*own).numpy()[self._ranks], -1, 0)
         words = self.gather_words(self._twins.word).numpy()[self._ranks][..., 0]
-        return as_told(words, accumulated)
+        return as_told(words, accumulated, np.ascontiguousarray(norms).view(np.float64), kinds)
 
     def _agree(self, verdict: Verdict) -> bool:
         """Whether all ranks came to the same verdict; where one may be acted on, all stop unless they did."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from deepspeed.utils import logger
 
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import Comparison, Division
 from deepspeed_sentinel.judgement.verdict import Verdict
@@ -143,6 +144,14 @@ class Telling:
                 self._warn(comparison.step, f"weights differ, and no more than half of the replicas agree: {one}")
         for event in weights_events(comparison, found, action):
             self._event(comparison.step, event)
+
+    def poisoned(self, what: Poisoned) -> None:
+        """A reduction that gave something else than it must."""
+        if not self._first:
+            return
+        self._warn(what.step, str(what))
+        named = [list(worker) for worker in what.named]
+        self._event(what.step, {"kind": "poisoned", "stages": list(what.stages), "named": named})
 
     def unseen(self, problem: str | None) -> None:
         """What this rank, whichever it is, could not judge at first and lets pass."""

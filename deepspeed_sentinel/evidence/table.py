@@ -150,6 +150,11 @@ class Rows:
         return np.tile(TO_BASELINE, self.parts)
 
     @property
+    def measures(self) -> np.ndarray:
+        """Of one message, and small where its elements change little: not a share of signs, nor a count."""
+        return np.tile([row.scale == "log" and not row.of_pair for row in TABLE], self.parts)
+
+    @property
     def learnt(self) -> np.ndarray:
         return np.tile(LEARNT, self.parts)
 
@@ -204,11 +209,15 @@ class Twins:
         given: bool [C], the columns that were given them, its own among them.
         gradients: int64 [S, R], a digest of the gradients that each worker has accumulated, before any reduction; 0
             where there is none.
+        norms: float64 [S, R], the norm of these gradients.
+        kinds: int64 [S, R], equal numbers for equal kinds of hardware and software.
     """
 
     source: int
     given: np.ndarray
     gradients: np.ndarray
+    norms: np.ndarray
+    kinds: np.ndarray
 
 
 @dataclass(frozen=True)

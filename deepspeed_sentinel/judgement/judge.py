@@ -32,7 +32,7 @@ from deepspeed_sentinel.judgement.proof import tried, try_twins
 from deepspeed_sentinel.judgement.record import Record, Tried
 from deepspeed_sentinel.judgement.silence import Silence
 from deepspeed_sentinel.judgement.standing import Standing
-from deepspeed_sentinel.judgement.verdict import Finding, Verdict
+from deepspeed_sentinel.judgement.verdict import NOBODY, Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
 _MAX_ABS = Rows.all_of("max_abs")
@@ -104,7 +104,7 @@ class Judge:
         return self.fences.learnt_steps < self.settings.warmup_steps
 
     def step(
-        self, evidence: Evidence, overflow_limit: float = float("inf"), unequal: Collection[Worker] = ()
+        self, evidence: Evidence, overflow_limit: float = float("inf"), proved: Collection[Worker] = ()
     ) -> Verdict:
         """Judge one step.
 
@@ -112,7 +112,7 @@ class Judge:
             evidence: reports of both ends on every message.
             overflow_limit: the magnitude at which an honest gradient overflows under dynamic loss scaling, in
                 the unit of the evidence; infinite without such scaling.
-            unequal: who held other weights than the majority of its stage in this step, which is proof.
+            proved: who was proved otherwise since the last step, by its weights or in a reduction.
         """
         warming_up, served, of_pair = self.warming_up, evidence.served, self.table.of_pair
         twins = evidence.twins
@@ -175,14 +175,15 @@ class Judge:
         trial = None
         differing, right = np.zeros_like(alarms), np.zeros_like(alarms)
         if twins:
+            measures = evidence.statistics[..., self.table.measures]
             trial = try_twins(
                 self.mesh,
                 evidence.digests[RECEIVED],
+                measures,
                 disputes | ~judged,
-                twins.gradients,
+                twins,
                 served,
                 self.record.convicted,
-                twins.given,
             )
             differing, right = trial.wrong | trial.undecided, trial.right
             alarms = alarms & ~differing & (hard.any(0) | ~right)
@@ -204,7 +205,7 @@ class Judge:
         )
         findings = account.findings(blame, judged_step, self.fences)
         disputed = account.disputes(blame.disputes & ~differing, contradicted)
-        self._tried = tried(self.mesh, trial, self.record.suspects, unequal) if trial or unequal else None
+        self._tried = tried(self.mesh, trial, self.record.suspects, proved) if trial or proved else None
         changes = self.record.update(*entries(self.mesh, findings, disputed), self._tried)
         self._take_for_usual(residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None)
 
@@ -255,6 +256,7 @@ class Judge:
             overflow=overflow,
             halt=self._halt_reason(changes.convicted),
             twins=twins is not None,
+            alike=np.asarray(_serving(trial.same, served)[:, ~excluded].all(1)) if trial else NOBODY,
             suspects=self.record.suspects,
             proofs=trial.proofs if trial else (),
             differences=trial.differences if trial else (),
@@ -318,7 +320,7 @@ class Judge:
         if not of_twins:
             self.standing.step(residuals, np.asarray(strikes.any(-1)))
         elif cleared.any():
-            links, mean = self.standing.lasting(np.take_along_axis(cleared, served, axis=1))
+            links, mean = self.standing.lasting(_serving(cleared, served))
             self.fences.usual.adopt(links, mean)
             self.cusum.forget(cleared)
 
@@ -340,7 +342,7 @@ class Judge:
 
     def _served_by_convicted(self, served: np.ndarray) -> np.ndarray:
         """Where the worker that serves a column is convicted, bool [S, C]."""
-        return np.take_along_axis(self.record.convicted, served, axis=1)
+        return _serving(self.record.convicted, served)
 
     def _halt_reason(self, newly: np.ndarray) -> str | None:
         if self.skipped_in_a_row >= self.settings.max_skipped_steps:
@@ -356,6 +358,11 @@ class Judge:
             links = [f"link {link}, column {column}" for link, column in np.argwhere(self.record.lasting_disputes)]
             return f'lasting dispute over {"; ".join(links)} ("action": "halt")'
         return None
+
+
+def _serving(workers: np.ndarray, served: np.ndarray) -> np.ndarray:
+    """Of [S, R] workers those that serve each column, [S, C]."""
+    return np.take_along_axis(workers, served, axis=1)
 
 
 def _workers(mask: np.ndarray) -> tuple[Worker, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ _NOT_FENCED = {
 }
 
 
+NOBODY = np.zeros(0, bool)
 Cause = Literal["fences", "sums", "later alarms"]
 
 
@@ -194,6 +195,7 @@ class Verdict:
         overflow: it is skipped because of gradients that loss scaling may explain: the scale must come down.
         halt: why training must stop, or None.
         twins: it is a twin step.
+        alike: bool [S], in a twin step, stages all of whose included replicas have accumulated the same gradients.
         suspects: bool [S, R], workers with strikes that are not convicted, after this step.
         proofs, differences: what a twin step has shown.
         cleared: suspects that it has cleared.
@@ -218,6 +220,7 @@ class Verdict:
     halt: str | None
     suspects: np.ndarray
     twins: bool = False
+    alike: np.ndarray = field(default_factory=lambda: NOBODY)
     proofs: tuple[Proof, ...] = ()
     differences: tuple[Difference, ...] = ()
     cleared: tuple[Worker, ...] = ()

@@ -96,6 +96,7 @@ def summary(verdict: Any) -> dict[str, Any] | None:
         "findings": [{name: plain(getattr(one, name)) for name in FINDING} for one in verdict.findings],
         "disputed": [{name: plain(getattr(one, name)) for name in DISPUTE} for one in verdict.disputed],
         "twins": verdict.twins,
+        "alike": plain(verdict.alike),
         "proofs": [plain(proof.worker) for proof in verdict.proofs],
         "differences": [plain(difference.workers) for difference in verdict.differences],
         "cleared": plain(verdict.cleared),
@@ -137,7 +138,9 @@ def run(scenario: Scenario, stages: int, output: Path, result: dict[str, Any]) -
         module, function = scenario.hook.split(":")
         hook = getattr(importlib.import_module(module), function)
 
-    result.update(losses=[], steps=[], verdicts=[], evaluations={}, step_seconds=[], first_step=engine.global_steps)
+    result.update(
+        losses=[], steps=[], verdicts=[], poisoned=[], evaluations={}, step_seconds=[], first_step=engine.global_steps
+    )
     for step in range(engine.global_steps, scenario.steps):
         print(f"{scenario.name}: step {step}", flush=True)
         if hook is not None:
@@ -150,6 +153,7 @@ def run(scenario: Scenario, stages: int, output: Path, result: dict[str, Any]) -
         result["losses"].append(float(loss).hex())
         if sentinel is not None:
             result["verdicts"].append(summary(sentinel.last_verdict))
+            result["poisoned"].append(str(sentinel.last_poisoned) if sentinel.last_poisoned else "")
         if scenario.evaluate_every and (step + 1) % scenario.evaluate_every == 0:
             held_out = models.micro_batches(scenario, 1_000_000 + step, data_replica)
             result["evaluations"][step] = float(engine.eval_batch(held_out)).hex()

@@ -1,0 +1,122 @@
+import types
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepspeed_sentinel.telemetry.devices import (
+    BYTES,
+    NOBODY,
+    Device,
+    from_bytes,
+    keys_of,
+    own_device,
+    read_gathered,
+    to_bytes,
+)
+
+words = st.text("AZaz09._:-", max_size=32)
+
+
+@given(st.builds(Device, words.filter(bool), st.integers(0, 65535), words, words))
+@settings(max_examples=100, deadline=None)
+def test_a_device_travels_whole(device):
+    said = to_bytes(device)
+    assert said.shape == (BYTES,) and said.dtype == np.uint8 and from_bytes(said) == device
+
+
+@given(st.binary(min_size=BYTES, max_size=BYTES), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_a_strangers_bytes_are_a_device_or_a_value_error(said, begins_well):
+    said = np.frombuffer(b"dev1\0\0\0\0" + said[8:] if begins_well else said, np.uint8)
+    try:
+        device = from_bytes(said)
+    except ValueError as error:
+        assert str(error).isprintable() and len(str(error)) < 500
+    else:
+        assert from_bytes(to_bytes(device)) == device and str(device).isprintable() and device.key.isprintable()
+
+
+@pytest.mark.parametrize(
+    "said", [np.zeros(BYTES - 1, np.uint8), np.zeros(BYTES, np.int8), np.zeros((1, BYTES), np.uint8)]
+)
+def test_bytes_of_another_size_are_none(said):
+    with pytest.raises(ValueError, match=rf"allowed is uint8 \[{BYTES}\]"):
+        from_bytes(said)
+
+
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"host": "two words"}, "host"),
+        ({"host": "x" * 129}, "host"),
+        ({"uuid": "\x1b[31m"}, "uuid"),
+        ({"pci": "a\nb"}, "pci"),
+        ({"slot": -1}, "slot"),
+        ({"slot": 65536}, "slot"),
+    ],
+)
+def test_what_no_device_can_be(values, what):
+    with pytest.raises(ValueError, match=f"{what} of a device is"):
+        Device(**{"host": "node", "slot": 0, **values})
+
+
+def test_a_device_is_kept_by_the_most_lasting_name_it_has():
+    assert Device("node", 3, "ab-cd", "0:1:2").key == "gpu:ab-cd"
+    assert Device("node", 3, "", "0:1:2").key == "pci:node/0:1:2"
+    assert Device("node", 3).key == "cpu:node/3"
+    assert NOBODY.key == "unnamed"
+
+
+def test_this_process_without_a_gpu(monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "nöde one")
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    assert own_device(torch.device("cpu")) == Device("n_de_one", 5)
+    assert own_device(torch.device("cpu"), slot=2) == Device("n_de_one", 2)
+    monkeypatch.setenv("LOCAL_RANK", "none")
+    assert own_device(torch.device("cpu")).slot == 0
+
+
+@pytest.mark.parametrize(
+    ("properties", "uuid", "pci"),
+    [
+        (
+            {"uuid": "8f3c-11", "pci_domain_id": 0, "pci_bus_id": 129, "pci_device_id": 0},
+            "8f3c-11",
+            "00000000:81:00",
+        ),
+        ({"uuid": "00000000-0000-0000-0000-000000000000", "pci_bus_id": 3}, "", ""),
+        ({}, "", ""),
+    ],
+    ids=["all", "zeros and half an address", "an old torch"],
+)
+def test_this_process_with_a_gpu(monkeypatch, properties, uuid, pci):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(**properties))
+    device = own_device(torch.device("cuda", 0), slot=1)
+    assert (device.uuid, device.pci, device.slot) == (uuid, pci, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_gpu_says_its_uuid():
+    device = own_device(torch.device("cuda", 0))
+    assert device.key.startswith("gpu:") and from_bytes(to_bytes(device)) == device
+
+
+def test_what_is_gathered_is_put_where_the_workers_are():
+    devices = [Device("node", rank) for rank in range(4)]
+    said = np.stack([to_bytes(device) for device in devices])
+    said[1, 0] ^= 1
+    read, told = read_gathered(said, np.array([[2, 0], [3, 1]]))
+    assert read == ((devices[2], devices[0]), (devices[3], NOBODY))
+    assert len(told) == 1 and "worker (stage 1, replica 1) does not say which device it runs on" in told[0]
+
+
+def test_names_that_two_workers_give():
+    same, alone = Device("a", 0, "u"), Device("a", 1, "v")
+    assert keys_of([[same, same], [alone, NOBODY]])[0] == (("gpu:u", "gpu:u"), ("gpu:v", "unnamed"))
+    keys, told = keys_of([[same, alone], [Device("b", 0, "u"), NOBODY]])
+    assert keys == (("gpu:u@a", "gpu:v"), ("gpu:u@b", "unnamed"))
+    assert len(told) == 1 and "worker (stage 0, replica 0) on a, worker (stage 1, replica 0) on b" in told[0]
