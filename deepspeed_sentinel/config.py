@@ -143,8 +143,8 @@ class SentinelConfig(BaseModel):
     )
     conviction: Literal["proof", "statistics"] | None = Field(
         None,
-        description="what convicts: proof in a twin step, or strikes; null is proof with three replicas and more, if "
-        "there are twin steps at all",
+        description="what convicts: proof in a twin step, or strikes, and then nobody is tried on suspicion; null is "
+        "proof with three replicas and more, if there are twin steps at all, and strikes with fewer",
     )
     twins: TwinsConfig = Field(
         default_factory=lambda: TwinsConfig.model_validate({}),
@@ -206,8 +206,11 @@ class SentinelConfig(BaseModel):
 
     @property
     def tries_suspects(self) -> bool:
-        """Whether there are twin steps on suspicion; who only observes trains on the data that it was given."""
-        return self.twins.on_suspicion and self.action != "observe"
+        """Whether there are twin steps on suspicion.
+
+        Who only observes trains on the data that it was given, and where statistics are to convict nobody is tried.
+        """
+        return self.twins.on_suspicion and self.action != "observe" and self.conviction != "statistics"
 
     def convicts_by(self, mesh: Mesh) -> Literal["proof", "statistics"]:
         """What convicts in this mesh.

@@ -42,7 +42,9 @@ def test_a_fault_is_told_of_and_left_out_where_another_replica_shows_it(runs):
     run, culprit = runs["watched"][0], [1, runs.replicas - 1]
     before = [verdict for verdict in run.verdicts if verdict["step"] < START]
     assert not any(verdict["findings"] or verdict["skip"] for verdict in (*runs["turn"][0].verdicts[:RESUMED], *before))
-    told = [culprit in [finding["worker"] for finding in verdict["findings"]] for verdict in attacked(run)]
+    # In a step in which both replicas are given the same it is exact comparison that tells.
+    named = [[*verdict["proofs"], *(one["worker"] for one in verdict["findings"])] for verdict in attacked(run)]
+    told = [culprit in workers for workers in named]
     assert told[0]
     if runs.replicas == 1:
         assert not any(verdict["skip"] or any(verdict["excluded"]) for verdict in run.verdicts)
@@ -58,7 +60,8 @@ def test_what_is_not_finite_is_left_out_with_one_replica_too(runs):
     for verdict in attacked(run):
         assert verdict["excluded"] == [False] * (runs.replicas - 1) + [True]
         assert verdict["skip"] == (runs.replicas == 1)
-    assert attacked(run)[2]["newly_convicted"] == [culprit]
+    newly = [verdict["newly_convicted"] for verdict in attacked(run)]
+    assert [culprit] in newly[:3] and sum(map(len, newly)) == 1
     skipped = (ATTACKED - START) * (runs.replicas == 1)
     assert run.record["skipped_steps"] == run.record["counts"]["skipped_steps"] == skipped
     assert [math.isnan(loss) for loss in run.losses] == [False] * (ATTACKED - RESUMED - skipped) + [True] * skipped

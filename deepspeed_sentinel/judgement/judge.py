@@ -184,6 +184,7 @@ class Judge:
                 twins,
                 served,
                 self.record.convicted,
+                self.record.suspects,
             )
             differing, right = trial.wrong | trial.undecided, trial.right
             alarms = alarms & ~differing & (hard.any(0) | ~right)
@@ -205,7 +206,7 @@ class Judge:
         )
         findings = account.findings(blame, judged_step, self.fences)
         disputed = account.disputes(blame.disputes & ~differing, contradicted)
-        self._tried = tried(self.mesh, trial, self.record.suspects, proved) if trial or proved else None
+        self._tried = tried(self.mesh, trial, proved) if trial or proved else None
         changes = self.record.update(*entries(self.mesh, findings, disputed), self._tried)
         self._take_for_usual(residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None)
 

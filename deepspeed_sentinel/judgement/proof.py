@@ -14,7 +14,8 @@ held against the others of its stage that were given the same as it was:
 * Workers on unlike hardware round differently. A worker that says it runs on another kind than most of its stage, and
   whoever is given what it sent, is held against the truth by statistics: apart by more than ``ROUNDING`` it is proved.
   So who claims a kind of its own is still bound, though not to the last bit.
-* Without a truth the step says that workers differ and not who is wrong. Where more workers differ, each from each
+* Without a truth the step says that workers differ and not who is wrong. With two replicas it is the one that is
+  suspected by its own statistics, if the other is not. Where more workers differ, each from each
   other, than can be bad, honest ones are among them: the stage's work is not the same bit for bit, and its replicas
   cannot be compared so.
 
@@ -158,6 +159,7 @@ def try_twins(
     twins: Twins,
     served: np.ndarray,
     convicted: np.ndarray,
+    suspects: np.ndarray,
 ) -> Trial:
     """Hold the workers of each stage against each other.
 
@@ -170,11 +172,15 @@ def try_twins(
         twins: what else is known of the step.
         served: int [S, C], who served each column.
         convicted: bool [S, R], whose word does not count.
+        suspects: bool [S, R], before this step.
     """
     links, columns, messages = digests.shape[1:4]
     digests_PCMT, disputed_PCM = chain_order(digests), chain_order(disputed)
     measures_PECMN = np.stack([chain_order(of_end) for of_end in measures], axis=1)
-    stages = [_Stage.of(mesh, twins.kinds[stage], served[stage], convicted[stage]) for stage in range(mesh.stages)]
+    stages = [
+        _Stage.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage])
+        for stage in range(mesh.stages)
+    ]
     agreed = exact = np.broadcast_to(twins.given[:, None], (columns, messages))
     # Whether all that a stage's gradients are made of has agreed, and to the last bit.
     entered, entered_exact = (np.zeros((mesh.stages, columns), bool) for _ in range(2))
@@ -221,27 +227,19 @@ def try_twins(
     return Trial(right, wrong, undecided, tuple(proofs), tuple(differences), sound & ~idle, same, unlike, spoilt)
 
 
-def tried(mesh: Mesh, trial: Trial | None, suspects: np.ndarray, otherwise: Collection[Worker]) -> Tried:
+def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tried:
     """What a step has shown of workers beyond doubt, for the record.
-
-    With two replicas no majority tells which of two that differ is wrong. Where one of them was in alarm by its own
-    statistics, and the other was not, it is that one.
 
     Args:
         mesh: stages and replicas.
         trial: of a twin step, or None.
-        suspects: bool [S, R], before it.
         otherwise: who was proved otherwise.
     """
-    proved, sound = np.zeros_like(suspects), np.zeros_like(suspects)
-    if trial:
-        sound |= trial.sound
-    differences = trial.differences if trial and mesh.replicas == 2 else ()
-    accused = [[worker for worker in one.workers if suspects[worker]] for one in differences]
-    found = [proof.worker for proof in trial.proofs] if trial else []
-    for worker in (*found, *otherwise, *(one[0] for one in accused if len(one) == 1)):
+    proved = np.zeros((mesh.stages, mesh.replicas), bool)
+    for worker in (*(proof.worker for proof in (trial.proofs if trial else ())), *otherwise):
         proved[worker] = True
-    return Tried(proved, sound & ~proved, trial.unlike if trial else np.zeros(mesh.stages, bool))
+    sound = trial.sound & ~proved if trial else np.zeros_like(proved)
+    return Tried(proved, sound, trial.unlike if trial else np.zeros(mesh.stages, bool))
 
 
 @dataclass(frozen=True)
@@ -252,20 +250,25 @@ class _Stage:
         served: int [C], the replica that serves a column.
         heard: bool [C], whose word counts.
         alike: bool [C], who runs on the kind of hardware that most do.
+        accused: bool [C], who is suspected, where there are two replicas.
         bad: how many of those whose word counts can be bad.
     """
 
     served: np.ndarray
     heard: np.ndarray
     alike: np.ndarray
+    accused: np.ndarray
     bad: int
 
     @classmethod
-    def of(cls, mesh: Mesh, kinds: np.ndarray, served: np.ndarray, convicted: np.ndarray) -> _Stage:
-        """``kinds`` int64 [R], ``served`` int [C], ``convicted`` bool [R]."""
+    def of(
+        cls, mesh: Mesh, kinds: np.ndarray, served: np.ndarray, convicted: np.ndarray, suspects: np.ndarray
+    ) -> _Stage:
+        """``kinds`` int64 [R], ``served`` int [C], ``convicted`` and ``suspects`` bool [R]."""
         known, count = np.unique(kinds, return_counts=True)
         bad = max((mesh.replicas - 1) // 2 - int(np.count_nonzero(convicted)), 0)
-        return cls(served, ~convicted[served], kinds[served] == known[np.argmax(count)], bad)
+        accused = (convicted | suspects)[served] & (mesh.replicas == 2)
+        return cls(served, ~convicted[served], kinds[served] == known[np.argmax(count)], accused, bad)
 
     def vote(self, what_CMT: np.ndarray, measures_ECMN: np.ndarray, asked: np.ndarray, exact: np.ndarray) -> _Vote:
         """The truth on each question, if there is one.
@@ -296,14 +299,18 @@ class _Stage:
         apart_ECM = _apart(measures_ECMN, true) > ROUNDING
         apart, together = apart_ECM.all(0), ~apart_ECM.any(0)
         versions = np.count_nonzero(compared & (version == np.arange(columns)[:, None]), axis=0)
+        of_two = (compared & self.accused[:, None]) & ~known & (versions == 2)
+        of_two &= np.count_nonzero(of_two, axis=0) == 1
+        accuser = compared & of_two.any(0) & ~of_two
         unlike = ~known & (agreeing <= 1) & (voters >= max(self.bad + 2, _LEAST + 1))
         return _Vote(
-            right=true | (near & known & together),
-            wrong=(compared & known & (version != best)) | (near & known & apart),
-            undecided=(compared & ~known & (versions > 1) & ~unlike) | (near & known & ~apart & ~together),
-            exact=true | (compared & ~known & (versions == 1)),
+            right=true | (near & known & together) | accuser,
+            wrong=(compared & known & (version != best)) | (near & known & apart) | of_two,
+            undecided=(compared & ~known & (versions > 1) & ~unlike & ~of_two.any(0))
+            | (near & known & ~apart & ~together),
+            exact=true | (compared & ~known & (versions == 1)) | accuser,
             agreeing=agreeing,
-            compared=voters,
+            compared=np.maximum(voters, np.count_nonzero(accuser | of_two, axis=0)),
             unlike=unlike,
         )
 

@@ -22,7 +22,7 @@ class Step:
         self.disputed = np.zeros(shape[:4], bool)
         self.gradients = np.broadcast_to(100 + np.arange(stages)[:, None], (stages, replicas)).copy()
         self.served = np.tile(np.arange(replicas), (stages, 1)) if served is None else served
-        self.convicted = np.zeros((stages, replicas), bool)
+        self.convicted, self.suspects = (np.zeros((stages, replicas), bool) for _ in range(2))
         self.given = np.ones(replicas, bool)
         self.kinds, self.norms = np.zeros((stages, replicas), np.int64), np.ones((stages, replicas))
         self.measures = np.ones((2, *shape[:4], 2))
@@ -40,7 +40,9 @@ class Step:
 
     def trial(self):
         twins = Twins(0, self.given, self.gradients, self.norms, self.kinds)
-        return try_twins(self.mesh, self.digests, self.measures, self.disputed, twins, self.served, self.convicted)
+        return try_twins(
+            self.mesh, self.digests, self.measures, self.disputed, twins, self.served, self.convicted, self.suspects
+        )
 
 
 def proved(trial):
@@ -117,6 +119,17 @@ def test_two_replicas_that_differ_name_nobody():
     trial = step.trial()
     assert not trial.proofs and trial.spoilt.all()
     assert trial.differences[0].workers == (Worker(1, 0), Worker(1, 1))
+
+
+def test_of_two_replicas_that_differ_the_suspect_is_wrong():
+    step = Step(replicas=2)
+    step.sends(1, 0, FORWARD, lie=3)
+    step.suspects[1, 0] = True
+    trial = step.trial()
+    assert proved(trial) == {(Worker(1, 0), FORWARD)} and trial.spoilt.tolist() == [True, False]
+    step.suspects[1, 1] = True
+    trial = step.trial()
+    assert not trial.proofs and trial.spoilt.all()
 
 
 def test_half_of_the_replicas_odd_alike_name_nobody():
