@@ -13,6 +13,7 @@ from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import access, checkpoint
 from deepspeed_sentinel.engine.comparison import WeightComparison
+from deepspeed_sentinel.engine.devices import DeviceRecord
 from deepspeed_sentinel.engine.gate import Gate
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
@@ -41,6 +42,7 @@ class Sentinel:
         mesh: stages and replicas.
         gate: judges each step, and lets into it what is not in alarm.
         comparison: compares weights when it is due, or when it is asked to.
+        devices: what is known of the devices that the workers run on.
     """
 
     def __init__(self, engine: PipelineEngine, config: SentinelConfig) -> None:
@@ -58,6 +60,9 @@ class Sentinel:
         self._control = Control(ranks)
         self._telling = Telling(config, self.mesh, self._control)
         self._ranks = ranks
+        self.devices = DeviceRecord(
+            config, ranks, self._control, self._telling, device=device, step=lambda: engine.global_steps
+        )
         self.comparison = WeightComparison(
             engine,
             self.worker,
@@ -108,6 +113,7 @@ class Sentinel:
         )
         self._wrap()
         self._telling.start(engine.global_steps)
+        self.devices.begin()
 
     def detach(self) -> None:
         """Give the engine back as it was, but for what the script itself has put over a method since."""
@@ -118,6 +124,7 @@ class Sentinel:
             delattr(self.engine, name)
             if name in self._before:
                 setattr(self.engine, name, self._before[name])
+        self.devices.close()
         self._liveness.stop()
         self._telling.close()
 
@@ -142,7 +149,7 @@ class Sentinel:
         return self.gate.counts
 
     def reset(self) -> None:
-        """Forget baselines, fences and record; warm up again."""
+        """Forget baselines, fences and record; warm up again. What is known of devices stays."""
         self.gate.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,6 +212,7 @@ class Sentinel:
         self._liveness.progress.end_schedule()
         verdict = self.last_verdict
         assert verdict is not None, "every training step passes the gate"
+        self.devices.step(verdict, self.gate.served, self.last_poisoned, self.comparison.unequal_in(verdict.step))
         if verdict.halt:
             self._halt(verdict.halt)
 
