@@ -62,8 +62,8 @@ class Injection(BaseModel):
         needs = Needs.of(build_attack(self.attack, self.arguments))
         if needs.simulator_only:
             raise ValueError(
-                f"attack {self.attack!r} computes a stage's work again, with old weights or from an altered input, "
-                "which only the simulator can: use it there"
+                f"attack {self.attack!r} needs what only the simulator has: a stage's work computed again, its "
+                "accumulated gradients, or what other attackers know. Use it there"
             )
         if needs.false_report and self.where != "report":
             raise ValueError(f'attack {self.attack!r} acts on reports only, got where={self.where!r}; use "report"')

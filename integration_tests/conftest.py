@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,32 @@ from typing import Any
 import pytest
 
 from integration_tests.harness import JobHandle, start_job
+from integration_tests.processes import EXTENSIONS, ROOT, base_environment, signal_tree
 from integration_tests.runs import start_scenarios
+
+HERE = Path(__file__).resolve().parent
+BUILD = pytest.StashKey[subprocess.Popen[bytes]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where what the first job needs was never built, build it beside the unit tests, which take one core."""
+    asked_for = any(item.path.parent == HERE for item in session.items)
+    if asked_for and not session.config.option.collectonly and not (EXTENSIONS / "done").exists():
+        session.config.stash[BUILD] = subprocess.Popen(
+            [sys.executable, "-c", "from integration_tests.processes import warm_extensions; warm_extensions()"],
+            env=base_environment(),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,  # if it fails, the first job tries again and says why
+            start_new_session=True,
+        )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if BUILD in config.stash:
+        signal_tree(config.stash[BUILD], signal.SIGKILL)
+        config.stash[BUILD].wait()
 
 
 @pytest.fixture(scope="module")

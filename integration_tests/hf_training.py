@@ -25,7 +25,7 @@ from integration_tests.hf_models import SIZE, VOCABULARY, build
 
 STEPS, SHORT = 40, 6
 MICRO_BATCHES = 8  # of a step, over all replicas
-FAULT = {"stage": 1, "replica": 1, "attack": "constant", "value": 0.0, "start_step": 26, "stop_step": 31}
+FAULT = {"stage": 1, "replica": 1, "attack": "constant", "value": 0.0, "start_step": 33, "stop_step": 38}
 
 
 def rows(count: int, seed: int) -> list[dict[str, list[int]]]:
@@ -188,7 +188,7 @@ def pipeline_only(runs: Runs) -> None:
     checkpoint = str(runs.folder / "long" / "checkpoint-30")
     runs.finish(runs.run("resumed", model(seed=9), {"sentinel": guard}, resume=checkpoint))
     attacked = {"sentinel": {**guard, "inject": [FAULT]}}
-    runs.finish(runs.run("attacked", model(), attacked, eval_strategy="no", max_steps=33))
+    runs.finish(runs.run("attacked", model(seed=9), attacked, resume=checkpoint, eval_strategy="no"))
     from_config = {
         "optimizer": {
             "type": "AdamW",

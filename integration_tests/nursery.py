@@ -10,11 +10,12 @@ takes a line of JSON for each answer:
 When stdin ends, at the latest with pytest itself, the nursery kills what it has started and ends.
 
 Forked processes share the nursery's hash seed, where fresh ones draw one each, unless PYTHONHASHSEED is set. What
-imports print is in the nursery's log, not in theirs.
+imports print is in the nursery's log, not in theirs. They end without taking their modules down, see ``end``.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -27,14 +28,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 # All that may differ between a job's environment and the nursery's: torch and transformers read hundreds of variables
-# at import, but none of these.
+# at import, but none of these. Gloo reads its own with the first group.
 OF_A_JOB = {"JOB_FOLDER", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTEST_CURRENT_TEST"}
+OF_A_JOB |= {"TORCH_GLOO_LAZY_INIT"}
 PR_SET_PDEATHSIG = 1
 
 
@@ -205,6 +208,19 @@ def run(task: Task) -> None:
         runpy.run_path(task.target, run_name="__main__")
 
 
+def end(code: int) -> NoReturn:
+    """End this process as python does, but leave its modules as they are.
+
+    To take thousands of them down costs a second of CPU and copies all that is shared with the nursery. Destructors
+    that run only then are for the jobs whose processes a launcher starts.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def main(imports: Sequence[str]) -> None:
     """Import, say so, and serve; in a forked process run its task."""
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
@@ -215,17 +231,27 @@ def main(imports: Sequence[str]) -> None:
     before = dict(os.environ)
     for name in imports:
         importlib.import_module(name)
-        if "triton" not in sys.modules:  # which prints a page to stderr at exit about objects of it that are left
-            gc.collect()
-            gc.freeze()  # or each child would copy everything to look for cycles in it at exit: 0.5 s of CPU
+        gc.collect()
+        gc.freeze()  # or each child would copy everything to look for cycles in it
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("an import has started a thread, which forked processes would lack")
     answers.write(json.dumps(dict(os.environ)).encode() + b"\n")
     task = serve(requests, answers, {name: value for name, value in os.environ.items() if before.get(name) != value})
-    if task is not None:
-        # Back here, at the bottom of the stack, python itself ends the process when the code is done: it joins threads,
-        # runs atexit handlers, prints an exception, makes SystemExit an exit code. os._exit would do none of it.
+    if task is None:
+        return
+    try:
         run(task)
+    except SystemExit as exit:
+        code = exit.code
+        if not isinstance(code, int | None):
+            print(code, file=sys.stderr)
+            code = 1
+        end(code or 0)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        end(1)
+    # KeyboardInterrupt is python's own, which ends by the signal.
+    end(0)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,12 @@ def nursery() -> Nursery:
     """The one of this pytest session; it starts with the first job and ends with pytest."""
     imports = ["torch", "deepspeed"]
     if importlib.util.find_spec("transformers") is not None:
-        imports.append("transformers.models.llama.modeling_llama")
+        imports += ["transformers.models.llama.modeling_llama", "transformers.trainer"]
+    # What every process would import once it is under way: with the first group, with the first ZeRO or 16-bit
+    # optimizer (two seconds of CPU, torch's compiler among it), and those parts of Sentinel that know no DeepSpeed,
+    # so that a run without it remains one.
+    imports += ["torch.utils.cpp_extension", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    imports += ["deepspeed_sentinel.judgement.judge", "deepspeed_sentinel.evidence.collector"]
     started = Nursery(base_environment(), imports, ROOT)
     atexit.register(started.close)
     return started

@@ -53,7 +53,7 @@ class Scenario:
             by default none ever is.
         optimizer, learning_rate, gradient_clipping: "adam" or "sgd" of torch.
         evaluate_every: run ``eval_batch`` after every this many steps; 0 is never.
-        save: {"directory": ..., "after_step": n}; load: {"directory": ...} before the first step.
+        save: {"directory": ..., "after_step": n}, or several; load: {"directory": ...} before the first step.
         hook: "module:function", called as function(engine, step) before each step on each rank.
         expect_error: an error that every rank raises is what is wanted: go on with the next scenario.
         config: merged over the DeepSpeed config, top-level keys only.
@@ -83,7 +83,7 @@ class Scenario:
     learning_rate: float = 1e-3
     gradient_clipping: float = 0.0
     evaluate_every: int = 0
-    save: dict[str, Any] | None = None
+    save: dict[str, Any] | tuple[dict[str, Any], ...] | None = None
     load: dict[str, Any] | None = None
     hook: str | None = None
     expect_error: bool = False

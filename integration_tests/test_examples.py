@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 import time
 
 import pytest
 from transformers import AutoModelForCausalLM
 
-from integration_tests.harness import ROOT, base_environment, run_job, start_job
+from integration_tests.harness import run_job, start_job
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.long)])
-def test_the_trainer_example_trains_and_saves(tmp_path, launcher):
+@pytest.mark.parametrize(
+    ("launcher", "replicas"),
+    [
+        ("torchrun", 1),
+        pytest.param("torchrun", 2, marks=pytest.mark.long),
+        pytest.param("accelerate", 2, marks=pytest.mark.long),
+    ],
+)
+def test_the_trainer_example_trains_and_saves(tmp_path, launcher, replicas):
     quick = ["--max_steps=3", "--logging_steps=1", "--eval_steps=3", "--disable_tqdm=True"]
     job = run_job(
         "examples/hf_trainer.py",
         stages=2,
-        replicas=2,
+        replicas=replicas,
         folder=tmp_path / "job",
         args=[f"--output_dir={tmp_path / 'out'}", *quick],
         launcher=launcher,
@@ -71,10 +76,9 @@ def test_the_native_example_learns(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
 
 
-def test_the_arithmetic_of_the_4b_llama_is_checked_against_the_model():
-    script = [sys.executable, str(ROOT / "examples" / "llama_4b" / "check.py")]
-    done = subprocess.run(script, env=base_environment(), capture_output=True, text=True, check=True)
-    assert done.stdout.count("4.01 B parameters") == 2
-    largest = [float(line.split()[2]) for line in done.stdout.splitlines() if "largest stage" in line]
+def test_the_arithmetic_of_the_4b_llama_is_checked_against_the_model(tmp_path):
+    (told,) = run_job("examples/llama_4b/check.py", 1, 1, folder=tmp_path).check().stdout
+    assert told.count("4.01 B parameters") == 2
+    largest = [float(line.split()[2]) for line in told.splitlines() if "largest stage" in line]
     assert len(largest) == 2
     assert all(5 < gib < 14 for gib in largest)

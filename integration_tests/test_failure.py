@@ -75,7 +75,7 @@ def test_an_error_on_one_rank_reaches_all_with_its_text(jobs, tmp_path):
         assert said in result.stderr[rank], result.describe()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun"])
+@pytest.mark.parametrize("launcher", ["bare", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_halt_stops_all_ranks_with_a_checkpoint(jobs, tmp_path, launcher):
     with start(jobs, tmp_path, "halt", 20, launcher=launcher) as job:
         result = job.wait(timeout=150)

@@ -44,8 +44,8 @@ DISPUTED = {
     "report_backward": {"attack": "scaling", "factor": -1, "where": "report", "direction": "backward"},
 }
 SHORTLY = {
-    *("forward_constant", "forward_scaling", "forward_nan", "backward_nan", "backward_flip", "forward_shuffle"),
-    *("backward_delay", "forward_matched", "transit_backward", "report_forward"),
+    *("forward_constant", "forward_nan", "backward_nan", "backward_flip", "backward_delay", "forward_matched"),
+    *("transit_backward", "report_forward"),
 }
 ENDS = {  # link, sender, receiver of the disputed messages
     "transit_bit_flip": (1, [1, 2], [2, 2]),
@@ -80,7 +80,7 @@ def runs(tmp_path_factory, wanted):
     scenarios = [scenario(name, fault, folder) for name, fault in {**SEEN, **DISPUTED}.items() if name in wanted]
     clean = BASE.with_(
         name="clean",
-        steps=80,
+        steps=64,
         sentinel={"enabled": True, "output_dir": str(folder / "logs_clean")},
         save={"directory": str(folder / "clean"), "after_step": RESUMED},
     )

@@ -9,50 +9,59 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-START, TURN, STEPS = 26, 26, 40
-BASE = Scenario(name="watched", steps=30, hidden=64, lengths=(48,))
+# The run on other data warms up for all: the others go on from its checkpoint.
+RESUMED, START, ATTACKED, TURN, STEPS = 23, 26, 30, 26, 40
+BASE = Scenario(name="turn", steps=STEPS, hidden=64, lengths=(48,))
 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def runs(request, tmp_path_factory):
     replicas = request.param
     folder = tmp_path_factory.mktemp(f"replicas{replicas}")
+    saved = {"directory": str(folder / "saved")}
 
     def block(*faults):
         return {"enabled": True, "output_dir": str(folder / "logs"), "inject": list(faults)}
 
     worker = {"stage": 1, "replica": replicas - 1, "start_step": START}
+    turn = BASE.with_(sentinel=block(), other_text_from=(TURN,) * replicas, save={**saved, "after_step": RESUMED})
+    attacked = BASE.with_(steps=ATTACKED, load=saved)
     scenarios = [
-        BASE.with_(sentinel=block({**worker, "attack": "constant"})),
-        BASE.with_(name="broken", sentinel=block({**worker, "attack": "nan"})),
-        BASE.with_(name="turn", steps=STEPS, sentinel=block(), other_text_from=(TURN,) * replicas),
+        turn,
+        attacked.with_(name="watched", sentinel=block({**worker, "attack": "constant"})),
+        attacked.with_(name="broken", sentinel=block({**worker, "attack": "nan"})),
     ]
     return run_scenarios(scenarios, stages=3, replicas=replicas, folder=folder, timeout=300)
 
 
+def attacked(run):
+    return [verdict for verdict in run.verdicts if verdict["step"] >= START]
+
+
 def test_a_fault_is_told_of_and_left_out_where_another_replica_shows_it(runs):
     run, culprit = runs["watched"][0], [1, runs.replicas - 1]
-    assert not any(verdict["findings"] or verdict["skip"] for verdict in run.verdicts[:START])
-    told = [culprit in [finding["worker"] for finding in verdict["findings"]] for verdict in run.verdicts]
-    assert told[START]
+    before = [verdict for verdict in run.verdicts if verdict["step"] < START]
+    assert not any(verdict["findings"] or verdict["skip"] for verdict in (*runs["turn"][0].verdicts[:RESUMED], *before))
+    told = [culprit in [finding["worker"] for finding in verdict["findings"]] for verdict in attacked(run)]
+    assert told[0]
     if runs.replicas == 1:
         assert not any(verdict["skip"] or any(verdict["excluded"]) for verdict in run.verdicts)
         assert not any(verdict["newly_convicted"] for verdict in run.verdicts)
         return
-    assert all(told[START:])
-    assert all(verdict["excluded"] == [False, True] for verdict in run.verdicts[START:])
+    assert all(told)
+    assert all(verdict["excluded"] == [False, True] for verdict in attacked(run))
     assert [verdict["newly_convicted"] for verdict in run.verdicts if verdict["newly_convicted"]] == [[culprit]]
 
 
 def test_what_is_not_finite_is_left_out_with_one_replica_too(runs):
     run, culprit = runs["broken"][0], [1, runs.replicas - 1]
-    for verdict in run.verdicts[START:]:
+    for verdict in attacked(run):
         assert verdict["excluded"] == [False] * (runs.replicas - 1) + [True]
         assert verdict["skip"] == (runs.replicas == 1)
-    assert run.verdicts[START + 2]["newly_convicted"] == [culprit]
-    skipped = (30 - START) * (runs.replicas == 1)
+    assert attacked(run)[2]["newly_convicted"] == [culprit]
+    skipped = (ATTACKED - START) * (runs.replicas == 1)
     assert run.record["skipped_steps"] == run.record["counts"]["skipped_steps"] == skipped
-    assert [math.isnan(loss) for loss in run.losses] == [False] * (30 - skipped) + [True] * skipped
+    assert [math.isnan(loss) for loss in run.losses] == [False] * (ATTACKED - RESUMED - skipped) + [True] * skipped
 
 
 def test_a_change_of_data_in_all_replicas_stops_nothing(runs):

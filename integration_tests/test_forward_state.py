@@ -9,7 +9,7 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-START, STEPS = 24, 30
+START, STEPS = 16, 22
 BASE = Scenario(name="plain", steps=STEPS, hidden=64, lengths=(32,), evaluate_every=3)
 KINDS = {"running_maximum": {"attack": "constant", "value": 1e4}, "batch_norm": {"attack": "nan"}}
 NAMES = ["batch_norm", pytest.param("running_maximum", marks=pytest.mark.long)]
@@ -18,7 +18,7 @@ NAMES = ["batch_norm", pytest.param("running_maximum", marks=pytest.mark.long)]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("forward_state")
-    block = {"enabled": True, "output_dir": str(folder / "logs"), "seed": 0}
+    block = {"enabled": True, "output_dir": str(folder / "logs"), "seed": 0, "warmup_steps": 12}
     scenarios = []
     for kind in sorted(selected("kind")):
         attack = KINDS[kind]
@@ -26,7 +26,7 @@ def runs(tmp_path_factory, selected):
         honest = BASE.with_(name=f"plain_{kind}", hook=f"integration_tests.stateful:{kind}")
         scenarios += [honest, honest.with_(name=f"guarded_{kind}", sentinel=block)]
         scenarios.append(honest.with_(name=f"attacked_{kind}", sentinel={**block, "inject": [fault]}))
-    return run_scenarios(scenarios, stages=4, replicas=2, folder=folder, timeout=400)
+    return run_scenarios(scenarios, stages=3, replicas=2, folder=folder, timeout=400)
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -7,7 +7,7 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-JUDGED = Scenario(name="fp32", steps=28, hidden=64, lengths=(32,))
+JUDGED = Scenario(name="fp32", steps=15, hidden=64, lengths=(32,))
 SHORT = JUDGED.with_(steps=4)
 VARIANTS = [
     JUDGED,
@@ -38,7 +38,7 @@ NAMES = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("identity")
-    block = {"enabled": True, "output_dir": str(folder / "sentinel")}
+    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "warmup_steps": 8}
     wanted = [variant for variant in (*VARIANTS, *MORE) if variant in VARIANTS[:2] or variant.name in selected("name")]
     pairs = [(plain, plain.with_(name=f"guarded_{plain.name}", sentinel=block)) for plain in wanted]
     scenarios = [scenario for pair in pairs for scenario in pair]

@@ -100,6 +100,8 @@ ENDS = {
     "interrupted": ("import os; os.kill(os.getpid(), 2)", -signal.SIGINT, "", "KeyboardInterrupt"),
     "hard": ("import os; print('said'); os._exit(4)", 4, "said", ""),
     "atexit": ("import atexit; atexit.register(print, 'bye'); raise SystemExit(2)", 2, "bye", ""),
+    "atexit after an error": ("import atexit; atexit.register(print, 'bye'); 1 / 0", 1, "bye", "ZeroDivisionError"),
+    "thread at the end": (THREAD, 0, "joined", ""),
     "thread": (THREAD + "raise SystemExit(3)", 3, "joined", ""),
 }
 

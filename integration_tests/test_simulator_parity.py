@@ -11,7 +11,8 @@ from integration_tests.scenario import Scenario
 from integration_tests.variants import some
 
 STAGES, REPLICAS, SEED = 4, 3, 0
-WARM, START, STEPS = 20, 25, 31
+WARM, START, STEPS = 12, 17, 23
+EARLY = {"warmup_steps": WARM}
 CULPRITS = ((1, 2), (2, 1))
 ATTACKS = {
     "constant": {},
@@ -19,7 +20,7 @@ ATTACKS = {
     "delay": {"steps": 5},
     "token_shuffle": {},
 }
-IN_EVERY_RUN = ("scaling", "token_shuffle")
+IN_EVERY_RUN = ("token_shuffle",)
 BASE = Scenario(name="base", steps=STEPS, hidden=64, lengths=(64,))
 
 
@@ -29,7 +30,7 @@ def scenario(attack: str, folder) -> Scenario:
         for stage, replica in CULPRITS
         for way in ("forward", "backward")
     ]
-    block = {"enabled": True, "seed": SEED, "output_dir": str(folder / f"logs_{attack}"), "inject": inject}
+    block = {"enabled": True, "seed": SEED, "output_dir": str(folder / f"logs_{attack}"), "inject": inject, **EARLY}
     return BASE.with_(name=attack, sentinel={**block, "events": "steps"}, load={"directory": str(folder / "warm")})
 
 
@@ -37,7 +38,7 @@ def scenario(attack: str, folder) -> Scenario:
 def live(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("parity")
     scenarios = [scenario(attack, folder) for attack in ATTACKS if attack in selected("attack")]
-    block = {"enabled": True, "seed": SEED, "output_dir": str(folder / "logs_warm")}
+    block = {"enabled": True, "seed": SEED, "output_dir": str(folder / "logs_warm"), **EARLY}
     saved = {"directory": str(folder / "warm"), "after_step": WARM}
     warm = BASE.with_(name="warm", steps=WARM, sentinel=block, save=saved)
     return run_scenarios([warm, *scenarios], stages=STAGES, replicas=REPLICAS, folder=folder, timeout=420)
@@ -55,6 +56,7 @@ def test_convictions_in_deepspeed_are_those_of_the_simulator(live, attack):
         steps=STEPS,
         start=START,
         seed=SEED,
+        sentinel=EARLY,
     )
     result = Simulation(options).run()
     assert sorted(convicted) == [tuple(worker) for worker in result["convicted"]] == [*CULPRITS]

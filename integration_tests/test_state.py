@@ -36,7 +36,11 @@ def runs(folder):
     }
     honest = {"enabled": True, "output_dir": str(folder / "honest"), "seed": 0}
     watched, plain, clean, spoilt = (str(folder / name) for name in ("watched", "plain", "clean", "spoilt"))
-    whole = BASE.with_(sentinel=block, save={"directory": watched, "after_step": 26})
+    # Until the attack begins the whole run is a clean one too.
+    whole = BASE.with_(
+        sentinel=block,
+        save=({"directory": clean, "after_step": 24}, {"directory": watched, "after_step": 26}),
+    )
     scenarios = [
         whole,
         whole.with_(name="resumed", save=None, load={"directory": watched}),
@@ -49,7 +53,6 @@ def runs(folder):
             save=None,
             load={"directory": watched},
         ),
-        BASE.with_(name="clean", steps=24, sentinel=honest, save={"directory": clean, "after_step": 24}),
         BASE.with_(
             name="spoilt",
             steps=27,

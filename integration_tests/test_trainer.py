@@ -18,7 +18,7 @@ from integration_tests.trainer_runs import LORA_STEPS, SAVED
 SCRIPT = "integration_tests/jobs/trainer.py"
 COMPARED = ("lora", "times_ten", "weighted_rows", "stream", "lower", "upper")
 KEYS = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "num_input_tokens_seen", "total_flos", "train_loss")
-CLOSE = 1e-5  # float32 sums in another order; measured maximum 2.4e-6, of a gradient norm in 40 steps
+CLOSE = 1e-5  # float32 sums in another order; measured maximum 2.4e-6, of a gradient norm within 40 steps
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ INJECTED: dict[str, dict[str, Any]] = {
     "flipped": {"attack": "bit_flip"},
 }
 HOOKS = {"stale": "stale_weights", "scaled": "wrong_gradients"}
+UNLIKE = ("unlike_by_nature", "other_hardware")
 REDUCED = {"memory": "poisoned_memory", "reduction": "poisoned_reduction"}
 # What training may be like; each is run without a fault for as long as TWINS says.
 CLEAN: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ def scenarios(folder, clean) -> list[Scenario]:
     for name, fault in INJECTED.items():
         inject = [{"stage": 1, "replica": 2, "direction": "forward", "start_step": START, **fault}]
         found.append(BASE.with_(name=name, sentinel=block(folder, name, inject=inject)))
-    for name, function in {**HOOKS, **REDUCED}.items():
+    for name, function in {**HOOKS, **REDUCED, **dict(zip(UNLIKE, UNLIKE, strict=True))}.items():
         found.append(BASE.with_(name=name, sentinel=block(folder, name), hook=hook(function)))
     return found
 
@@ -110,6 +111,18 @@ def test_who_acts_in_a_twin_step_is_proved_in_it_and_nobody_else_ever(runs, name
             assert not verdict["differences"]
             assert sum(map(sum, verdict["convicted"])) <= 1
         assert all(verdict["excluded"] == [False, False, True] for verdict in acted)
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_work_that_rounds_differently_for_honest_reasons_is_no_proof(runs, name):
+    for run in runs[name]:
+        assert run.error is None, run.error
+        for verdict in run.verdicts:
+            assert not (verdict["proofs"] or any(verdict["excluded"]) or any(map(any, verdict["convicted"])))
+        # What comes of other hardware is held to the truth by statistics, in all stages of its column.
+        alike = [name == "unlike_by_nature", False, name == "unlike_by_nature"]
+        assert all(verdict["alike"] == alike for verdict in of_twins(run))
+        assert not any(run.record["poisoned"])
 
 
 def test_after_a_twin_step_all_replicas_hold_the_same_weights(runs):

@@ -16,7 +16,7 @@ from transformers import Trainer
 
 from integration_tests.hf_training import HELD_OUT, TRAIN, Runs, collator, model
 
-LORA_STEPS, SAVED = 40, 30
+LORA_STEPS, SAVED = 16, 12
 FEW = {"max_steps": 3, "eval_strategy": "no"}
 EVALUATED = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
 

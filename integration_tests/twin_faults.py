@@ -56,6 +56,27 @@ def poisoned_reduction(engine: Any, step: int) -> None:
     engine.allreduce_gradients = reduce
 
 
+def _round_anew(engine: Any) -> None:
+    generator = torch.Generator().manual_seed(engine.global_rank)  # layers seed torch's own, alike on all replicas
+    for parameter in engine.module.parameters():
+        parameter.register_hook(
+            lambda gradient: gradient * (1 + 1e-6 * torch.rand(gradient.shape, generator=generator))
+        )
+
+
+def unlike_by_nature(engine: Any, step: int) -> None:
+    """Gradients of the middle stage are never the same twice, on any replica, as with some kernels."""
+    if engine.stage_id == STAGE and step == 0:
+        _round_anew(engine)
+
+
+def other_hardware(engine: Any, step: int) -> None:
+    """One worker computes with more threads than the others of its stage and rounds differently."""
+    if _is_culprit(engine) and step == 0:
+        torch.set_num_threads(2)
+        _round_anew(engine)
+
+
 def wrong_gradients(engine: Any, step: int) -> None:
     """From START on, gradients of weights are one hundredth too large; messages are right."""
     if _is_culprit(engine) and step == START:

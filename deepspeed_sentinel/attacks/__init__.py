@@ -2,6 +2,7 @@
 
 from deepspeed_sentinel.attacks import altering as _altering  # noqa: F401  (each of these registers its attacks)
 from deepspeed_sentinel.attacks import composite as _composite  # noqa: F401
+from deepspeed_sentinel.attacks import evading as _evading  # noqa: F401
 from deepspeed_sentinel.attacks import hardware as _hardware  # noqa: F401
 from deepspeed_sentinel.attacks import imitating as _imitating  # noqa: F401
 from deepspeed_sentinel.attacks import replacing as _replacing  # noqa: F401

@@ -33,6 +33,9 @@ class Needs:
         history_steps: how far back ``context.history`` reaches, in steps.
         recompute_steps: how far back ``context.recompute`` reaches, in steps; above 0 it works in the simulator only.
         alters_stored: ``context.stored`` and ``context.backward_from``; works in the simulator only.
+        alters_gradients: it acts on the accumulated gradients of its weights, and on no message.
+        heeds_suspicion: ``context.suspicion``; compares_inputs: ``context.given_same``. These three work in the
+            simulator only.
         false_report: it acts on what a receiver reports, not on what it sends.
         vouches: receivers that take part report tampered messages of other participants as if they were honest.
     """
@@ -42,12 +45,16 @@ class Needs:
     history_steps: int = 0
     recompute_steps: int = 0
     alters_stored: bool = False
+    alters_gradients: bool = False
+    heeds_suspicion: bool = False
+    compares_inputs: bool = False
     false_report: bool = False
     vouches: bool = False
 
     @property
     def simulator_only(self) -> bool:
-        return self.recompute_steps > 0 or self.alters_stored
+        more = (self.alters_stored, self.alters_gradients, self.heeds_suspicion, self.compares_inputs)
+        return self.recompute_steps > 0 or any(more)
 
     @classmethod
     def of(cls, attack: Attack) -> Needs:

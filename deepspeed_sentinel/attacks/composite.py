@@ -24,7 +24,9 @@ class Composite:
         self.uses_previous = any(need.uses_previous for need in needs)
         self.history_steps = max(need.history_steps for need in needs)
         self.recompute_steps = max(need.recompute_steps for need in needs)
-        self.alters_stored = any(need.alters_stored for need in needs)
+        for name in ("alters_stored", "alters_gradients", "heeds_suspicion", "compares_inputs"):
+            if not getattr(type(self), name, False):
+                setattr(self, name, any(getattr(need, name) for need in needs))
 
     def observe(self, message: torch.Tensor, context: AttackContext) -> None:
         for attack in self.inner:

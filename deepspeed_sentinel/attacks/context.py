@@ -32,6 +32,9 @@ class AttackContext:
         previous: this worker's own honest message just before this one, where ``uses_previous`` is declared.
         stored: for a gradient message, the activation that entered the stage forward and was kept for it, where
             ``alters_stored`` is declared; simulator only.
+        suspicion: somebody was suspected when the step began, where ``heeds_suspicion`` is declared; simulator only.
+        given_same: another attacker of the stage was given the very same, where ``compares_inputs`` is declared;
+            simulator only.
         past: source of ``history``; recomputed: source of ``recompute``; redone: source of ``backward_from``.
     """
 
@@ -46,6 +49,8 @@ class AttackContext:
     entered: torch.Tensor | None = None
     previous: torch.Tensor | None = None
     stored: torch.Tensor | None = None
+    suspicion: bool = False
+    given_same: bool = False
     past: Callable[[int], torch.Tensor | None] | None = None
     recomputed: Callable[[int], torch.Tensor | None] | None = None
     redone: Callable[[torch.Tensor], torch.Tensor] | None = None

@@ -26,7 +26,7 @@ from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.reduction import Poisoned, Reduction
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.tied import reduce_tied_gradients
-from deepspeed_sentinel.engine.twins import TwinSteps, as_told
+from deepspeed_sentinel.engine.twins import TwinSteps, as_told, kind, norm_bits
 from deepspeed_sentinel.errors import VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.control import Control
@@ -199,18 +199,19 @@ class Gate:
 
     @property
     def _suspicion(self) -> bool:
-        return bool(self.judge.record.suspects.any())
+        return self.judge.record.suspicion
 
     def _told_of_twins(self) -> Twins | None:
         """What the step was, if it is a twin step."""
         if not self._twins.possible(self._suspicion):
             return None
-        gradients = list(access.gradients(self._engine))
-        digest = int(tensors_digest(gradients, torch.device(self._engine.device))) if gradients else 0
+        gradients, device = list(access.gradients(self._engine)), torch.device(self._engine.device)
+        digest = int(tensors_digest(gradients, device)) if gradients else 0
         # First what each has accumulated, then what the step was: nobody can choose the one by the other.
-        accumulated = self._control.gather_words(digest).numpy()[self._ranks][..., 0]
+        own = (digest, norm_bits(gradients), kind(device))
+        accumulated, norms, kinds = np.moveaxis(self._control.gather_words(*own).numpy()[self._ranks], -1, 0)
         words = self._control.gather_words(self._twins.word).numpy()[self._ranks][..., 0]
-        return as_told(words, accumulated)
+        return as_told(words, accumulated, np.ascontiguousarray(norms).view(np.float64), kinds)
 
     def _agree(self, verdict: Verdict) -> bool:
         """Whether all ranks came to the same verdict; where one may be acted on, all stop unless they did."""

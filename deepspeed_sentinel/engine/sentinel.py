@@ -229,7 +229,7 @@ class Sentinel:
         verdict = self.last_verdict
         if verdict is None or not verdict.excluded.any():
             return original()
-        return mean_of_included(self.engine, self.gate.share, verdict.skip, original)
+        return mean_of_included(self.engine, self.gate.share, bool(verdict.excluded.all()), original)
 
     def _halt(self, reason: str) -> None:
         folder = f"{self.config.output_dir}/halt_checkpoint"

@@ -113,8 +113,10 @@ class Telling:
             logger.info(
                 f"[sentinel] step {verdict.step}: {worker} cleared: given the same, it does what its stage does"
             )
-        if verdict.skip:
+        if verdict.excluded.all():
             self._warn(verdict.step, "every column excluded, step skipped")
+        elif verdict.skip:
+            logger.info(f"[sentinel] step {verdict.step}: gradients overflow in most replicas of a stage, step skipped")
 
     def misfit(self, step: int, worker: Worker) -> None:
         """A worker's mean for the baseline that cannot be."""

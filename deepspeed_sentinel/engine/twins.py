@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -155,14 +156,32 @@ class TwinSteps:
         return (given, *own[1:]) if self._worker.stage == 0 else (own[0], given)
 
 
-def as_told(words_SR: np.ndarray, gradients_SR: np.ndarray) -> Twins | None:
+def kind(device: torch.device) -> int:
+    """A number for the hardware and software that this rank computes with: where they differ, so may last bits."""
+    parts: list[object] = [torch.__version__]
+    if device.type == "cpu":
+        parts += [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    else:
+        parts += [torch.get_device_module(device).get_device_name(device), torch.version.cuda, torch.version.hip]
+    return zlib.crc32(" ".join(map(str, parts)).encode())
+
+
+def norm_bits(tensors: Sequence[torch.Tensor]) -> int:
+    """The bits of the norm of all these together, a float64, as a whole number."""
+    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64) for tensor in tensors]
+    total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
+    return int(total.view(torch.int64))
+
+
+def as_told(words_SR: np.ndarray, gradients_SR: np.ndarray, norms_SR: np.ndarray, kinds_SR: np.ndarray) -> Twins | None:
     """What first and last stage say of a step: a twin step, or None.
 
     Their words are one a column, so a column is one of those that share micro-batches if both its ends say so.
 
     Args:
         words_SR: int64 [S, R], the words of all ranks; those of middle stages mean nothing.
-        gradients_SR: int64 [S, R], digests of accumulated gradients.
+        gradients_SR: int64 [S, R], digests of accumulated gradients; norms_SR: float64 [S, R], their norms.
+        kinds_SR: int64 [S, R], see ``kind``.
 
     Raises:
         SentinelError: they say different things.
@@ -177,7 +196,7 @@ def as_told(words_SR: np.ndarray, gradients_SR: np.ndarray) -> Twins | None:
             "twin step, 1 a column with data of its own, 2 one that was given another's, 3 that one). Nothing of this "
             "step was applied. Resume from the last checkpoint."
         )
-    return Twins(int(sources[0]), first >= _GIVEN, gradients_SR)
+    return Twins(int(sources[0]), first >= _GIVEN, gradients_SR, norms_SR, kinds_SR)
 
 
 def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

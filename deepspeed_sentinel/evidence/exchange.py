@@ -105,6 +105,9 @@ class Exchange:
         forward, backward = pair[:, :, FORWARD], pair[:, :, BACKWARD]
         forward[:, :, 1:], forward[:, :, :1] = forward[:, :, :-1].copy(), np.nan
         backward[:, :, :-1], backward[:, :, -1:] = backward[:, :, 1:].copy(), np.nan
+        # Nor has it one in what the receiver reports, if it is the first stage or the last.
+        of_receivers = statistics[RECEIVED, :, OWN:REPORTED]
+        of_receivers[:, :, FORWARD, 0] = of_receivers[:, :, BACKWARD, -1] = np.nan
         return Evidence(
             self._mesh,
             step,

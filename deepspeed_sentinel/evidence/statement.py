@@ -121,7 +121,8 @@ class Header:
             dimensions = take("the number of dimensions", _MOST_DIMENSIONS)
             shape = several(dimensions, _MOST_DIMENSIONS, "a dimension", most_bytes)
             left -= _bytes_of(dtype, shape)
-            if left < 0:
+            # A size of zero makes any others cost no byte, and their product may still be too large to compute with.
+            if left < 0 or _bytes_of(dtype, tuple(max(size, 1) for size in shape)) > most_bytes:
                 raise Malformed(f"the tensors have more than {most_bytes} bytes")
             tensors.append((dtype, shape))
         return cls(micro_batch, seeds, known, tuple(tensors))
@@ -159,8 +160,8 @@ class Statement:
         """From a header and the uint8 [N] that follow it, its tensors on ``device``.
 
         Raises:
-            Malformed: another number of bytes than the header announces, or of seeds than a statement has, or a truth
-                value that is neither.
+            Malformed: another number of bytes than the header announces, or of seeds than a statement has, a truth
+                value that is neither, or a shape that no tensor can have.
         """
         if body_N.numel() != header.body_bytes:
             raise Malformed(f"{body_N.numel()} bytes of values, the header announces {header.body_bytes}")
@@ -174,8 +175,12 @@ class Statement:
             taken += raw_N.numel()
             if dtype == torch.bool and bool((raw_N > 1).any()):
                 raise Malformed("a truth value that is neither")
-            # a copy, which is aligned
-            return raw_N.clone().view(dtype).reshape(shape).to(device)
+            aligned_N = raw_N.clone()
+            try:
+                tensor = aligned_N.view(dtype).reshape(shape)  # takes no memory, so this is not why it fails
+            except RuntimeError as error:
+                raise Malformed(f"no {dtype} of the shape {shape}: {error}") from error
+            return tensor.to(device)
 
         known = tuple(
             Known(take(torch.float32, (DIMENSIONS,)), take(torch.float32, (DIMENSIONS, DIMENSIONS))) if there else None

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from deepspeed_sentinel.evidence import exact
-from deepspeed_sentinel.mesh import Mesh
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
 SENT, RECEIVED = 0, 1
 ZEROS = 0x5EA1ED  # the digest in evidence of a tensor of zeros; 0 is that of no tensor
@@ -150,6 +150,11 @@ class Rows:
         return np.tile(TO_BASELINE, self.parts)
 
     @property
+    def measures(self) -> np.ndarray:
+        """Of one message, and small where its elements change little: not a share of signs, nor a count."""
+        return np.tile([row.scale == "log" and not row.of_pair for row in TABLE], self.parts)
+
+    @property
     def learnt(self) -> np.ndarray:
         return np.tile(LEARNT, self.parts)
 
@@ -204,11 +209,15 @@ class Twins:
         given: bool [C], the columns that were given them, its own among them.
         gradients: int64 [S, R], a digest of the gradients that each worker has accumulated, before any reduction; 0
             where there is none.
+        norms: float64 [S, R], the norm of these gradients.
+        kinds: int64 [S, R], equal numbers for equal kinds of hardware and software.
     """
 
     source: int
     given: np.ndarray
     gradients: np.ndarray
+    norms: np.ndarray
+    kinds: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -220,8 +229,8 @@ class Evidence:
         step: the engine's global step.
         statistics: float32 or 64 [2 ends, 2 directions, links, columns, micro-batches, P * len(TABLE)], laid out as
             ``Rows``; NaN where a statistic is not available. Ends are SENT and RECEIVED; of rows ``of_pair`` RECEIVED
-            is what the receiver reports, SENT what the sender's neighbour on the other side does. Rows ``by_judge``
-            hold nothing.
+            is what the receiver reports, SENT what the sender's neighbour on the other side does. What is given of the
+            pairs of the first and the last stage, which have none, is made NaN. Rows ``by_judge`` hold nothing.
         digests: int64 [2 ends, 2 directions, links, columns, micro-batches, tensors], one for each tensor of a
             message in its order, of any kind; 0 where there is none.
         dealt: int [S, C], the replica of each stage that served each column in this step, or None where replica
@@ -252,3 +261,9 @@ class Evidence:
         assert self.statistics.shape[:4] == shape, (self.statistics.shape, shape)
         assert self.statistics.shape[5] in range(len(TABLE), 1 << 20, len(TABLE)), self.statistics.shape
         assert self.digests.ndim == 6 and self.digests.shape[:5] == self.statistics.shape[:5], self.digests.shape
+        of_pair = Rows(self.statistics.shape[5] // len(TABLE)).of_pair
+        for direction, link in ((FORWARD, 0), (BACKWARD, -1)):
+            if not np.isnan(self.statistics[:, direction, link][..., of_pair]).all():
+                statistics = self.statistics.copy()
+                statistics[:, direction, link] = np.where(of_pair, np.nan, statistics[:, direction, link])
+                object.__setattr__(self, "statistics", statistics)

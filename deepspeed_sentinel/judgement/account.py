@@ -28,6 +28,8 @@ class Judged:
         scores: float64 [2, L, C, M], the largest of all statistics; 0 where nothing was judged.
         overflow: bool [2, L, C, M], non-finite gradients that loss scaling may explain.
         content: bool [2, L, C, M], alarms that content explains.
+        but_for_pair: bool [2, L, C, M], alarms that it would explain but for the statistics of the pair.
+        doubted: bool [2, L, C, M], alarms by nothing but what the two ends of the link report differently.
     """
 
     values: np.ndarray
@@ -37,6 +39,8 @@ class Judged:
     scores: np.ndarray
     overflow: np.ndarray
     content: np.ndarray
+    but_for_pair: np.ndarray
+    doubted: np.ndarray
 
 
 class Account:
@@ -77,7 +81,7 @@ class Account:
         telling = striking if striking.size else micro_batches
         by_statistic_KM, fenced_KM = (rows[(slice(None), *where)] for rows in (judged.per_statistic, judged.fenced))
         own_B, fenced_B = (rows.max(0)[telling] for rows in (by_statistic_KM[~self._table.of_pair], fenced_KM))
-        why = grounds(own_B, fenced_B, telling)
+        why = grounds(own_B, fenced_B, judged.but_for_pair[where][telling], telling)
         worst = int(telling[np.argmax(judged.scores[where][telling])])
         score = float(judged.scores[where][worst])
         statistic = int(np.argmax(by_statistic_KM[:, worst]))
@@ -106,13 +110,18 @@ class Account:
             rests_on_pair=why.rests_on_pair,
             telling=why.telling,
             part=Rows.part(statistic) if self._table.parts > 1 else None,
-            excuse=self._excuse(statistic, bool(judged.content[(*where, worst)])),
+            excuse=self._excuse(statistic, judged, (*where, worst)),
+            but_for_pair=why.rests_on_pair and bool(judged.but_for_pair[(*where, worst)]),
         )
 
-    def _excuse(self, statistic: int, content: bool) -> Literal["", "content", "alone"]:
+    def _excuse(
+        self, statistic: int, judged: Judged, message: tuple[int, int, int, int]
+    ) -> Literal["", "content", "alone", "doubted"]:
         if self._mesh.replicas == 1 and not self._table.hard[statistic]:
             return "alone"
-        return "content" if content else ""
+        if judged.content[message]:
+            return "content"
+        return "doubted" if judged.doubted[message] else ""
 
     def disputes(self, first: np.ndarray, contradicted: np.ndarray) -> tuple[Dispute, ...]:
         """One dispute a link and column.
@@ -120,17 +129,17 @@ class Account:
         Args:
             first: bool [2, L, C, M], disputed messages.
             contradicted: bool [2, L, C, M], those whose two ends report different things; of the others it is the
-                sender's neighbours who do.
+                sender's neighbours who do, where it has two.
         """
         disputes = []
         for direction, link, column in np.argwhere(first.any(3)).tolist():
             where = (direction, link, column)
             sender, receiver = self._mesh.sender_stage(direction, link), self._mesh.receiver_stage(direction, link)
-            about = None
-            if not (first & contradicted)[where].any():
+            about, before = None, 2 * sender - receiver
+            if 0 <= before < self._mesh.stages and not (first & contradicted)[where].any():
                 # The neighbours of the sender contradict each other, so it is between these two.
                 about = self._worker(sender, column)
-                sender = 2 * sender - receiver
+                sender = before
             disputes.append(
                 Dispute(
                     direction=direction,

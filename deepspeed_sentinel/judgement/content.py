@@ -84,12 +84,15 @@ class Content:
 
 def content_alone(
     alarms: np.ndarray, per_statistic: np.ndarray, values: np.ndarray, unlike: np.ndarray, table: Rows
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Alarms that content explains, bool [2, L, C, M]: they are no strike, and what is usual follows them.
 
     They lie no further out than content does. Of a middle stage nothing but statistics of single messages stands out,
     while those of the pair are as foretold, in a column whose content is unlike the others'. The last stage has no
     pair, and the first is what tells of content.
+
+    The second array is of alarms that content would explain but for the pair, which is what the sender's neighbours say
+    of it: they rest on that as if the pair itself were in alarm.
 
     Args:
         alarms: bool [2, L, C, M].
@@ -99,11 +102,11 @@ def content_alone(
         table: the rows judged.
     """
     if not alarms.any():
-        return alarms
+        return alarms, alarms
     available = ~np.isnan(values[table.of_pair]).all(0)
     mild = alarms & (per_statistic[~table.of_pair].max(0) <= HIGHEST)
     explained = available & (per_statistic[table.of_pair].max(0) < CONSPICUOUS)
-    explained[BACKWARD, -1] = True
-    explained &= unlike[:, None]
-    explained[FORWARD, 0] = True
-    return np.asarray(mild & explained)
+    explained[BACKWARD, -1] = explained[FORWARD, 0] = True
+    new = np.broadcast_to(unlike[:, None], alarms.shape).copy()
+    new[FORWARD, 0] = True
+    return mild & new & explained, mild & new & ~explained

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT, Rows, comparable
@@ -9,41 +11,72 @@ from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.robust import median
 
 
-def contradictions(statistics: np.ndarray, fences: Fences, table: Rows) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class Contradictions:
+    """Where reports differ.
+
+    Attributes:
+        by_ends: bool [2, L, C, M], messages about which the two ends of a link are in dispute.
+        by_neighbours: bool [2, L, C, M], messages about whose sender its two neighbours are.
+        doubted: bool [K, 2, L, C, M], statistics to a baseline that the ends report differently, in dispute or not: by
+            one of them alone nobody is struck.
+        neither: bool [K, 2, L, C, M], those of them of which neither report is to be used.
+    """
+
+    by_ends: np.ndarray
+    by_neighbours: np.ndarray
+    doubted: np.ndarray
+    neither: np.ndarray
+
+    @classmethod
+    def none(cls, messages: tuple[int, ...], rows: int) -> Contradictions:
+        """Of messages of this shape, [2, L, C, M]."""
+        of_messages, of_rows = np.zeros(messages, bool), np.zeros((rows, *messages), bool)
+        return cls(of_messages, of_messages, of_rows, of_rows)
+
+
+def contradictions(statistics: np.ndarray, fences: Fences, table: Rows) -> Contradictions:
     """Messages about which the two ends, and those about whose sender its two neighbours, report different numbers.
 
     Different means further apart than an inter-quartile range. Each end measures against its own copy of the baseline,
     and a liar among the replicas that hold one copy must not be able to set honest neighbours at odds. What most
     columns of a link show alike is therefore of the copies, and not of the column: it is subtracted, and where most
-    have a number at one end alone, or differ in spite of it, that says nothing. Otherwise all columns would be left
+    have a number at one end alone, or differ in spite of it, nobody is in dispute. Otherwise all columns would be left
     out, nothing learnt any more, and the copies never become alike again.
+
+    But most columns may be a minority of each end's workers, who say so to be in no dispute. So what differs accuses
+    nobody in any case, and where most differ in spite of what they show alike, neither number is used. Two ends that
+    report the same are in no dispute, whatever others show alike.
 
     Args:
         statistics: [2 ends, 2, L, C, M, P * K], as in ``Evidence``.
         fences: whose ranges are the measure.
         table: the rows.
-
-    Returns:
-        bool [2, L, C, M] each: by the two ends of a link, and by the two neighbours of a worker.
     """
     bits = np.ascontiguousarray(np.moveaxis(statistics, -1, 1)).view(f"i{statistics.itemsize}")
     unequal = (bits[SENT] != bits[RECEIVED]).any(0)
     if not unequal.any():
-        return unequal, unequal
+        return Contradictions.none(unequal.shape, len(table))
     sent, received = (comparable(statistics[end][unequal].T.astype(np.float64)) for end in (SENT, RECEIVED))
     difference = np.where(np.isnan(np.moveaxis(statistics[RECEIVED], -1, 0)), np.nan, 0.0)
     difference[:, unequal] = sent - received
     gone = np.zeros(difference.shape, bool)
     gone[:, unequal] = np.isnan(sent) != np.isnan(received)
+    ranges = fences.iqr[..., None, None]
+    with np.errstate(invalid="ignore"):
+        apart = (np.abs(difference) > ranges) | gone
     copies = table.to_baseline
+    doubted, neither = np.zeros_like(apart), np.zeros_like(apart)
+    doubted[copies] = apart[copies]
     if fences.has_majority:
         flat = difference[copies].reshape(*difference[copies].shape[:3], -1)
         difference[copies] -= np.nan_to_num(median(flat))[..., None, None]
-        mostly = 2 * np.count_nonzero(gone[copies], axis=(3, 4)) > flat.shape[-1]
-        gone[copies] &= ~mostly[..., None, None]
-    with np.errstate(invalid="ignore"):
-        apart = (np.abs(difference) > fences.iqr[..., None, None]) | gone
-    if fences.has_majority:
+        mostly = (2 * np.count_nonzero(gone[copies], axis=(3, 4)) > flat.shape[-1])[..., None, None]
+        gone[copies] &= ~mostly
+        with np.errstate(invalid="ignore"):
+            apart[copies] &= (np.abs(difference[copies]) > ranges[copies]) | gone[copies]
         columns = np.count_nonzero(apart[copies].any((0, 4)), axis=-1)
-        apart[copies] &= (2 * columns <= difference.shape[3])[..., None, None]
-    return apart[~(table.hard | table.of_pair)].any(0), apart[table.of_pair].any(0)
+        most = (2 * columns > difference.shape[3])[..., None, None]
+        neither[copies] = doubted[copies] & (most | mostly)
+        apart[copies] &= ~most
+    return Contradictions(apart[~(table.hard | table.of_pair)].any(0), apart[table.of_pair].any(0), doubted, neither)

@@ -3,9 +3,11 @@
 There is no majority, so the residuals of both stand out alike. If both have moved, training did: another kind of data,
 a jump of the learning rate, a spike of the loss. It counts against a replica only where it moved alone,
 
-    |m - past| of its own  >  ALONE times  |m - past| of the other's       m: a column's median of the statistic
+    max |x - past| of its own  >  ALONE times  max |x - past| of the other's       x: the statistic of a message
 
-and where only one of the two can be heard at all, against nobody.
+and where only one of the two can be heard at all, against nobody. The largest of a step and not its median, which who
+tampers with the lesser part of its messages does not move: it would be found now and then, and more often the honest
+stage behind it that makes more of the same.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Past:
             comparable: float64 [K, 2, L, 2, M].
             eligible: bool [2, L, 2, M].
         """
-        moved = np.abs(median(np.where(eligible, comparable, np.nan)) - self._level)
+        away = np.abs(comparable - self._level[..., None])
+        moved = np.fmax.reduce(np.where(eligible, away, np.nan), axis=-1)
         with np.errstate(invalid="ignore"):
             return np.asarray(moved > ALONE * moved[..., ::-1])
 

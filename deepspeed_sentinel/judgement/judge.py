@@ -22,7 +22,7 @@ from deepspeed_sentinel.judgement.blame import Blame, followers
 from deepspeed_sentinel.judgement.cascade import hold_against_fences
 from deepspeed_sentinel.judgement.clean import clean_links, sent_by
 from deepspeed_sentinel.judgement.content import Content, content_alone
-from deepspeed_sentinel.judgement.contradiction import contradictions
+from deepspeed_sentinel.judgement.contradiction import Contradictions, contradictions
 from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.nothing import Nothing
@@ -116,21 +116,25 @@ class Judge:
         """
         warming_up, served, of_pair = self.warming_up, evidence.served, self.table.of_pair
         twins = evidence.twins
-        void, made = self.nothing.step(evidence.statistics, warming_up)
+        nothing = self.nothing.step(evidence.statistics, evidence.digests, served, warming_up)
+        void = nothing.void
         statistics = self._available(evidence.statistics, void)
         values = self._reported(statistics)
         hard = np.nan_to_num(statistics[..., self.table.hard & ~self.table.by_judge]).any(-1)
         compared = comparable(values)
         differ = (evidence.digests[SENT] != evidence.digests[RECEIVED]).any(-1) | (hard[SENT] != hard[RECEIVED])
-        contradicted, contested = differ, np.zeros_like(differ)
+        said = Contradictions.none(differ.shape, len(self.table))
         if not warming_up:
-            by_ends, contested = contradictions(statistics, self.fences, self.table)
-            contradicted = differ | by_ends
-        contested = contested | self.silence.step(evidence.statistics[RECEIVED], void, warming_up)
+            # As reported: of what is not judged, too, nobody may say other things than its partner.
+            said = contradictions(evidence.statistics, self.fences, self.table)
+            values[said.neither] = compared[said.neither] = np.nan
+        contradicted = differ | said.by_ends
+        contradicted[BACKWARD] |= nothing.disputed
+        contested = said.by_neighbours | self.silence.step(evidence.statistics[RECEIVED], void, served, warming_up)
         disputes = contradicted | contested
         values[self.table.by_judge] = 0.0
-        values[_PASSED_ON] = self.passing.step(evidence.digests[RECEIVED], ~differ)
-        values[_FROM_NOTHING, BACKWARD] = made
+        values[_PASSED_ON] = self.passing.step(evidence.digests[RECEIVED], ~differ, served)
+        values[_FROM_NOTHING, BACKWARD] = nothing.made
         whole = ~(disputes | hard[RECEIVED])
         convicted = self._served_by_convicted(served)
         by_convicted = np.broadcast_to(sent_by(convicted)[..., None], whole.shape)
@@ -165,20 +169,21 @@ class Judge:
         scores = per_statistic.max(0)
         alarms = scores > 1.0
         largest = np.fmax.reduce(evidence.statistics[..., _MAX_ABS], axis=-1).astype(np.float64)
-        explained = self.overflow.step(largest, hard.any(0), served, overflow_limit)
+        explained = self.overflow.step(largest, hard, served, overflow_limit)
         judged = ~explained.shared
-        alarms, disputes, scores = alarms & judged, disputes & judged, np.where(judged, scores, 0.0)
+        alarms, scores = alarms & judged, np.where(judged, scores, 0.0)
         trial = None
         differing, right = np.zeros_like(alarms), np.zeros_like(alarms)
         if twins:
+            measures = evidence.statistics[..., self.table.measures]
             trial = try_twins(
                 self.mesh,
                 evidence.digests[RECEIVED],
+                measures,
                 disputes | ~judged,
-                twins.gradients,
+                twins,
                 served,
                 self.record.convicted,
-                twins.given,
             )
             differing, right = trial.wrong | trial.undecided, trial.right
             alarms = alarms & ~differing & (hard.any(0) | ~right)
@@ -186,12 +191,18 @@ class Judge:
 
         certain = (values[self.table.by_judge] > 0.0).any(0)
         firm = per_statistic[self.table.hard].max(0) > 0
-        content = content_alone(alarms & ~firm, per_statistic, values, unlike, self.table)
+        content, but_for_pair = content_alone(alarms & ~firm, per_statistic, values, unlike, self.table)
         reported_only = alarms & ~firm & (not self.fences.compares_replicas)
-        excused = explained.overflow | content | reported_only | right
+        undecided = np.zeros_like(alarms)
+        undecided[BACKWARD] = nothing.open & ~hard.any(0)[BACKWARD] & (values[_PASSED_ON, BACKWARD] == 0)
+        # Without what the two ends report differently nothing would be outside.
+        doubted = said.doubted.any(0) & (np.where(said.doubted, 0.0, per_statistic).max(0) <= 1.0)
+        excused = explained.overflow | content | reported_only | right | undecided | doubted
         blame = Blame.of(alarms, disputes | differing, scores, excused, certain)
         account = Account(self.mesh, served, self.table)
-        judged_step = Judged(values, residuals, per_statistic, fenced, scores, explained.overflow, content)
+        judged_step = Judged(
+            values, residuals, per_statistic, fenced, scores, explained.overflow, content, but_for_pair, doubted
+        )
         findings = account.findings(blame, judged_step, self.fences)
         disputed = account.disputes(blame.disputes & ~differing, contradicted)
         self._tried = tried(self.mesh, trial, self.record.suspects, proved) if trial or proved else None
@@ -208,8 +219,9 @@ class Judge:
             excluded |= suspected
         if self.settings.action == "quarantine":
             excluded |= convicted.any(0)
-        skip = bool(excluded.all())
-        overflow = skip and bool((alarms & explained.overflow).any())
+        shared = bool(explained.shared.any()) and self.settings.action != "observe"
+        skip = bool(excluded.all()) or shared
+        overflow = skip and (shared or bool((alarms & explained.overflow).any()))
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip and not overflow else 0
 
         # In a skipped step no weight changes, and nothing has to be learnt.
@@ -244,7 +256,7 @@ class Judge:
             overflow=overflow,
             halt=self._halt_reason(changes.convicted),
             twins=twins is not None,
-            alike=np.asarray(_serving(trial.sound, served)[:, ~excluded].all(1)) if trial else NOBODY,
+            alike=np.asarray(_serving(trial.same, served)[:, ~excluded].all(1)) if trial else NOBODY,
             suspects=self.record.suspects,
             proofs=trial.proofs if trial else (),
             differences=trial.differences if trial else (),

@@ -9,9 +9,10 @@ message only
                       that had any. So no worker's report decides, nor that of a minority of the replicas.
 
 A message so explained gives its sender no strike; its column is left out. If more than half of a stage's replicas send
-such messages, the scale is too large for all: that is left to the loss scaler, which skips the step and halves the
-scale. Bad workers of several stages cannot stand in for that majority; and whoever uses the excuse sees the scale
-halved, until nothing is near the limit and the excuse has gone.
+such messages, as both ends of the link say, the scale is too large for all: nobody is left out, the step is skipped and
+the scale halved, as the loss scaler would do. Bad workers of several stages cannot stand in for that majority, an
+honest worker is always among it; and whoever uses the excuse sees the scale halved, until nothing is near the limit and
+the excuse has gone.
 
 Example: limit 100, headroom 1/64. Columns with largest gradients 3, 4, 5, 0.1 around stage 2: the median is 3.5, above
 1.6. A NaN that starts at stage 2 is explained in the first three columns and a strike in the fourth.
@@ -38,7 +39,8 @@ class Explained:
 
     Attributes:
         overflow: bool [2, L, C, M], non-finite gradients that start there.
-        shared: bool [2, L, C, M], those of them that most replicas of their stage have, and all that follows them.
+        shared: bool [2, L, C, M], those that most replicas of their stage have by both ends, and all that follows them:
+            not judged, so the step must be skipped.
     """
 
     overflow: np.ndarray
@@ -61,23 +63,23 @@ class Overflow:
 
         Args:
             max_abs: float64 [2 ends, 2, L, C, M], the largest magnitude of each message as reported.
-            non_finite: bool [2, L, C, M], messages that either end reports to hold NaN or infinity.
+            non_finite: bool [2 ends, 2, L, C, M], messages that each end reports to hold NaN or infinity.
             served: int [S, C], who served each column.
             limit: the magnitude at which an honest gradient overflows, in the unit of ``max_abs``; infinite where no
                 loss scale is sought.
         """
-        nothing = np.zeros_like(non_finite)
+        by_any, by_both = (np.asarray(which(0)) for which in (non_finite.any, non_finite.all))
+        nothing = np.zeros_like(by_any)
         if not np.isfinite(limit):
             return Explained(nothing, nothing)
-        largest = np.where(non_finite, np.nan, np.fmin(*max_abs))[BACKWARD]
+        largest = np.where(by_any, np.nan, np.fmin(*max_abs))[BACKWARD]
         known = np.fmax.reduce(largest, axis=-1)
         self._largest = np.where(np.isnan(known), self._largest, known)
-        if not non_finite[BACKWARD].any():
+        if not by_any[BACKWARD].any():
             return Explained(nothing, nothing)
-        overflow = non_finite & ~followers(non_finite)
-        overflow[FORWARD] = False
-        overflow[BACKWARD] &= self._near(limit)[..., None]
-        shared = overflow & self._by_most_replicas(overflow[BACKWARD], served)[:, None, None]
+        near = self._near(limit)[..., None]
+        overflow, agreed = (self._starts(which, near) for which in (by_any, by_both))
+        shared = agreed & self._by_most_replicas(agreed[BACKWARD], served)[:, None, None]
         return Explained(overflow, shared | followers(shared))
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -85,6 +87,14 @@ class Overflow:
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         self._largest = np.array(state["largest"])
+
+    @staticmethod
+    def _starts(non_finite: np.ndarray, near: np.ndarray) -> np.ndarray:
+        """Gradients that are the first on their way, bool [2, L, C, M], near the limit (bool [L, C, 1])."""
+        first = non_finite & ~followers(non_finite)
+        first[FORWARD] = False
+        first[BACKWARD] &= near
+        return np.asarray(first)
 
     def _near(self, limit: float) -> np.ndarray:
         """Links and columns whose sender's gradients are near the limit, bool [L, C]; also where none is known yet."""

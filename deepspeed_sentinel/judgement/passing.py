@@ -5,6 +5,10 @@ out. But a stage that handed a tensor on unchanged in every message of the warm-
 its sender is in alarm: both ends of the link before it agree on what entered, both ends of the link after it on what
 left, so nobody's word alone accuses it, and no fence is asked.
 
+Two tensors that entered alike all through the warm-up leave it open which of them leaves where. Where they differ, one
+will show it; but one worker may have swapped them. So until more than half of a stage's replicas have shown that it is
+not the one, either may be what leaves, and neither accuses anybody.
+
 Example: tensors (hidden state, position ids) enter with digests (5, 7) and leave with (9, 7). Leaving tensor 1 equals
 entering tensor 1, in all messages, so it is expected to. Later (6, 7) enters and (8, 3) leaves: that message is in
 alarm.
@@ -15,6 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from deepspeed_sentinel.evidence.table import ZEROS
+from deepspeed_sentinel.judgement.replicas import most, of_replicas
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
 
@@ -36,13 +41,15 @@ class Passing:
         self._learnt = 0
         self._same = np.ones((2, max(mesh.stages - 2, 0), 0, 0), bool)
         self._seen = np.zeros_like(self._same)
+        self._elsewhere = np.zeros((*self._same.shape, mesh.replicas), bool)
 
-    def step(self, digests: np.ndarray, agreed: np.ndarray) -> np.ndarray:
+    def step(self, digests: np.ndarray, agreed: np.ndarray, served: np.ndarray) -> np.ndarray:
         """Learn from a step, or hold it against what was learnt.
 
         Args:
             digests: int64 [2, L, C, M, T], one a tensor, 0 where there is none.
             agreed: bool [2, L, C, M], messages about which both ends report the same.
+            served: int [S, C], who served each column.
 
         Returns:
             int [2, L, C, M]: how many tensors of a message should have been passed on unchanged and were not.
@@ -54,6 +61,7 @@ class Passing:
         if self._same.shape[-1] != tensors:
             self._same, self._learnt = np.ones((*self._same.shape[:2], tensors, tensors), bool), 0
             self._seen = np.zeros_like(self._same)
+            self._elsewhere = np.zeros((*self._same.shape, self._mesh.replicas), bool)
         entered, left = entering(digests)[..., :, None], leaving(digests)[..., None, :]
         known = entering(agreed) & leaving(agreed)
         equal = (entered == left) & (entered != 0)  # [2, S - 2, C, M, T entering, T leaving]
@@ -68,21 +76,28 @@ class Passing:
         same = (self._same & self._seen)[:, :, None, None]
         passed = (equal & same).any(-2)
         broken = same.any(-2) & ~passed & known[..., None]
-        columns = np.count_nonzero(broken.any(3), axis=2)
-        forgotten = (2 * columns > self._mesh.replicas) & (self._mesh.replicas > 1)
+        forgotten = most(self._by_replica(broken.any(3), served)) & (self._mesh.replicas > 1)
         # Of two tensors that entered alike and are so no longer, one is what leaves.
-        elsewhere = (same & ~equal & (passed & known[..., None])[..., None, :]).any(axis=(2, 3))
-        self._same = self._same & ~forgotten[:, :, None, :] & ~elsewhere
+        elsewhere = (same & ~equal & (passed & known[..., None])[..., None, :]).any(3)
+        self._elsewhere = self._elsewhere | self._by_replica(elsewhere, served)
+        self._same = self._same & ~forgotten[:, :, None, :] & ~most(self._elsewhere)
         count = np.count_nonzero(broken & ~forgotten[:, :, None, None], axis=-1)
         changed[FORWARD, 1:], changed[BACKWARD, :-1] = count[FORWARD], count[BACKWARD]
         return changed
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {"same": self._same.copy(), "seen": self._seen.copy(), "learnt": np.array(self._learnt)}
+        arrays = {"same": self._same, "seen": self._seen, "elsewhere": self._elsewhere}
+        return {**{name: array.copy() for name, array in arrays.items()}, "learnt": np.array(self._learnt)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         self._same, self._seen = np.array(state["same"]), np.array(state["seen"])
+        self._elsewhere = np.array(state["elsewhere"])
         self._learnt = int(state["learnt"])
+
+    def _by_replica(self, by_column: np.ndarray, served: np.ndarray) -> np.ndarray:
+        """bool [2, S - 2, C, ...] -> [2, S - 2, ..., R]."""
+        moved = np.moveaxis(by_column, (1, 2), (-2, -1))
+        return np.moveaxis(of_replicas(moved, served[1:-1], self._mesh.replicas), -2, 1)
 
 
 def entering(per_link: np.ndarray) -> np.ndarray:

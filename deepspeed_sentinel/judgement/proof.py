@@ -11,6 +11,9 @@ held against the others of its stage that were given the same as it was:
 * Both ends of a link must report the same digest. Else it is a dispute, and from there on that column is out.
 * Accumulated gradients of weights never cross a link. They are compared in the same way, among the workers whose
   columns have agreed on every message that enters their stage, forward and backward.
+* Workers on unlike hardware round differently. A worker that says it runs on another kind than most of its stage, and
+  whoever is given what it sent, is held against the truth by statistics: apart by more than ``ROUNDING`` it is proved.
+  So who claims a kind of its own is still bound, though not to the last bit.
 * Without a truth the step says that workers differ and not who is wrong. Where more workers differ, each from each
   other, than can be bad, honest ones are among them: the stage's work is not the same bit for bit, and its replicas
   cannot be compared so.
@@ -32,11 +35,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepspeed_sentinel.evidence.table import Twins
 from deepspeed_sentinel.judgement.blame import by_link, chain_order
 from deepspeed_sentinel.judgement.record import Tried
+from deepspeed_sentinel.judgement.robust import median
 from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD, Mesh, Worker
 
+# Of a statistic, relative: bf16 rounds elements by 2^-9, and a largest one may differ by twice that.
+ROUNDING = 2.0**-7
 _LEAST = 2  # one worker alone is no majority of anything
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,8 @@ class Proof:
         column: which it served.
         direction: of its messages; None where the accumulated gradients of its weights differ.
         micro_batches: which of its messages differ; empty for gradients.
-        agreeing, compared: how many workers made the same of it, of how many that were given the same.
+        agreeing, compared: how many workers made the same of it, of how many that were given the same
+            and run on the same kind of hardware.
         trusted: it is in the first or last stage and never convicted: suspect hardware.
     """
 
@@ -105,6 +114,7 @@ class Trial:
         undecided: bool [2, L, C, M], messages that differ without a truth.
         proofs, differences: in the order of stages.
         sound: bool [S, R], workers all of whose messages are right, and whose gradients are.
+        same: bool [S, R], workers whose gradients are right to the last bit.
         unlike: bool [S], stages whose honest replicas differ: nothing of them is proved bit for bit.
         spoilt: bool [C], columns that must not count: something in them is wrong or undecided.
     """
@@ -115,16 +125,18 @@ class Trial:
     proofs: tuple[Proof, ...]
     differences: tuple[Difference, ...]
     sound: np.ndarray
+    same: np.ndarray
     unlike: np.ndarray
     spoilt: np.ndarray
 
 
 @dataclass(frozen=True)
 class _Vote:
-    """What workers of one stage say on several questions; V values on M questions.
+    """What workers of one stage say on several questions, [M].
 
     Attributes:
         right, wrong, undecided: bool [C, M].
+        exact: bool [C, M], those that are right to the last bit.
         agreeing, compared: int [M], workers behind the truth, and all that were asked.
         unlike: bool [M], more differ than can be bad.
     """
@@ -132,6 +144,7 @@ class _Vote:
     right: np.ndarray
     wrong: np.ndarray
     undecided: np.ndarray
+    exact: np.ndarray
     agreeing: np.ndarray
     compared: np.ndarray
     unlike: np.ndarray
@@ -140,66 +153,72 @@ class _Vote:
 def try_twins(
     mesh: Mesh,
     digests: np.ndarray,
+    measures: np.ndarray,
     disputed: np.ndarray,
-    gradients: np.ndarray,
+    twins: Twins,
     served: np.ndarray,
     convicted: np.ndarray,
-    given: np.ndarray,
 ) -> Trial:
     """Hold the workers of each stage against each other.
 
     Args:
         mesh: stages and replicas.
         digests: int64 [2, L, C, M, T], of every tensor of every message.
+        measures: float [2 ends, 2, L, C, M, N], statistics of every message by which unlike hardware is held to the
+            truth, as both its ends report them.
         disputed: bool [2, L, C, M], messages whose two ends report different things.
-        gradients: int64 [S, R], of the gradients that each worker has accumulated; 0 is none.
+        twins: what else is known of the step.
         served: int [S, C], who served each column.
         convicted: bool [S, R], whose word does not count.
-        given: bool [C], columns that were given the same micro-batches.
     """
     links, columns, messages = digests.shape[1:4]
-    ordered_PCMT, disputed_PCM = chain_order(digests), chain_order(disputed)
-    bad = np.maximum((mesh.replicas - 1) // 2 - np.count_nonzero(convicted, axis=1), 0)
-    agreed = np.broadcast_to(given[:, None], (columns, messages))
-    entered = np.zeros((mesh.stages, columns), bool)  # all that a stage's gradients are made of has agreed
-    found = []
-    for position, what_CMT in enumerate(ordered_PCMT):
+    digests_PCMT, disputed_PCM = chain_order(digests), chain_order(disputed)
+    measures_PECMN = np.stack([chain_order(of_end) for of_end in measures], axis=1)
+    stages = [_Stage.of(mesh, twins.kinds[stage], served[stage], convicted[stage]) for stage in range(mesh.stages)]
+    agreed = exact = np.broadcast_to(twins.given[:, None], (columns, messages))
+    # Whether all that a stage's gradients are made of has agreed, and to the last bit.
+    entered, entered_exact = (np.zeros((mesh.stages, columns), bool) for _ in range(2))
+    found: list[tuple[int, int, _Vote]] = []
+    for position in range(2 * links):
         direction = FORWARD if position < links else BACKWARD
         link = position if direction == FORWARD else 2 * links - 1 - position
-        stage = mesh.sender_stage(direction, link)
+        stage, receiver = mesh.sender_stage(direction, link), mesh.receiver_stage(direction, link)
         asked = agreed & ~disputed_PCM[position]
-        vote = _vote(what_CMT, asked, served[stage], convicted[stage], int(bad[stage]))
+        vote = stages[stage].vote(digests_PCMT[position], measures_PECMN[position], asked, exact)
         agreed = asked & ~vote.wrong & ~vote.undecided & ~vote.unlike
+        exact = agreed & vote.exact
         found.append((stage, direction, vote))
         if direction == BACKWARD or link == links - 1:
-            entered[mesh.receiver_stage(direction, link)] = agreed.all(-1)
+            entered[receiver], entered_exact[receiver] = agreed.all(-1), exact.all(-1)
     right, wrong, undecided = (
         by_link(np.stack([getattr(vote, name) for _, _, vote in found])) for name in ("right", "wrong", "undecided")
     )
     proofs: list[Proof] = []
     differences: list[Difference] = []
     unlike = np.zeros(mesh.stages, bool)
-    sound = np.ones((mesh.stages, mesh.replicas), bool)
+    sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
     spoilt = np.asarray((wrong | undecided).any(axis=(0, 1, 3)))
-    for stage in range(mesh.stages):
-        alone = np.bincount(served[stage], minlength=mesh.replicas)[served[stage]] == 1
-        asked = (entered[stage] & alone & (gradients[stage][served[stage]] != 0))[:, None]
-        vote = _vote(
-            gradients[stage][served[stage]][:, None, None], asked, served[stage], convicted[stage], int(bad[stage])
-        )
-        of_stage = [(direction, one) for at, direction, one in found if at == stage]
-        told: list[tuple[int | None, _Vote]] = [*of_stage]
+    for stage, workers in enumerate(served):
+        told: list[tuple[int | None, _Vote]] = [(direction, vote) for at, direction, vote in found if at == stage]
+        gradients, norms = twins.gradients[stage][workers], twins.norms[stage][workers]
+        # Who serves several columns has accumulated more than the others.
+        alone = np.bincount(workers, minlength=mesh.replicas)[workers] == 1
+        asked = entered[stage] & alone & (gradients != 0)
         if asked.any():
+            vote = stages[stage].vote(
+                gradients[:, None, None], norms[None, :, None, None], asked[:, None], entered_exact[stage][:, None]
+            )
+            spoilt |= (vote.wrong | vote.undecided)[:, 0]
+            same[stage, workers] = (vote.right & vote.exact)[:, 0]
             told.append((None, vote))
-        spoilt |= (vote.wrong | vote.undecided)[:, 0]
         for way, one in told:
             unlike[stage] |= bool(one.unlike.any())
-            proofs += _proofs(mesh, stage, way, one, served[stage])
-            differences += _differences(stage, way, one, served[stage])
-            sound[stage, served[stage][~one.right.all(-1)]] = False
+            proofs += _proofs(mesh, stage, way, one, workers)
+            differences += _differences(stage, way, one, workers)
+            sound[stage, workers[~one.right.all(-1)]] = False
     idle = np.ones((mesh.stages, mesh.replicas), bool)
     np.put_along_axis(idle, served, False, axis=1)
-    return Trial(right, wrong, undecided, tuple(proofs), tuple(differences), sound & ~idle, unlike, spoilt)
+    return Trial(right, wrong, undecided, tuple(proofs), tuple(differences), sound & ~idle, same, unlike, spoilt)
 
 
 def tried(mesh: Mesh, trial: Trial | None, suspects: np.ndarray, otherwise: Collection[Worker]) -> Tried:
@@ -225,36 +244,81 @@ def tried(mesh: Mesh, trial: Trial | None, suspects: np.ndarray, otherwise: Coll
     return Tried(proved, sound & ~proved, trial.unlike if trial else np.zeros(mesh.stages, bool))
 
 
-def _vote(what_CMT: np.ndarray, asked: np.ndarray, served: np.ndarray, convicted: np.ndarray, bad: int) -> _Vote:
-    """The truth on each question, if there is one.
+@dataclass(frozen=True)
+class _Stage:
+    """Who speaks for the columns of a stage.
 
-    Args:
-        what_CMT: int64 [C, M, T], what each says.
-        asked: bool [C, M], who is asked.
-        served: int [C], the replica that speaks for a column.
-        convicted: bool [R], whose word does not count.
-        bad: how many of the others can be bad.
+    Attributes:
+        served: int [C], the replica that serves a column.
+        heard: bool [C], whose word counts.
+        alike: bool [C], who runs on the kind of hardware that most do.
+        bad: how many of those whose word counts can be bad.
     """
-    columns, questions = asked.shape
-    replicas, quorum = len(convicted), max(_LEAST, bad + 1)
-    same = (what_CMT[:, None] == what_CMT[None]).all(-1) & asked[:, None] & asked[None]
-    version = np.argmax(same, axis=1)  # the first column that says the same
-    heard = asked & ~convicted[served][:, None]
-    # A worker that serves several columns has one voice.
-    voices = ((np.arange(questions) * columns + version) * replicas + served[:, None])[heard]
-    votes_MC = np.bincount(np.unique(voices) // replicas, minlength=questions * columns).reshape(questions, columns)
-    voters = np.bincount(
-        np.unique(((np.arange(questions) * replicas) + served[:, None])[heard]) // replicas, minlength=questions
-    )
-    best = np.argmax(votes_MC, axis=1)
-    agreeing = votes_MC[np.arange(questions), best]
-    known = (agreeing >= quorum) & (2 * agreeing > voters)
-    right = asked & known & (version == best)
-    wrong = asked & known & (version != best)
-    versions = np.count_nonzero(asked & (version == np.arange(columns)[:, None]), axis=0)
-    unlike = ~known & (agreeing == 1) & (voters >= max(bad + 2, _LEAST + 1))
-    undecided = asked & ~known & (versions > 1) & ~unlike
-    return _Vote(right, wrong, undecided, agreeing, voters, unlike)
+
+    served: np.ndarray
+    heard: np.ndarray
+    alike: np.ndarray
+    bad: int
+
+    @classmethod
+    def of(cls, mesh: Mesh, kinds: np.ndarray, served: np.ndarray, convicted: np.ndarray) -> _Stage:
+        """``kinds`` int64 [R], ``served`` int [C], ``convicted`` bool [R]."""
+        known, count = np.unique(kinds, return_counts=True)
+        bad = max((mesh.replicas - 1) // 2 - int(np.count_nonzero(convicted)), 0)
+        return cls(served, ~convicted[served], kinds[served] == known[np.argmax(count)], bad)
+
+    def vote(self, what_CMT: np.ndarray, measures_ECMN: np.ndarray, asked: np.ndarray, exact: np.ndarray) -> _Vote:
+        """The truth on each question, if there is one.
+
+        Args:
+            what_CMT: int64 [C, M, T], what each says.
+            measures_ECMN: float [ends, C, M, N], statistics of it, as each end reports them: one alone accuses nobody.
+            asked: bool [C, M], who is asked.
+            exact: bool [C, M], who was given the same as most to the last bit.
+        """
+        columns, questions = asked.shape
+        replicas, quorum = int(self.served.max()) + 1, max(_LEAST, self.bad + 1)
+        near = asked & ~(exact & self.alike[:, None])
+        compared = asked & ~near
+        same = (what_CMT[:, None] == what_CMT[None]).all(-1) & compared[:, None] & compared[None]
+        version = np.argmax(same, axis=1)  # the first column that says the same
+        heard = compared & self.heard[:, None]
+        # A worker that serves several columns has one voice.
+        question = np.arange(questions)
+        voices = np.unique(((question * columns + version) * replicas + self.served[:, None])[heard]) // replicas
+        votes_MC = np.bincount(voices, minlength=questions * columns).reshape(questions, columns)
+        speakers = np.unique((question * replicas + self.served[:, None])[heard]) // replicas
+        voters = np.bincount(speakers, minlength=questions)
+        best = np.argmax(votes_MC, axis=1)
+        agreeing = votes_MC[question, best]
+        known = (agreeing >= quorum) & (2 * agreeing > voters)
+        true = compared & known & (version == best)
+        apart_ECM = _apart(measures_ECMN, true) > ROUNDING
+        apart, together = apart_ECM.all(0), ~apart_ECM.any(0)
+        versions = np.count_nonzero(compared & (version == np.arange(columns)[:, None]), axis=0)
+        unlike = ~known & (agreeing <= 1) & (voters >= max(self.bad + 2, _LEAST + 1))
+        return _Vote(
+            right=true | (near & known & together),
+            wrong=(compared & known & (version != best)) | (near & known & apart),
+            undecided=(compared & ~known & (versions > 1) & ~unlike) | (near & known & ~apart & ~together),
+            exact=true | (compared & ~known & (versions == 1)),
+            agreeing=agreeing,
+            compared=voters,
+            unlike=unlike,
+        )
+
+
+def _apart(measures_ECMN: np.ndarray, true_CM: np.ndarray) -> np.ndarray:
+    """Largest relative difference from the median of what is true, float64 [ends, C, M].
+
+    It is infinite where one of the two is not available, and 0 where neither is.
+    """
+    mine = measures_ECMN.astype(np.float64)
+    theirs = median(np.moveaxis(np.where(true_CM[..., None], mine, np.nan), 1, -1))[:, None]
+    missing = np.isnan(mine) != np.isnan(theirs)
+    with np.errstate(invalid="ignore"):
+        relative = np.abs(mine - theirs) / np.maximum(np.maximum(np.abs(mine), np.abs(theirs)), _TINY)
+    return np.asarray(np.where(missing, np.inf, np.nan_to_num(relative, nan=0.0, posinf=np.inf)).max(-1))
 
 
 def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: _Vote, served: np.ndarray) -> list[Proof]:

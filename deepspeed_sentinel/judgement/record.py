@@ -67,6 +67,7 @@ class Record:
         self.on_probation = np.zeros(shape, bool)
         self._quiet_steps = np.zeros(shape, np.int64)
         self._unlike = np.zeros(mesh.stages, bool)
+        self._more_to_find = False
         self._position = 0
         self._before: dict[str, np.ndarray] | None = None
         self._trusted = np.zeros(shape, bool)
@@ -81,6 +82,14 @@ class Record:
     def suspects(self) -> np.ndarray:
         """Workers with a strike within the window that are not convicted, bool [S, R]."""
         return np.asarray((self.strikes > 0) & ~self.convicted)
+
+    @property
+    def suspicion(self) -> bool:
+        """Somebody is to be tried: a suspect, or whoever may stand behind a worker that the last trial convicted.
+
+        What follows a difference is not tested, so a trial that has convicted anybody new calls for another.
+        """
+        return bool(self.suspects.any()) or self._more_to_find
 
     @property
     def lasting_disputes(self) -> np.ndarray:
@@ -109,6 +118,8 @@ class Record:
             guilty &= self._unlike[:, None]
         self._struck[:, cleared] = False
         newly = ((guilty & ~cleared) | proved) & ~self.convicted & ~self._trusted
+        if tried is not None:
+            self._more_to_find = bool(newly.any())
         self.convicted = self.convicted | newly
         self.on_probation = self.on_probation & ~newly
         quiet = self._quiet_steps >= self.probation
@@ -137,6 +148,7 @@ class Record:
             "on_probation": self.on_probation.copy(),
             "quiet_steps": self._quiet_steps.copy(),
             "unlike": self._unlike.copy(),
+            "more_to_find": np.array(self._more_to_find),
             "position": np.array(self._position),
         }
 
@@ -147,4 +159,5 @@ class Record:
         self.on_probation = np.array(state["on_probation"])
         self._quiet_steps = np.array(state["quiet_steps"])
         self._unlike = np.array(state["unlike"])
+        self._more_to_find = bool(state["more_to_find"])
         self._position = int(state["position"])

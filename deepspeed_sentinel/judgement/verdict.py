@@ -42,8 +42,10 @@ class Finding:
         score: distance from the nearer quartile over the fence's; above 1 is outside. Infinite for a hard row.
         trusted: the worker is in the first or last stage and never convicted: suspect hardware or data.
         overflow: fp16 loss scaling may explain that one, a non-finite gradient.
-        excuse: what else explains that one: "content" of a kind that the other replicas do not have, or "alone", where
-            there is one replica and a change of training cannot be told from an attack.
+        excuse: what else explains that one: "content" of a kind that the other replicas do not have, "doubted", where
+            the two ends of the link differ in all that accuses, or "alone", where there is one replica and a change of
+            training cannot be told from an attack.
+        but_for_pair: without the statistics of the pair content would explain it.
         rests_on_pair, telling: see ``Grounds``; what rests on a pair is what the worker's neighbours say of it.
         audit: what an audit found, "confirmed" or "open" (no strike); empty without one.
         part: which judged part of the message that statistic is of, from 0; None where messages have but one.
@@ -67,7 +69,8 @@ class Finding:
     overflow: bool
     rests_on_pair: bool
     telling: tuple[int, ...]
-    excuse: Literal["", "content", "alone"] = ""
+    excuse: Literal["", "content", "alone", "doubted"] = ""
+    but_for_pair: bool = False
     audit: str = ""
     part: int | None = None
 
@@ -101,8 +104,12 @@ class Finding:
             return ""
         if self.overflow:
             return ", loss scaling may explain it: no strike"
+        if self.statistic == "from_nothing":
+            return ", it is not known whether its stage adds a gradient of its own: no strike"
         if self.excuse == "content":
             return ", content that the other replicas do not have explains it: no strike"
+        if self.excuse == "doubted":
+            return ", of which the two ends of the link report different numbers: no strike"
         if self.excuse == "alone":
             return ", one replica has nothing to compare with: no strike"
         if self.cause == "later alarms":
@@ -184,7 +191,7 @@ class Verdict:
         convicted: bool [S, R], after this step.
         findings, disputed: who is to blame for what, worst first.
         newly_convicted, released: changes of the record in this step.
-        skip: no column is left; the optimizer must not step.
+        skip: no column is left, or most replicas of a stage overflow; the optimizer must not step.
         overflow: it is skipped because of gradients that loss scaling may explain: the scale must come down.
         halt: why training must stop, or None.
         twins: it is a twin step.

@@ -8,9 +8,11 @@ micro-batch, computed anew, is the one that was reported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +31,10 @@ from deepspeed_sentinel.mesh import FORWARD, Worker
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 # The neighbours solve for the map on devices of their own. In shares of its largest entry.
 MAP_TOLERANCE = 1e-2
+_NO_ROOM = (MemoryError, torch.OutOfMemoryError)  # the auditor's own want
+_logger = logging.getLogger("DeepSpeed")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Outcome(Enum):
@@ -114,7 +120,8 @@ def examine(
     """Hold what the two neighbours kept against what they reported in the evidence.
 
     A message that is none, or without the checksums that its own witness reported, names the witness; where the two
-    contradict each other, or both report untrue rows (which either's sketch may have made so), it is between them.
+    contradict each other, or both report untrue rows (which either's sketch may have made so), it is between them. What
+    cannot be looked at is no message.
 
     Args:
         audit: the accusation.
@@ -139,13 +146,31 @@ def examine(
         if (sent != received).any():
             # A dispute of its own, which leaves nothing to hold the kept message against.
             return Outcome.OPEN
-        look = look_again(statement, end, worker.stage, mesh, layout, device)
-        if look is None or (look.digests != sent).any():
+        look = _of_strangers(f"{worker}", look_again, statement, end, worker.stage, mesh, layout, device)
+        if isinstance(look, _NO_ROOM):
+            return Outcome.of_witness(index, false=False)
+        if not isinstance(look, SecondLook) or (look.digests != sent).any():
             return Outcome.of_witness(index, false=True)
         looks.append(look)
-    if not _rows_are_true(audit, evidence, (first, second), looks):
+    both = f"{audit.first} and {audit.second}"
+    if _of_strangers(both, _rows_are_true, audit, evidence, (first, second), looks) is not True:
         return Outcome.REFUTED
     return Outcome.CONFIRMED if first.micro_batch in finding.telling else Outcome.OPEN
+
+
+def _of_strangers(whose: str, look: Callable[P, T], *given: P.args, **more: P.kwargs) -> T | Exception:
+    """What is found in values that others handed in, or why nothing can be, which is logged.
+
+    Whatever is wrong with them is a fault of who handed them in and must not end the auditor, and with it the run. So
+    any error is caught here, and nowhere else.
+    """
+    try:
+        return look(*given, **more)
+    except Exception as error:
+        _logger.warning(
+            f"[sentinel] what {whose} handed in for an audit cannot be looked at: {type(error).__name__}: {error}"
+        )
+        return error
 
 
 def _rows_are_true(
@@ -198,7 +223,8 @@ class Ruling:
     """A verdict as amended by its audits, for ``Judge.retract``.
 
     Attributes:
-        verdict: findings say what the audit found; those refuted are disputes instead.
+        verdict: findings say what the audit found; those refuted are disputes instead, and content again where nothing
+            but the pair spoke against that.
         opened, refuted: the findings, as they now stand or stood, whose strikes must be taken back.
     """
 
@@ -219,6 +245,8 @@ def rule(verdict: Verdict, audits: Sequence[Audit], outcomes: Sequence[Outcome])
         if outcome not in (Outcome.CONFIRMED, Outcome.OPEN):
             refuted.append(finding)
             disputed.append(_dispute(audit, finding, outcome))
+            if finding.but_for_pair:
+                findings.append(replace(finding, striking=(), excuse="content", rests_on_pair=False))
             continue
         if outcome is Outcome.OPEN or finding is audit.finding:
             finding = replace(finding, audit=outcome.value)

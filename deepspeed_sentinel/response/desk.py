@@ -9,6 +9,9 @@ long as a hearing lasts, and each witness hands its statement in there:
 The key is made for this one statement of what witness and auditor share (``evidence.keys``), so nobody can speak in
 another's name. A header that no key fits is nobody's and is dropped; after one that fits, all that is wrong is the
 witness's. Whatever comes is read into memory that the header was checked for, and until a deadline.
+
+So many callers may wait at once, and who has not said who it is after the others came gives way to the next: who
+connects and says nothing keeps nobody out. One byte tells a witness that it need not come again; until then it does.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ _HEADER_BYTES, _MAC_BYTES = 8 * WORDS, 32
 _CONNECT_SECONDS = 5.0
 _HEADER_SECONDS = 10.0  # until a caller has to have said who it is
 _MOST_CALLERS = 64
+_HEARD = b"\x06"
+_PAUSE_SECONDS = 0.1  # before another try
 _CHUNK = 1 << 20
 Name = TypeVar("Name")
 
@@ -73,7 +78,7 @@ class Desk(Generic[Name]):
         dual = socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         self._socket = socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=_MOST_CALLERS)
-        self._callers = threading.Semaphore(_MOST_CALLERS)
+        self._unknown: dict[socket.socket, None] = {}  # callers that have not said who they are, the oldest first
         self.port = int(self._socket.getsockname()[1])
         threading.Thread(target=self._accept, name="sentinel-desk", daemon=True).start()
 
@@ -102,42 +107,52 @@ class Desk(Generic[Name]):
                 caller, _ = self._socket.accept()
             except OSError:
                 return  # closed
-            if not self._callers.acquire(blocking=False):
-                caller.close()
-                continue
+            with self._lock:
+                self._unknown[caller] = None
+                crowded = len(self._unknown) > _MOST_CALLERS
+                oldest = next(iter(self._unknown))
+                if crowded:
+                    del self._unknown[oldest]
+            if crowded:
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its own thread closes it
             threading.Thread(target=self._serve, args=(caller,), name="sentinel-desk", daemon=True).start()
 
     def _serve(self, caller: socket.socket) -> None:
-        name: Name | None = None
         try:
-            with caller:
+            with contextlib.suppress(OSError, EOFError), caller:
                 frame = _receive(caller, _HEADER_BYTES + _MAC_BYTES, time.monotonic() + _HEADER_SECONDS)
                 name = self._whose(frame)
-                if name is not None:
-                    self._heard.put((name, self._read(caller, frame[:_HEADER_BYTES], name)))
-        except Malformed as error:
-            assert name is not None
-            self._heard.put((name, Unheard(str(error), false=True)))
-        except (OSError, EOFError) as error:
-            if name is not None:
-                self._heard.put((name, Unheard(f"it broke off: {error}", false=False)))
-        except (MemoryError, RuntimeError) as error:
-            if name is not None:
-                self._heard.put((name, Unheard(f"there was no room for it: {error}", false=False)))
+                if name is None:
+                    return
+                with self._lock:
+                    self._unknown.pop(caller, None)
+                    first = name not in self._taken
+                    self._taken.add(name)
+                if first:
+                    self._heard.put((name, self._answer(caller, frame[:_HEADER_BYTES], name)))
+                caller.sendall(_HEARD)
         finally:
-            self._callers.release()
+            with self._lock:
+                self._unknown.pop(caller, None)
 
     def _whose(self, frame: bytearray) -> Name | None:
-        """The one statement whose key fits, at its first coming."""
+        """The statement whose key fits."""
         header, mac = frame[:_HEADER_BYTES], bytes(frame[_HEADER_BYTES:])
         for name, key in self._keys.items():
             if hmac.compare_digest(hmac.digest(key, header, sha256().name), mac):
-                with self._lock:
-                    if name in self._taken:
-                        return None
-                    self._taken.add(name)
                 return name
         return None
+
+    def _answer(self, caller: socket.socket, raw_header: bytearray, name: Name) -> Statement | Unheard:
+        try:
+            return self._read(caller, raw_header, name)
+        except Malformed as error:
+            return Unheard(str(error), false=True)
+        except (OSError, EOFError) as error:
+            return Unheard(f"it broke off: {error}", false=False)
+        except (MemoryError, RuntimeError) as error:
+            return Unheard(f"there was no room for it: {error}", false=False)
 
     def _read(self, caller: socket.socket, raw_header: bytearray, name: Name) -> Statement | Unheard:
         header = Header.from_words(np.frombuffer(raw_header, "<i8"), self._most_bytes)
@@ -165,7 +180,7 @@ def frame_of(statement: Statement, key: bytes) -> Iterator[bytes | memoryview]:
 
 
 def hand_in(pieces: Iterator[bytes | memoryview], addresses: Sequence[str], port: int, seconds: float) -> str | None:
-    """Send a statement to an auditor.
+    """Send a statement to an auditor, again and again until it was heard: others may crowd the desk.
 
     Args:
         pieces: see ``frame_of``.
@@ -176,22 +191,44 @@ def hand_in(pieces: Iterator[bytes | memoryview], addresses: Sequence[str], port
     Returns:
         None, or why it could not be sent: the auditor will say so too.
     """
-    reasons = []
-    for address in addresses:
-        try:
-            connection = socket.create_connection((address, port), timeout=min(_CONNECT_SECONDS, seconds))
-        except OSError as error:
-            reasons.append(f"{address}: {error}")
-            continue
-        try:
+    deadline = time.monotonic() + seconds
+    whole = list(pieces)
+    while True:
+        reasons, again = [], False
+        for address in addresses:
+            left = deadline - time.monotonic()
+            try:
+                connection = socket.create_connection((address, port), timeout=max(min(_CONNECT_SECONDS, left), 1e-3))
+            except OSError as error:
+                reasons.append(f"{address}: {error}")
+                again = again or isinstance(error, TimeoutError)  # else nobody is there, or no more
+                continue
             with connection:
-                connection.settimeout(seconds)
-                for piece in pieces:
-                    connection.sendall(piece)
-        except OSError as error:
-            return f"{address}: {error}"
-        return None
-    return "; ".join(reasons) or "the auditor gave no address"
+                problem = _send(connection, whole, deadline)
+            if problem is None:
+                return None
+            reasons.append(f"{address}: {problem}")
+            again = True
+            break
+        if not again or time.monotonic() + _PAUSE_SECONDS >= deadline:
+            return "; ".join(reasons) or "the auditor gave no address"
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _send(connection: socket.socket, whole: Sequence[bytes | memoryview], deadline: float) -> str | None:
+    """Send all of it and wait until it was heard; None, or why it was not."""
+    problem = "the auditor hung up"
+    try:
+        for piece in whole:
+            connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+            connection.sendall(piece)
+    except OSError as error:
+        problem = str(error)  # it may have been heard before
+    try:
+        connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+        return None if connection.recv(1) == _HEARD else problem
+    except OSError as error:
+        return str(error)
 
 
 def own_addresses(towards: str) -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -80,6 +81,7 @@ class Attackers:
         self._memory: dict[tuple[Worker, int], Memory] = {}
         self._honest: dict[tuple[int, Worker, int], torch.Tensor] = {}
         self._seen: list[tuple[torch.Tensor, AttackContext]] = []
+        self._suspicion = False
         self.acted_first = np.full(malicious.shape, -1)
         self.altered: set[tuple[int, int, int, int]] = set()
 
@@ -99,13 +101,16 @@ class Attackers:
     ) -> torch.Tensor:
         """What the workers of ``stage`` really send; the very same tensor if none of them tampers."""
         idle = step < self._options.start and not self.watches
-        if idle or not self.acts_in(direction) or self.needs.false_report:
+        if idle or not self.acts_in(direction) or self.needs.false_report or self.needs.alters_gradients:
             return sent_CMBTD
+        twins = self._given_same(stage, part, served, entered_CMBTD) if self.needs.compares_inputs else set()
         wire = sent_CMBTD
         for message in self._messages(stage, part, served):
             honest = sent_CMBTD[message.at]
             entered = None if entered_CMBTD is None or not self.needs.uses_entered else entered_CMBTD[message.at]
             context = self._context(direction, message, step, entered, anew)
+            if message.at in twins:
+                context = dataclasses.replace(context, given_same=True)
             if not part.again:
                 self._remember(direction, message, honest, context)
             if step < self._options.start:
@@ -148,8 +153,39 @@ class Attackers:
             mask[position] = all(self.malicious[end] and self._takes_part(end) for end in ends)
         return mask
 
-    def begin_step(self) -> None:
-        """Forget which messages of the step before were changed."""
+    def tamper_gradients(
+        self,
+        step: int,
+        served: np.ndarray,
+        gradients: tuple[tuple[torch.Tensor | None, ...], ...],
+        stage_of: Sequence[int],
+    ) -> tuple[tuple[torch.Tensor | None, ...], ...]:
+        """What the workers really accumulate, column by column and weight by weight.
+
+        Args:
+            step: global step.
+            served: int [S, C].
+            gradients: of each column one tensor a weight.
+            stage_of: the stage of each weight.
+        """
+        if step < self._options.start or not self.needs.alters_gradients:
+            return gradients
+        altered = [list(of_column) for of_column in gradients]
+        for column, of_column in enumerate(altered):
+            for index, stage in enumerate(stage_of):
+                worker, honest = Worker(stage, int(served[stage, column])), of_column[index]
+                if not self.malicious[worker] or honest is None:
+                    continue
+                message = _Message(worker, index, (column, 0))
+                tampered = apply_attack(self._attack, honest, self._context(BACKWARD, message, step, None, None))
+                if not torch.equal(tampered, honest):
+                    of_column[index] = tampered
+                    self._note(worker, step)
+        return tuple(map(tuple, altered))
+
+    def begin_step(self, suspicion: bool) -> None:
+        """Forget which messages of the step before were changed; ``suspicion``: somebody is suspected."""
+        self._suspicion = suspicion
         self.altered = set()
 
     def end_step(self, step: int) -> None:
@@ -160,6 +196,20 @@ class Attackers:
         for message, context in self._seen:
             show_honest(self._attack, message, context)
         self._honest, self._seen = {}, []
+
+    def _given_same(
+        self, stage: int, part: Part, served: np.ndarray, entered_CMBTD: torch.Tensor | None
+    ) -> set[tuple[int, int]]:
+        """Positions of messages for which another attacker of the stage was given the very same."""
+        if entered_CMBTD is None:
+            return set()
+        places = [(message.worker, message.at) for message in self._messages(stage, part, served)]
+        return {
+            at
+            for worker, at in places
+            for other, there in places
+            if other != worker and torch.equal(entered_CMBTD[at], entered_CMBTD[there])
+        }
 
     def _takes_part(self, worker: Worker) -> bool:
         context = AttackContext("", *worker, 0, 0, torch.Generator(), seed=self._options.seed)
@@ -210,6 +260,7 @@ class Attackers:
             past=partial(past.history, step, index),
             recomputed=recomputed,
             stored=stored,
+            suspicion=self._suspicion,
             redone=redone,
         )
 

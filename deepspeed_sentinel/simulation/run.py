@@ -6,7 +6,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,7 @@ class Simulation:
         self.tally = Tally(self.mesh)
         self.guarded = options.guard == "on"
         self._weights = weights_of(self.stages)
+        self._stage_of = [index for index, stage in enumerate(self.stages) for _ in stage.parameters()]
         rate = options.size.learning_rate
         self.optimizer = torch.optim.AdamW(self._weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -111,8 +112,11 @@ class Simulation:
         everybody = np.zeros(self.mesh.replicas, bool)
         self.verifiers.begin_step(self.step_index)
         if self.attackers is not None:
-            self.attackers.begin_step()
+            self.attackers.begin_step(self.judge.record.suspicion)
         passed = self._compute(ids, labels, everybody, again=False)
+        if self.attackers is not None and self.attackers.needs.alters_gradients:
+            gradients = self.attackers.tamper_gradients(self.step_index, self._served, passed.gradients, self._stage_of)
+            passed = replace(passed, gradients=gradients)
         verdict = self._judge(passed) if self.guarded else None
         excluded = everybody if verdict is None else verdict.excluded
         losses_CM = passed.losses_CM
@@ -221,7 +225,8 @@ class Simulation:
     @property
     def _apart(self) -> bool:
         """Whether columns may soon be left out, and all of their gradients fit into memory."""
-        attacked = self.attackers is not None and self.guarded and self.step_index >= self.options.start
+        attacked = self.attackers is not None and self.step_index >= self.options.start
+        attacked &= self.guarded or (self.attackers is not None and self.attackers.needs.alters_gradients)
         return (attacked or self._twins is not None) and self.mesh.replicas * sum(
             map(torch.Tensor.numel, self._weights)
         ) <= _KEPT_APART
@@ -258,7 +263,7 @@ class Simulation:
         if not self.guarded or self.options.procedure == "paper":
             return None
         secret = int(np.random.default_rng((self.options.seed, self.step_index, 3)).integers(1 << 62))
-        return draw(self.config, self.mesh.replicas, bool(self.judge.record.suspects.any()), secret)
+        return draw(self.config, self.mesh.replicas, self.judge.record.suspicion, secret)
 
     def _given(self, own_CMBT: torch.Tensor) -> torch.Tensor:
         """What the columns get in a twin step."""
@@ -275,16 +280,17 @@ class Simulation:
                 f"{self.mesh.replicas} columns of {sum(map(torch.Tensor.numel, self._weights))} weights are too many "
                 "to keep their gradients apart, as a twin step takes; use a smaller model or fewer replicas"
             )
-        stage_of = [index for index, stage in enumerate(self.stages) for _ in stage.parameters()]
         marks_SR = np.zeros((self.mesh.stages, self.mesh.replicas), np.int64)
         for column, gradients in enumerate(passed.gradients):
             marks = [1] * self.mesh.stages
-            for stage, gradient in zip(stage_of, gradients, strict=True):
+            for stage, gradient in zip(self._stage_of, gradients, strict=True):
                 if gradient is not None:
                     marks[stage] = zlib.crc32(gradient.cpu().contiguous().view(torch.uint8).numpy().data, marks[stage])
             # Who serves several columns is not compared, so it does not matter whose mark stays.
             marks_SR[np.arange(self.mesh.stages), self._served[:, column]] = np.array(marks) + 1
-        return Twins(self._twins.source, self._twins.given, marks_SR)
+        # One process computes all, so there is one kind of hardware, and nothing is held by norms.
+        alike = np.zeros_like(marks_SR)
+        return Twins(self._twins.source, self._twins.given, marks_SR, alike.astype(np.float64), alike)
 
     def _judge(self, passed: Pass) -> Verdict:
         begin = time.perf_counter()

@@ -138,6 +138,7 @@ def run(scenario: Scenario, stages: int, output: Path, result: dict[str, Any]) -
         module, function = scenario.hook.split(":")
         hook = getattr(importlib.import_module(module), function)
 
+    saves = [scenario.save] if isinstance(scenario.save, dict) else scenario.save or ()
     result.update(
         losses=[], steps=[], verdicts=[], poisoned=[], evaluations={}, step_seconds=[], first_step=engine.global_steps
     )
@@ -157,8 +158,9 @@ def run(scenario: Scenario, stages: int, output: Path, result: dict[str, Any]) -
         if scenario.evaluate_every and (step + 1) % scenario.evaluate_every == 0:
             held_out = models.micro_batches(scenario, 1_000_000 + step, data_replica)
             result["evaluations"][step] = float(engine.eval_batch(held_out)).hex()
-        if scenario.save is not None and step + 1 == scenario.save["after_step"]:
-            engine.save_checkpoint(scenario.save["directory"])
+        for save in saves:
+            if step + 1 == save["after_step"]:
+                engine.save_checkpoint(save["directory"])
     weights = weights_of(engine)
     torch.save(weights, output / f"{scenario.name}.{torch.distributed.get_rank()}.pt")
     result["weights_sha256"] = digest(weights)

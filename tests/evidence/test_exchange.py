@@ -3,7 +3,7 @@ import numpy as np
 from deepspeed_sentinel.evidence.exchange import REPORTED, Exchange
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import ENDS
-from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT
+from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT, Evidence
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
 COSINE, ENERGY = NAMES.index("transfer_cosine"), NAMES.index("energy")
@@ -37,3 +37,17 @@ def test_both_neighbours_of_a_sender_report_on_its_pair():
                 left, entered = ENDS.index((direction, RECEIVED)), ENDS.index((direction, SENT))
                 assert ends[RECEIVED, COSINE] == 1000 * sender + 100 * receiver + 10 * column + left
                 assert ends[SENT, COSINE] == 1000 * sender + 100 * before + 10 * column + entered
+
+
+def test_of_pairs_that_the_ends_of_the_pipeline_have_not_nobody_can_say_anything():
+    mesh = Mesh(4, 2)
+    values = np.zeros((4, 2, len(ENDS), 1, REPORTED), np.float32)  # everybody gives a number for everything
+    reports = np.concatenate([values.view(np.int32), np.zeros((*values.shape[:-1], 2), np.int32)], axis=-1)
+    layout = Layout(np.full((3, 1), 6), np.ones((2, 3), np.int64))
+    evidence = Exchange(mesh, np.arange(8).reshape(4, 2), None).assemble(reports, 0, layout)
+    made_up = Evidence(mesh, 0, np.zeros_like(evidence.statistics), evidence.digests)
+    for statistics in (evidence.statistics, made_up.statistics):
+        for direction, link in ((FORWARD, 0), (BACKWARD, -1)):
+            assert np.isnan(statistics[:, direction, link][..., OF_PAIR]).all()
+            assert not np.isnan(statistics[:, direction, link][..., ~OF_PAIR]).any()
+        assert not np.isnan(statistics[:, FORWARD, 1:]).any() and not np.isnan(statistics[:, BACKWARD, :-1]).any()

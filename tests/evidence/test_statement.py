@@ -158,3 +158,21 @@ def test_whatever_is_a_statement_can_be_looked_at(dtype, shape):
     assert look is None or look.digests.shape == (2,)
     alone = Statement(0, (1, 2, 3), (None,), (tensor,))
     look_again(read(alone.header.to_words(), alone.body()), (BACKWARD, RECEIVED), 1, Mesh(5, 2), layout, CPU)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2**15, 0, 2**15, 2**15), (0, 2**15, 2**15), (2**15, 2**15, 6, 0), (2**16,) * 7 + (0,)]
+)
+def test_a_size_of_zero_does_not_hide_the_others(shape):
+    """No byte follows, but whoever computes with the other sizes runs out of integers."""
+    words = replace(TOLD, tensors=(torch.zeros(1),)).header.to_words()
+    words[DIMENSION_COUNT] = len(shape)
+    words[FIRST_SIZE : FIRST_SIZE + len(shape)] = shape
+    with pytest.raises(Malformed, match="more than 65536 bytes"):
+        Header.from_words(words, MOST_BYTES)
+
+
+def test_a_shape_that_no_tensor_can_have_is_malformed():
+    header = Header(0, (1, 2, 3), (), ((torch.float32, (2**62, 2**62, 0)),))
+    with pytest.raises(Malformed, match="shape"):
+        Statement.from_parts(header, torch.zeros(0, dtype=torch.uint8), CPU)

@@ -60,3 +60,52 @@ def test_what_does_not_rest_on_copies_has_no_such_room(world):
         values[SENT, FORWARD, LINK, ..., NAMES.index("energy")] *= 5.0
 
     assert len(world.step(changed).disputed) == 5
+
+
+@pytest.mark.parametrize(
+    ("replicas", "senders", "receivers"), [(3, [0], [1]), (5, [0, 1], [2]), (8, [0, 1, 2], [3, 4])]
+)
+def test_minorities_of_both_ends_cannot_clear_each_other_and_accuse_an_honest_sender(replicas, senders, receivers):
+    world = World(replicas=replicas)
+    world.warm_up()
+
+    def lie(values):
+        values[SENT, FORWARD, LINK, senders, :, OF_COPIES[0]] *= 1e6
+        values[RECEIVED, FORWARD, LINK, receivers, :, OF_COPIES[0]] *= 1e6
+
+    for _ in range(4):
+        verdict = world.step(lie)
+        assert not any(finding.strikes for finding in verdict.findings) and not verdict.convicted.any()
+        assert not verdict.excluded[[c for c in range(replicas) if c not in (*senders, *receivers)]].any()
+
+
+def test_two_liars_that_shift_what_all_seem_to_show_set_no_honest_column_at_odds():
+    """One says less of what it sent, the other more of what it got: together they are most of three columns."""
+    world = World(replicas=3)
+    world.warm_up()
+
+    def lie(values):
+        values[SENT, FORWARD, LINK, 0, :, OF_COPIES[0]] *= 1e-6
+        values[RECEIVED, FORWARD, LINK, 1, :, OF_COPIES[0]] *= 1e6
+
+    for _ in range(4):
+        verdict = world.step(lie)
+        assert not verdict.excluded[2] and not any(finding.strikes for finding in verdict.findings)
+
+
+def test_an_alarm_in_which_the_ends_differ_is_no_strike_and_says_so(world):
+    def drifted(values):
+        values[SENT, FORWARD, LINK, ..., OF_COPIES[0]] *= 3.0
+        values[:, FORWARD, LINK, 1, :, OF_COPIES[0]] *= 1e6
+
+    (finding,) = world.step(drifted).findings
+    assert finding.worker == Worker(LINK, 1) and not finding.strikes and "two ends of the link" in str(finding)
+
+
+def test_what_both_ends_report_alike_still_strikes_beside_it(world):
+    def drifted(values):
+        values[SENT, FORWARD, LINK, ..., OF_COPIES[0]] *= 3.0
+        values[:, FORWARD, LINK, 1, :, NAMES.index("energy")] *= 1e6
+
+    (finding,) = world.step(drifted).findings
+    assert finding.strikes

@@ -212,3 +212,44 @@ def test_state_goes_on_where_it_was():
     for _ in range(10):
         assert world.step(other_data(1)).digest() == again.step(other_data(1)).digest()
     assert again.judge.fences.usual.level[GAIN, FORWARD, 1, 1] != 0
+
+
+@pytest.mark.parametrize("replicas", [3, 8])
+def test_a_neighbour_that_bends_the_pair_a_little_brings_content_before_the_audit(replicas):
+    """Below its fence, so nothing but content's excuse falls by it: what then strikes rests on the neighbour's word."""
+    world = World(5, replicas)
+    world.warm_up(64)
+
+    def content(values):
+        values[:, FORWARD, 0, 1, :, [ENERGY, L2]] *= 1.35
+
+    for _ in range(8):
+        world.step(content)
+    assert world.judge.content.unlike[1]
+    reach = {row: float(world.judge.fences.reach[row, FORWARD, 1]) for row in (ENERGY, GAIN)}
+
+    def bent(values):
+        content(values)
+        values[:, FORWARD, 1:, 1, :, ENERGY] *= np.exp(2.6 * reach[ENERGY])
+        values[:, FORWARD, 1, 1, :, GAIN] = 0.1 + 1.4 * reach[GAIN] + 0.7 * GAIN_SPREAD
+
+    finding = next(one for one in world.step(bent).findings if one.worker == Worker(1, 1))
+    assert finding.strikes and finding.statistic == "energy"
+    assert finding.rests_on_pair and finding.but_for_pair and finding.telling
+
+
+@pytest.mark.parametrize(("tampered", "micro_batches"), [([0], 4), ([0, 1, 2], 8)])
+@pytest.mark.parametrize("seed", range(3))
+def test_of_two_who_tampers_with_the_lesser_part_of_its_messages_is_found_and_nobody_behind_it(
+    tampered, micro_batches, seed
+):
+    world = World(stages=4, replicas=2, seed=seed, micro_batches=micro_batches)
+    world.warm_up(64)
+
+    def louder(values):
+        values[:, FORWARD, 1:, 1, tampered, ENERGY] *= 1e6
+        values[:, 1, :, 1, tampered, ENERGY] *= 1e6
+
+    verdicts = [world.step(louder) for _ in range(20)]
+    assert {finding.worker for verdict in verdicts for finding in verdict.findings} == {Worker(1, 1)}
+    assert all(verdict.excluded.tolist() == [False, True] for verdict in verdicts)

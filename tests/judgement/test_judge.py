@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from synthetic import World
 
-from deepspeed_sentinel.evidence.table import NAMES, Evidence
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
+from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, Evidence, Rows
+from deepspeed_sentinel.judgement.account import Account
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
 NON_FINITE, ENERGY, MAX_ABS, COSINE, STEP = (
     NAMES.index(name) for name in ("non_finite", "energy", "max_abs", "transfer_cosine", "transfer_step")
@@ -211,6 +212,30 @@ def test_neighbours_that_contradict_each_other_dispute_what_lies_between_them():
         assert "what entered and left worker (stage 1, replica 2)" in str(dispute)
 
 
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize(("direction", "link"), [(FORWARD, 0), (BACKWARD, -1)])
+def test_a_number_for_a_pair_that_there_is_not_is_nothing(replicas, direction, link):
+    """By the one that received from the first stage or the last."""
+
+    def invented(values):
+        values[RECEIVED, direction, link, 0, 0, NAMES.index("transfer_gain")] = 0.1
+
+    world = World(replicas=replicas)
+    world.warm_up()
+    verdict = world.step(invented)
+    assert not verdict.disputed and not verdict.findings and not verdict.excluded.any()
+
+
+def test_where_the_sender_has_no_second_neighbour_a_dispute_is_between_the_ends_of_the_link():
+    mesh = Mesh(4, 3)
+    account = Account(mesh, np.tile(np.arange(3), (4, 1)), Rows(1))
+    contested = np.zeros((2, mesh.links, 3, 1), bool)
+    contested[FORWARD, 0, 1] = contested[BACKWARD, -1, 2] = True
+    forward, backward = account.disputes(contested, np.zeros_like(contested))
+    assert (forward.sender, forward.receiver, forward.about) == (Worker(0, 1), Worker(1, 1), None)
+    assert (backward.sender, backward.receiver, backward.about) == (Worker(3, 2), Worker(2, 2), None)
+
+
 def test_slightly_different_baselines_at_the_two_ends_are_no_dispute():
     def shift(values):
         values[1, :, :, :, :, 0] *= 1.02
@@ -275,7 +300,7 @@ def test_an_overflow_of_most_columns_is_left_to_loss_scaling():
     world = World()
     world.warm_up()
     verdict = world.step(overflow, overflow_limit=10.0)
-    assert not verdict.excluded.any() and not verdict.findings
+    assert not verdict.excluded.any() and not verdict.findings and verdict.skip and verdict.overflow
     assert world.step(overflow).excluded[:2].all()
 
 

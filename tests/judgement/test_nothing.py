@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from synthetic import World
 
-from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, Rows
+from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT, ZEROS, Rows
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
 
 MAX_ABS, NON_FINITE = NAMES.index("max_abs"), NAMES.index("non_finite")
@@ -121,3 +121,90 @@ def test_what_is_known_of_the_stages_survives_a_checkpoint():
     resumed.judge.load_state_dict(world.judge.state_dict())
     resumed.time = world.time
     assert not resumed.step(zero([1], but=[2, 1])).findings
+
+
+@pytest.mark.parametrize("digests", [False, True])
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_one_partners_word_makes_nothing_of_zeros(digests, replicas):
+    """Stage 2 hands zeros on, stage 1 says that it got something."""
+    world = warmed(replicas=replicas)
+    world.step(zero(range(replicas)))
+
+    def lie(values):
+        zero([0])(values)
+        values[RECEIVED, BACKWARD, 1, 0, 1, MAX_ABS] = 0.01
+
+    def marks(of_tensors):
+        of_tensors[:, BACKWARD, :, 0, 1] = ZEROS
+
+    for _ in range(4):
+        verdict = world.step(lie, digests=marks if digests else None)
+        (dispute,) = verdict.disputed
+        assert (dispute.sender, dispute.receiver, dispute.about) == (Worker(2, 0), Worker(1, 0), None)
+        assert not verdict.findings and np.flatnonzero(verdict.excluded).tolist() == [0]
+
+
+def test_in_the_warm_up_too_one_end_that_says_zero_is_a_dispute():
+    def lie(values):
+        values[SENT, BACKWARD, 1, 0, 1, MAX_ABS] = 0.0
+
+    verdict = World(5, 3).step(lie)
+    assert [one.link for one in verdict.disputed] == [1] and not verdict.findings
+
+
+def test_where_the_ends_differ_the_checksum_of_zeros_tells_that_it_was_zero():
+    """The one that receives from the last stage says that it got something, so that what follows would be judged."""
+    world = warmed()
+
+    def lie(values):
+        zero([0])(values)
+        values[RECEIVED, BACKWARD, -1, 0, 1, MAX_ABS] = 0.01
+
+    def marks(of_tensors):
+        of_tensors[:, BACKWARD, :, 0, 1] = ZEROS
+
+    verdict = world.step(lie, digests=marks)
+    assert not verdict.alarms.any() and [one.link for one in verdict.disputed] == [3]
+
+
+@pytest.mark.parametrize("replicas", [3, 8])
+def test_garbage_of_nothing_is_not_believed_the_first_time_and_a_strike_once_the_others_keep_zeros(replicas):
+    world = warmed(replicas=replicas)
+
+    def garbage(values):
+        zero([0])(values)
+        zero([0], but=[2])(values)
+        values[:, BACKWARD, 1, 0, 1] = 0.0
+        values[:, BACKWARD, :2, 0, 1, MAX_ABS] = 1e20
+
+    for _ in range(4):
+        verdict = world.step(garbage)
+        (finding,) = verdict.findings
+        assert finding.worker == Worker(2, 0) and not finding.strikes and "it is not known" in str(finding)
+        assert np.flatnonzero(verdict.excluded).tolist() == [0]
+    world.step(zero(range(replicas)))
+    (finding,) = world.step(garbage).findings
+    assert finding.worker == Worker(2, 0) and finding.strikes
+
+
+def test_most_of_all_replicas_decide_also_where_few_are_asked_at_a_time():
+    world = warmed()
+    assert world.step(zero([1], but=[2, 1])).excluded.tolist() == [False, True, False]
+    assert not world.step(zero([2], but=[2, 1])).excluded.any(), "the second of three"
+    assert not world.step(zero([0], but=[2, 1])).findings
+
+
+def test_what_was_decided_is_taken_back_and_strikes_nobody_any_more():
+    world = warmed(change=zero([0], but=[2]))
+    assert not world.step(zero([1], but=[2])).findings
+    world.step(zero([0, 1, 2]))  # most keep zeros now
+    verdict = world.step(zero([1], but=[2]))
+    (finding,) = verdict.findings
+    assert not finding.strikes and verdict.excluded.tolist() == [False, True, False]
+
+
+def test_a_replica_that_serves_several_columns_decides_for_one():
+    world = warmed()
+    served = np.tile(np.arange(3), (5, 1))
+    served[2] = [0, 0, 2]
+    assert world.step(zero([0, 1], but=[2]), served=served).excluded.tolist() == [True, True, False]

@@ -90,11 +90,11 @@ def test_a_report_of_one_end_is_no_excuse_where_the_others_are_near():
     mask = np.zeros(max_abs.shape[1:], bool)
     mask[BACKWARD, :2, 0, 0] = True
     served = np.tile(np.arange(3), (4, 1))
-    assert not Overflow(mesh).step(max_abs, mask, served, limit=10.0).overflow.any()
+    assert not Overflow(mesh).step(max_abs, np.stack([mask, mask]), served, limit=10.0).overflow.any()
     max_abs[RECEIVED, BACKWARD, :, 0] = 1.0
-    assert not Overflow(mesh).step(max_abs, mask, served, limit=10.0).overflow.any()
+    assert not Overflow(mesh).step(max_abs, np.stack([mask, mask]), served, limit=10.0).overflow.any()
     max_abs[SENT, BACKWARD, :, 0] = 1.0
-    explained = Overflow(mesh).step(max_abs, mask, served, limit=10.0).overflow
+    explained = Overflow(mesh).step(max_abs, np.stack([mask, mask]), served, limit=10.0).overflow
     assert np.argwhere(explained).tolist() == [[BACKWARD, 1, 0, 0]], "where it starts"
 
 
@@ -103,7 +103,9 @@ def test_more_than_half_of_a_stages_replicas_leave_it_to_the_loss_scaler(columns
     world = world_of()
     verdict = world.step(non_finite(*((3, column) for column in columns)), overflow_limit=NEAR)
     assert verdict.excluded.any() != shared and bool(verdict.findings) != shared
-    assert not verdict.skip and not strikers(verdict)
+    assert not strikers(verdict)
+    assert verdict.skip == verdict.overflow == shared, "what is not judged must not be stepped by"
+    assert not world.step(non_finite(*((3, column) for column in columns)), overflow_limit=NEAR).halt
 
 
 def test_in_a_step_left_to_the_scaler_the_others_are_judged():
@@ -151,3 +153,38 @@ def test_what_was_near_the_limit_is_remembered_with_the_state():
     other.judge.load_state_dict(one.judge.state_dict())
     everywhere = non_finite(*((3, column) for column in range(3)))
     assert other.step(everywhere, overflow_limit=FAR).excluded.all()
+
+
+@pytest.mark.parametrize(
+    ("replicas", "senders", "receivers"), [(3, [0], [1]), (8, [0, 1, 2], [3, 4]), (3, [], [1]), (3, [], [0, 1, 2])]
+)
+def test_one_ends_word_is_no_overflow_that_most_share(replicas, senders, receivers):
+    """Minorities of two stages, or all of one: their columns are in dispute, and what is behind is judged."""
+    world = world_of(replicas=replicas)
+
+    def lie(values):
+        values[SENT, BACKWARD, 1, senders, :, NON_FINITE] = 1
+        values[RECEIVED, BACKWARD, 1, receivers, :, NON_FINITE] = 1
+        values[:, BACKWARD, 0, receivers, :, ENERGY] *= 1e12
+
+    verdict = world.step(lie, overflow_limit=NEAR)
+    told = sorted({*senders, *receivers})
+    assert np.flatnonzero(verdict.excluded).tolist() == told and [one.column for one in verdict.disputed] == told
+
+
+def test_where_most_overflow_disputes_stand():
+    world = world_of()
+
+    def change(values):
+        non_finite((3, 0), (3, 1), (3, 2))(values)
+        values[RECEIVED, BACKWARD, 0, 3, :, MAX_ABS] *= 100
+        values[RECEIVED, BACKWARD, 1, 0, :, NON_FINITE] = 0
+
+    verdict = world.step(change, overflow_limit=NEAR)
+    assert [(one.link, one.column) for one in verdict.disputed] == [(0, 3), (1, 0)]
+    assert verdict.excluded.tolist() == [True, False, False, True] and verdict.skip and verdict.overflow
+
+
+def test_who_observes_skips_nothing():
+    world = world_of(action="observe")
+    assert not world.step(non_finite((3, 0), (3, 1), (3, 2)), overflow_limit=NEAR).skip

@@ -83,5 +83,12 @@ OWN, PAIR, QUIET = 3.0, 2.0, 0.1
     ],
 )
 def test_what_a_finding_rests_on(own, fenced, rests_on_pair, telling):
-    found = grounds(np.array(own), np.array(fenced), np.array([4, 6]))
+    found = grounds(np.array(own), np.array(fenced), np.zeros(2, bool), np.array([4, 6]))
     assert (found.rests_on_pair, found.telling) == (rests_on_pair, telling)
+
+
+def test_what_content_would_explain_but_for_the_pair_rests_on_the_pair():
+    own, fenced, micro_batches = np.array([OWN, OWN]), np.array([0.9, 0.1]), np.array([4, 6])
+    found = grounds(own, fenced, np.array([True, True]), micro_batches)
+    assert (found.rests_on_pair, found.telling) == (True, (4,)), "conspicuous is enough to speak against content"
+    assert not grounds(own, fenced, np.array([True, False]), micro_batches).rests_on_pair

@@ -170,3 +170,32 @@ def test_another_number_of_tensors_is_learnt_anew():
     for _ in range(30):
         assert not world.step().findings
     assert world.step(from_stage(1, [1])).findings
+
+
+@pytest.mark.parametrize("replicas", [3, 8])
+def test_one_worker_does_not_decide_which_of_two_equal_tensors_passes(replicas):
+    """Two masks alike in the warm-up become unlike in one column, and its worker of stage 1 swaps them."""
+
+    def alike(marks):
+        marks[:, FORWARD, ..., 2] = marks[:, FORWARD, ..., 1]
+
+    def unlike(column, swapped):
+        def alter(marks):
+            alike(marks)
+            marks[:, FORWARD, :, column, :, 2] += 7
+            if swapped:
+                marks[:, FORWARD, 1:, column] = marks[:, FORWARD, 1:, column][..., [0, 2, 1]]
+
+        return alter
+
+    world = Carrying(5, replicas)
+    for _ in range(30):
+        world.step(alike)
+    for _ in range(5):
+        assert not world.step(unlike(0, swapped=True)).findings, "either may be what leaves"
+    for column in range(1, replicas):
+        for _ in range(3):
+            verdict = world.step(unlike(column, swapped=False))
+            assert not verdict.findings and not verdict.excluded.any()
+    (finding,) = world.step(unlike(0, swapped=True)).findings
+    assert finding.worker == Worker(1, 0) and finding.strikes, "now most have shown it"

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepspeed_sentinel.evidence.table import Twins
 from deepspeed_sentinel.judgement.proof import try_twins
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
@@ -23,6 +24,8 @@ class Step:
         self.served = np.tile(np.arange(replicas), (stages, 1)) if served is None else served
         self.convicted = np.zeros((stages, replicas), bool)
         self.given = np.ones(replicas, bool)
+        self.kinds, self.norms = np.zeros((stages, replicas), np.int64), np.ones((stages, replicas))
+        self.measures = np.ones((2, *shape[:4], 2))
 
     def sends(self, stage, column, direction, lie, micro_batches=slice(None)):
         """A wrong message, and what honest work makes of it in all that follows."""
@@ -36,9 +39,8 @@ class Step:
                 self.gradients[below, self.served[below, column]] += lie * 1000
 
     def trial(self):
-        return try_twins(
-            self.mesh, self.digests, self.disputed, self.gradients, self.served, self.convicted, self.given
-        )
+        twins = Twins(0, self.given, self.gradients, self.norms, self.kinds)
+        return try_twins(self.mesh, self.digests, self.measures, self.disputed, twins, self.served, self.convicted)
 
 
 def proved(trial):
@@ -175,6 +177,54 @@ def test_columns_that_were_given_other_data_are_not_compared():
     step.digests[..., 4, :, 0] += 77
     trial = step.trial()
     assert not trial.proofs and not trial.spoilt.any() and not trial.sound[:, 4].any() and trial.sound[:, :4].all()
+
+
+def rounds_differently(step, stage, column, by):
+    """Other hardware: other bits in all that follows too, statistics apart by ``by``."""
+    step.kinds[stage, column] = 1
+    step.sends(stage, column, FORWARD, lie=1)
+    step.measures[:, FORWARD, stage:, column] *= 1 + by
+    step.measures[:, BACKWARD, :, column] *= 1 + by
+    step.gradients[:, column] += 1000
+    step.norms[:, column] *= 1 + by
+
+
+def test_a_worker_on_other_hardware_and_who_is_given_its_work_may_round_differently():
+    step = Step()
+    rounds_differently(step, 1, 2, by=1e-4)
+    trial = step.trial()
+    assert not trial.proofs and not trial.spoilt.any() and trial.sound.all()
+
+
+def test_a_worker_on_other_hardware_is_still_bound():
+    step = Step()
+    rounds_differently(step, 1, 2, by=0.05)
+    trial = step.trial()
+    assert proved(trial) == {(Worker(1, 2), FORWARD)}
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_one_end_alone_cannot_accuse_a_worker_on_other_hardware(end):
+    step = Step()
+    rounds_differently(step, 1, 2, by=1e-4)
+    step.measures[end, FORWARD, 1, 2] *= 1.3
+    trial = step.trial()
+    assert not trial.proofs and trial.spoilt.tolist() == [False, False, True]
+
+
+def test_behind_other_hardware_wrong_work_is_still_proved():
+    step = Step(stages=5)
+    rounds_differently(step, 1, 2, by=1e-4)
+    step.measures[:, FORWARD, 2:, 2] *= 1.3
+    trial = step.trial()
+    assert proved(trial) == {(Worker(2, 2), FORWARD)}
+
+
+def test_wrong_gradients_on_other_hardware_show_in_their_norm():
+    step = Step()
+    rounds_differently(step, 1, 2, by=1e-4)
+    step.norms[1, 2] *= 1.05
+    assert proved(step.trial()) == {(Worker(1, 2), None)}
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,6 +5,7 @@ import pytest
 from synthetic import World
 
 from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR
+from deepspeed_sentinel.judgement.silence import AGAIN
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
 
 ENERGY, MAX_ABS, NON_FINITE = (NAMES.index(name) for name in ("energy", "max_abs", "non_finite"))
@@ -65,3 +66,34 @@ def test_messages_that_cannot_have_any_are_no_dispute():
 
     for change in (without_part, broken, zeros):
         assert not world.step(change).disputed
+
+
+@pytest.mark.parametrize(("replicas", "columns"), [(3, [0, 1]), (5, [0, 1, 2, 3]), (8, [0, 1, 2, 3, 4, 5])])
+def test_minorities_of_both_neighbours_silence_no_stage_for_good(replicas, columns):
+    world = World(5, replicas)
+    world.warm_up()
+    verdict = world.step(silent(columns, link=2))
+    assert [one.column for one in verdict.disputed] == columns
+    assert [one.column for one in world.step(silent([0], link=2)).disputed] == [0]
+
+
+def test_a_turn_of_the_model_is_taken_back_once_the_stage_is_heard_again():
+    world = World(5, 3)
+    world.warm_up()
+    assert not world.step(silent([0, 1, 2], link=2)).disputed
+    for _ in range(AGAIN // 2):
+        assert not world.step().disputed
+    assert not world.step(silent([0, 1], link=2)).disputed, "too soon, and it is counted anew"
+    for _ in range(AGAIN):
+        assert not world.step().disputed
+    assert [one.column for one in world.step(silent([0], link=2)).disputed] == [0]
+    assert not world.step(silent([0, 1, 2], link=2)).disputed, "another turn"
+
+
+def test_a_turn_survives_a_checkpoint():
+    world, resumed = World(5, 3), World(5, 3)
+    world.warm_up()
+    world.step(silent([0, 1, 2], link=2))
+    resumed.judge.load_state_dict(world.judge.state_dict())
+    resumed.time = world.time
+    assert not resumed.step(silent([0], link=2)).disputed

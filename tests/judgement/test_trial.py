@@ -13,7 +13,8 @@ ENERGY = NAMES.index("energy")
 def twins(world, gradients=None):
     replicas = world.mesh.replicas
     alike = np.ones((world.mesh.stages, replicas), np.int64)
-    return Twins(0, np.ones(replicas, bool), alike if gradients is None else gradients)
+    kinds, norms = np.zeros_like(alike), np.ones(alike.shape)
+    return Twins(0, np.ones(replicas, bool), alike if gradients is None else gradients, norms, kinds)
 
 
 def loud(stage, column):
@@ -52,6 +53,17 @@ def test_proof_convicts_at_once_without_a_strike_before():
     verdict = world.step(digests=odd(1, 2), twins=twins(world))
     assert verdict.newly_convicted == (Worker(1, 2),) and verdict.excluded.tolist() == [False, False, True]
     assert not verdict.suspects.any()
+
+
+def test_a_trial_that_convicts_calls_for_another_until_one_finds_nobody_new():
+    world = by_proof(5)
+    assert not world.judge.record.suspicion
+    world.step(digests=odd(1, 2), twins=twins(world))
+    assert world.judge.record.suspicion
+    world.step()
+    assert world.judge.record.suspicion
+    world.step(digests=odd(1, 2), twins=twins(world))
+    assert not world.judge.record.suspicion
 
 
 def test_proof_convicts_in_the_warm_up_too():

@@ -178,3 +178,14 @@ def test_a_ruling_names_the_witness_at_fault_and_strikes_it_only_for_what_is_pro
     struck, disputed = entries(MESH, (), ruling.verdict.disputed)
     assert np.argwhere(struck).tolist() == ([list(who)] if "false" in told else [])
     assert disputed[[1, 2], COLUMN].all()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "content"), [(Outcome.REFUTED, True), (Outcome.SECOND_FALSE, True), (Outcome.CONFIRMED, False)]
+)
+def test_what_content_would_explain_but_for_a_lie_about_the_pair_is_content_again(outcome, content):
+    said = verdict(finding(but_for_pair=True, statistic="energy"))
+    ruling = rule(said, audits_due(said, Case().evidence), [outcome])
+    (left,) = ruling.verdict.findings
+    assert left.strikes != content and ("content" in str(left)) == content
+    assert bool(ruling.verdict.disputed) == bool(ruling.refuted) == content

@@ -19,9 +19,9 @@ from deepspeed_sentinel.evidence.keys import Keys
 from deepspeed_sentinel.evidence.statement import WORDS
 from deepspeed_sentinel.evidence.table import SENT
 from deepspeed_sentinel.mesh import Worker
-from deepspeed_sentinel.response import hearing
+from deepspeed_sentinel.response import audit, hearing
 from deepspeed_sentinel.response.audit import Outcome, audits_due
-from deepspeed_sentinel.response.desk import Desk, frame_of, hand_in
+from deepspeed_sentinel.response.desk import _HEARD, Desk, frame_of, hand_in
 from deepspeed_sentinel.response.hearing import Hearing
 
 RANKS = np.arange(MESH.stages * MESH.replicas).reshape(MESH.stages, MESH.replicas)
@@ -208,7 +208,15 @@ def neither_true_nor_false(statement, key):
     return signed(odd.header.to_words(), odd.body().numpy().tobytes()[:-1] + b"\x07", key)
 
 
-@pytest.mark.parametrize("change", [of_another_version, endless, negative, neither_true_nor_false])
+def empty_and_endless(statement, key):
+    """No byte of it is announced, and its other sizes are more than anything can be computed with."""
+    words = replace(statement, tensors=(statement.tensors[0], torch.zeros(0, 1, 1, 1))).header.to_words()
+    (first,) = np.flatnonzero((words[:-3] == 0) & (words[1:-2] == 1) & (words[2:-1] == 1) & (words[3:] == 1))
+    words[first : first + 4] = 2**20, 0, 2**20, 2**20
+    return signed(words, replace(statement, tensors=statement.tensors[:1]).body().numpy().tobytes(), key)
+
+
+@pytest.mark.parametrize("change", [of_another_version, endless, negative, neither_true_nor_false, empty_and_endless])
 def test_a_signed_statement_that_is_none_names_who_signed_it(monkeypatch, change):
     assert hold(monkeypatch, Case(), sends=mended(change)) == all_learn(Outcome.SECOND_FALSE)
 
@@ -301,3 +309,57 @@ def test_an_auditor_without_an_outcome_ends_the_run(monkeypatch):
     for error in hold(monkeypatch, Case()):
         assert isinstance(error, SentinelError)
         assert "worker (stage 0, replica 1) gave no outcome of its audit of worker (stage 2, replica 1)" in str(error)
+
+
+def test_whatever_goes_wrong_with_a_statement_is_its_witness_fault_and_ends_nothing(monkeypatch, caplog):
+    look_again = audit.look_again
+
+    def stumbles(statement, end, *more):
+        if end[1] == SENT:
+            return look_again(statement, end, *more)
+        raise ZeroDivisionError("an empty image")
+
+    monkeypatch.setattr(audit, "look_again", stumbles)
+    assert hold(monkeypatch, Case()) == all_learn(Outcome.SECOND_FALSE)
+    assert "ZeroDivisionError: an empty image" in caplog.text and str(LIAR) in caplog.text
+
+
+def test_an_auditor_without_room_blames_nobody_for_it(monkeypatch):
+    def no_room(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(audit, "look_again", no_room)
+    assert hold(monkeypatch, Case()) == all_learn(Outcome.FIRST_UNHEARD)
+
+
+@pytest.mark.parametrize("idle", [64, 200])
+def test_who_connects_and_says_nothing_keeps_nobody_out(idle):
+    case = Case()
+    desk = Desk({"first": b"1" * 32}, MOST_BYTES, CPU, {"first": 5.0})
+    strangers = [socket.create_connection(("127.0.0.1", desk.port)) for _ in range(idle)]
+    assert hand_in(frame_of(case.first, b"1" * 32), ["127.0.0.1"], desk.port, 5.0) is None
+    assert desk.statements()["first"].seeds == case.first.seeds
+    for stranger in strangers:
+        stranger.close()
+    desk.close()
+
+
+def test_a_witness_that_is_hung_up_on_comes_again():
+    case, heard = Case(), []
+    frame = b"".join(frame_of(case.first, b"1" * 32))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def auditor():
+            server.accept()[0].close()
+            caller, _ = server.accept()
+            with caller:
+                while len(heard) < len(frame):
+                    heard.extend(caller.recv(1 << 16))
+                caller.sendall(_HEARD)
+
+        thread = threading.Thread(target=auditor)
+        thread.start()
+        port = server.getsockname()[1]
+        assert hand_in(frame_of(case.first, b"1" * 32), ["127.0.0.1"], port, 5.0) is None
+        thread.join(timeout=10)
+    assert bytes(heard) == frame

@@ -96,7 +96,13 @@ def test_attackers_are_found_convicted_and_serve_no_more(options):
 
 @pytest.mark.parametrize(
     ("attack", "arguments"),
-    [("random_value", {}), ("delay", {"steps": 3}), ("stale_weights", {"steps": 3}), ("surrogate", {})],
+    [
+        ("random_value", {}),
+        # Branches and runs alone are equal in test_branching.py, with these too.
+        pytest.param("delay", {"steps": 3}, marks=pytest.mark.long),
+        pytest.param("stale_weights", {"steps": 3}, marks=pytest.mark.long),
+        ("surrogate", {}),
+    ],
 )
 def test_the_same_settings_give_the_same_result(options, attack, arguments):
     some = options(attack=attack, attack_arguments=arguments, sentinel=EARLY)
@@ -110,7 +116,10 @@ def test_the_same_settings_give_the_same_result(options, attack, arguments):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+LONG = ("forward", "backward")  # "both" has them in it
+
+
+@pytest.mark.parametrize("direction", ["both", *(pytest.param(way, marks=pytest.mark.long) for way in LONG)])
 def test_micro_batch_by_micro_batch_is_the_same(options, direction):
     common = {"attack": "constant", "direction": direction, "sentinel": EARLY, "steps": 8}
     whole, parts = (run(options(chunk=chunk, **common)) for chunk in (0, 1))
