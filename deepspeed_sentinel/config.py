@@ -169,7 +169,7 @@ class SentinelConfig(BaseModel):
         ge=5.0,
         description="seconds without a heartbeat after which a rank is given up, if all others wait for it",
     )
-    output_dir: str = Field("sentinel_logs", min_length=1, description="folder of events.jsonl")
+    output_dir: str = Field("sentinel_logs", min_length=1, description="folder of events.jsonl and ledger.json")
     events: Literal["none", "alarms", "steps"] = Field(
         "alarms", description="what events.jsonl holds; steps adds one line a step with every worker's score"
     )

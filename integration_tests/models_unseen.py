@@ -52,7 +52,7 @@ def micro_batches(scenario: Scenario, step: int, replica: int) -> Iterator[tuple
 def disagree(engine: Any, step: int) -> None:
     """Before each step: from step 2 on rank 2 comes to another verdict."""
     if torch.distributed.get_rank() == 2 and step == EMPTY_AT:
-        judge = engine.sentinel._judge
+        judge = engine.sentinel.gate.judge
         honest = judge.step
 
         def judge_otherwise(*arguments: Any) -> Any:

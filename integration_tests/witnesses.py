@@ -48,4 +48,4 @@ def another(engine: Any, step: int) -> None:
             statement = kept(end)
             return replace(statement, tensors=tuple(-tensor for tensor in statement.tensors))
 
-        engine.sentinel._hearing._testify = testify
+        engine.sentinel.gate.hearing._testify = testify

@@ -1,6 +1,8 @@
 """Sentinel's state in DeepSpeed checkpoints: it travels in the client state of every stage's own file.
 
-The judge's state is the same on all ranks and grows with the mesh, so only the first stage's file holds it.
+The judge's state is the same on all ranks and grows with the mesh, so only the first stage's file holds it. The ledger
+of devices is rank 0's alone. Rank 0 is worker (stage 0, replica 0) in every topology, and replica 0 writes its stage's
+file, so it gets back what it gave.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def saver(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., Any
 
     @functools.wraps(original)
     def save_checkpoint(save_dir: str, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any) -> Any:
-        state = sentinel.state_dict()
+        sentinel.devices.write()  # first, so that the file is never behind a checkpoint
+        state = {**sentinel.state_dict(), **sentinel.devices.state_dict()}
         if sentinel.worker.stage != 0:
             del state["judge"]
         return original(save_dir, tag, {**(client_state or {}), KEY: state}, *args, **kwargs)
@@ -47,6 +50,7 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
             return path, client_state
         sentinel.comparison.after_load()
         state = client_state.pop(KEY, None)
+        sentinel.devices.load_state_dict(state)
         weights_only = inspect.signature(original).bind(*args, **kwargs).arguments.get("load_module_only", False)
         problem = "was loaded for its weights only" if weights_only else _problem(state, sentinel)
         # Every stage reads a file of its own, and what one of them cannot use the others must not use either.

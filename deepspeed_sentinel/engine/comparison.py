@@ -52,10 +52,17 @@ class WeightComparison:
         self._device = torch.device(engine.device)
         self._loaded = engine.global_steps > 0
         self.last: Comparison | None = None
+        self._unequal: tuple[int, frozenset[Worker]] = (-1, frozenset())
 
     def after_load(self) -> None:
         """A checkpoint was loaded: the next step begins with a comparison."""
         self._loaded = True
+        self._unequal = (-1, frozenset())  # the step may come again, with other weights
+
+    def unequal_in(self, step: int) -> tuple[Worker, ...]:
+        """Who held other weights than most before a step, by any of its comparisons: the first may have healed them."""
+        of_step, workers = self._unequal
+        return tuple(sorted(workers)) if of_step == step else ()
 
     def begin_step(self) -> None:
         """Compare if it is due: every so many steps, and at the first step after a load. Collective.
@@ -91,6 +98,7 @@ class WeightComparison:
         stops = bool(undecided) and not self._lenient
         healed = bool(unequal) and not stops and not self._lenient and self._heal(tensors, found, layouts_SR)
         self.last = Comparison(step, unequal, healed, undecided)
+        self._unequal = (step, frozenset((*self.unequal_in(step), *unequal)))
         if found:
             action = "stopped" if stops else "reported" if self._lenient else "healed" if healed else "unhealed"
             self._telling.weights(self.last, found, action)

@@ -14,7 +14,8 @@ from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import Comparison, Division
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker
-from deepspeed_sentinel.telemetry.events import EventLog, verdict_events, weights_events
+from deepspeed_sentinel.telemetry.events import EventLog, device_event, verdict_events, weights_events
+from deepspeed_sentinel.telemetry.standing import Above, Standing
 
 _FEW_REPLICAS = {
     1: "1 replica: there is nothing to compare with, so statistics are reported and exclude nothing; what is not "
@@ -152,6 +153,32 @@ class Telling:
         self._warn(what.step, str(what))
         named = [list(worker) for worker in what.named]
         self._event(what.step, {"kind": "poisoned", "stages": list(what.stages), "named": named})
+
+    def device(self, step: int, what: Standing | Above) -> None:
+        """A device that people should look at."""
+        if not self._first:
+            return
+        why = (
+            "more alarms than its peers, which convicts nobody"
+            if isinstance(what, Above)
+            else "PROVED BEFORE to make something else than its peers of the same"
+        )
+        self._warn(step, f"{why}: {what}")
+        self._event(step, device_event(what))
+
+    def ledger(self, lines: Sequence[str]) -> None:
+        """What is out of the ordinary about the ledger."""
+        for line in lines if self._first else ():
+            logger.warning(f"[sentinel] {line}")
+
+    def unwritten(self, error: OSError) -> None:
+        """The ledger's file cannot be written to."""
+        if self._first:
+            self._once(
+                "unwritten",
+                f"the ledger of devices cannot be written: {error}. Counts stay in memory and in checkpoints, and are "
+                "written as soon as it can be; told once",
+            )
 
     def unseen(self, problem: str | None) -> None:
         """What this rank, whichever it is, could not judge at first and lets pass."""

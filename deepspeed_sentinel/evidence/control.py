@@ -67,6 +67,10 @@ class Control:
         result[torch.from_numpy(self._ranks).flatten()] = said_SRN.flatten(0, 1)
         return result
 
+    def gather_words(self, *words: int) -> torch.Tensor:
+        """int64 [ranks, W]: what every rank says in W whole numbers. Collective."""
+        return self.all_gather(torch.tensor(words, dtype=torch.int64))
+
     def of_first(self, text: str) -> str:
         """What rank 0 says, on all ranks. Collective."""
         said = np.frombuffer(text.encode(), np.uint8) if dist.get_rank() == 0 else np.zeros(0, np.uint8)

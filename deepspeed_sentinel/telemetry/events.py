@@ -13,6 +13,8 @@ import numpy as np
 from deepspeed_sentinel.evidence.weights import Comparison, Division
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import DIRECTIONS
+from deepspeed_sentinel.telemetry.book import COLUMNS
+from deepspeed_sentinel.telemetry.standing import Above, Standing
 
 
 def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any]]:
@@ -105,6 +107,25 @@ def weights_events(comparison: Comparison, found: Iterable[Division], action: st
         if one.stage in comparison.undecided:
             groups = [list(group) for group in one.groups]
             yield {"kind": "weights", "stage": one.stage, "replica": None, "groups": groups, "action": action}
+
+
+def device_event(what: Standing | Above) -> dict[str, Any]:
+    """A device that people should look at.
+
+    Args:
+        what: a device with a proof behind it, or one whose rate of alarms lies above its peers'.
+    """
+    one = what.standing if isinstance(what, Above) else what
+    rate = {"peers": what.peers, "chance": what.chance} if isinstance(what, Above) else {}
+    return {
+        "kind": "device",
+        "why": "rate" if isinstance(what, Above) else "proof",
+        "device": one.key,
+        "place": one.place,
+        "workers": [list(worker) for worker in one.workers],
+        **{name: getattr(one, name) for name in COLUMNS},
+        **rate,
+    }
 
 
 class EventLog:

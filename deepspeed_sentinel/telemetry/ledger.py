@@ -147,7 +147,7 @@ class Ledger:
             if text.dtype != np.uint8 or text.ndim != 1:
                 raise ValueError(f'its "json" is {text.dtype} {list(text.shape)}, not uint8 [N]')
             self._book = self._book.merged(from_text(text.tobytes()))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             self._told.append(f"the checkpoint's ledger of devices is left out: {error}")
 
     def standings(self) -> tuple[Standing, ...]:

@@ -30,7 +30,7 @@ FAULT = {"stage": 1, "replica": 1, "attack": "nan", "start_step": 3}
 
 def disagree(engine) -> None:
     """Rank 2 lets nobody out where the others exclude, and the other way round."""
-    judge = engine.sentinel._judge
+    judge = engine.sentinel.gate.judge
     honest = judge.step
 
     def step(*arguments):

@@ -142,3 +142,13 @@ def test_observed_it_is_told_and_no_more(monkeypatch):
     world.odd = {(0, 1): OTHER, (0, 2): OTHER + 1, (1, 2): OTHER}
     assert world.comparison.compare() == Comparison(0, (Worker(1, 2),), False, undecided=(0,))
     assert not world.heals and world.gathers == 1 and len(world.told) == 1
+
+
+def test_what_one_comparison_of_a_step_found_holds_though_the_next_finds_it_healed(world):
+    world.engine.global_steps, world.odd[1, 2] = 5, OTHER
+    world.comparison.begin_step()
+    world.comparison.compare()
+    assert world.comparison.last.unequal == () and world.comparison.unequal_in(5) == (Worker(1, 2),)
+    assert world.comparison.unequal_in(6) == ()
+    world.comparison.after_load()
+    assert world.comparison.unequal_in(5) == (), "the step comes again"

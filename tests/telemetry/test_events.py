@@ -11,7 +11,8 @@ from synthetic import World
 from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.evidence.weights import Comparison, divisions
 from deepspeed_sentinel.mesh import Worker
-from deepspeed_sentinel.telemetry.events import EventLog, verdict_events, weights_events
+from deepspeed_sentinel.telemetry.events import EventLog, device_event, verdict_events, weights_events
+from deepspeed_sentinel.telemetry.standing import Above, Standing
 
 
 def attacked():
@@ -58,3 +59,13 @@ def test_replicas_that_differ_are_told_one_by_one():
     assert list(weights_events(undecided, found[1:], "stopped")) == [
         {"kind": "weights", "stage": 1, "replica": None, "groups": [[0], [1], [2]], "action": "stopped"}
     ]
+
+
+@pytest.mark.parametrize("why", ["proof", "rate"])
+def test_a_device_is_told_with_its_counts(why):
+    one = Standing("gpu:a", "node slot 0", (Worker(1, 2),), 9, 72, 4, 8, 0, 1, 0, 10, 20, 20)
+    event = device_event(one if why == "proof" else Above(one, 0.1, 1e-9))
+    rate = {"peers": 0.1, "chance": 1e-9} if why == "rate" else {}
+    assert event == {**event, "kind": "device", "why": why, "device": "gpu:a", "workers": [[1, 2]], "proofs": 1, **rate}
+    assert "chance" in event or why == "proof"
+    json.dumps(event, allow_nan=False)

@@ -1,0 +1,260 @@
+"""The gate: what happens in a training step between its backward passes and the next one. Evidence, verdict, exclusion.
+
+``Sentinel`` puts the gate's instructions in place of DeepSpeed's, and calls ``begin_step``. The step is judged when the
+gradients of tied weights are to be reduced: DeepSpeed asks for that first, in models without any too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import logger
+
+from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine import access
+from deepspeed_sentinel.engine.agreement import disagreement
+from deepspeed_sentinel.engine.board import rendezvous_host
+from deepspeed_sentinel.engine.buffers import ForwardState
+from deepspeed_sentinel.engine.comparison import WeightComparison
+from deepspeed_sentinel.engine.interception import Interception
+from deepspeed_sentinel.engine.reduction import Poisoned, Reduction
+from deepspeed_sentinel.engine.telling import Telling
+from deepspeed_sentinel.engine.tied import reduce_tied_gradients
+from deepspeed_sentinel.engine.twins import TwinSteps, as_told, kind, norm_bits
+from deepspeed_sentinel.errors import VerdictMismatch
+from deepspeed_sentinel.evidence.collector import Collector
+from deepspeed_sentinel.evidence.control import Control
+from deepspeed_sentinel.evidence.parts import Layout
+from deepspeed_sentinel.evidence.table import Evidence, Twins
+from deepspeed_sentinel.evidence.weights import tensors_digest
+from deepspeed_sentinel.judgement.complaints import complained_of
+from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
+from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.response.audit import audits_due, rule
+from deepspeed_sentinel.response.gate import Share
+from deepspeed_sentinel.response.hearing import Hearing
+
+
+class Gate:
+    """Lets into a step what is not in alarm.
+
+    Attributes:
+        judge: what is learnt of messages, and the record of workers.
+        verdict: of the last step, or None.
+        served: int [S, C], who served each column in it.
+        poisoned: what was wrong with the reduction of the last step, if it was a twin step; or None.
+        share: what this worker's column contributes to the step.
+        hearing: of witnesses, where an audit is due.
+        counts: judged_messages, alarms (messages blamed on a worker), disputes, skipped_steps,
+            excluded_column_steps.
+
+    Args:
+        engine: whose steps.
+        config: the effective settings.
+        control: of the small exchanges.
+        telling: says what a step came to.
+        collector, comparison, twins, interception: of this engine.
+        name: what a rank is called.
+    """
+
+    def __init__(
+        self,
+        engine: PipelineEngine,
+        config: SentinelConfig,
+        control: Control,
+        telling: Telling,
+        *,
+        collector: Collector,
+        comparison: WeightComparison,
+        twins: TwinSteps,
+        interception: Interception,
+        name: Callable[[int], str],
+    ) -> None:
+        self._engine, self._config, self._control, self._telling = engine, config, control, telling
+        self._collector, self._comparison, self._twins = collector, comparison, twins
+        self._interception, self._name = interception, name
+        self._lenient = config.action == "observe"
+        self._mesh, self._worker = access.mesh_of(engine), access.worker_of(engine)
+        self._ranks = access.ranks_of(engine)
+        self._reduction = Reduction(engine, self._worker, self._ranks, control)
+        self._forward_state = ForwardState(access.stage_module(engine))
+        self.hearing = Hearing(
+            self._worker,
+            self._ranks,
+            control,
+            torch.device(engine.device),
+            testify=collector.testify,
+            most_bytes=lambda: collector.keeping.most_bytes,
+            secret_with=collector.keys.secret_with,
+            towards=rendezvous_host(),
+        )
+        self.verdict: Verdict | None = None
+        self.served = np.zeros((self._mesh.stages, self._mesh.replicas), np.int64)
+        self.counts = dict.fromkeys(
+            ("judged_messages", "alarms", "disputes", "skipped_steps", "excluded_column_steps"), 0
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget baselines, fences and record; warm up again."""
+        layout = self._collector.layout
+        self.judge = self.new_judge(layout.parts if layout else 1)
+        self._collector.reset()
+        self.share = Share(included=True, factor=1.0)
+        self.poisoned: Poisoned | None = None
+
+    def new_judge(self, parts: int) -> Judge:
+        """One that has learnt nothing.
+
+        Args:
+            parts: judged ones of each message.
+        """
+        values = {name: getattr(self._config, name) for name in JudgeSettings.__dataclass_fields__}
+        chosen = {"seed": self._config.seed or 0, "conviction": self._config.convicts_by(self._mesh)}
+        return Judge(self._mesh, JudgeSettings(**{**values, **chosen}), parts)
+
+    def instructions(self) -> dict[type, Callable[..., Any]]:
+        """Entries for an engine's ``_INSTRUCTION_MAP``."""
+        return {
+            schedule.ReduceTiedGrads: self._reduce_tied_gradients,
+            schedule.ReduceGrads: self._reduce_gradients,
+            schedule.OptimizerStep: self._optimizer_step,
+        }
+
+    def begin_step(self) -> None:
+        """Before a training step's first message. Collective."""
+        step = self._engine.global_steps
+        self._comparison.begin_step()
+        self._twins.begin_step(step, self._suspicion)
+        self._collector.begin_step(step, self._engine.micro_batches)
+        self._forward_state.begin_step()
+
+    def _reduce_tied_gradients(self, engine: PipelineEngine) -> None:
+        self._pass()
+        assert self.verdict is not None
+        if not self.verdict.skip:
+            reduce_tied_gradients(engine)
+
+    def _reduce_gradients(self, engine: PipelineEngine) -> None:
+        verdict = self.verdict
+        assert verdict is not None
+        self.poisoned = None
+        if verdict.skip:
+            return
+        if not verdict.twins:
+            self._interception.run_original(schedule.ReduceGrads)
+            return
+        comparable = self.share.included and bool(verdict.alike[self._worker.stage])
+        self.poisoned = self._reduction.watch(
+            lambda: self._interception.run_original(schedule.ReduceGrads), comparable, self.share.factor
+        )
+        if self.poisoned:
+            self._telling.poisoned(self.poisoned)
+
+    def _optimizer_step(self, engine: PipelineEngine, **kwargs: Any) -> None:
+        assert self.verdict is not None
+        if self.verdict.skip or (self.poisoned and not self._lenient):
+            access.skip_step(engine, self.verdict.overflow)
+        else:
+            self._interception.run_original(schedule.OptimizerStep, **kwargs)
+
+    @torch.no_grad()
+    def _pass(self) -> None:
+        """Evidence, verdict, exclusion: all that happens between backward and reduction."""
+        step = self._engine.global_steps
+        first = self._collector.layout is None
+        evidence = replace(
+            self._collector.collect(step, access.gradient_scale(self._engine)), twins=self._told_of_twins()
+        )
+        if first:
+            self._take_layout()
+        for told in self._collector.changed():
+            logger.warning(f"[sentinel] {told}")
+        self._telling.unseen(self._collector.probe.unseen)
+        if evidence.twins and self._config.weights_every:
+            self._comparison.compare()
+        verdict = self.judge.step(evidence, access.overflow_limit(self._engine), self._proved_otherwise(step))
+        if self._agree(verdict):
+            verdict = self._audit(verdict, evidence)
+        if self.judge.clean_links.any():
+            self._collector.learn(self.judge.clean_links)
+        self.share = Share.of(verdict.excluded, self._worker.replica)
+        if not verdict.skip:
+            self.share.apply_(access.gradients(self._engine))
+        self._forward_state.end_step(counts=self.share.included)
+        self.verdict, self.served = verdict, evidence.served
+        self._count(verdict)
+        self._telling.verdict(verdict)
+
+    def _proved_otherwise(self, step: int) -> tuple[Worker, ...]:
+        """Who held other weights than its stage in this step, or altered the reduction of the last one."""
+        return (*self._comparison.unequal_in(step), *(self.poisoned.named if self.poisoned else ()))
+
+    @property
+    def _suspicion(self) -> bool:
+        return self.judge.record.suspicion
+
+    def _told_of_twins(self) -> Twins | None:
+        """What the step was, if it is a twin step."""
+        if not self._twins.possible(self._suspicion):
+            return None
+        gradients, device = list(access.gradients(self._engine)), torch.device(self._engine.device)
+        digest = int(tensors_digest(gradients, device)) if gradients else 0
+        # First what each has accumulated, then what the step was: nobody can choose the one by the other.
+        own = (digest, norm_bits(gradients), kind(device))
+        accumulated, norms, kinds = np.moveaxis(self._control.gather_words(*own).numpy()[self._ranks], -1, 0)
+        words = self._control.gather_words(self._twins.word).numpy()[self._ranks][..., 0]
+        return as_told(words, accumulated, np.ascontiguousarray(norms).view(np.float64), kinds)
+
+    def _agree(self, verdict: Verdict) -> bool:
+        """Whether all ranks came to the same verdict; where one may be acted on, all stop unless they did."""
+        said = self._control.gather_words(verdict.digest(), self._collector.complaint)
+        split = disagreement(said[:, 0], verdict.step, self._name)
+        if split and not self._lenient:
+            raise VerdictMismatch(
+                f"{split} No gradient of this step was applied. Resume from the last checkpoint without them."
+            )
+        if split:
+            self._telling.split(split)
+        for worker in complained_of(said[:, 1].numpy()[self._ranks]):
+            self._telling.misfit(verdict.step - 1, worker)
+        return split is None
+
+    def _audit(self, verdict: Verdict, evidence: Evidence) -> Verdict:
+        """Take back the strikes that rest on neighbours' words and that no trusted worker could confirm."""
+        # A strike that convicts nobody by itself needs no second look: a twin step is one.
+        audits = () if self.judge.record.by_proof else audits_due(verdict, evidence)
+        if not audits:
+            return verdict
+        ruling = rule(verdict, audits, self.hearing.hold(audits, evidence, self._layout))
+        return self.judge.retract(ruling.verdict, ruling.opened, ruling.refuted)
+
+    def _count(self, verdict: Verdict) -> None:
+        self.counts["judged_messages"] += verdict.judged
+        self.counts["alarms"] += sum(len(finding.micro_batches) for finding in verdict.findings)
+        self.counts["disputes"] += len(verdict.disputed)
+        self.counts["skipped_steps"] += verdict.skip
+        self.counts["excluded_column_steps"] += int(np.count_nonzero(verdict.excluded))
+
+    @property
+    def _layout(self) -> Layout:
+        assert self._collector.layout is not None, "agreed on before the first verdict"
+        return self._collector.layout
+
+    def _take_layout(self) -> None:
+        """Say once what is not judged, and judge as many parts as there are."""
+        if self._worker.replica == 0 and (told := self._collector.not_judged()):
+            logger.warning(f"[sentinel] {told}")
+        parts = self._layout.parts
+        if self.judge.table.parts == parts:
+            return
+        if self.judge.fences.learnt_steps:
+            self._telling.anew(parts, before=self.judge.table.parts)
+        self.reset()
