@@ -7,12 +7,17 @@ the stages' own groups. A middle stage takes part in none of it: it learns what 
 last message is sent.
 
 Where the micro-batches of one replica cannot take another's place, the step is none: another shape, where messages are
-not announced one by one; or a loader that has come to its end, which then raises as it would without a Sentinel.
+not announced one by one; other data types; something that is no tensor, number or text; or a loader that has come to
+its end, which then raises as it would without a Sentinel, after what it had left.
+
+A loss that divides by what it counts in all replicas' labels must count the source's. So where the pipeline's
+``loss_fn`` has ``in_twin_step(labels, replicas)``, the last stage calls it with the source's labels of all
+micro-batches, and is given what it returns for them. Gradients and losses are averaged over the columns that take part,
+each of which has trained on the same: what is averaged is one column's.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import platform
 import zlib
@@ -25,8 +30,10 @@ import torch
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.utils import logger
 
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine.parcel import can_be_sent, checksums, from_bytes, to_bytes
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.keys import PairSecret
@@ -36,6 +43,14 @@ from deepspeed_sentinel.response.twins import Draw, chance, draw
 
 _KEY_BYTES = 32
 _NONE, _APART, _GIVEN, _SOURCE = range(4)
+# What keeps a step from being a twin step; of several the last counts.
+_NOTHING, _SHAPES, _KINDS, _FOREIGN, _ENDED = range(5)
+_HINDERED = {
+    _SHAPES: "the shapes of micro-batches differ between replicas, and messages are not announced one by one. Pack or "
+    "pad to a fixed length",
+    _KINDS: "the data types of micro-batches differ between replicas. Let all loaders make the same",
+    _FOREIGN: "a micro-batch holds something else than tensors, numbers and text in tuples, lists and dicts",
+}
 
 
 class TwinSteps:
@@ -62,7 +77,9 @@ class TwinSteps:
         self._config, self._own_next = config, next_batch
         self._at_end = mesh.is_trusted(worker.stage)
         self._waiting: deque[Any] = deque()
-        self._ended: StopIteration | None = None
+        self._ended: Exception | None = None
+        self._loader: Any = None
+        self._wanted = self._hindered = 0
         self._drawn: Draw | None = None
         self._secret = PairSecret(self._agree_on_key(config.seed)) if self._at_end and mesh.replicas > 1 else None
 
@@ -78,27 +95,25 @@ class TwinSteps:
             suspicion: somebody is suspected.
         """
         self._drawn = None
-        self._waiting.clear()
+        self._forget()
         if self._secret is None or not self.possible(suspicion):
             return
         drawn = draw(self._config, self._mesh.replicas, suspicion, self._secret.number("twins", step))
         if drawn is None:
             return
-        self._ended = None
-        while len(self._waiting) < self._engine.micro_batches and self._ended is None:
-            try:
-                self._waiting.append(self._own_next())
-            except StopIteration as end:
-                self._ended = end
-        if not self._exchangeable(drawn):
+        self._draw_own()
+        parts = self._parts()
+        if not self._can_be(drawn, parts):
             return
-        theirs = self._of_source(drawn)
+        theirs = self._of_source(drawn, parts)
         if drawn.given[self._worker.replica]:
             self._waiting = deque(self._in_place(own, given) for own, given in zip(self._waiting, theirs, strict=True))
         self._drawn = drawn
 
     def next_batch(self) -> Any:
         """What this replica is given next: ``engine._next_batch``."""
+        if self._engine.data_iterator is not self._loader:  # a step broke off, and the script goes on with other data
+            self._forget()
         if self._waiting:
             return self._waiting.popleft()
         if self._ended is not None:
@@ -128,32 +143,84 @@ class TwinSteps:
         theirs = self._control.swap_ends(mine)
         return bytes((mine if self._worker.stage == 0 else theirs).tolist())
 
-    def _exchangeable(self, drawn: Draw) -> bool:
-        """Whether every column can take the source's micro-batches, as first and last stage find alike."""
-        word = 0 if self._ended is not None else _layout(list(self._waiting))
-        mine = torch.tensor([word, int(self._engine.dynamic_shape)])
-        words_R2 = self._control.of_row(mine)[torch.from_numpy(drawn.given)]
-        same = bool((words_R2[:, 0] == words_R2[0, 0]).all()) or bool(words_R2[:, 1].all())
-        fit = bool((words_R2[:, 0] != 0).all()) and same
-        return fit and bool(self._control.swap_ends(torch.tensor([int(fit)], dtype=torch.uint8)))
+    def _forget(self) -> None:
+        self._waiting.clear()
+        self._ended = self._loader = None
 
-    def _of_source(self, drawn: Draw) -> list[Any]:
-        """The source's part for this stage of each micro-batch, on the CPU."""
-        part = 0 if self._worker.stage == 0 else 1
+    def _draw_own(self) -> None:
+        """All micro-batches of the step; an error of the loader is kept until it would have come."""
+        self._loader = self._engine.data_iterator
+        while len(self._waiting) < self._engine.micro_batches and self._ended is None:
+            try:
+                self._waiting.append(self._own_next())
+            except Exception as error:
+                self._ended = error
+
+    def _parts(self) -> list[Any] | None:
+        """This stage's part of each micro-batch that it has drawn; None if these are no micro-batches."""
+        try:
+            return [batch[0 if self._worker.stage == 0 else 1] for batch in self._waiting]
+        except (TypeError, LookupError):
+            return None
+
+    def _can_be(self, drawn: Draw, parts: list[Any] | None) -> bool:
+        """Whether every column can take the source's micro-batches, as first and last stage find alike."""
+        here = self._found_here(drawn, parts)
+        # Both ends always say what they found, or one of them would wait for the other.
+        there = int(self._control.swap_ends(torch.tensor([here], dtype=torch.uint8)))
+        found = max(here, there)
+        self._wanted += 1
+        if found in _HINDERED:
+            self._tell_of(_HINDERED[found])
+        return found == _NOTHING
+
+    def _found_here(self, drawn: Draw, parts: list[Any] | None) -> int:
+        """What all ranks of this stage find in the way of this twin step."""
+        own = _NOTHING
+        if self._ended is not None:
+            own = _ENDED
+        elif parts is None or not can_be_sent(parts):
+            own = _FOREIGN
+        words = torch.tensor([own, *checksums(parts or []), int(self._engine.dynamic_shape)])
+        own_K, kinds_K, shapes_K, announced_K = self._control.of_row(words)[torch.from_numpy(drawn.given)].T
+        if own_K.any():
+            return int(own_K.max())
+        if (kinds_K != kinds_K[0]).any():
+            return _KINDS
+        return _NOTHING if (shapes_K == shapes_K[0]).all() or announced_K.all() else _SHAPES
+
+    def _tell_of(self, hindrance: str) -> None:
+        self._hindered += 1
+        if self._worker == Worker(0, 0) and self._hindered == 10 ** (len(str(self._hindered)) - 1):
+            logger.warning(
+                f"[sentinel] {self._hindered} of {self._wanted} twin steps so far could not be made: {hindrance}. What "
+                "only a twin step proves goes unseen meanwhile. Told of the 1st, 10th, 100th, ..."
+            )
+
+    def _of_source(self, drawn: Draw, parts: list[Any] | None) -> list[Any]:
+        """The source's part for this stage of each micro-batch, as the loss wants it in a twin step."""
         mine = torch.empty(0, dtype=torch.uint8)
         if self._worker.replica == drawn.source:
-            mine = _to_bytes([_map(batch[part], lambda tensor: tensor.detach().cpu()) for batch in self._waiting])
-        given = _from_bytes(self._control.of_replica(mine, drawn.source))
-        if not isinstance(given, list) or len(given) != self._engine.micro_batches:
-            raise SentinelError(
-                f"replica {drawn.source} of stage {self._worker.stage} handed over no {self._engine.micro_batches} "
-                "micro-batches in a twin step. Resume from the last checkpoint without it."
-            )
-        return given
+            mine = to_bytes(parts or [])
+        file_N = self._control.of_replica(mine, drawn.source)
+        try:
+            given = from_bytes(file_N, torch.device(self._engine.device))
+        except Exception as error:
+            raise self._nothing_of(drawn) from error
+        if len(given) != self._engine.micro_batches:
+            raise self._nothing_of(drawn)
+        adapted = getattr(self._engine.module.loss_fn, "in_twin_step", None) if self._worker.stage > 0 else None
+        return adapted(given, self._mesh.replicas) if adapted else given
+
+    def _nothing_of(self, drawn: Draw) -> SentinelError:
+        return SentinelError(
+            f"{Worker(self._worker.stage, drawn.source)} handed over no {self._engine.micro_batches} micro-batches in "
+            "a twin step. Resume from the last checkpoint without it."
+        )
 
     def _in_place(self, own: Any, given: Any) -> Any:
         """A micro-batch in which this stage's part is another replica's."""
-        return (given, *own[1:]) if self._worker.stage == 0 else (own[0], given)
+        return (given, *own[1:]) if self._worker.stage == 0 else (own[0], given, *own[2:])
 
 
 def kind(device: torch.device) -> int:
@@ -197,38 +264,3 @@ def as_told(words_SR: np.ndarray, gradients_SR: np.ndarray, norms_SR: np.ndarray
             "step was applied. Resume from the last checkpoint."
         )
     return Twins(int(sources[0]), first >= _GIVEN, gradients_SR, norms_SR, kinds_SR)
-
-
-def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Tensors in nested tuples, lists and dicts replaced."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _map(one, function) for key, one in value.items()}
-    if isinstance(value, (tuple, list)):
-        return tuple(_map(one, function) for one in value)
-    return value
-
-
-def _layout(batches: list[Any]) -> int:
-    """A checksum of what batches are made of, never 0."""
-    described: list[str] = []
-
-    def describe(tensor: torch.Tensor) -> torch.Tensor:
-        described.append(f"{tensor.dtype} {tuple(tensor.shape)}")
-        return tensor
-
-    for batch in batches:
-        _map(batch, describe)
-        described.append("/")
-    return 1 + zlib.crc32(" ".join(described).encode())
-
-
-def _to_bytes(batches: list[Any]) -> torch.Tensor:
-    file = io.BytesIO()
-    torch.save(batches, file)
-    return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
-
-
-def _from_bytes(file_N: torch.Tensor) -> Any:
-    return torch.load(io.BytesIO(file_N.numpy().tobytes()), map_location="cpu", weights_only=True)

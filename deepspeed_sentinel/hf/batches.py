@@ -24,7 +24,8 @@ def to_batch(batch: Mapping[str, Any], num_items_in_batch: torch.Tensor | int | 
         batch: ``input_ids`` and ``labels``, int64 [B, T], and optionally ``attention_mask`` [B, T] (0 is padding) and
             ``position_ids`` [B, T]. A mask without padding is dropped where that changes nothing.
         num_items_in_batch: label tokens that count in the whole step, over all micro-batches and replicas. The loss
-            is then weighted by tokens, as the Trainer does; without, it is the mean over this micro-batch.
+            is then weighted by tokens, as the Trainer does; without, it is the mean over this micro-batch. In a twin
+            step the source's label tokens times the replicas are counted in its place.
         shares: micro-batches times replicas, over which the engine averages.
 
     Raises:
@@ -114,6 +115,7 @@ def announce_shapes(engine: Any, batches: Sequence[Batch]) -> None:
     """Tell an engine when messages are about to change their shape; it reuses buffers otherwise.
 
     Within a step of equal shapes nothing is sent beside the messages; where shapes differ, each message is announced.
+    So what is announced depends on the replica's own micro-batches alone, and not on whether it is a twin step.
     """
     shapes = [tuple((part.dtype, part.shape) for part in inputs) for inputs, _ in batches]
     last = getattr(engine, "_sentinel_message_shapes", None)

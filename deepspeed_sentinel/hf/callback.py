@@ -19,12 +19,12 @@ class SentinelCallback(TrainerCallback):
     ) -> TrainerControl | None:
         """Called on every rank after a step in which there is something to tell, before ``on_step_end``.
 
-        That is a suspect, a dispute, a conviction, a release, or a skipped step. The verdict is the same on all
-        ranks; what the method does to ``control`` must be so too.
+        That is a suspect, a dispute, what a twin step has shown, a conviction, a release, or a skipped step. The
+        verdict is the same on all ranks; what the method does to ``control`` must be so too.
 
         Args:
             args, state, control: as of every event. ``state.global_step`` does not count this step yet.
-            verdict: findings, disputes, excluded columns, convictions.
+            verdict: findings, disputes, proofs, excluded columns, convictions.
             kwargs: ``model``, ``optimizer`` and what else events are given.
         """
         return None
@@ -32,7 +32,8 @@ class SentinelCallback(TrainerCallback):
 
 def has_news(verdict: Verdict) -> bool:
     """There is something to tell of this step."""
-    return bool(verdict.findings or verdict.disputed or verdict.newly_convicted or verdict.released or verdict.skip)
+    found = (verdict.findings, verdict.disputed, verdict.proofs, verdict.differences)
+    return bool(any(found) or verdict.newly_convicted or verdict.released or verdict.cleared or verdict.skip)
 
 
 def tell(

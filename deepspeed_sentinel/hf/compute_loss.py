@@ -94,6 +94,7 @@ class ComputeLoss:
         parts = outputs if isinstance(outputs, tuple) else (outputs,)
         inputs = dict(zip(self._names, labels, strict=True))
         weight, items = inputs.pop(WEIGHT), inputs.pop(ITEMS, None)
+        inputs.pop(TWIN_ITEMS, None)
         if self._evaluates and not inputs:
             return torch.zeros((), device=parts[0].device)  # nothing to compute a loss of: the logits are wanted
         model = ModelOutputs(self._stage_model, self._own_loss, parts, inputs)
@@ -108,12 +109,21 @@ class ComputeLoss:
             )
         return loss.detach().mean() * weight
 
+    def in_twin_step(self, labels: list[tuple[torch.Tensor, ...]], replicas: int) -> list[tuple[torch.Tensor, ...]]:
+        """The source's labels, with the number of label tokens that its own make where all replicas train on them."""
+        return [self._in_twin_step(one) for one in labels]
 
-ITEMS, WEIGHT = "num_items_in_batch", " weight"  # no column of a batch has a name that begins with a space
+    def _in_twin_step(self, labels: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        named = dict(zip(self._names, labels, strict=True))
+        return tuple({**named, ITEMS: named[TWIN_ITEMS]}.values()) if ITEMS in named else labels
+
+
+# No column of a batch has a name that begins with a space.
+ITEMS, TWIN_ITEMS, WEIGHT = "num_items_in_batch", " items in a twin step", " weight"
 
 
 def labelled(
-    inputs: Mapping[str, Any], items: torch.Tensor | None, weight: float
+    inputs: Mapping[str, Any], items: torch.Tensor | None, weight: float, twin_items: torch.Tensor | None = None
 ) -> tuple[tuple[str, ...], tuple[torch.Tensor, ...]]:
     """Names and tensors of what ``ComputeLoss`` is given of a micro-batch.
 
@@ -121,11 +131,13 @@ def labelled(
         inputs: what ``compute_loss`` sees of it.
         items: label tokens of the step, or None where the Trainer counts none.
         weight: what the loss is multiplied by.
+        twin_items: what ``items`` is where all replicas are given these inputs; none where nothing is trained.
 
     Raises:
         ValueError: an input is no tensor.
     """
-    named = {**inputs, **({} if items is None else {ITEMS: items}), WEIGHT: torch.tensor(weight)}
+    counted = {name: count for name, count in ((ITEMS, items), (TWIN_ITEMS, twin_items)) if count is not None}
+    named = {**inputs, **counted, WEIGHT: torch.tensor(weight)}
     for name, value in named.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(

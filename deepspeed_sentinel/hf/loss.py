@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
+from deepspeed_sentinel.hf.batches import label_tokens
 from deepspeed_sentinel.hf.router import Router
 
 
@@ -18,7 +19,7 @@ class CausalLMLoss:
     router loss. With ``(labels, num_items_in_batch, shares)`` it is ``shares * (sum of token losses /
     num_items_in_batch + router loss)``; since the engine averages over micro-batches and replicas, of which there are
     ``shares``, a step's loss and gradient are those of the Trainer: every label token of the step counts the same,
-    and router losses add up.
+    and router losses add up. In a twin step all replicas have the source's labels: ``num_items_in_batch`` is theirs.
 
     Args:
         function: the model's ``loss_function``.
@@ -52,6 +53,14 @@ class CausalLMLoss:
         else:
             loss = self.of(parts, labels_BT, items)
         return loss if shares is None else loss * shares
+
+    def in_twin_step(self, labels: list[Any], replicas: int) -> list[Any]:
+        """The source's labels of a twin step, with the number of label tokens that all replicas' have together."""
+        counted = [one for one in labels if isinstance(one, tuple) and len(one) > 1]
+        if not counted:
+            return labels
+        items = replicas * label_tokens([{"labels": one[0]} for one in counted])
+        return [(one[0], items, *one[2:]) if isinstance(one, tuple) and len(one) > 1 else one for one in labels]
 
     def of(
         self, outputs: tuple[torch.Tensor, ...], labels_BT: torch.Tensor, items: torch.Tensor | int | None

@@ -28,8 +28,10 @@ class MicroBatch:
     together: int
 
 
-def training_batches(trainer: Trainer, loss: ComputeLoss, step: Sequence[MicroBatch]) -> list[Batch]:
+def training_batches(trainer: Trainer, loss: ComputeLoss, step: Sequence[MicroBatch], replicas: int) -> list[Batch]:
     """The micro-batches of one step, weighted so that the engine's mean over them is the sum that a Trainer makes.
+
+    In a twin step this replica's may be those of all replicas: they know the number of label tokens that there is then.
 
     Raises:
         ValueError: a batch that the pipeline cannot take, or batches with different columns.
@@ -37,14 +39,14 @@ def training_batches(trainer: Trainer, loss: ComputeLoss, step: Sequence[MicroBa
     own = _computes_own_loss(trainer)
     batches: list[Batch] = []
     columns: set[tuple[str, ...]] = set()
-    for micro_batch in step:
+    for micro_batch, twin_items in zip(step, _twin_items(trainer, step, replicas), strict=True):
         inputs, items = micro_batch.inputs, micro_batch.items
         first = forward_inputs(inputs, ("input_ids",) if own else ("input_ids", "labels"), others=own)
         scaled = trainer.loss_is_scaled_for_ga
         if scaled is None:  # the Trainer's own guess
             scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
         weight = len(step) if scaled else len(step) / micro_batch.together
-        names, last = labelled(inputs if own else {"labels": inputs["labels"]}, items, weight)
+        names, last = labelled(inputs if own else {"labels": inputs["labels"]}, items, weight, twin_items)
         batches.append((first, last))
         columns.add(names)
     if len(columns) > 1:
@@ -55,6 +57,20 @@ def training_batches(trainer: Trainer, loss: ComputeLoss, step: Sequence[MicroBa
         )
     loss.expect(columns.pop(), evaluates=False)
     return batches
+
+
+def _twin_items(trainer: Trainer, step: Sequence[MicroBatch], replicas: int) -> list[torch.Tensor | None]:
+    """Of each micro-batch ``items``, if all replicas had read for that step what this one has."""
+    times = replicas if trainer.args.average_tokens_across_devices else 1
+    counts: list[torch.Tensor | None] = []
+    while len(counts) < len(step):
+        first = step[len(counts)]
+        read = step[len(counts) : len(counts) + first.together]
+        count = None
+        if first.items is not None:
+            count = (label_tokens([one.inputs for one in read]) * times).to(first.items.device)
+        counts += [count] * len(read)
+    return counts
 
 
 def evaluation_batch(

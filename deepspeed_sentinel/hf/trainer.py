@@ -238,7 +238,7 @@ class SentinelTrainer(Trainer):
         if len(held) != engine.micro_batches:  # the last step of an epoch, and after what is left of one
             engine.set_train_batch_size(len(held) * engine.micro_batch_size * self.mesh.replicas)
         self._rate = super()._get_learning_rate()
-        batches = training_batches(self, self._loss, held)
+        batches = training_batches(self, self._loss, held, self.mesh.replicas)
         announce_shapes(engine, batches)
         loss = engine.train_batch(iter(batches))
         if self.sentinel is not None and has_news(self.sentinel.last_verdict):

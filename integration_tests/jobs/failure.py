@@ -5,7 +5,8 @@
 ``plain`` trains and saves a checkpoint after step 4. ``resume`` loads it first. ``mismatch`` makes
 rank 2 come to another verdict at step 3. ``empty`` hands replica 1 a batch without tokens at step 3. ``halt`` halts
 when stage 1 of replica 1 tampers. Rank 3 dies at step 3: in ``loss`` when losses are averaged; in ``leave`` before
-the step, and rank 5 ends by an error of its own then.
+the step, and rank 5 ends by an error of its own then. ``twinN``: rank N dies at step 3, when micro-batches are handed
+over in a twin step.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def main(mode: str, folder: str, steps: str = "8") -> None:
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60), verbose=False)
     module = build_model(SMALL, STAGES)
     block = {"enabled": True, "output_dir": f"{folder}/sentinel", "warmup_steps": 2}
+    if mode.startswith("twin"):
+        block |= {"twins": {"every": 1}}
     if mode == "halt":
         block |= {"action": "halt", "inject": [FAULT]}
     engine, *_ = deepspeed_sentinel.initialize(
@@ -74,6 +77,8 @@ def main(mode: str, folder: str, steps: str = "8") -> None:
         if engine.global_steps == 3:
             if mode == "loss" and rank == 3:
                 engine._aggregate_total_loss = die
+            if mode == f"twin{rank}":
+                engine.sentinel._twins._of_source = die
             if mode == "leave" and rank == 3:
                 die()
             if mode == "leave" and rank == 5:

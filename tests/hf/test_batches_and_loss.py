@@ -86,3 +86,26 @@ def test_a_custom_loss_is_called_as_by_the_trainer():
 
     loss_fn = CausalLMLoss(ForCausalLMLoss, 10, None, custom)
     assert float(loss_fn(torch.ones(1, 2, 10), (IDS, torch.tensor(5), torch.tensor(3)))) == pytest.approx(12.0)
+
+
+def test_in_a_twin_step_the_sources_label_tokens_are_counted_once_a_replica():
+    loss_fn, generator = CausalLMLoss(ForCausalLMLoss, vocabulary=10, router=None), torch.Generator().manual_seed(0)
+    replicas, source, labels = 3, [], []
+    for index in range(2):
+        labels_BT = torch.randint(0, 10, (2, 6), generator=generator)
+        labels_BT[0, : 1 + 2 * index] = -100
+        source.append((torch.randn(2, 6, 10, generator=generator), labels_BT))
+        # as its step was to be: with the label tokens of all replicas
+        labels.append(to_batch({"input_ids": labels_BT, "labels": labels_BT}, 1234, 2 * replicas)[1])
+    twin = loss_fn.in_twin_step(labels, replicas)
+    average = sum(loss_fn(logits, one) for (logits, _), one in zip(source, twin, strict=True)) / 2
+    logits = torch.cat([logits[:, :-1].flatten(0, 1) for logits, _ in source])
+    torch.testing.assert_close(
+        average, functional.cross_entropy(logits, torch.cat([y[:, 1:].flatten() for _, y in source]))
+    )
+
+
+@pytest.mark.parametrize("labels", [IDS, (IDS,), None])
+def test_labels_without_a_number_are_left_alone_in_a_twin_step(labels):
+    loss_fn = CausalLMLoss(ForCausalLMLoss, vocabulary=10, router=None)
+    assert loss_fn.in_twin_step([labels], 2) == [labels]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from deepspeed_sentinel.hf.compute_loss import ComputeLoss, ModelOutputs, labelled
@@ -85,10 +87,55 @@ def test_only_tensors_reach_the_last_stage():
 def test_columns_that_differ_within_a_step_are_named():
     class Fake:
         loss_is_scaled_for_ga = True
+        args = SimpleNamespace(average_tokens_across_devices=True)
 
         def compute_loss(self):
             pass
 
     step = [MicroBatch(batch, None, 2) for batch in ({"input_ids": IDS, "weight": torch.ones(2)}, {"input_ids": IDS})]
     with pytest.raises(ValueError, match="micro-batches of one step have different columns: weight"):
-        training_batches(Fake(), ComputeLoss(OWN, None, None), step)
+        training_batches(Fake(), ComputeLoss(OWN, None, None), step, replicas=2)
+
+
+def held(counts, together, of_all):
+    """Micro-batches of a step with so many label tokens each, read for steps of so many."""
+    step = []
+    for count, size, items in zip(counts, together, of_all, strict=True):
+        labels = torch.full((1, 9), -100)
+        labels[0, 1 : 1 + count] = 3
+        step.append(MicroBatch({"input_ids": torch.ones_like(labels), "labels": labels}, torch.tensor(items), size))
+    return step
+
+
+@pytest.mark.parametrize(("across", "times"), [(True, 3), (False, 1)])
+def test_in_a_twin_step_the_sources_label_tokens_count_in_the_number_of_every_replica(across, times):
+    """Two micro-batches that an epoch left over, and three of the next step: each with the number of its own."""
+    args = SimpleNamespace(average_tokens_across_devices=across)
+    trainer = SimpleNamespace(
+        args=args, compute_loss_func=None, model_accepts_loss_kwargs=True, loss_is_scaled_for_ga=None, compute_loss=None
+    )
+    trainer.compute_loss = Trainer.compute_loss.__get__(trainer)
+    given = []
+
+    def compute(model, inputs, num_items_in_batch):
+        assert set(inputs) == {"labels"}
+        given.append(int(num_items_in_batch))
+        return torch.zeros(())
+
+    loss = ComputeLoss(OWN, SimpleNamespace(config=None, training=True), compute)
+    step = held([1, 2, 3, 4, 5], [2, 2, 3, 3, 3], [50, 50, 60, 60, 60])
+    labels = [last for _, last in training_batches(trainer, loss, step, replicas=3)]
+    for one in labels:
+        loss(LOGITS, one)
+    assert given == [50, 50, 60, 60, 60]
+    given.clear()
+    for one in loss.in_twin_step(labels, replicas=3):
+        loss(LOGITS, one)
+    assert given == [times * 3, times * 3, times * 12, times * 12, times * 12]
+
+
+def test_where_nothing_is_counted_a_twin_step_changes_nothing():
+    loss = ComputeLoss(OWN, None, None)
+    names, tensors = labelled(BATCH, None, 2.0)
+    loss.expect(names, evaluates=False)
+    assert loss.in_twin_step([tensors], replicas=2) == [tensors]

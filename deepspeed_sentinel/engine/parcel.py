@@ -1,0 +1,80 @@
+"""Parts of micro-batches on their way to other replicas: what they are made of, and as bytes."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Tensors in nested tuples, lists and dicts replaced; all else stays as it is.
+
+    Example: ``map_tensors([a, {"b": (b, 3)}], f)`` is ``[f(a), {"b": (f(b), 3)}]``.
+    """
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if type(value) is dict:
+        return {key: map_tensors(one, function) for key, one in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map_tensors(one, function) for one in value)
+    return value
+
+
+def can_be_sent(value: Any) -> bool:
+    """Whether all of it is tensors, numbers, text and None in nested tuples, lists and dicts."""
+    if type(value) is dict:
+        return all(type(key) in _PLAIN and can_be_sent(one) for key, one in value.items())
+    if type(value) in (tuple, list):
+        return all(map(can_be_sent, value))
+    return isinstance(value, torch.Tensor) or type(value) in _PLAIN
+
+
+def checksums(parts: Sequence[Any]) -> tuple[int, int]:
+    """Of the data types in the parts of a step, and of all that a buffer for each tensor would be made by.
+
+    A mask is left out of the first, since it may be there or not where all else is alike.
+    """
+    kinds: set[str] = set()
+    described: list[str] = []
+
+    def describe(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype != torch.bool:
+            kinds.add(str(tensor.dtype))
+        described.append(f"{tensor.dtype} {tuple(tensor.shape)}")
+        return tensor
+
+    for part in parts:
+        map_tensors(part, describe)
+        described.append("/")
+    return zlib.crc32(" ".join(sorted(kinds)).encode()), zlib.crc32(" ".join(described).encode())
+
+
+def to_bytes(parts: Sequence[Any]) -> torch.Tensor:
+    """uint8 [N], for ``from_bytes``."""
+    on_device: list[bool] = []
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        on_device.append(tensor.device.type != "cpu")
+        # Of a view, torch would save all that it is a view of.
+        return tensor.detach().as_subclass(torch.Tensor).cpu().clone()
+
+    file = io.BytesIO()
+    torch.save(([map_tensors(part, copied) for part in parts], on_device), file)
+    return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
+
+
+def from_bytes(file_N: torch.Tensor, device: torch.device) -> list[Any]:
+    """The parts again; what was on an accelerator is on ``device``.
+
+    Raises:
+        Exception: any, where it is something else.
+    """
+    parts, on_device = torch.load(io.BytesIO(file_N.numpy().tobytes()), map_location="cpu", weights_only=True)
+    places = iter(on_device)
+    return [map_tensors(part, lambda tensor: tensor.to(device) if next(places) else tensor) for part in parts]

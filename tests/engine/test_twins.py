@@ -1,0 +1,358 @@
+"""What first and last stage hand over in a twin step, with all their ranks as threads of this process."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine import twins as module
+from deepspeed_sentinel.engine.twins import TwinSteps
+from deepspeed_sentinel.mesh import Mesh, Worker
+
+M, SECONDS = 3, 10
+EVERY = {"enabled": True, "seed": 3, "twins": {"every": 1}}
+
+
+class Row:
+    """The words of one stage's replicas."""
+
+    def __init__(self, replicas):
+        self.said, self.barrier = [None] * replicas, threading.Barrier(replicas, timeout=SECONDS)
+
+    def all_say(self, replica, mine):
+        self.said[replica] = mine
+        self.barrier.wait()
+        said = list(self.said)
+        self.barrier.wait()
+        return said
+
+
+class Words:
+    """Control, for one rank of the first or the last stage."""
+
+    def __init__(self, row, replica, sends, receives):
+        self._row, self._replica, self._sends, self._receives = row, replica, sends, receives
+        self.sent_bytes = 0
+
+    def of_row(self, mine):
+        return torch.stack(self._row.all_say(self._replica, mine))
+
+    def of_replica(self, mine, replica):
+        self.sent_bytes = max(self.sent_bytes, mine.numel())
+        return self._row.all_say(self._replica, mine)[replica]
+
+    def swap_ends(self, mine):
+        self._sends.put(mine)
+        return self._receives.get(timeout=SECONDS)
+
+
+class World:
+    """``loaders(stage, replica)``: what that rank's engine draws its micro-batches from."""
+
+    def __init__(self, loaders, replicas=3, config=EVERY, dynamic=False, loss_fn=None):
+        mesh, self.twins, self.controls = Mesh(2, replicas), {}, {}
+        rows = [Row(replicas) for _ in range(2)]
+        lines = [(queue.Queue(), queue.Queue()) for _ in range(replicas)]
+        self.engines = {}
+
+        def create(stage, replica):
+            there, back = lines[replica]
+            control = Words(rows[stage], replica, *((there, back) if stage == 0 else (back, there)))
+            engine = SimpleNamespace(
+                micro_batches=M,
+                dynamic_shape=dynamic,
+                device="cpu",
+                module=SimpleNamespace(loss_fn=loss_fn),
+                data_iterator=iter(loaders(stage, replica)),
+            )
+            self.controls[stage, replica], self.engines[stage, replica] = control, engine
+            self.twins[stage, replica] = TwinSteps(
+                engine,
+                mesh,
+                Worker(stage, replica),
+                control,
+                SentinelConfig.parse(config),
+                lambda: next(engine.data_iterator),
+            )
+
+        self.places = [(stage, replica) for stage in range(2) for replica in range(replicas)]
+        self.everywhere(create)
+
+    def everywhere(self, function):
+        """{(stage, replica): what it returned}, all at once."""
+        results = {}
+
+        def run(place):
+            try:
+                results[place] = function(*place)
+            except BaseException as error:
+                results[place] = error
+
+        threads = [threading.Thread(target=run, args=[place], daemon=True) for place in self.places]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(2 * SECONDS)
+        for place in self.places:
+            if isinstance(results[place], BaseException):
+                raise results[place]
+        return results
+
+    def step(self, step=0):
+        """What each rank is given: a list of micro-batches, then the StopIteration if there was one."""
+
+        def one_by_one(*place):
+            twins = self.twins[place]
+            twins.begin_step(step, suspicion=False)
+            given = []
+            for _ in range(M):
+                try:
+                    given.append(twins.next_batch())
+                except StopIteration as end:
+                    given.append(end)
+                    break
+            return given
+
+        return self.everywhere(one_by_one)
+
+    def word(self, *place):
+        return self.twins[place].word
+
+    @property
+    def source(self):
+        return next(replica for stage, replica in self.places if stage == 0 and self.word(0, replica) == module._SOURCE)
+
+
+def numbered(replica, index, shape=(2, 4), dtype=torch.int64):
+    return torch.full(shape, 1000 * replica + index, dtype=dtype)
+
+
+def whole(stage, replica):
+    """Both stages' loaders yield inputs and labels."""
+    return [(numbered(replica, index), numbered(replica, index)) for index in range(100)]
+
+
+def apart(stage, replica):
+    """Each stage's loader yields what it needs."""
+    return [
+        (numbered(replica, index), None) if stage == 0 else (None, numbered(replica, index)) for index in range(100)
+    ]
+
+
+def number(batch, stage):
+    return int(batch[0 if stage == 0 else 1].flatten()[0])
+
+
+@pytest.mark.parametrize("loaders", [whole, apart])
+def test_all_columns_are_given_the_sources_and_every_loader_moves_on_as_always(loaders):
+    world = World(loaders)
+    for step in range(4):
+        given = world.step(step)
+        for (stage, _), batches in given.items():
+            assert [number(batch, stage) for batch in batches] == [1000 * world.source + M * step + i for i in range(M)]
+
+
+def test_fewer_columns_leave_the_others_their_own():
+    world = World(whole, replicas=4, config={**EVERY, "twins": {"every": 1, "columns": 3}})
+    given = world.step()
+    words = [world.word(0, replica) for replica in range(4)]
+    assert sorted(words) == [module._APART, module._GIVEN, module._GIVEN, module._SOURCE]
+    for (stage, replica), batches in given.items():
+        of = replica if words[replica] == module._APART else world.source
+        assert [number(batch, stage) for batch in batches] == [1000 * of + i for i in range(M)]
+
+
+def test_what_a_loader_yields_keeps_its_types_and_bits():
+    def loaders(stage, replica):
+        def batch(index):
+            one = numbered(replica, index)
+            inputs = [
+                one,
+                one > 5,
+                one.int(),
+                (one / 7).bfloat16(),
+                one.t(),
+                one[:, :1].expand(2, 4),
+                torch.empty(0),
+                one.sum(),
+            ]
+            labels = {"labels": one, "more": [one, (one, [one.bool()])], "lengths": [replica, 2.5, "text", None, True]}
+            return [inputs, labels]
+
+        return [batch(index) for index in range(M)]
+
+    world = World(loaders)
+    given = world.step()
+    for (stage, _), batches in given.items():
+        for index, batch in enumerate(batches):
+            mine, expected = batch[stage], loaders(stage, world.source)[index][stage]
+            assert same(mine, expected)
+
+
+def same(one, other):
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_a_row_of_a_large_tensor_does_not_drag_the_tensor_along():
+    large = torch.arange(10**6).reshape(-1, 4)
+    world = World(lambda stage, replica: [(large[i : i + 2], large[i : i + 2]) for i in range(M)])
+    world.step()
+    assert max(control.sent_bytes for control in world.controls.values()) < 10_000
+
+
+def test_what_the_batch_is_given_in_survives():
+    """Three parts, or one where no other is needed."""
+    third = torch.ones(1)
+    world = World(lambda stage, replica: [(*batch, third) for batch in whole(stage, replica)])
+    assert all(batch[2] is third for batches in world.step().values() for batch in batches)
+    world = World(
+        lambda stage, replica: [(numbered(replica, 0),) if stage == 0 else batch for batch in whole(1, replica)]
+    )
+    assert all(len(batch) == 1 for batch in world.step()[0, 0])
+
+
+ENDED = [
+    pytest.param([(0, 1), (1, 1)], id="one replica"),
+    pytest.param([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)], id="all"),
+    pytest.param([(1, 1)], id="last stage alone"),
+    pytest.param([(0, 2)], id="first stage alone"),
+]
+
+
+@pytest.mark.parametrize("left", [0, 1])
+@pytest.mark.parametrize("ended", ENDED)
+def test_a_loader_that_ends_does_so_where_it_would_and_nothing_is_lost(ended, left, caplog):
+    world = World(lambda stage, replica: whole(stage, replica)[: M + left if (stage, replica) in ended else None])
+    world.step(0)
+    assert world.word(0, world.source) == module._SOURCE
+    given = world.step(1)
+    for (stage, replica), batches in given.items():
+        assert world.word(stage, replica) == module._NONE
+        last = M + left if (stage, replica) in ended else 2 * M
+        drawn = [batch for batch in batches if not isinstance(batch, StopIteration)]
+        assert [number(batch, stage) for batch in drawn] == [1000 * replica + i for i in range(M, last)]
+        assert isinstance(batches[-1], StopIteration) == ((stage, replica) in ended)
+    assert not any("could not be made" in record.message for record in caplog.records)
+
+
+def test_an_error_of_a_loader_comes_where_it_would_and_nobody_waits():
+    def broken(stage, replica):
+        yield from whole(stage, replica)[:1]
+        if (stage, replica) == (0, 1):
+            raise OSError("the disk is gone")
+        yield from whole(stage, replica)[1:]
+
+    world = World(broken)
+
+    def train(*place):
+        twins = world.twins[place]
+        twins.begin_step(0, suspicion=False)
+        try:
+            return [number(twins.next_batch(), place[0]) for _ in range(M)]
+        except OSError as error:
+            return [str(error)]
+
+    given = world.everywhere(train)
+    assert given.pop((0, 1)) == ["the disk is gone"]
+    assert all(batches == [1000 * replica + i for i in range(M)] for (_, replica), batches in given.items())
+
+
+def test_an_end_is_forgotten_with_the_loader_that_ended():
+    world = World(lambda stage, replica: whole(stage, replica)[:1])
+    world.everywhere(lambda *place: world.twins[place].begin_step(0, suspicion=False))
+    for (stage, replica), engine in world.engines.items():  # as eval_batch does
+        engine.data_iterator = iter(whole(stage, replica + 5))
+    drawn = world.everywhere(lambda *place: number(world.twins[place].next_batch(), place[0]))
+    assert all(found == 1000 * (replica + 5) for (_, replica), found in drawn.items())
+    for (stage, _), batches in world.step(1).items():
+        assert [number(batch, stage) for batch in batches] == [1000 * (world.source + 5) + 1 + i for i in range(M)]
+
+
+def warned(monkeypatch):
+    said = []
+    monkeypatch.setattr(module.logger, "warning", said.append)
+    return said
+
+
+def test_other_shapes_make_no_twin_step_and_that_is_said(monkeypatch):
+    said = warned(monkeypatch)
+    world = World(lambda stage, replica: [2 * (numbered(replica, i, (2, 4 + replica)),) for i in range(100)])
+    for step in range(12):
+        given = world.step(step)
+        assert all(world.word(*place) == module._NONE for place in world.places)
+        assert all(number(batch, s) // 1000 == r for (s, r), batches in given.items() for batch in batches)
+    assert [text.split(" twin steps")[0] for text in said] == ["[sentinel] 1 of 1", "[sentinel] 10 of 10"]
+    assert "shapes" in said[0] and "fixed length" in said[0]
+
+
+def test_shapes_of_the_other_end_alone_count_too(monkeypatch):
+    said = warned(monkeypatch)
+    world = World(lambda stage, replica: [(numbered(0, i), numbered(0, i, (2, 4 + replica))) for i in range(M)])
+    world.step()
+    assert all(world.word(*place) == module._NONE for place in world.places)
+    assert len(said) == 1 and "shapes" in said[0]
+
+
+def test_shapes_of_what_a_stage_does_not_use_do_not_count():
+    def loaders(stage, replica):
+        unused = numbered(0, 0, (2, 4 + replica))
+        return [(one, unused) if stage == 0 else (unused, one) for one, _ in whole(stage, replica)]
+
+    world = World(loaders)
+    for (stage, _), batches in world.step().items():
+        assert [number(batch, stage) for batch in batches] == [1000 * world.source + i for i in range(M)]
+
+
+def test_where_messages_are_announced_shapes_and_masks_may_differ_but_no_data_types(monkeypatch):
+    def mixed(stage, replica):
+        made = [numbered(replica, i, (2, 3 + (replica + i) % 4)) for i in range(M)]
+        return [((one, one > 0) if (i + replica) % 2 else (one,), one) for i, one in enumerate(made)]
+
+    world = World(mixed, dynamic=True)
+    for (stage, _), batches in world.step().items():
+        for batch, expected in zip(batches, mixed(stage, world.source), strict=True):
+            assert same(batch[stage], expected[stage])
+    said = warned(monkeypatch)
+    kinds = [torch.int64, torch.int32, torch.int64]
+    world = World(lambda stage, r: [2 * (numbered(r, i, dtype=kinds[r]),) for i in range(M)], dynamic=True)
+    world.step()
+    assert all(world.word(*place) == module._NONE for place in world.places)
+    assert len(said) == 1 and "data types" in said[0]
+
+
+@pytest.mark.parametrize("held", [OrderedDict(labels=torch.ones(1)), {"labels": [torch.ones(1), object()]}])
+def test_what_cannot_be_handed_over_makes_no_twin_step_and_that_is_said(monkeypatch, held):
+    said = warned(monkeypatch)
+    world = World(lambda stage, replica: [(numbered(replica, i), held) for i in range(M)])
+    given = world.step()
+    assert all(batch[1] is held for (stage, _), batches in given.items() for batch in batches)
+    assert len(said) == 1 and "tuples, lists and dicts" in said[0]
+
+
+def test_the_loss_is_asked_what_to_make_of_the_sources_labels():
+    class Loss:
+        def in_twin_step(self, labels, replicas):
+            return [(one, replicas, len(labels)) for one in labels]
+
+    world = World(whole, replicas=4, config={**EVERY, "twins": {"every": 1, "columns": 3}}, loss_fn=Loss())
+    for (stage, replica), batches in world.step().items():
+        own = world.word(stage, replica) == module._APART
+        for index, batch in enumerate(batches):
+            if stage == 0 or own:
+                assert isinstance(batch[stage], torch.Tensor)
+            else:
+                labels, replicas, count = batch[1]
+                assert int(labels[0, 0]) == 1000 * world.source + index and (replicas, count) == (4, M)
