@@ -179,6 +179,10 @@ class Sentinel:
         self._judge.load_state_dict(checkpoint.to_arrays(state["judge"]))
         self._collector.load_state_dict(state["evidence"], without)
 
+    def problem(self, judge: Any, parts: int) -> str | None:
+        """Why the judge's part of a state cannot be taken over, in words that follow "checkpoint ..."; or None."""
+        return self._new_judge(parts).problem(checkpoint.to_arrays(judge))
+
     def spoilt_links(self, state: dict[str, Any]) -> tuple[tuple[int, int], ...]:
         """Directions and links of which a state holds baselines that are not finite."""
         return self._collector.spoilt_links(state["evidence"])

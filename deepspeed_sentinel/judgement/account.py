@@ -28,6 +28,7 @@ class Judged:
         scores: float64 [2, L, C, M], the largest of all statistics; 0 where nothing was judged.
         overflow: bool [2, L, C, M], non-finite gradients that loss scaling may explain.
         content: bool [2, L, C, M], alarms that content explains.
+        turn: bool [2, L, C, M], alarms in nothing but what training has turned in.
     """
 
     values: np.ndarray
@@ -37,6 +38,7 @@ class Judged:
     scores: np.ndarray
     overflow: np.ndarray
     content: np.ndarray
+    turn: np.ndarray
 
 
 class Account:
@@ -106,13 +108,13 @@ class Account:
             rests_on_pair=why.rests_on_pair,
             telling=why.telling,
             part=Rows.part(statistic) if self._table.parts > 1 else None,
-            excuse=self._excuse(statistic, bool(judged.content[(*where, worst)])),
+            excuse=self._excuse(statistic, *(bool(mask[(*where, worst)]) for mask in (judged.content, judged.turn))),
         )
 
-    def _excuse(self, statistic: int, content: bool) -> Literal["", "content", "alone"]:
+    def _excuse(self, statistic: int, content: bool, turn: bool) -> Literal["", "content", "alone", "turn"]:
         if self._mesh.replicas == 1 and not self._table.hard[statistic]:
             return "alone"
-        return "content" if content else ""
+        return "content" if content else "turn" if turn else ""
 
     def disputes(self, first: np.ndarray, contradicted: np.ndarray) -> tuple[Dispute, ...]:
         """One dispute a link and column.

@@ -41,8 +41,9 @@ class Finding:
         score: distance from the nearer quartile over the fence's; above 1 is outside. Infinite for a hard row.
         trusted: the worker is in the first or last stage and never convicted: suspect hardware or data.
         overflow: fp16 loss scaling may explain that one, a non-finite gradient.
-        excuse: what else explains that one: "content" of a kind that the other replicas do not have, or "alone", where
-            there is one replica and a change of training cannot be told from an attack.
+        excuse: what else explains that one: "content" of a kind that the other replicas do not have, "alone", where
+            there is one replica and a change of training cannot be told from an attack, or "turn", where most replicas
+            have changed of late in all that it is in alarm for.
         rests_on_pair, telling: see ``Grounds``; what rests on a pair is what the worker's neighbours say of it.
         audit: what an audit found, "confirmed" or "open" (no strike); empty without one.
         part: which judged part of the message that statistic is of, from 0; None where messages have but one.
@@ -66,7 +67,7 @@ class Finding:
     overflow: bool
     rests_on_pair: bool
     telling: tuple[int, ...]
-    excuse: Literal["", "content", "alone"] = ""
+    excuse: Literal["", "content", "alone", "turn"] = ""
     audit: str = ""
     part: int | None = None
 
@@ -104,6 +105,8 @@ class Finding:
             return ", content that the other replicas do not have explains it: no strike"
         if self.excuse == "alone":
             return ", one replica has nothing to compare with: no strike"
+        if self.excuse == "turn":
+            return ", most replicas have changed in this of late: no strike"
         if self.cause == "later alarms":
             return ", in no alarm of its own: no strike"
         return ", conspicuous work before it may explain it: no strike"
