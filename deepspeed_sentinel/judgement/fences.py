@@ -180,7 +180,7 @@ class Fences:
         Turned it has where most columns lie beyond the same fence around the recent centre. Honest replicas may then
         differ as they never did, until enough of that is learnt.
         """
-        self._settled = np.where(self._turns, 0, self._settled + 1)
+        self._settled = np.where(self._turns, 0, np.minimum(self._settled + 1, _RECENT))
         return np.asarray(self._settled < _RECENT)
 
     def bounds(self, direction: int, link: int, statistic: int) -> tuple[float, float]:
