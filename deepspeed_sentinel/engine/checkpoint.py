@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger
 
+from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.mesh import DIRECTIONS
 
 if TYPE_CHECKING:
     from deepspeed_sentinel.engine.sentinel import Sentinel
 
 KEY = "deepspeed_sentinel"
+_MOST_PARTS = 1 << 10
 
 
 def saver(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., Any]:
@@ -86,6 +88,8 @@ def _bits(links: Collection[tuple[int, int]], count: int) -> list[int]:
 def _problem(state: Any, sentinel: Sentinel) -> str | None:
     if state is None:
         return "has no Sentinel state"
+    if not isinstance(state, dict) or not isinstance(state.get("shape"), dict):
+        return "has a Sentinel state of another kind"
     here = sentinel.state_shape()
     differing = [
         f"{name} {state['shape'].get(name)} (here {here[name]})"
@@ -94,10 +98,20 @@ def _problem(state: Any, sentinel: Sentinel) -> str | None:
     ]
     if differing:
         return f"is of a run with {', '.join(differing)}"
-    if sentinel.worker.stage == 0 and "judge" not in state:
-        return "has no state of the judge"
-    # NaN means not available there; infinite is what nothing that is learnt can be.
-    return "holds infinite values" if _any_infinite(state.get("judge", {})) else None
+    if not _are_baselines(state.get("evidence")):
+        return "has no baselines"
+    parts = state["shape"].get("parts", 1)
+    if not isinstance(parts, int) or not 1 <= parts <= _MOST_PARTS:
+        return f"is of messages of {parts} parts"
+    return sentinel.problem(state.get("judge"), parts) if sentinel.worker.stage == 0 else None
+
+
+def _are_baselines(evidence: Any) -> bool:
+    """Whether a state's evidence is what ``Collector.state_dict`` gives."""
+    baselines = evidence.get("baselines") if isinstance(evidence, dict) else None
+    if not isinstance(baselines, dict):
+        return False
+    return all(str(part).isdecimal() and Baselines.holds(one) for part, one in baselines.items())
 
 
 def _to_bytes(state: Any) -> torch.Tensor:
@@ -112,12 +126,6 @@ def _from_bytes(file_N: torch.Tensor) -> Any:
     return torch.load(io.BytesIO(file_N.numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
-def _any_infinite(state: Any) -> bool:
-    if isinstance(state, dict):
-        return any(map(_any_infinite, state.values()))
-    return bool(state.is_floating_point() and state.isinf().any())
-
-
 def to_tensors(state: Any) -> Any:
     """A nested dict of numpy arrays as tensors, so that ``torch.load`` needs no other class."""
     if isinstance(state, dict):
@@ -126,7 +134,7 @@ def to_tensors(state: Any) -> Any:
 
 
 def to_arrays(state: Any) -> Any:
-    """The inverse of ``to_tensors``."""
+    """The inverse of ``to_tensors``; what is no tensor stays what it is."""
     if isinstance(state, dict):
         return {key: to_arrays(value) for key, value in state.items()}
-    return state.cpu().numpy()
+    return state.cpu().numpy() if isinstance(state, torch.Tensor) else state

@@ -177,6 +177,10 @@ class Sentinel:
         self.gate.judge.load_state_dict(checkpoint.to_arrays(state["judge"]))
         self._collector.load_state_dict(state["evidence"], without)
 
+    def problem(self, judge: Any, parts: int) -> str | None:
+        """Why the judge's part of a state cannot be taken over, in words that follow "checkpoint ..."; or None."""
+        return self.gate.new_judge(parts).problem(checkpoint.to_arrays(judge))
+
     def spoilt_links(self, state: dict[str, Any]) -> tuple[tuple[int, int], ...]:
         """Directions and links of which a state holds baselines that are not finite."""
         return self._collector.spoilt_links(state["evidence"])

@@ -13,6 +13,11 @@ from deepspeed_sentinel.kernels.baseline_distances import DISTANCES, baseline_di
 from deepspeed_sentinel.kernels.sliced_wasserstein import DIRECTIONS, QUANTILES
 from deepspeed_sentinel.mesh import FORWARD
 
+# An average that is so many times as large as anything that the replicas send now is a fault: a flipped bit, or what is
+# left of a step that was one. It would keep the copies of a baseline apart for hundreds of steps.
+LARGER = 16.0
+_LARGEST = float(torch.finfo(torch.float32).max)
+
 
 class Baselines:
     """Per end of a link: EMA of the token mean and of the projected quantiles, bias-corrected.
@@ -76,10 +81,24 @@ class Baselines:
             if average_V is None or average_V.numel() != summaries_RV.shape[1]:
                 average_V = self._averages[end] = summaries_RV.new_zeros(summaries_RV.shape[1])
                 self._counts[end] = 0
-            average_V.nan_to_num_(0.0, 0.0, 0.0)  # what a fault may have left in it does not stay for ever
-            baseline_update(average_V, summaries_RV, clean & sound, self._decay(end))
+            decay, faulty_V = self._decay(end), ~(average_V.abs() <= self._limits(summaries_RV, clean & sound))
+            average_V.masked_fill_(faulty_V, 0.0)
+            baseline_update(average_V, summaries_RV, clean & sound, decay)
             self._counts[end] += 1
+            # There it starts anew, as an average of this step alone.
+            alone = (1.0 - decay ** self._counts[end]) / (1.0 - decay)
+            average_V.copy_(torch.where(faulty_V, average_V * alone, average_V))
         return clean & ~sound
+
+    @staticmethod
+    def _limits(summaries_RV: torch.Tensor, counted_R: torch.Tensor) -> torch.Tensor:
+        """float32 [V], how large an average may be; means and quantiles differ in size."""
+        sizes_RV = torch.where(counted_R[:, None], summaries_RV.abs(), 0.0)
+        parts = sizes_RV.tensor_split([summaries_RV.shape[1] - DIRECTIONS * QUANTILES], dim=1)
+        limits = [
+            torch.where((most := part.amax()) > 0, LARGER * most, _LARGEST).expand(part.shape[1]) for part in parts
+        ]
+        return torch.cat(limits).clamp_max(_LARGEST)
 
     @staticmethod
     def _fits(summaries_RV: torch.Tensor, largest_R: np.ndarray | None) -> torch.Tensor:
@@ -111,6 +130,24 @@ class Baselines:
             if isinstance(average, torch.Tensor) and end not in without:
                 self._averages[end] = average.to(device)
                 self._counts[end] = int(state[f"count_{end[0]}_{end[1]}"])
+
+    @staticmethod
+    def holds(state: object) -> bool:
+        """Whether that is a state: of each end an average, float32 [V], and how many steps it is of, or neither."""
+        if not isinstance(state, Mapping):
+            return False
+        ends = [(state.get(f"average_{end[0]}_{end[1]}"), state.get(f"count_{end[0]}_{end[1]}")) for end in ENDS]
+        return all(
+            (average is None and count is None)
+            or (
+                isinstance(average, torch.Tensor)
+                and average.dtype == torch.float32
+                and average.dim() == 1
+                and isinstance(count, int)
+                and count >= 0
+            )
+            for average, count in ends
+        )
 
     @staticmethod
     def spoilt(state: Mapping[str, torch.Tensor | int]) -> tuple[End, ...]:

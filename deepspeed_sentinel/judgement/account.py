@@ -30,6 +30,7 @@ class Judged:
         content: bool [2, L, C, M], alarms that content explains.
         but_for_pair: bool [2, L, C, M], alarms that it would explain but for the statistics of the pair.
         doubted: bool [2, L, C, M], alarms by nothing but what the two ends of the link report differently.
+        turn: bool [2, L, C, M], alarms in nothing but what training has turned in.
     """
 
     values: np.ndarray
@@ -41,6 +42,7 @@ class Judged:
     content: np.ndarray
     but_for_pair: np.ndarray
     doubted: np.ndarray
+    turn: np.ndarray
 
 
 class Account:
@@ -116,11 +118,13 @@ class Account:
 
     def _excuse(
         self, statistic: int, judged: Judged, message: tuple[int, int, int, int]
-    ) -> Literal["", "content", "alone", "doubted"]:
+    ) -> Literal["", "content", "alone", "doubted", "turn"]:
         if self._mesh.replicas == 1 and not self._table.hard[statistic]:
             return "alone"
         if judged.content[message]:
             return "content"
+        if judged.turn[message]:
+            return "turn"
         return "doubted" if judged.doubted[message] else ""
 
     def disputes(self, first: np.ndarray, contradicted: np.ndarray) -> tuple[Dispute, ...]:

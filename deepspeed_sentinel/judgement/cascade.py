@@ -19,13 +19,17 @@ def hold_against_fences(
     hard: np.ndarray,
     room: np.ndarray,
     warming_up: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Residuals and scores [K, 2, L, C, M], and which messages are cascade, bool [2, L, C, M].
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Residuals and scores [K, 2, L, C, M]; which messages are cascade, bool [2, L, C, M]; where training turned.
+
+    The last is bool [K, 2, L], in this step or of late, see ``Fences.end_turns``.
 
     What follows an alarm must not set the centre that others are measured from: where every stage has its bad
     workers, most columns are spoilt by the last one, and the honest ones would stand out. So residuals are taken
     anew without the cascade until it no longer changes. Where half of the columns left are in alarm, the median
-    may be anybody's, and the recent past decides.
+    may be anybody's, and the recent past decides. What convicted workers had a hand in sets a centre where the others
+    alone could be mostly bad: columns of five that two convicted workers serve well still make a minority of the two
+    that tamper behind them.
 
     Args:
         fences: of all links.
@@ -37,17 +41,18 @@ def hold_against_fences(
         warming_up: there are no fences yet.
     """
     doubtful = np.zeros(sound.shape[:2], bool)
-    eligible = _first_with_any(sound, whole)
+    eligible = _chosen(fences, sound, whole, whole)
     for _ in range(_PASSES):
-        residuals = fences.residuals(compared, eligible, doubtful)
+        residuals, own = fences.residuals(compared, eligible, doubtful)
         if warming_up:
             per_statistic = np.zeros_like(residuals)
         else:
-            per_statistic = fences.scores(compared, residuals, eligible, doubtful, room)
-        per_statistic[hard] = np.where(values[hard] > 0, np.inf, 0.0)
-        alarms = per_statistic.max(0) > 1.0
+            per_statistic = fences.scores(compared, residuals, eligible, own, room)
+        certain = values[hard] > 0  # on a way of its own, which no statistic can close
+        per_statistic[hard] = np.where(certain, np.inf, 0.0)
+        alarms = (np.fmax.reduce(per_statistic, axis=0) > 1.0) | certain.any(0)
         cascade = followers(alarms | ~whole)
-        narrowed = _first_with_any(sound & ~cascade, whole & ~cascade, whole)
+        narrowed = _chosen(fences, sound & ~cascade, whole & ~cascade, whole)
         if np.array_equal(narrowed, eligible):
             left, in_alarm = (np.count_nonzero(which.any(-1), axis=-1) for which in (narrowed, narrowed & alarms))
             widened = doubtful | ((2 * in_alarm >= left) & (in_alarm > 0) & fences.has_majority)
@@ -55,12 +60,18 @@ def hold_against_fences(
                 break
             doubtful = widened
         eligible = narrowed
-    return residuals, per_statistic, cascade
+    assert not np.isnan(per_statistic).any(), "a score that is no number would be no alarm"
+    return residuals, per_statistic, cascade, fences.end_turns()
 
 
-def _first_with_any(*choices: np.ndarray) -> np.ndarray:
-    """Of each link the first choice (bool [2, L, C, M]) that holds any of its messages, else all of them."""
-    result = np.ones_like(choices[0])
-    for choice in reversed(choices):
+def _chosen(fences: Fences, best: np.ndarray, good: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Which of these messages (bool [2, L, C, M]) set the centre of each link.
+
+    The best or else the good, if the bad cannot be most of them; otherwise the first of the three that holds any.
+    """
+    result = np.ones_like(best)
+    for choice in (last, good, best):
         result = np.where(choice.any(axis=(2, 3), keepdims=True), choice, result)
+    for choice in (good, best):
+        result = np.where(fences.certain(choice)[..., None, None], choice, result)
     return result

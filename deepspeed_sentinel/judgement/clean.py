@@ -45,7 +45,7 @@ def clean_links(
 
 
 def sent_by(workers_SC: np.ndarray) -> np.ndarray:
-    """Links over which these send, bool [2, L, C] of [S, C]."""
+    """What is said of workers, [S, C] of any type, by the links over which they send, [2, L, C]."""
     return np.stack([workers_SC[:-1], workers_SC[1:]])
 
 

@@ -2,7 +2,9 @@
 
     r  = mean over a worker's messages of a step of the residual of a pair's statistic, per direction
     d  = r sqrt(columns it served), minus its median over the replicas, over its spread of late; minus its own usual d
-    u  = normal score of d among those of recent steps: where r is usual, u is normal
+    u  = normal score of d among those of recent steps: where r is usual, u is normal. Up to two standard deviations it
+         is d's place among each replica's own, and of these places the median: one that jumps about, or fewer than
+         half, would otherwise make what all others do look small
     C+ = max(0, C+ + u - SLACK),  C- = max(0, C- - u - SLACK)          score = (max(C+, C-) / LIMIT)^2
 
 Page's cumulative sum test (1954) on normal scores (van der Waerden 1952), which know no heavy tails: for independent u
@@ -18,7 +20,8 @@ import numpy as np
 
 from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.evidence.table import Rows
-from deepspeed_sentinel.judgement.robust import median
+from deepspeed_sentinel.judgement.clean import sent_by
+from deepspeed_sentinel.judgement.robust import Ordered, median
 from deepspeed_sentinel.judgement.window import Window
 from deepspeed_sentinel.mesh import Mesh
 
@@ -32,11 +35,15 @@ _KNOWN = 0.2  # weight that what is usual has after eight steps
 LEAST_REPLICAS = 5
 _QUIET = 1.0
 _TYPICAL = 4.0  # spreads; what lies further out would move the worker's usual deviation for long
+_WIDEST = 1e39  # what float32 numbers can lie apart
 _HIGHEST_SCORE = 4.0  # of what lies further out than anything in the window
 _KNOTS = np.arange(-12, 13) / 4.0
+_INNER = np.abs(_KNOTS) <= 2.0  # as far as 64 steps of one replica tell of
+# Beyond that the quantiles of all together hold, but none is further out than those of Student's t of three degrees.
+_BEYOND = np.abs(_KNOTS / 2.0 * _KNOTS / 2.0 * _KNOTS / 2.0)
 _SMALLEST = 1e-9
 _ONE_PART = Rows(1)
-_STATE = ("sums", "usual", "weight", "spread")
+_STATE = ("sums", "usual", "weight", "spread", "quantiles")
 _OUTERMOST = np.array([0.0, *(exact.normal_quantile(n / (n + 1)) for n in range(1, 1024))])
 _PROBABILITIES = tuple(exact.normal_probability(float(knot)) for knot in _KNOTS)
 
@@ -59,6 +66,7 @@ class Cusum:
         self._weight = np.zeros(shape)
         self._spread = np.full(shape[:-1], np.nan)
         self._window = Window(shape[:-1], _STEPS, _PROBABILITIES, seed)
+        self._quantiles = np.full((len(_KNOTS), *shape[:-1]), np.nan)
         self._learnt = table.learnt[table.of_pair]
 
     def step(
@@ -101,6 +109,10 @@ class Cusum:
         self._forget_usual(faded, np.ones(len(self._learnt), bool))
         if renewed is not None:
             self._forget_usual(_of_senders(renewed, served), self._learnt)
+        # What a fault may have left does not stay for ever.
+        self._sums = np.where(np.isfinite(self._sums), self._sums, 0.0)
+        lost = ~(np.isfinite(self._usual) & np.isfinite(self._weight))
+        self._usual, self._weight = np.where(lost, 0.0, self._usual), np.where(lost, 0.0, self._weight)
         usual = self._usual / np.maximum(self._weight, _SMALLEST)
         # An error in what is usual adds up like a deviation, so it must be known from some steps.
         difference = np.where(self._weight > _KNOWN, deviation - usual, np.nan)
@@ -114,14 +126,14 @@ class Cusum:
             self._sums = np.where(np.isnan(score), fading, grown)
         share_of_limit = self._sums.max(0) / LIMIT
         scores = share_of_limit * share_of_limit
-        trusted = ~np.stack([convicted[:-1], convicted[1:]])
+        trusted = ~sent_by(convicted)
         self._learn(deviation, difference, trusted & quiet, step)
-        senders = np.stack([served[:-1], served[1:]])
+        senders = sent_by(served)
         return np.take_along_axis(scores, np.broadcast_to(senders, (len(scores), *senders.shape)), axis=-1)
 
     def quiet(self, served: np.ndarray) -> np.ndarray:
         """Where next to nothing has added up against the sender, bool [pairs' statistics, 2, L, C]."""
-        senders = np.stack([served[:-1], served[1:]])
+        senders = sent_by(served)
         quiet = self._sums.max(0) < _QUIET
         return np.take_along_axis(quiet, np.broadcast_to(senders, (len(quiet), *senders.shape)), axis=-1)
 
@@ -137,13 +149,20 @@ class Cusum:
 
     def forget(self, workers: np.ndarray) -> None:
         """Take back all that was added for these, bool [S, R]."""
-        self._sums = np.where(np.stack([workers[:-1], workers[1:]]), 0.0, self._sums)
+        self._sums = np.where(sent_by(workers), 0.0, self._sums)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {**self._window.state_dict(), **{name: getattr(self, f"_{name}").copy() for name in _STATE}}
+        window = {f"window_{name}": array for name, array in self._window.state_dict().items()}
+        return {**window, **{name: getattr(self, f"_{name}").copy() for name in _STATE}}
+
+    @property
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """Least and largest value of what a state may hold, by name."""
+        typical = _TYPICAL + _SMALLEST
+        return {"sums": (0.0, _HIGHEST), "usual": (-typical, typical), "weight": (0.0, 1.0), "spread": (0.0, _WIDEST)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self._window.load_state_dict(state)
+        self._window.load_state_dict({name: state[f"window_{name}"] for name in self._window.state_dict()})
         for name in _STATE:
             setattr(self, f"_{name}", np.array(state[name]))
 
@@ -155,14 +174,37 @@ class Cusum:
 
     def _learn(self, deviation: np.ndarray, difference: np.ndarray, sound: np.ndarray, step: int) -> None:
         sound = sound & np.isfinite(deviation)
-        self._window.learn(np.where(sound, difference, np.nan), step)
+        links, _ = self._window.learn(np.where(sound, difference, np.nan), step)
+        self._renew(links)
         typical = np.clip(np.nan_to_num(deviation), -_TYPICAL, _TYPICAL)
         self._usual = np.where(sound, _USUAL_DECAY * self._usual + (1 - _USUAL_DECAY) * typical, self._usual)
         self._weight = np.where(sound, _USUAL_DECAY * self._weight + (1 - _USUAL_DECAY), self._weight)
 
+    def _renew(self, links: list[int]) -> None:
+        """The quantiles that scores are read from, of these links."""
+        pooled = self._window.quantiles[..., links]
+        self._quantiles[..., links] = pooled
+        if self._window.learnt < _STEPS // 2 or not links:
+            return
+        own = Ordered.of(np.swapaxes(self._window.samples(links), -1, -2))
+        enough = median(own.count.astype(np.float64)) >= _STEPS // 2
+        inner = np.flatnonzero(_INNER)
+        typical = median(own.quantiles(tuple(_PROBABILITIES[knot] for knot in inner)))
+        chosen = np.where(enough, typical, pooled[inner])
+        first, last = inner[0], inner[-1] + 1
+        # Unknown is no limit: fmax and fmin pass over NaN.
+        known = np.where(enough, 1.0, np.nan)
+        low = np.fmax(pooled[:first], chosen[0] * known * _BEYOND[:first, None, None, None])
+        high = np.fmin(pooled[last:], chosen[-1] * known * _BEYOND[last:, None, None, None])
+        low, high = np.fmin(low, chosen[0]), np.fmax(high, chosen[-1])
+        self._quantiles[..., links] = np.concatenate([low, chosen, high])
+
     def _in_spreads(self, mean: np.ndarray) -> np.ndarray:
         """Minus what the replicas share and over its typical size: training drifts, and grows calmer or wilder."""
-        deviation = mean - median(mean)[..., None]
+        # Of fewer than half of them the median may be anybody's: nothing is added up.
+        heard = np.count_nonzero(~np.isnan(mean), axis=-1)
+        centre = np.where(2 * heard > self._mesh.replicas, median(mean), np.nan)
+        deviation = mean - centre[..., None]
         typical = median(np.abs(deviation))
         smoothed = _SPREAD_DECAY * self._spread + (1 - _SPREAD_DECAY) * typical
         self._spread = np.where(np.isnan(smoothed), np.where(np.isnan(typical), self._spread, typical), smoothed)
@@ -170,7 +212,7 @@ class Cusum:
 
     def _normal_score(self, difference: np.ndarray) -> np.ndarray:
         """float64 [K, 2, L, R], linear between the knots and beyond them; NaN where not available."""
-        knots = np.moveaxis(self._window.quantiles, 0, -1)[..., None, :]
+        knots = np.moveaxis(self._quantiles, 0, -1)[..., None, :]
         above = np.count_nonzero(difference[..., None] > knots, axis=-1)
         right = np.clip(above, 1, len(_KNOTS) - 1)
         everywhere = np.broadcast_to(knots, (*difference.shape, len(_KNOTS)))
@@ -193,7 +235,7 @@ class Cusum:
         values = residuals if counted.all() else np.where(counted, residuals, np.nan)
         known = ~np.isnan(values)
         sums, counts = exact.total(np.where(known, values, 0.0)), np.count_nonzero(known, axis=-1)
-        senders = np.stack([served[:-1], served[1:]])
+        senders = sent_by(served)
         rows = np.arange(sums[..., 0].size).reshape(*sums.shape[:-1], 1) * self._mesh.replicas
         # column after column: a matrix product would add in an order of its own
         total, messages, columns = (
@@ -206,7 +248,7 @@ class Cusum:
 
 def _of_senders(chosen_2SC: np.ndarray, served: np.ndarray) -> np.ndarray:
     """Which workers send for these stages and columns, bool [2, L, R] of [2, S, C]."""
-    senders, chosen = np.stack([served[:-1], served[1:]]), np.stack([chosen_2SC[0, :-1], chosen_2SC[1, 1:]])
+    senders, chosen = sent_by(served), np.stack([chosen_2SC[0, :-1], chosen_2SC[1, 1:]])
     result = np.zeros(senders.shape, bool)
     np.logical_or.at(result, (*np.indices(senders.shape)[:2], senders), chosen)
     return result

@@ -32,6 +32,7 @@ from deepspeed_sentinel.judgement.proof import tried, try_twins
 from deepspeed_sentinel.judgement.record import Record, Tried
 from deepspeed_sentinel.judgement.silence import Silence
 from deepspeed_sentinel.judgement.standing import Standing
+from deepspeed_sentinel.judgement.state import problem
 from deepspeed_sentinel.judgement.verdict import NOBODY, Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
@@ -144,9 +145,11 @@ class Judge:
         unlike = self.content.unlike
         if not self.fences.has_majority:
             sound = whole  # of two, each is all that the other can be held against
-        residuals, per_statistic, cascade = hold_against_fences(
+        residuals, per_statistic, cascade, turned = hold_against_fences(
             self.fences, values, compared, whole, sound, self.table.hard, self.content.room, warming_up
         )
+        # What most replicas did, training did, and what comes of it strikes nobody.
+        turn = ~(np.where(turned[..., None, None], 0.0, per_statistic) > 1.0).any(0)
         fenced = per_statistic[of_pair]
         quiet = np.ones((*fenced.shape[:4], 1), bool)
         if self.mesh.replicas >= LEAST_REPLICAS and not twins:
@@ -165,9 +168,10 @@ class Judge:
                 evidence.renewed if evidence.dealt is None else None,
             )
             quiet = self.cusum.quiet(served)[..., None]
-            per_statistic[of_pair] = np.maximum(fenced, np.where(counted, sums[..., None], 0.0))
-        scores = per_statistic.max(0)
-        alarms = scores > 1.0
+            per_statistic[of_pair] = np.fmax(fenced, np.where(counted, sums[..., None], 0.0))
+            turn &= ~(per_statistic[of_pair] > np.fmax(fenced, 1.0)).any(0)
+        scores = np.fmax.reduce(per_statistic, axis=0)
+        alarms = (scores > 1.0) | (values[self.table.hard] > 0).any(0)
         largest = np.fmax.reduce(evidence.statistics[..., _MAX_ABS], axis=-1).astype(np.float64)
         explained = self.overflow.step(largest, hard, served, overflow_limit)
         judged = ~explained.shared
@@ -198,11 +202,12 @@ class Judge:
         undecided[BACKWARD] = nothing.open & ~hard.any(0)[BACKWARD] & (values[_PASSED_ON, BACKWARD] == 0)
         # Without what the two ends report differently nothing would be outside.
         doubted = said.doubted.any(0) & (np.where(said.doubted, 0.0, per_statistic).max(0) <= 1.0)
-        excused = explained.overflow | content | reported_only | right | undecided | doubted
+        turn &= alarms
+        excused = explained.overflow | content | reported_only | right | undecided | doubted | turn
         blame = Blame.of(alarms, disputes | differing, scores, excused, certain)
         account = Account(self.mesh, served, self.table)
         judged_step = Judged(
-            values, residuals, per_statistic, fenced, scores, explained.overflow, content, but_for_pair, doubted
+            values, residuals, per_statistic, fenced, scores, explained.overflow, content, but_for_pair, doubted, turn
         )
         findings = account.findings(blame, judged_step, self.fences)
         disputed = account.disputes(blame.disputes & ~differing, contradicted)
@@ -302,7 +307,18 @@ class Judge:
             "skipped_in_a_row": np.array(self.skipped_in_a_row),
         }
 
+    def problem(self, state: object) -> str | None:
+        """Why a state cannot be taken up, in words that follow "checkpoint ..."; None if it can."""
+        return problem(state, self.state_dict(), {"fences": self.fences.limits, "cusum": self.cusum.limits})
+
     def load_state_dict(self, state: dict) -> None:
+        """Take a state up, in a new judge.
+
+        Raises:
+            ValueError: it is not one of such a judge, or spoilt.
+        """
+        if found := self.problem(state):
+            raise ValueError(f"the state {found}")
         self.fences.load_state_dict(state["fences"])
         self.content.load_state_dict(state["content"])
         self.cusum.load_state_dict(state["cusum"])

@@ -50,6 +50,9 @@ class Usual:
             known = chosen[row % len(chosen)] & ~np.isnan(values)
             count[row] = np.count_nonzero(known, axis=-1)
             mean[row] = exact.total(np.where(known, values, 0.0)) / np.maximum(count[row], 1)
+        # What a fault may have left does not stay for ever.
+        lost = ~np.isfinite(self.level)
+        self.level, self._seen = np.where(lost, 0.0, self.level), np.where(lost, 0, self._seen)
         bound = np.where(explained | np.isnan(limit)[..., None], np.inf, limit[..., None])
         first = np.maximum(1.0 / (self._seen + 1.0), np.where(np.isnan(limit), _FIRST_STEPS, RATE)[..., None])
         rate = np.where(explained, np.maximum(first, FOLLOWED), first)

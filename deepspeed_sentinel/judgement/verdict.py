@@ -42,9 +42,10 @@ class Finding:
         score: distance from the nearer quartile over the fence's; above 1 is outside. Infinite for a hard row.
         trusted: the worker is in the first or last stage and never convicted: suspect hardware or data.
         overflow: fp16 loss scaling may explain that one, a non-finite gradient.
-        excuse: what else explains that one: "content" of a kind that the other replicas do not have, "doubted", where
-            the two ends of the link differ in all that accuses, or "alone", where there is one replica and a change of
-            training cannot be told from an attack.
+        excuse: what else explains that one: "content" of a kind that the other replicas do not have; "turn", where most
+            replicas have changed of late in all that it is in alarm for; "doubted", where the two ends of the link
+            differ in all that accuses; or "alone", where there is one replica and a change of training cannot be told
+            from an attack.
         but_for_pair: without the statistics of the pair content would explain it.
         rests_on_pair, telling: see ``Grounds``; what rests on a pair is what the worker's neighbours say of it.
         audit: what an audit found, "confirmed" or "open" (no strike); empty without one.
@@ -69,7 +70,7 @@ class Finding:
     overflow: bool
     rests_on_pair: bool
     telling: tuple[int, ...]
-    excuse: Literal["", "content", "alone", "doubted"] = ""
+    excuse: Literal["", "content", "alone", "doubted", "turn"] = ""
     but_for_pair: bool = False
     audit: str = ""
     part: int | None = None
@@ -112,6 +113,8 @@ class Finding:
             return ", of which the two ends of the link report different numbers: no strike"
         if self.excuse == "alone":
             return ", one replica has nothing to compare with: no strike"
+        if self.excuse == "turn":
+            return ", most replicas have changed in this of late: no strike"
         if self.cause == "later alarms":
             return ", in no alarm of its own: no strike"
         return ", conspicuous work before it may explain it: no strike"

@@ -1,7 +1,8 @@
 """What clean traffic did lately: samples of recent steps, one row per boundary and statistic, and their quantiles.
 
-Quantiles cost a sort of all samples, so once the window holds enough steps only a share of the links is sorted anew
-after each step, in turn.
+Quantiles cost a sort of all samples, so once a row holds enough steps only a share of the links is sorted anew after
+each step, in turn. A row that was not available before is young whenever it comes: a part of a message that only some
+batches have, say.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Window:
         learnt: steps learnt so far.
         quantiles: float64 [Q, *rows], NaN without samples.
         counts: int [*rows], samples that these quantiles are of.
+        steps_heard: int [*rows], steps that are remembered of a row.
     """
 
     def __init__(self, rows: tuple[int, int, int], steps: int, probabilities: tuple[float, ...], seed: int) -> None:
@@ -35,6 +37,11 @@ class Window:
         self.learnt = 0
         self.quantiles = np.full((len(probabilities), *rows), np.nan)
         self.counts = np.zeros(rows, np.int64)
+        self._heard = np.zeros((*rows, steps), bool)
+
+    @property
+    def steps_heard(self) -> np.ndarray:
+        return np.count_nonzero(self._heard, axis=-1)
 
     def learn(self, values: np.ndarray, step: int) -> tuple[list[int], Ordered]:
         """Remember a step's samples, float64 [*rows, N], NaN where there is none.
@@ -55,14 +62,20 @@ class Window:
         heard = ~np.isnan(values).all(-1)
         slot = self.learnt % self._steps
         self._samples[..., slot, :] = np.where(heard[..., None], now, self._samples[..., slot, :])
+        self._heard[..., slot] |= heard
         self.learnt += 1
-        every = 1 if self.learnt <= self._steps // 2 else _TURNS
-        links = [link for link in range(self._rows[2]) if (link + self.learnt) % every == 0]
+        young = (heard & (self.steps_heard <= self._steps // 2)).any(axis=(0, 1))
+        links = [link for link in range(self._rows[2]) if young[link] or (link + self.learnt) % _TURNS == 0]
         size = self._steps * self._samples.shape[-1]
         ordered = Ordered.of(self._samples[:, :, links].reshape(*self._rows[:2], len(links), size))
         self.quantiles[..., links] = ordered.quantiles(self._probabilities)
         self.counts[..., links] = ordered.count
         return links, ordered
+
+    def samples(self, links: list[int]) -> np.ndarray:
+        """What is remembered of some links, float64 [K, 2, len(links), steps, N]; a step's as they were given if they
+        fit into the window."""
+        return self._samples[:, :, links]
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
@@ -70,6 +83,7 @@ class Window:
             "learnt": np.array(self.learnt),
             "quantiles": self.quantiles.copy(),
             "counts": self.counts.copy(),
+            "heard": self._heard.copy(),
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
@@ -77,3 +91,4 @@ class Window:
         self.learnt = int(state["learnt"])
         self.quantiles = np.array(state["quantiles"])
         self.counts = np.array(state["counts"])
+        self._heard = np.array(state["heard"])

@@ -69,3 +69,42 @@ def test_what_a_checkpoint_holds_that_is_not_finite_is_found_and_left_out():
     assert restored.distances((FORWARD, 1), message()).isnan().all()
     restored.learn((FORWARD, 1), summaries(), ALL)
     assert restored.distances((FORWARD, 1), message()).isfinite().all()
+
+
+@pytest.mark.parametrize("left", [1e38, -1e19, 1e6, float("nan")])
+def test_what_a_fault_leaves_in_an_average_is_gone_after_a_step(left):
+    """One of the two copies of a baseline has a bit flipped; what its end reports must soon agree with the other's."""
+    one, other = Baselines(0.9, 0.8), Baselines(0.9, 0.8)
+    usual = summaries(7)[:1]
+
+    def learn(step):
+        for copy in (one, other):
+            copy.learn(END, usual + 0.1 * summaries(step), ALL, LARGEST)
+
+    for step in range(50):
+        learn(step)
+    one._averages[END][3] = left
+    for step in range(50, 53):
+        learn(step)
+    near = usual + 0.1 * summaries(99)[:1]
+    of_both = [
+        copy.distances(END, EndStatistics(near[:, :HIDDEN], near[:, HIDDEN:], torch.ones(1, 3)))
+        for copy in (one, other)
+    ]
+    assert (of_both[0].log() - of_both[1].log()).abs()[:, :2].max() < 0.3
+
+
+def test_only_what_can_be_a_state_is_one():
+    baselines = Baselines(0.9, 0.8)
+    assert Baselines.holds(baselines.state_dict())
+    baselines.learn(END, summaries(), ALL)
+    state = baselines.state_dict()
+    assert Baselines.holds(state)
+    for spoilt in (
+        None,
+        {name: value for name, value in state.items() if not name.startswith("count")},
+        {**state, "average_0_0": state["average_0_0"].double()},
+        {**state, "average_0_0": state["average_0_0"][None]},
+        {**state, "count_0_0": -1},
+    ):
+        assert not Baselines.holds(spoilt)

@@ -118,3 +118,24 @@ def test_state_round_trip():
     other.load_state_dict(one.state_dict())
     first, second = (run(each, 10, np.random.default_rng(9)) for each in (one, other))
     assert np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("deviations", [2.0, 3.0])
+def test_who_jumps_about_inside_its_fence_does_not_blunt_the_sums_of_others(deviations):
+    """One replica of five does so in every third step; then another one's steady shift must still add up."""
+    world = World(replicas=5)
+    world.warm_up(40)
+
+    def jumping(values):
+        high = world.judge.fences.bounds(FORWARD, 1, GAIN)[1]
+        if world.time % 3 == 0:
+            values[:, FORWARD, 1, 0, :, GAIN] += 0.6 * high * (1 if world.time % 2 else -1)
+
+    for _ in range(64):
+        world.step(jumping)
+
+    def both(values):
+        jumping(values)
+        weaker(FORWARD, 1, 1, deviations)(values)
+
+    assert any(world.step(both).excluded[1] for _ in range(40))

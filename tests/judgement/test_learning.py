@@ -37,10 +37,15 @@ def test_where_every_column_has_a_bad_worker_observing_goes_on_seeing_them():
     assert world.judge.record.convicted.sum() == 3
 
 
-@pytest.mark.parametrize("replicas", [4, 8])
-@pytest.mark.parametrize("breaks_the_next", [False, True])
-def test_who_stays_just_inside_its_fence_cannot_carry_it_along(replicas, breaks_the_next):
-    """One of four micro-batches at nine tenths of the fence as it stands; the honest stages behind may go far out."""
+@pytest.mark.parametrize(
+    ("replicas", "bad", "breaks_the_next"),
+    [(4, 1, False), (8, 1, False), (4, 1, True), (8, 1, True), (3, 4, False), (2, 3, False)],
+)
+def test_who_stays_just_inside_its_fence_cannot_carry_it_along(replicas, bad, breaks_the_next):
+    """Some of four micro-batches at nine tenths of the fence as it stands; the honest stages behind may go far out.
+
+    All four of one replica of three are more than a quarter of all messages: they move the quartiles.
+    """
     world = World(stages=5, replicas=replicas)
     world.warm_up(64)
     fences = world.judge.fences
@@ -51,7 +56,7 @@ def test_who_stays_just_inside_its_fence_cannot_carry_it_along(replicas, breaks_
         high = fences.bounds(FORWARD, 1, ENERGY)[1] - fences.reach[place]
         shift = high + 0.9 * fences.reach[place]
         centre = np.median(np.log(values[1, FORWARD, 1, :, :, ENERGY]))
-        values[:, FORWARD, 1, 0, 0, ENERGY] = np.exp(centre + fences.usual.level[(*place, 0)] + shift)
+        values[:, FORWARD, 1, 0, :bad, ENERGY] = np.exp(centre + fences.usual.level[(*place, 0)] + shift)
         if breaks_the_next:
             for behind in (values[:, FORWARD, 2:, 0, 0], values[:, BACKWARD, :, 0, 0]):
                 behind[..., ENERGY] *= np.exp(2.5 * shift)

@@ -1,0 +1,94 @@
+"""The centre that all are measured from: fewer than half of a stage are bad, and they are never its side."""
+
+import numpy as np
+import pytest
+from synthetic import World
+
+from deepspeed_sentinel.evidence.table import NAMES, SENT
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
+
+ENERGY = NAMES.index("energy")
+MUCH = np.exp(2.0)
+
+
+def behind(values, column, link, factor):
+    """What a bad worker of stage ``link`` and all behind it send in a column."""
+    values[:, FORWARD, link:, column, :, ENERGY] *= factor
+    values[:, BACKWARD, :, column, :, ENERGY] *= factor
+
+
+def struck(verdict):
+    return {finding.worker for finding in verdict.findings if finding.strikes}
+
+
+@pytest.mark.parametrize("only_lies", [False, True])
+@pytest.mark.parametrize(
+    ("replicas", "first", "second"), [(3, [0], [1]), (5, [0, 1], [2, 3]), (8, [0, 1, 2], [3, 4, 5])]
+)
+def test_the_bad_of_one_stage_are_not_the_norm_where_those_before_spoilt_the_other_columns(
+    replicas, first, second, only_lies
+):
+    world = World(stages=5, replicas=replicas)
+    world.warm_up(40)
+
+    def tampered(values):
+        for column in first:
+            if only_lies:
+                values[SENT, FORWARD, 1, column, :, ENERGY] *= 50.0
+            else:
+                behind(values, column, 1, 50.0)
+        for column in second:
+            values[:, FORWARD, 2, column, :, ENERGY] *= MUCH
+
+    for _ in range(4):
+        verdict = world.step(tampered)
+        named = {Worker(2, column) for column in second} | (set() if only_lies else {Worker(1, c) for c in first})
+        assert struck(verdict) == named
+        assert np.flatnonzero(~verdict.excluded).tolist() == [c for c in range(replicas) if c not in first + second]
+
+
+def test_columns_of_convicted_workers_that_behave_still_speak_for_the_stage_behind():
+    world = World(stages=5, replicas=5)
+    world.warm_up(40)
+    for _ in range(3):
+        verdict = world.step(lambda values: [behind(values, column, 1, 50.0) for column in (0, 1)])
+    assert np.argwhere(verdict.convicted).tolist() == [[1, 0], [1, 1]]
+    for _ in range(3):
+        verdict = world.step(lambda values: [behind(values, column, 2, MUCH) for column in (2, 3)])
+        assert struck(verdict) == {Worker(2, 2), Worker(2, 3)}
+        assert verdict.excluded.tolist() == [False, False, True, True, False]
+
+
+def test_the_recent_centre_follows_training_where_it_stands_in_for_long():
+    """Two of five columns are spoilt in all steps, while what all send grows by a fence and a half."""
+    world = World(stages=5, replicas=5, action="observe", strikes=1000)
+    world.warm_up(40)
+    reach, start = world.judge.fences.reach[ENERGY, FORWARD, 2], world.time
+
+    def growing(values):
+        values[..., ENERGY] *= np.exp(1.5 * reach * (world.time - start) / 100)
+        for column in (0, 1):
+            behind(values, column, 1, 1e4)
+
+    for _ in range(100):
+        verdict = world.step(growing)
+        assert verdict.suspected.tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("wild", [0.5, 0.7])
+@pytest.mark.parametrize("replicas", [3, 4])
+def test_an_honest_spike_of_all_replicas_strikes_nobody(replicas, wild, seed):
+    """For six steps all energies are twenty times as large, each message's by a factor of its own."""
+    world = World(stages=5, replicas=replicas, seed=seed)
+    world.warm_up(40)
+    generator = np.random.default_rng(seed + 99)
+    for _ in range(6):
+        factors = np.exp(3.0 + wild * generator.standard_normal((replicas, 4)))
+
+        def spike(values, factors=factors):
+            values[:, FORWARD, 1:, :, :, ENERGY] *= factors
+
+        verdict = world.step(spike)
+        assert not struck(verdict)
+    assert not verdict.convicted.any()
