@@ -309,7 +309,8 @@ class Judge:
 
     def problem(self, state: object) -> str | None:
         """Why a state cannot be taken up, in words that follow "checkpoint ..."; None if it can."""
-        return problem(state, self.state_dict(), {"fences": self.fences.limits, "cusum": self.cusum.limits})
+        limits = {name: getattr(self, name).limits for name in ("fences", "cusum", "nothing")}
+        return problem(state, self.state_dict(), limits)
 
     def load_state_dict(self, state: dict) -> None:
         """Take a state up, in a new judge.

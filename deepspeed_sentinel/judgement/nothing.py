@@ -85,6 +85,11 @@ class Nothing:
     def state_dict(self) -> dict[str, np.ndarray]:
         return {"does": self._does.copy(), "added": self._added.copy(), "last": self._last.copy()}
 
+    @property
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """Least and largest value of what may be negative in a state."""
+        return dict.fromkeys(("does", "last"), (float(min(_ADDS, _KEEPS)), float(max(_ADDS, _KEEPS))))
+
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         self._does, self._added = np.array(state["does"]), np.array(state["added"])
         self._last = np.array(state["last"])

@@ -40,7 +40,7 @@ def problem(state: Any, new: Mapping[str, Any], limits: Mapping[str, Limits]) ->
         found = (
             problem(state[name], expected, {"": limits.get(name, {})})
             if isinstance(expected, Mapping)
-            else _of_array(state[name], np.asarray(expected), *limits.get("", {}).get(name, (-LARGEST, LARGEST)))
+            else _of_array(state[name], np.asarray(expected), limits.get("", {}).get(name))
         )
         if found:
             return found if isinstance(expected, Mapping) else f'holds a judge whose "{name}" {found}'
@@ -52,15 +52,14 @@ def problem(state: Any, new: Mapping[str, Any], limits: Mapping[str, Limits]) ->
     return None
 
 
-def _of_array(array: Any, new: np.ndarray, least: float, largest: float) -> str | None:
+def _of_array(array: Any, new: np.ndarray, limits: tuple[float, float] | None) -> str | None:
     if not isinstance(array, np.ndarray) or array.dtype != new.dtype:
         return f"is {getattr(array, 'dtype', type(array).__name__)} (here {new.dtype})"
     if array.ndim != new.ndim or any(mine not in (0, size) for size, mine in zip(array.shape, new.shape, strict=True)):
         return f"has the shape {list(array.shape)} (here {list(new.shape)})"
     if new.dtype == np.bool_:
         return None
-    if not np.issubdtype(new.dtype, np.floating):
-        return "is negative" if (array < 0).any() else None
+    least, largest = limits or (-LARGEST if new.dtype == np.float64 else 0, LARGEST)
     missing = np.isnan(array)
     if missing.any() and new.size and not np.isnan(new).any():
         return "holds NaN"

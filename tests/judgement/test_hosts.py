@@ -130,7 +130,19 @@ ALLOWED = {
     *("zeros_like", "ones_like", "full_like", "empty_like", "stack", "concatenate", "split", "roll", "ndindex"),
     *("moveaxis", "broadcast_to", "broadcast_arrays", "expand_dims", "squeeze", "swapaxes", "transpose", "reshape"),
     *("take_along_axis", "put_along_axis", "array_equal", "logical_or", "logical_and", "logical_not", "cumsum", "isin"),
-    *("random", "indices", "errstate", "ndarray", "partition", "bool_", "integer", "bincount", "newaxis", "ix_"),
+    *(
+        "random",
+        "indices",
+        "errstate",
+        "ndarray",
+        "partition",
+        "bool_",
+        "integer",
+        "bincount",
+        "newaxis",
+        "ix_",
+        "shape",
+    ),
 }
 # Of these a reduction has one result in any order.
 ORDERLESS = {"maximum", "minimum", "fmax", "fmin", "logical_or", "logical_and"}
