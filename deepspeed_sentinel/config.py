@@ -110,6 +110,12 @@ class TwinsConfig(BaseModel):
     every: int = Field(
         0, ge=0, description="one step in so many, at random, is a twin step, also without suspicion; 0 is none"
     )
+    replay: int = Field(
+        0,
+        ge=0,
+        description="with one or two replicas: one step in so many, at random, is computed twice and compared with "
+        "itself; 0 is none",
+    )
     columns: Literal["all"] | int = Field(
         "all",
         description="how many columns are given the same, drawn anew each time, the others being left out of that "
@@ -224,6 +230,11 @@ class SentinelConfig(BaseModel):
             raise ValueError(
                 f"{BLOCK}.twins.columns: got {columns}, and of {mesh.replicas} replicas {least} to {mesh.replicas} or "
                 '"all" can prove something: fewer than half of a stage may be bad, and one more must agree.'
+            )
+        if self.twins.replay and mesh.replicas > 2:
+            raise ValueError(
+                f"{BLOCK}.twins.replay: got {self.twins.replay}, and of {mesh.replicas} replicas each is the others' "
+                'twin: allowed is 0; set "every" instead, which computes nothing twice.'
             )
         if self.conviction == "proof" and mesh.replicas < 2:
             raise ValueError(

@@ -82,3 +82,18 @@ def wrong_gradients(engine: Any, step: int) -> None:
     if _is_culprit(engine) and step == START:
         for parameter in engine.module.parameters():
             parameter.register_hook(lambda gradient: gradient * 1.01)
+
+
+def transient(engine: Any, step: int) -> None:
+    """In step 9 one number of the middle stage's work is wrong the second time that it is computed."""
+    if engine.stage_id != STAGE or engine.grid.get_data_parallel_id() != 0 or step != 9:
+        return
+    calls = 0
+
+    def strike(module: torch.nn.Module, entered: Any, made: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return torch.where(torch.arange(made.shape[-1]) == 3, made * 1.01, made) if calls == 6 else made
+
+    handle = engine.module.forward_funcs[-1].register_forward_hook(strike)
+    engine.remove_transient = handle.remove

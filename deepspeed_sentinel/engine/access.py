@@ -146,13 +146,8 @@ def keep_gradient_norm(engine: PipelineEngine) -> None:
     engine.clip_fp32_gradients = clip_fp32_gradients
 
 
-def skip_step(engine: PipelineEngine, overflow: bool) -> None:
-    """Count a step without touching the weights, as DeepSpeed does after an overflow.
-
-    ``overflow``: it is one, so the loss scale comes down.
-    """
-    if overflow:
-        engine.optimizer._update_scale(True)
+def clear_gradients(engine: PipelineEngine) -> None:
+    """Forget what was accumulated in this step, wherever it lies."""
     if hasattr(engine.optimizer, "clear_hp_grads"):
         engine.optimizer.clear_hp_grads()
         engine.optimizer.clear_lp_grads()
@@ -162,6 +157,16 @@ def skip_step(engine: PipelineEngine, overflow: bool) -> None:
         averaged.update(dict.fromkeys(averaged))  # where they were reduced already
     else:
         engine.zero_grad()
+
+
+def skip_step(engine: PipelineEngine, overflow: bool) -> None:
+    """Count a step without touching the weights, as DeepSpeed does after an overflow.
+
+    ``overflow``: it is one, so the loss scale comes down.
+    """
+    if overflow:
+        engine.optimizer._update_scale(True)
+    clear_gradients(engine)
     engine._step_applied = False
     engine.skipped_steps += 1
     engine.global_steps += 1

@@ -24,6 +24,7 @@ from deepspeed_sentinel.engine.buffers import ForwardState
 from deepspeed_sentinel.engine.comparison import WeightComparison
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.reduction import Poisoned, Reduction
+from deepspeed_sentinel.engine.replay import Replay
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.tied import reduce_tied_gradients
 from deepspeed_sentinel.engine.twins import TwinSteps, as_told, kind, norm_bits
@@ -85,6 +86,15 @@ class Gate:
         self._ranks = access.ranks_of(engine)
         self._reduction = Reduction(engine, self._worker, self._ranks, control)
         self._forward_state = ForwardState(access.stage_module(engine))
+        self._replay = Replay(
+            engine,
+            self._mesh,
+            self._ranks,
+            control,
+            collector.probe,
+            every=config.twins.replay,
+            seed=config.seed or 0,
+        )
         self.hearing = Hearing(
             self._worker,
             self._ranks,
@@ -133,6 +143,26 @@ class Gate:
         step = self._engine.global_steps
         self._comparison.begin_step()
         self._twins.begin_step(step, self._suspicion)
+        self._begin_messages(step)
+
+    def rehearse(self, run: Callable[[], None]) -> None:
+        """Run this step's schedule once for nothing, if it is one to be replayed. After ``begin_step``.
+
+        Args:
+            run: the schedule.
+        """
+        step = self._engine.global_steps
+        if not self._replay.due(step):
+            return
+        self._twins.draw_twice()
+
+        def put_back() -> None:
+            self._forward_state.end_step(counts=False)
+            self._begin_messages(step)
+
+        self._replay.rehearse(run, put_back)
+
+    def _begin_messages(self, step: int) -> None:
         self._collector.begin_step(step, self._engine.micro_batches)
         self._forward_state.begin_step()
 
@@ -180,7 +210,10 @@ class Gate:
         self._telling.unseen(self._collector.probe.unseen)
         if evidence.twins and self._config.weights_every:
             self._comparison.compare()
-        verdict = self.judge.step(evidence, access.overflow_limit(self._engine), self._proved_otherwise(step))
+        replayed = self._replay.compare()
+        verdict = self.judge.step(evidence, access.overflow_limit(self._engine), self._proved_otherwise(step), replayed)
+        if replayed:
+            self._telling.replayed(step, replayed.inconsistent)
         if self._agree(verdict):
             verdict = self._audit(verdict, evidence)
         if self.judge.clean_links.any():

@@ -211,6 +211,7 @@ class Sentinel:
             return
         self.gate.begin_step()
         self._interception.watching = True
+        self.gate.rehearse(lambda: self._originals["_exec_schedule"](pipe_schedule))
         self._originals["_exec_schedule"](pipe_schedule)
         self._interception.watching = False
         self._liveness.progress.end_schedule()

@@ -180,6 +180,16 @@ class Telling:
                 "written as soon as it can be; told once",
             )
 
+    def replayed(self, step: int, inconsistent: Sequence[Worker]) -> None:
+        """Who made two things of the same."""
+        if not self._first:
+            return
+        for worker in inconsistent:
+            self._warn(
+                step, f"PROVED: computing the same step twice, {worker} made something else of it the second time"
+            )
+            self._event(step, {"kind": "replay", "stage": worker.stage, "replica": worker.replica})
+
     def unseen(self, problem: str | None) -> None:
         """What this rank, whichever it is, could not judge at first and lets pass."""
         if problem:

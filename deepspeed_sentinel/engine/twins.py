@@ -110,6 +110,15 @@ class TwinSteps:
             self._waiting = deque(self._in_place(own, given) for own, given in zip(self._waiting, theirs, strict=True))
         self._drawn = drawn
 
+    def draw_twice(self) -> None:
+        """Have this replica's next micro-batches ready for a rehearsal and for the step itself."""
+        if not self._at_end:
+            return
+        if not self._waiting:
+            self._draw_own()
+        if self._ended is None:
+            self._waiting.extend(list(self._waiting))
+
     def next_batch(self) -> Any:
         """What this replica is given next: ``engine._next_batch``."""
         if self._engine.data_iterator is not self._loader:  # a step broke off, and the script goes on with other data

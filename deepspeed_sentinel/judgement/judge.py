@@ -30,6 +30,7 @@ from deepspeed_sentinel.judgement.overflow import Overflow
 from deepspeed_sentinel.judgement.passing import Passing
 from deepspeed_sentinel.judgement.proof import tried, try_twins
 from deepspeed_sentinel.judgement.record import Record, Tried
+from deepspeed_sentinel.judgement.replay import Replayed
 from deepspeed_sentinel.judgement.silence import Silence
 from deepspeed_sentinel.judgement.standing import Standing
 from deepspeed_sentinel.judgement.state import problem
@@ -105,7 +106,11 @@ class Judge:
         return self.fences.learnt_steps < self.settings.warmup_steps
 
     def step(
-        self, evidence: Evidence, overflow_limit: float = float("inf"), proved: Collection[Worker] = ()
+        self,
+        evidence: Evidence,
+        overflow_limit: float = float("inf"),
+        proved: Collection[Worker] = (),
+        replayed: Replayed | None = None,
     ) -> Verdict:
         """Judge one step.
 
@@ -114,6 +119,7 @@ class Judge:
             overflow_limit: the magnitude at which an honest gradient overflows under dynamic loss scaling, in
                 the unit of the evidence; infinite without such scaling.
             proved: who was proved otherwise since the last step, by its weights or in a reduction.
+            replayed: what a replay of this step has shown, if it was replayed.
         """
         warming_up, served, of_pair = self.warming_up, evidence.served, self.table.of_pair
         twins = evidence.twins
@@ -211,12 +217,15 @@ class Judge:
         )
         findings = account.findings(blame, judged_step, self.fences)
         disputed = account.disputes(blame.disputes & ~differing, contradicted)
+        proved = (*proved, *(replayed.inconsistent if replayed else ()))
         self._tried = tried(self.mesh, trial, proved) if trial or proved else None
         changes = self.record.update(*entries(self.mesh, findings, disputed), self._tried)
         self._take_for_usual(residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None)
 
         events = (alarms & ~reported_only) | disputes | differing
         suspected = events.any(axis=(0, 1, 3))
+        if replayed:
+            suspected |= replayed.spoilt
         if twins and trial:
             suspected |= trial.spoilt | ~twins.given
         convicted = self._served_by_convicted(served)
