@@ -180,3 +180,34 @@ def test_run_gives_the_script_its_arguments(tmp_path, capsys):
     finally:
         deepspeed.initialize = before
     assert "['--local_rank=0', '--lr', '3'] deepspeed_sentinel.engine.launch True" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("block", "replicas", "convicts"),
+    [
+        ({}, 3, "proof"),
+        ({}, 2, "statistics"),
+        ({"twins": {"on_suspicion": False}}, 3, "statistics"),
+        ({"twins": {"on_suspicion": False, "every": 9}}, 3, "proof"),
+        ({"action": "observe"}, 3, "statistics"),  # who only observes changes nobody's data
+        ({"conviction": "statistics", "twins": {"every": 9}}, 8, "statistics"),
+        ({"conviction": "proof"}, 2, "proof"),
+    ],
+)
+def test_proof_convicts_where_there_can_be_any(block, replicas, convicts):
+    assert SentinelConfig.parse({"enabled": True, **block}).convicts_by(Mesh(4, replicas)) == convicts
+
+
+@pytest.mark.parametrize(
+    ("block", "replicas", "said"),
+    [
+        ({"twins": {"columns": 4}}, 8, ["twins.columns: got 4", "5 to 8"]),
+        ({"twins": {"columns": 9}}, 8, ["twins.columns: got 9", "5 to 8"]),
+        ({"twins": {"replay": 9}}, 3, ["twins.replay: got 9", "of 3 replicas", '"every"']),
+        ({"conviction": "proof"}, 1, ['conviction: got "proof"', "one replica"]),
+    ],
+)
+def test_what_cannot_prove_anything_is_refused(block, replicas, said):
+    with pytest.raises(ValueError) as caught:
+        SentinelConfig.parse({"enabled": True, **block}).convicts_by(Mesh(4, replicas))
+    assert all(part in str(caught.value) for part in said), str(caught.value)
