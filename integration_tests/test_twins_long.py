@@ -1,4 +1,4 @@
-"""Twin steps for longer and on a larger mesh, for ``make test-all``: 200 clean steps, and 4 x 4 with one step in five."""
+"""Twin steps for longer and on a larger mesh: 200 clean steps, and 4 x 4 with one step in five."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from deepspeed_sentinel.engine.reduction import Poisoned, Reduction
 from deepspeed_sentinel.engine.replay import Replay
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.tied import reduce_tied_gradients
-from deepspeed_sentinel.engine.twins import TwinSteps, as_told, kind, norm_bits
+from deepspeed_sentinel.engine.twins import TwinSteps, as_told, kind, norm_bits, was_refused
 from deepspeed_sentinel.errors import VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.control import Control
@@ -200,9 +200,9 @@ class Gate:
         """Evidence, verdict, exclusion: all that happens between backward and reduction."""
         step = self._engine.global_steps
         first = self._collector.layout is None
-        evidence = replace(
-            self._collector.collect(step, access.gradient_scale(self._engine)), twins=self._told_of_twins()
-        )
+        collected = self._collector.collect(step, access.gradient_scale(self._engine))
+        twins, refused = self._told_of_twins()
+        evidence = replace(collected, twins=twins, refused=refused)
         if first:
             self._take_layout()
         for told in self._collector.changed():
@@ -234,17 +234,18 @@ class Gate:
     def _suspicion(self) -> bool:
         return self.judge.record.suspicion
 
-    def _told_of_twins(self) -> Twins | None:
-        """What the step was, if it is a twin step."""
+    def _told_of_twins(self) -> tuple[Twins | None, bool]:
+        """What the step was, if it is a twin step; and whether it was to be one and could not."""
         if not self._twins.possible(self._suspicion):
-            return None
+            return None, False
         gradients, device = list(access.gradients(self._engine)), torch.device(self._engine.device)
         digest = int(tensors_digest(gradients, device)) if gradients else 0
         # First what each has accumulated, then what the step was: nobody can choose the one by the other.
         own = (digest, norm_bits(gradients), kind(device))
         accumulated, norms, kinds = np.moveaxis(self._control.gather_words(*own).numpy()[self._ranks], -1, 0)
         words = self._control.gather_words(self._twins.word).numpy()[self._ranks][..., 0]
-        return as_told(words, accumulated, np.ascontiguousarray(norms).view(np.float64), kinds)
+        twins = as_told(words, accumulated, np.ascontiguousarray(norms).view(np.float64), kinds)
+        return twins, was_refused(words)
 
     def _agree(self, verdict: Verdict) -> bool:
         """Whether all ranks came to the same verdict; where one may be acted on, all stop unless they did."""

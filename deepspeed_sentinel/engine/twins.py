@@ -42,7 +42,7 @@ from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.response.twins import Draw, chance, draw
 
 _KEY_BYTES = 32
-_NONE, _APART, _GIVEN, _SOURCE = range(4)
+_NONE, _APART, _GIVEN, _SOURCE, _REFUSED = range(5)
 # What keeps a step from being a twin step; of several the last counts.
 _NOTHING, _SHAPES, _KINDS, _FOREIGN, _ENDED = range(5)
 _HINDERED = {
@@ -81,6 +81,7 @@ class TwinSteps:
         self._loader: Any = None
         self._wanted = self._hindered = 0
         self._drawn: Draw | None = None
+        self._refused = False
         self._secret = PairSecret(self._agree_on_key(config.seed)) if self._at_end and mesh.replicas > 1 else None
 
     def possible(self, suspicion: bool) -> bool:
@@ -94,7 +95,7 @@ class TwinSteps:
             step: the engine's global step.
             suspicion: somebody is suspected.
         """
-        self._drawn = None
+        self._drawn, self._refused = None, False
         self._forget()
         if self._secret is None or not self.possible(suspicion):
             return
@@ -134,7 +135,7 @@ class TwinSteps:
     def word(self) -> int:
         """What this rank tells all others of the step, for its column: see ``as_told``."""
         if self._drawn is None:
-            return _NONE
+            return _REFUSED if self._refused else _NONE
         if self._worker.replica == self._drawn.source:
             return _SOURCE
         return _GIVEN if self._drawn.given[self._worker.replica] else _APART
@@ -179,7 +180,8 @@ class TwinSteps:
         there = int(self._control.swap_ends(torch.tensor([here], dtype=torch.uint8)))
         found = max(here, there)
         self._wanted += 1
-        if found in _HINDERED:
+        self._refused = found in _HINDERED
+        if self._refused:
             self._tell_of(_HINDERED[found])
         return found == _NOTHING
 
@@ -249,6 +251,12 @@ def norm_bits(tensors: Sequence[torch.Tensor]) -> int:
     return int(total.view(torch.int64))
 
 
+def was_refused(words_SR: np.ndarray) -> bool:
+    """Whether the step was to be a twin step and could not be one, as most of first and last stage say."""
+    ends = words_SR[[0, -1]]
+    return 2 * int(np.count_nonzero(ends == _REFUSED)) > ends.size
+
+
 def as_told(words_SR: np.ndarray, gradients_SR: np.ndarray, norms_SR: np.ndarray, kinds_SR: np.ndarray) -> Twins | None:
     """What first and last stage say of a step: a twin step, or None.
 
@@ -262,7 +270,7 @@ def as_told(words_SR: np.ndarray, gradients_SR: np.ndarray, norms_SR: np.ndarray
     Raises:
         SentinelError: they say different things.
     """
-    first, last = words_SR[0], words_SR[-1]
+    first, last = (np.where(said == _REFUSED, _NONE, said) for said in (words_SR[0], words_SR[-1]))
     same, sources = np.array_equal(first, last), np.flatnonzero(first == _SOURCE)
     if same and (first == _NONE).all():
         return None

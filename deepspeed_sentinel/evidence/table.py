@@ -238,6 +238,7 @@ class Evidence:
         renewed: bool [2, S, C], by direction, where statistics of the pair around a stage that rest on what was learnt
             are measured in another projection than in the step before; None is nowhere.
         twins: of a twin step; None of any other.
+        refused: it was to be a twin step, and the data could not be dealt so.
     """
 
     mesh: Mesh
@@ -247,6 +248,7 @@ class Evidence:
     dealt: np.ndarray | None = None
     renewed: np.ndarray | None = None
     twins: Twins | None = None
+    refused: bool = False
 
     @property
     def served(self) -> np.ndarray:

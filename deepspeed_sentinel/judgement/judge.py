@@ -219,7 +219,7 @@ class Judge:
         disputed = account.disputes(blame.disputes & ~differing, contradicted)
         proved = (*proved, *(replayed.inconsistent if replayed else ()))
         self._tried = tried(self.mesh, trial, proved) if trial or proved else None
-        changes = self.record.update(*entries(self.mesh, findings, disputed), self._tried)
+        changes = self.record.update(*entries(self.mesh, findings, disputed), self._tried, evidence.refused)
         self._take_for_usual(residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None)
 
         events = (alarms & ~reported_only) | disputes | differing

@@ -8,6 +8,8 @@ import numpy as np
 
 from deepspeed_sentinel.mesh import Mesh
 
+_HOPELESS = 3  # twin steps in a row that could not be made, after which strikes convict until one can
+
 
 @dataclass(frozen=True)
 class Tried:
@@ -52,7 +54,8 @@ class Record:
         mesh: stages and replicas.
         strikes, window: strikes that convict, and the steps within which they must fall.
         probation: steps.
-        by_proof: strikes convict only where nothing can be proved.
+        by_proof: strikes convict only where nothing can be proved: in a stage whose honest replicas differ, and where
+            three twin steps in a row could not be made.
     """
 
     def __init__(self, mesh: Mesh, strikes: int, window: int, probation: int, by_proof: bool = False) -> None:
@@ -68,6 +71,7 @@ class Record:
         self._quiet_steps = np.zeros(shape, np.int64)
         self._unlike = np.zeros(mesh.stages, bool)
         self._more_to_find = False
+        self._refused_trials = 0
         self._position = 0
         self._before: dict[str, np.ndarray] | None = None
         self._trusted = np.zeros(shape, bool)
@@ -96,26 +100,30 @@ class Record:
         """Links disputed as often as it takes strikes to convict, bool [L, C]."""
         return np.count_nonzero(self._disputed, axis=0) >= self.strikes_needed
 
-    def update(self, struck: np.ndarray, disputed: np.ndarray, tried: Tried | None = None) -> Changes:
+    def update(
+        self, struck: np.ndarray, disputed: np.ndarray, tried: Tried | None = None, refused: bool = False
+    ) -> Changes:
         """Enter one step.
 
         Args:
             struck: bool [S, R], workers blamed in this step.
             disputed: bool [L, C], links in dispute in this step.
             tried: what a twin step has shown.
+            refused: it was to be a twin step and could not be one.
         """
         self._before = self.state_dict()
         slot = self._position % len(self._struck)
         self._struck[slot], self._disputed[slot] = struck, disputed
         self._position += 1
         proved = cleared = np.zeros_like(self.convicted)
+        self._refused_trials = 0 if tried is not None else self._refused_trials + refused
         if tried is not None:
             proved, cleared = tried.proved, tried.sound & self.suspects
             self._unlike = (self._unlike | tried.unlike) & ~tried.sound.any(1)
         self._quiet_steps = np.where(struck | proved, 0, self._quiet_steps + 1)
         guilty = (self.strikes >= self.strikes_needed) | (self.on_probation & struck)
         if self.by_proof:
-            guilty &= self._unlike[:, None]
+            guilty &= self._unlike[:, None] | (self._refused_trials >= _HOPELESS)
         self._struck[:, cleared] = False
         newly = ((guilty & ~cleared) | proved) & ~self.convicted & ~self._trusted
         if tried is not None:
@@ -149,6 +157,7 @@ class Record:
             "quiet_steps": self._quiet_steps.copy(),
             "unlike": self._unlike.copy(),
             "more_to_find": np.array(self._more_to_find),
+            "refused_trials": np.array(self._refused_trials),
             "position": np.array(self._position),
         }
 
@@ -160,4 +169,5 @@ class Record:
         self._quiet_steps = np.array(state["quiet_steps"])
         self._unlike = np.array(state["unlike"])
         self._more_to_find = bool(state["more_to_find"])
+        self._refused_trials = int(state["refused_trials"])
         self._position = int(state["position"])

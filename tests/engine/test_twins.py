@@ -292,7 +292,7 @@ def test_other_shapes_make_no_twin_step_and_that_is_said(monkeypatch):
     world = World(lambda stage, replica: [2 * (numbered(replica, i, (2, 4 + replica)),) for i in range(100)])
     for step in range(12):
         given = world.step(step)
-        assert all(world.word(*place) == module._NONE for place in world.places)
+        assert all(world.word(*place) == module._REFUSED for place in world.places)
         assert all(number(batch, s) // 1000 == r for (s, r), batches in given.items() for batch in batches)
     assert [text.split(" twin steps")[0] for text in said] == ["[sentinel] 1 of 1", "[sentinel] 10 of 10"]
     assert "shapes" in said[0] and "fixed length" in said[0]
@@ -302,7 +302,7 @@ def test_shapes_of_the_other_end_alone_count_too(monkeypatch):
     said = warned(monkeypatch)
     world = World(lambda stage, replica: [(numbered(0, i), numbered(0, i, (2, 4 + replica))) for i in range(M)])
     world.step()
-    assert all(world.word(*place) == module._NONE for place in world.places)
+    assert all(world.word(*place) == module._REFUSED for place in world.places)
     assert len(said) == 1 and "shapes" in said[0]
 
 
@@ -329,7 +329,7 @@ def test_where_messages_are_announced_shapes_and_masks_may_differ_but_no_data_ty
     kinds = [torch.int64, torch.int32, torch.int64]
     world = World(lambda stage, r: [2 * (numbered(r, i, dtype=kinds[r]),) for i in range(M)], dynamic=True)
     world.step()
-    assert all(world.word(*place) == module._NONE for place in world.places)
+    assert all(world.word(*place) == module._REFUSED for place in world.places)
     assert len(said) == 1 and "data types" in said[0]
 
 
@@ -356,3 +356,11 @@ def test_the_loss_is_asked_what_to_make_of_the_sources_labels():
             else:
                 labels, replicas, count = batch[1]
                 assert int(labels[0, 0]) == 1000 * world.source + index and (replicas, count) == (4, M)
+
+
+def test_a_refused_twin_step_is_told_by_most_of_both_ends_and_is_none():
+    words = np.array([[module._REFUSED] * 3, [0] * 3, [module._REFUSED] * 3])
+    nothing = np.zeros((3, 3), np.int64)
+    assert module.was_refused(words) and module.as_told(words, nothing, nothing, nothing) is None
+    words[0, 0] = words[2, 1] = module._NONE
+    assert module.was_refused(words) and not module.was_refused(np.zeros_like(words))

@@ -60,14 +60,16 @@ class World:
         values = np.concatenate([values, np.zeros((*shape[:-1], len(NAMES) - reported))], axis=-1)
         return np.stack([values, values])
 
-    def step(self, change=None, digests=None, overflow_limit=np.inf, served=None, tensors=1, twins=None):
+    def step(self, change=None, digests=None, overflow_limit=np.inf, served=None, tensors=1, twins=None, refused=False):
         values = self.statistics()
         marks = np.zeros((*values.shape[:5], tensors), np.int64)
         if change:
             change(values)
         if digests:
             digests(marks)
-        verdict = self.judge.step(Evidence(self.mesh, self.time, values, marks, served, twins=twins), overflow_limit)
+        verdict = self.judge.step(
+            Evidence(self.mesh, self.time, values, marks, served, twins=twins, refused=refused), overflow_limit
+        )
         self.time += 1
         return verdict
 

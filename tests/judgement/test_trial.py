@@ -156,6 +156,12 @@ def test_where_replicas_differ_by_nature_strikes_convict():
     assert convicted[2] == (Worker(1, 2),)
 
 
+def test_where_no_twin_step_can_be_made_strikes_convict():
+    world = by_proof()
+    convicted = [world.step(loud(1, 2), refused=True).newly_convicted for _ in range(4)]
+    assert convicted == [(), (), (Worker(1, 2),), ()]
+
+
 def test_unequal_weights_are_proof():
     world = by_proof()
     values = world.statistics()
