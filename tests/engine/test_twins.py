@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
