@@ -100,7 +100,7 @@ def test_pass_through_sends_what_entered_in_its_direction():
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        ({"attack": "stale_weights"}, "only the simulator can"),
+        ({"attack": "stale_weights"}, "only the simulator has"),
         ({"attack": "framing"}, 'use "report"'),
         ({"attack": "intermittent", "inner": "nothing"}, "'nothing' is unknown"),
     ],
