@@ -28,7 +28,8 @@ def runs(tmp_path_factory, selected):
     wanted = [variant for variant in VARIANTS if variant is BASE or variant.name in selected("name")]
     folder = tmp_path_factory.mktemp("exclusion")
     fault = {"stage": 1, "replica": 2, "attack": "nan"}
-    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "inject": [fault]}
+    # A twin step trains on other data than the run that this one is compared with.
+    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "inject": [fault], "conviction": "statistics"}
     three = run_scenarios([v.with_(sentinel=block) for v in wanted], 3, 3, folder=folder / "three", timeout=200)
     two = run_scenarios(wanted, 3, 2, folder=folder / "two", timeout=200)
     return three, two

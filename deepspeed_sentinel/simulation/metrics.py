@@ -86,6 +86,10 @@ class Tally:
             changed[direction, stage if direction == FORWARD else stage - 1, column, micro_batch] = True
         for finding in verdict.findings:
             blamed[finding.direction, finding.link, finding.column, list(finding.micro_batches)] = True
+        for proof in verdict.proofs:
+            if proof.direction is not None:
+                link = proof.worker.stage - (proof.direction == BACKWARD)
+                blamed[proof.direction, link, proof.column, list(proof.micro_batches)] = True
         self.changed_blamed += int(np.count_nonzero(changed & blamed))
         self.unchanged_blamed += int(np.count_nonzero(blamed & ~changed))
         self.changed_missed += int(np.count_nonzero(changed & ~blamed & ~followers(blamed)))

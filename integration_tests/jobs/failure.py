@@ -50,7 +50,7 @@ def main(mode: str, folder: str, steps: str = "8") -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60), verbose=False)
     module = build_model(SMALL, STAGES)
-    block = {"enabled": True, "output_dir": f"{folder}/sentinel", "warmup_steps": 2}
+    block = {"enabled": True, "output_dir": f"{folder}/sentinel", "warmup_steps": 2, "conviction": "statistics"}
     if mode.startswith("twin"):
         block |= {"twins": {"every": 1}}
     if mode == "halt":

@@ -28,6 +28,9 @@ def verdict(step, blamed=(), convicted=(), judged=36):
         skip=False,
         excluded=np.zeros(3, bool),
         disputed=(),
+        proofs=(),
+        cleared=(),
+        twins=False,
     )
 
 

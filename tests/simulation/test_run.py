@@ -128,8 +128,8 @@ def test_micro_batch_by_micro_batch_is_the_same(options, direction):
 
 
 def test_attackers_by_name_are_these_and_no_others(options):
-    _, result = run(options(attack="nan", attackers=[[2, 1], [2, 3]], start=2))
-    assert result["malicious"] == result["convicted"] == [[2, 1], [2, 3]]
+    _, result = run(options(attack="nan", attackers=[[1, 1], [2, 3]], start=2))
+    assert result["malicious"] == result["convicted"] == [[1, 1], [2, 3]]
 
 
 def test_a_guard_that_is_off_lets_the_attack_through(options):
