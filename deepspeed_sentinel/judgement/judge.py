@@ -154,7 +154,8 @@ class Judge:
         residuals, per_statistic, cascade, turned = hold_against_fences(
             self.fences, values, compared, whole, sound, self.table.hard, self.content.room, warming_up
         )
-        # What most replicas did, training did, and what comes of it strikes nobody.
+        # What most replicas did, training did, and what comes of it strikes nobody. Nothing excuses a hard row.
+        turned &= ~self.table.hard[:, None, None]
         turn = ~(np.where(turned[..., None, None], 0.0, per_statistic) > 1.0).any(0)
         fenced = per_statistic[of_pair]
         quiet = np.ones((*fenced.shape[:4], 1), bool)

@@ -92,3 +92,15 @@ def test_an_honest_spike_of_all_replicas_strikes_nobody(replicas, wild, seed):
         verdict = world.step(spike)
         assert not struck(verdict)
     assert not verdict.convicted.any()
+
+
+def test_what_is_not_finite_in_most_columns_of_a_link_is_no_turn_of_training():
+    world = World(replicas=2)
+    world.warm_up()
+
+    def broken(values):
+        values[:, BACKWARD, 0, :, :, NAMES.index("non_finite")] = 1  # of both columns, and one of them from before
+        values[:, BACKWARD, 1, 1, :, NAMES.index("non_finite")] = 1
+
+    verdict = world.step(broken)
+    assert [1, 0] in [list(finding.worker) for finding in verdict.findings if finding.strikes]
