@@ -12,7 +12,8 @@ from integration_tests.variants import some
 
 STAGES, REPLICAS, SEED = 4, 3, 0
 WARM, START, STEPS = 12, 17, 23
-EARLY = {"warmup_steps": WARM}
+# Columns of DeepSpeed stay what they are, and two bad ones of three leave nobody to compare a worker with.
+EARLY = {"warmup_steps": WARM, "conviction": "statistics"}
 CULPRITS = ((1, 2), (2, 1))
 ATTACKS = {
     "constant": {},

@@ -231,7 +231,7 @@ class Gate:
         return (*self._comparison.unequal_in(step), *(self.poisoned.named if self.poisoned else ()))
 
     @property
-    def _suspicion(self) -> bool:
+    def _suspicion(self) -> float:
         return self.judge.record.suspicion
 
     def _told_of_twins(self) -> tuple[Twins | None, bool]:

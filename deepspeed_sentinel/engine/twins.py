@@ -84,16 +84,16 @@ class TwinSteps:
         self._refused = False
         self._secret = PairSecret(self._agree_on_key(config.seed)) if self._at_end and mesh.replicas > 1 else None
 
-    def possible(self, suspicion: bool) -> bool:
+    def possible(self, suspicion: float) -> bool:
         """Whether the step may be a twin step, as all ranks know."""
         return chance(self._config, self._mesh.replicas, suspicion) > 0
 
-    def begin_step(self, step: int, suspicion: bool) -> None:
+    def begin_step(self, step: int, suspicion: float) -> None:
         """Draw what the step is, and hand micro-batches over if it is a twin step. Collective in first and last stage.
 
         Args:
             step: the engine's global step.
-            suspicion: somebody is suspected.
+            suspicion: how likely a twin step is for it.
         """
         self._drawn, self._refused = None, False
         self._forget()

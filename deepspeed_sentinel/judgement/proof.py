@@ -14,10 +14,10 @@ held against the others of its stage that were given the same as it was:
 * Workers on unlike hardware round differently. A worker that says it runs on another kind than most of its stage, and
   whoever is given what it sent, is held against the truth by statistics: apart by more than ``ROUNDING`` it is proved.
   So who claims a kind of its own is still bound, though not to the last bit.
-* Without a truth the step says that workers differ and not who is wrong. With two replicas it is the one that is
-  suspected by its own statistics, if the other is not. Where more workers differ, each from each
-  other, than can be bad, honest ones are among them: the stage's work is not the same bit for bit, and its replicas
-  cannot be compared so.
+* Without a truth the step says that workers differ and not who is wrong. Of those, who is suspected by its own
+  statistics is left out alone, if the others agree; with two replicas it is the one that is wrong.
+* Where more workers differ, each from each other, than can be bad, honest ones are among them: the stage's work is not the
+  same bit for bit, and its replicas cannot be compared so.
 
 Worked example, 4 stages x 3 replicas, one micro-batch, what crossed each link by column:
 
@@ -250,7 +250,8 @@ class _Stage:
         served: int [C], the replica that serves a column.
         heard: bool [C], whose word counts.
         alike: bool [C], who runs on the kind of hardware that most do.
-        accused: bool [C], who is suspected, where there are two replicas.
+        accused: bool [C], who is suspected or convicted.
+        of_two: there are two replicas, so that who is accused is wrong where they differ.
         bad: how many of those whose word counts can be bad.
     """
 
@@ -258,6 +259,7 @@ class _Stage:
     heard: np.ndarray
     alike: np.ndarray
     accused: np.ndarray
+    of_two: bool
     bad: int
 
     @classmethod
@@ -267,8 +269,8 @@ class _Stage:
         """``kinds`` int64 [R], ``served`` int [C], ``convicted`` and ``suspects`` bool [R]."""
         known, count = np.unique(kinds, return_counts=True)
         bad = max((mesh.replicas - 1) // 2 - int(np.count_nonzero(convicted)), 0)
-        accused = (convicted | suspects)[served] & (mesh.replicas == 2)
-        return cls(served, ~convicted[served], kinds[served] == known[np.argmax(count)], accused, bad)
+        alike = kinds[served] == known[np.argmax(count)]
+        return cls(served, ~convicted[served], alike, (convicted | suspects)[served], mesh.replicas == 2, bad)
 
     def vote(self, what_CMT: np.ndarray, measures_ECMN: np.ndarray, asked: np.ndarray, exact: np.ndarray) -> _Vote:
         """The truth on each question, if there is one.
@@ -299,18 +301,21 @@ class _Stage:
         apart_ECM = _apart(measures_ECMN, true) > ROUNDING
         apart, together = apart_ECM.all(0), ~apart_ECM.any(0)
         versions = np.count_nonzero(compared & (version == np.arange(columns)[:, None]), axis=0)
-        of_two = (compared & self.accused[:, None]) & ~known & (versions == 2)
-        of_two &= np.count_nonzero(of_two, axis=0) == 1
-        accuser = compared & of_two.any(0) & ~of_two
         unlike = ~known & (agreeing <= 1) & (voters >= max(self.bad + 2, _LEAST + 1))
+        # Of those that differ, who is suspected is left out alone, if the others make one thing of it.
+        differ = compared & ~known & (versions > 1) & ~unlike
+        guilty, innocent = differ & self.accused[:, None], differ & ~self.accused[:, None]
+        of_innocent = np.where(innocent, version, columns)
+        one = guilty.any(0) & innocent.any(0)
+        one &= of_innocent.min(0) == np.where(innocent, version, -1).max(0)
+        guilty, innocent = guilty & one, innocent & one
         return _Vote(
-            right=true | (near & known & together) | accuser,
-            wrong=(compared & known & (version != best)) | (near & known & apart) | of_two,
-            undecided=(compared & ~known & (versions > 1) & ~unlike & ~of_two.any(0))
-            | (near & known & ~apart & ~together),
-            exact=true | (compared & ~known & (versions == 1)) | accuser,
+            right=true | (near & known & together) | (innocent & self.of_two),
+            wrong=(compared & known & (version != best)) | (near & known & apart) | (guilty & self.of_two),
+            undecided=(differ & ~innocent & ~(guilty & self.of_two)) | (near & known & ~apart & ~together),
+            exact=true | (compared & ~known & (versions == 1)) | innocent,
             agreeing=agreeing,
-            compared=np.maximum(voters, np.count_nonzero(accuser | of_two, axis=0)),
+            compared=voters,
             unlike=unlike,
         )
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from deepspeed_sentinel.mesh import Mesh
 
+_TRIED_AT_FIRST, _TRIED_AT_LEAST, _PATIENCE = 0.5, 1.0 / 64.0, 4
 _HOPELESS = 3  # twin steps in a row that could not be made, after which strikes convict until one can
 
 
@@ -71,7 +72,7 @@ class Record:
         self._quiet_steps = np.zeros(shape, np.int64)
         self._unlike = np.zeros(mesh.stages, bool)
         self._more_to_find = False
-        self._refused_trials = 0
+        self._refused_trials = self._fruitless = 0
         self._position = 0
         self._before: dict[str, np.ndarray] | None = None
         self._trusted = np.zeros(shape, bool)
@@ -88,12 +89,16 @@ class Record:
         return np.asarray((self.strikes > 0) & ~self.convicted)
 
     @property
-    def suspicion(self) -> bool:
-        """Somebody is to be tried: a suspect, or whoever may stand behind a worker that the last trial convicted.
+    def suspicion(self) -> float:
+        """How likely the next step should be a twin step, because somebody is to be tried; 0 if nobody is.
 
-        What follows a difference is not tested, so a trial that has convicted anybody new calls for another.
+        That is a suspect, or whoever may stand behind a worker that the last trial convicted: what follows a difference
+        is not tested. It is a half, and half as much after each four trials in a row that have settled nothing, such as
+        where a suspect stands behind bad work in a column that stays what it is.
         """
-        return bool(self.suspects.any()) or self._more_to_find
+        if not (self._more_to_find or self.suspects.any()):
+            return 0.0
+        return float(max(_TRIED_AT_FIRST * 0.5 ** (self._fruitless // _PATIENCE), _TRIED_AT_LEAST))
 
     @property
     def lasting_disputes(self) -> np.ndarray:
@@ -128,6 +133,7 @@ class Record:
         newly = ((guilty & ~cleared) | proved) & ~self.convicted & ~self._trusted
         if tried is not None:
             self._more_to_find = bool(newly.any())
+            self._fruitless = 0 if newly.any() or cleared.any() else self._fruitless + 1
         self.convicted = self.convicted | newly
         self.on_probation = self.on_probation & ~newly
         quiet = self._quiet_steps >= self.probation
@@ -158,6 +164,7 @@ class Record:
             "unlike": self._unlike.copy(),
             "more_to_find": np.array(self._more_to_find),
             "refused_trials": np.array(self._refused_trials),
+            "fruitless": np.array(self._fruitless),
             "position": np.array(self._position),
         }
 
@@ -170,4 +177,5 @@ class Record:
         self._unlike = np.array(state["unlike"])
         self._more_to_find = bool(state["more_to_find"])
         self._refused_trials = int(state["refused_trials"])
+        self._fruitless = int(state["fruitless"])
         self._position = int(state["position"])

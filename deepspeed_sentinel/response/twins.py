@@ -8,8 +8,6 @@ import numpy as np
 
 from deepspeed_sentinel.config import SentinelConfig
 
-_WHILE_SUSPECTED = 0.5
-
 
 @dataclass(frozen=True)
 class Draw:
@@ -24,21 +22,21 @@ class Draw:
     given: np.ndarray
 
 
-def chance(config: SentinelConfig, replicas: int, suspicion: bool) -> float:
+def chance(config: SentinelConfig, replicas: int, suspicion: float) -> float:
     """How likely a step is a twin step, as everybody knows beforehand.
 
     Args:
         config: how often.
         replicas: how many there are.
-        suspicion: somebody is suspected.
+        suspicion: how likely a twin step is for it, see ``Record.suspicion``.
     """
     if replicas < 2:
         return 0.0
     at_random = 1.0 / config.twins.every if config.twins.every else 0.0
-    return max(at_random, _WHILE_SUSPECTED if suspicion and config.tries_suspects else 0.0)
+    return max(at_random, suspicion if config.tries_suspects else 0.0)
 
 
-def draw(config: SentinelConfig, replicas: int, suspicion: bool, secret: int) -> Draw | None:
+def draw(config: SentinelConfig, replicas: int, suspicion: float, secret: int) -> Draw | None:
     """What a step is: a twin step, or None for any other.
 
     Args:

@@ -112,7 +112,7 @@ class Simulation:
         everybody = np.zeros(self.mesh.replicas, bool)
         self.verifiers.begin_step(self.step_index)
         if self.attackers is not None:
-            self.attackers.begin_step(self.judge.record.suspicion)
+            self.attackers.begin_step(self.judge.record.suspicion > 0)
         passed = self._compute(ids, labels, everybody, again=False)
         if self.attackers is not None and self.attackers.needs.alters_gradients:
             gradients = self.attackers.tamper_gradients(self.step_index, self._served, passed.gradients, self._stage_of)

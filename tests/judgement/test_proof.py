@@ -132,6 +132,18 @@ def test_of_two_replicas_that_differ_the_suspect_is_wrong():
     assert not trial.proofs and trial.spoilt.all()
 
 
+def test_where_nobody_can_tell_the_suspect_is_left_out_alone_and_not_convicted():
+    step = Step(replicas=3)
+    step.sends(1, 2, FORWARD, lie=5)
+    step.sends(2, 1, FORWARD, lie=3)
+    trial = step.trial()
+    assert proved(trial) == {(Worker(1, 2), FORWARD)} and trial.spoilt.all()
+    step.suspects[2, 1] = True
+    trial = step.trial()
+    assert proved(trial) == {(Worker(1, 2), FORWARD)} and trial.spoilt.tolist() == [False, True, True]
+    assert trial.differences and not trial.sound[2].any()
+
+
 def test_half_of_the_replicas_odd_alike_name_nobody():
     step = Step(replicas=4)
     for column in (0, 1):

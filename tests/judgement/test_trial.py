@@ -66,6 +66,17 @@ def test_a_trial_that_convicts_calls_for_another_until_one_finds_nobody_new():
     assert not world.judge.record.suspicion
 
 
+def test_trials_that_settle_nothing_become_rarer():
+    world = by_proof()
+    world.step(loud(2, 1))
+    chances = []
+    for _ in range(12):
+        chances.append(world.judge.record.suspicion)
+        world.step(digests=odd(1, 1), twins=twins(world))  # behind bad work the suspect is not tested
+        world.step(loud(2, 1))
+    assert chances[0] == 0.5 and chances[-1] < 0.2
+
+
 def test_proof_convicts_in_the_warm_up_too():
     world = World(conviction="proof")
     assert world.step(digests=odd(1, 2), twins=twins(world)).newly_convicted == (Worker(1, 2),)
