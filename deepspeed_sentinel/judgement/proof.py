@@ -16,8 +16,8 @@ held against the others of its stage that were given the same as it was:
   So who claims a kind of its own is still bound, though not to the last bit.
 * Without a truth the step says that workers differ and not who is wrong. Of those, who is suspected by its own
   statistics is left out alone, if the others agree; with two replicas it is the one that is wrong.
-* Where more workers differ, each from each other, than can be bad, honest ones are among them: the stage's work is not the
-  same bit for bit, and its replicas cannot be compared so.
+* Where more workers differ, each from each other, than can be bad, honest ones are among them: the stage's work is not
+  the same bit for bit, and its replicas cannot be compared so.
 
 Worked example, 4 stages x 3 replicas, one micro-batch, what crossed each link by column:
 
