@@ -8,7 +8,7 @@ import numpy as np
 
 from deepspeed_sentinel.mesh import Mesh
 
-_TRIED_AT_FIRST, _TRIED_AT_LEAST, _PATIENCE = 0.5, 1.0 / 64.0, 4
+_TRIED_AT_FIRST, _TRIED_AT_LEAST, _PATIENCE, _LONG = 0.5, 1.0 / 64.0, 4, 9
 _HOPELESS = 3  # twin steps in a row that could not be made, after which strikes convict until one can
 
 
@@ -98,7 +98,7 @@ class Record:
         """
         if not (self._more_to_find or self.suspects.any()):
             return 0.0
-        return float(max(_TRIED_AT_FIRST * 0.5 ** (self._fruitless // _PATIENCE), _TRIED_AT_LEAST))
+        return float(max(_TRIED_AT_FIRST / (1 << min(self._fruitless // _PATIENCE, _LONG)), _TRIED_AT_LEAST))
 
     @property
     def lasting_disputes(self) -> np.ndarray:
