@@ -21,7 +21,7 @@ import torch.distributed as dist
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.checkpoint import to_tensors
 from deepspeed_sentinel.engine.reduction import Poisoned
-from deepspeed_sentinel.engine.telling import Telling
+from deepspeed_sentinel.engine.telling import Telling, opened
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import Worker
@@ -137,15 +137,8 @@ class DeviceRecord:
 
     def _open(self, config: SentinelConfig, devices: tuple[tuple[Device, ...], ...], control: Control) -> Ledger | None:
         """Only rank 0 has one, but all ranks must fail together when it cannot."""
-        ledger: Ledger | None = None
-        problem = ""
-        if dist.get_rank() == 0:
-            path = None if config.events == "none" else Path(config.output_dir) / "ledger.json"
-            try:
-                ledger = Ledger(path, devices)
-            except OSError as error:
-                problem = str(error)
-        problem = control.of_first(problem)
+        path = None if config.events == "none" else Path(config.output_dir) / "ledger.json"
+        ledger, problem = opened(control, (lambda: Ledger(path, devices)) if dist.get_rank() == 0 else None)
         if problem:
             raise ValueError(
                 f"sentinel.output_dir: cannot keep a ledger of devices in {config.output_dir!r}: {problem}. Name a "

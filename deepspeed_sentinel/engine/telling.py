@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from deepspeed.utils import logger
@@ -17,6 +17,7 @@ from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.telemetry.events import EventLog, device_event, verdict_events, weights_events
 from deepspeed_sentinel.telemetry.standing import Above, Standing
 
+_Opened = TypeVar("_Opened")
 _FEW_REPLICAS = {
     1: "1 replica: there is nothing to compare with, so statistics are reported and exclude nothing; what is not "
     "finite, disputed, or should have been passed on unchanged still does",
@@ -48,6 +49,21 @@ def _twins(config: SentinelConfig, mesh: Mesh) -> str:
     return f"twin steps one in {config.twins.every} at random, which costs {price:.2g} % of the data" + (
         ", and on suspicion" if config.tries_suspects else ""
     )
+
+
+def opened(control: Control, how: Callable[[], _Opened] | None) -> tuple[_Opened | None, str]:
+    """What a rank opens, and why rank 0 could not, which all ranks are told; empty if it could. Collective.
+
+    Args:
+        control: gathers of all ranks.
+        how: opens it, or raises OSError; None on ranks that open nothing.
+    """
+    found, problem = None, ""
+    try:
+        found = how() if how else None
+    except OSError as error:
+        problem = str(error)
+    return found, control.of_first(problem)
 
 
 class Telling:
@@ -228,14 +244,8 @@ class Telling:
 
     def _open_log(self, control: Control) -> EventLog | None:
         """Only rank 0 writes, but all ranks must fail together when it cannot."""
-        log: EventLog | None = None
-        problem = ""
-        if self._first and self._config.events != "none":
-            try:
-                log = EventLog(self._config.output_dir)
-            except OSError as error:
-                problem = str(error)
-        problem = control.of_first(problem)
+        wanted = self._first and self._config.events != "none"
+        log, problem = opened(control, (lambda: EventLog(self._config.output_dir)) if wanted else None)
         if problem:
             raise ValueError(
                 f"sentinel.output_dir: cannot write to {self._config.output_dir!r}: {problem}. Name a folder that "
