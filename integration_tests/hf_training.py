@@ -161,7 +161,8 @@ def listener(told: list[Any]) -> Any:
 
     class Listener(SentinelCallback):
         def on_sentinel_verdict(self, args, state, control, *, verdict, **kwargs):
-            blamed = sorted({(finding.worker.stage, finding.worker.replica) for finding in verdict.findings})
+            named = [found.worker for found in (*verdict.findings, *verdict.proofs)]
+            blamed = sorted({(worker.stage, worker.replica) for worker in named})
             told.append({"step": verdict.step, "blamed": blamed, "excluded": verdict.excluded.tolist()})
 
     return Listener()

@@ -10,7 +10,7 @@ from integration_tests.harness import run_job
 from integration_tests.hf_twins import CASES, STEPS
 
 SCRIPT = "integration_tests/jobs/hf_twins.py"
-NONE, APART, GIVEN, SOURCE = range(4)
+NONE, APART, GIVEN, SOURCE, REFUSED = range(5)
 CLOSE = 1e-5  # float32 sums in another order
 KEYS = ("loss", "grad_norm")
 
@@ -66,7 +66,7 @@ def test_the_runs_do_what_they_are_named_for(both):
         words = both.words(name)
         assert len(words) == STEPS
         if name == "refused":
-            assert words == [[NONE, NONE]] * STEPS
+            assert words == [[REFUSED, REFUSED]] * STEPS
         else:
             assert all(sorted(step) == [GIVEN, SOURCE] for step in words), name
     assert len({step.index(SOURCE) for step in both.words("plain")}) == 2, "each replica is the source of some step"
