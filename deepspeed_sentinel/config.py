@@ -129,11 +129,24 @@ class SentinelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     enabled: bool = Field(False, description="switch; false leaves the engine untouched")
-    action: Literal["observe", "exclude", "quarantine", "halt"] = Field(
-        "exclude",
+    action: Literal["observe", "exclude", "quarantine", "halt"] | None = Field(
+        None,
         description="observe: report only; exclude: leave an alarmed column out of this step; quarantine: also "
         "leave a convicted worker's column out until its probation ends; halt: exclude, and stop all ranks with "
-        "a checkpoint at the first conviction or lasting dispute",
+        "a checkpoint at the first conviction or lasting dispute; null is quarantine where columns are dealt anew "
+        '("wiring": "heal") and there are two replicas or more, else exclude',
+    )
+    wiring: Literal["heal", "static", "shuffle"] = Field(
+        "heal",
+        description="which replica of each stage serves which column. heal: moved where somebody is suspected or "
+        "convicted, so that bad workers share few columns; static: never; shuffle: drawn anew, for tests",
+    )
+    shuffle_every: int = Field(1, ge=1, description='steps from one draw to the next with "wiring": "shuffle"')
+    min_clean_columns: int = Field(
+        1,
+        ge=1,
+        description="columns without a convicted worker below which training stops with a checkpoint; there are as "
+        "many as replicas without the convicted of the stage that has most of them",
     )
     warmup_steps: int = Field(
         20, ge=2, description="clean steps the fences learn from before statistics can raise an alarm"
@@ -209,6 +222,21 @@ class SentinelConfig(BaseModel):
                 "steps would be forgotten before they are used"
             )
         return self
+
+    def of_mesh(self, mesh: Mesh) -> SentinelConfig:
+        """The settings with the action that null comes to in this mesh.
+
+        Raises:
+            ValueError: ``min_clean_columns`` exceeds the replicas.
+        """
+        if self.min_clean_columns > mesh.replicas:
+            raise ValueError(
+                f"{BLOCK}.min_clean_columns: got {self.min_clean_columns}, allowed are 1 to {mesh.replicas}, the number "
+                "of replicas."
+            )
+        heals = self.wiring == "heal" and mesh.replicas > 1
+        action = self.action or ("quarantine" if heals else "exclude")
+        return self.model_copy(update={"action": action})
 
     @property
     def tries_suspects(self) -> bool:

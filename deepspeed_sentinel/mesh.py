@@ -1,9 +1,21 @@
-"""Workers, links and columns of a pipeline with replicas: plain data, no communication."""
+"""Workers, links, columns and wirings of a pipeline with replicas: plain data, no communication.
+
+A wiring says who serves which column: int64 [S, C], in row s the replica of stage s that serves each column, every one
+once. The identity is DeepSpeed's own. First and last stage never move, since they load the data: their rows are always
+0, 1, 2, ... Worked example, 4 stages x 3 replicas, where replicas 0 and 2 of stage 1 have changed places:
+
+    0 1 2        column 0 is the chain of workers (0, 0), (1, 2), (2, 0), (3, 0);
+    2 1 0        replica 0 of stage 1 serves column 2
+    0 1 2
+    0 1 2
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import numpy as np
 
 FORWARD, BACKWARD = 0, 1
 DIRECTIONS = ("forward", "backward")
@@ -23,7 +35,7 @@ class Worker(NamedTuple):
 class Mesh:
     """All workers of a run. Link ``l`` lies between stage ``l`` and stage ``l + 1``.
 
-    Column ``c`` is the chain of workers ``(0, c), (1, c), ...``: replica ``c`` of every stage.
+    Column ``c`` is the chain of workers ``(s, wiring[s, c])``.
 
     Raises:
         ValueError: with fewer than two stages there is no link, so nothing to watch.
@@ -60,3 +72,24 @@ class Mesh:
     def neighbours_are_trusted(self, stage: int) -> bool:
         """Both workers beside a middle stage's are trusted, so what they report of it needs no second look."""
         return self.is_trusted(stage - 1) and self.is_trusted(stage + 1)
+
+
+def identity(mesh: Mesh) -> np.ndarray:
+    """DeepSpeed's own wiring, int64 [S, C]: replica ``c`` of every stage serves column ``c``."""
+    return np.tile(np.arange(mesh.replicas), (mesh.stages, 1))
+
+
+def columns_of(wiring: np.ndarray) -> np.ndarray:
+    """The other way round, int64 [S, R]: the column that each worker serves."""
+    return np.argsort(wiring, axis=1)
+
+
+def check_wiring(mesh: Mesh, wiring: np.ndarray) -> None:
+    """Raise ValueError for what is no wiring of this mesh."""
+    expected = identity(mesh)
+    if wiring.shape != expected.shape:
+        raise ValueError(f"a wiring of this mesh is {list(expected.shape)} (stages, columns), got {list(wiring.shape)}")
+    if not (np.sort(wiring, axis=1) == expected).all():
+        raise ValueError(f"each row of a wiring names every replica once, got {wiring.tolist()}")
+    if not (wiring[[0, -1]] == expected[[0, -1]]).all():
+        raise ValueError(f"first and last stage never move, got {wiring[[0, -1]].tolist()}")

@@ -12,7 +12,7 @@ FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1}
 def test_enabled_is_enough_and_the_default_is_off():
     assert not SentinelConfig.parse({}).enabled
     config = SentinelConfig.parse({"enabled": True})
-    assert (config.action, config.activation_decay, config.gradient_decay) == ("exclude", 0.9, 0.8)
+    assert (config.action, config.activation_decay, config.gradient_decay) == (None, 0.9, 0.8)
 
 
 @pytest.mark.parametrize(
@@ -211,3 +211,22 @@ def test_what_cannot_prove_anything_is_refused(block, replicas, said):
     with pytest.raises(ValueError) as caught:
         SentinelConfig.parse({"enabled": True, **block}).convicts_by(Mesh(4, replicas))
     assert all(part in str(caught.value) for part in said), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "block", "action"),
+    [
+        (1, {}, "exclude"),
+        (2, {}, "quarantine"),
+        (3, {"wiring": "static"}, "exclude"),
+        (3, {"wiring": "shuffle"}, "exclude"),
+        (3, {"action": "halt"}, "halt"),
+    ],
+)
+def test_the_default_action_is_quarantine_where_columns_are_dealt_anew(replicas, block, action):
+    assert SentinelConfig.parse({"enabled": True, **block}).of_mesh(Mesh(4, replicas)).action == action
+
+
+def test_more_clean_columns_than_replicas_cannot_be_asked_for():
+    with pytest.raises(ValueError, match="min_clean_columns: got 4, allowed are 1 to 3"):
+        SentinelConfig.parse({"enabled": True, "min_clean_columns": 4}).of_mesh(Mesh(4, 3))

@@ -49,9 +49,10 @@ class Sentinel:
         access.check_supported(engine)
         if hasattr(engine, "sentinel"):
             raise ValueError("this engine already has a sentinel attached; detach it first: engine.sentinel.detach()")
+        self.mesh = access.mesh_of(engine)
+        config = config.of_mesh(self.mesh)
         self.engine, self.config = engine, config
         self._lenient = config.action == "observe"
-        self.mesh = access.mesh_of(engine)
         self.worker = access.worker_of(engine)
         for injection in config.inject:
             injection.check_attack()

@@ -58,7 +58,7 @@ class Simulation:
             "twins": {"every": options.twins_every},
             **options.sentinel,
         }
-        self.config = SentinelConfig.parse(settings)
+        self.config = SentinelConfig.parse(settings).of_mesh(self.mesh)
         self.stages = build_stages(options)
         self.step_index = 0
         self._text = Text(options)
