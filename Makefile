@@ -30,11 +30,15 @@ $(STAMP): requirements.txt requirements-dev.txt setup.py
 demo: venv
 	$(CPU_ENV) $(PY) -m deepspeed_sentinel demo
 
+# Files side by side: unit tests take one core, jobs wait for each other. A job has up to 16 processes, 0.3 GB each.
+JOBS ?= 2
+PYTEST = $(CPU_ENV) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: venv
-	$(CPU_ENV) $(PY) -m pytest
+	$(PYTEST)
 
 test-all: venv
-	$(CPU_ENV) $(PY) -m pytest -m ""
+	$(PYTEST) -m ""
 
 # Types and layers are checked on the installed layout, where kernels/ is deepspeed_sentinel.kernels.
 LAYOUT = build/layout

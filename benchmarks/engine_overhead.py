@@ -5,6 +5,9 @@
 Blocks of watched and unwatched steps alternate within one engine, so that whatever else the machine does hits both
 alike. The first step of a block is not timed: attaching allocates buffers. Sizes are of a Llama over real text. With
 two stages there are no pairs to compare and nothing to keep for audits; four have both.
+
+Then ``--twin-steps`` watched steps, one in two a twin step at random: its time over that of the others among them; and
+the seconds of a comparison of the replicas' weights.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=4, help="pairs of blocks")
     parser.add_argument("--block", type=int, default=4, help="timed steps a block")
+    parser.add_argument("--twin-steps", type=int, default=0, help="steps of which one in two is a twin step")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine_overhead.json"))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -58,6 +64,38 @@ def launch(arguments: argparse.Namespace) -> int:
         ),
     ]
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def with_twins(engine: Any, data: Iterator[Any], steps: int) -> dict[str, Any]:
+    """Seconds of twin steps, of the steps between, and of comparisons of weights."""
+    import torch
+
+    import deepspeed_sentinel
+
+    block = {"events": "none", "twins": {"every": 2}, "weights_every": 0, "seed": 1}
+    handle = deepspeed_sentinel.attach(engine, block)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    compared = []
+    for index in range(steps + 1):
+        torch.distributed.barrier()
+        begin = time.perf_counter()
+        float(engine.train_batch(data))
+        middle = time.perf_counter()
+        torch.distributed.barrier()
+        handle.comparison.compare()
+        if index:
+            seconds[handle.last_verdict.twins].append(middle - begin)
+            compared.append(time.perf_counter() - middle)
+    handle.detach()
+    twin, other = (statistics.median(seconds[kind]) for kind in (True, False))
+    return {
+        "twin_step_seconds_median": twin,
+        "other_step_seconds_median": other,
+        "twin_steps": len(seconds[True]),
+        "ratio_of_twin_steps": twin / other,
+        "comparison_of_weights_seconds_median": statistics.median(compared),
+        "weights_a_worker": sum(weight.numel() for weight in engine.module.parameters()),
+    }
 
 
 def work(arguments: argparse.Namespace) -> None:
@@ -136,6 +174,8 @@ def work(arguments: argparse.Namespace) -> None:
                 "timed_steps_each": len(seconds[True]),
             }
         )
+        if arguments.twin_steps:
+            results[-1].update(with_twins(engine, data, arguments.twin_steps))
         if rank == 0:
             print(f"hidden {hidden}: {plain:.3f} s plain, {watched_median:.3f} s watched: {results[-1]['ratio']:.4f}")
         engine.destroy()

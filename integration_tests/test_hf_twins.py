@@ -89,6 +89,7 @@ def test_refused_twin_steps_are_told_of_once(both):
     assert not any("could not be made" in text for text in (*both.job.stdout[1:], *both.job.stderr[1:]))
 
 
+@pytest.mark.long
 def test_with_fewer_columns_the_others_are_left_out(tmp_path):
     both = Both(tmp_path, 4, {"every": 1, "columns": 3}, ["plain"])
     assert all(sorted(step) == [APART, GIVEN, GIVEN, SOURCE] for step in both.words("plain"))

@@ -59,6 +59,7 @@ def same_as_alone(trunk, runs):
     assert len(set(results)) == len(runs)
 
 
+@pytest.mark.long
 def test_branches_of_the_papers_procedure_too(options):
     some = {"attack": "constant", "procedure": "paper", "honest_steps": 6}
     runs = [options(**some, direction=direction) for direction in ("forward", "backward")]

@@ -61,7 +61,10 @@ def observe_all(verifiers, step, parts=1, tokens=130):
     return messages
 
 
-@pytest.mark.parametrize(("parts", "tokens"), [(1, 130), (2, 130), (1, 400), (2, 400)])
+@pytest.mark.parametrize(
+    ("parts", "tokens"),
+    [(1, 130), (2, 400), *(pytest.param(*case, marks=pytest.mark.long) for case in [(2, 130), (1, 400)])],
+)
 def test_layout_and_values(parts, tokens):
     """Against baselines and each column's transfers fed by hand, over steps in which some messages are not clean."""
     verifiers = Verifiers(MESH, DECAYS, seed=3, paper_only=False)

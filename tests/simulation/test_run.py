@@ -97,8 +97,8 @@ def test_attackers_are_found_convicted_and_serve_no_more(options):
 @pytest.mark.parametrize(
     ("attack", "arguments"),
     [
-        ("random_value", {}),
         # Branches and runs alone are equal in test_branching.py, with these too.
+        pytest.param("random_value", {}, marks=pytest.mark.long),
         pytest.param("delay", {"steps": 3}, marks=pytest.mark.long),
         pytest.param("stale_weights", {"steps": 3}, marks=pytest.mark.long),
         ("surrogate", {}),
