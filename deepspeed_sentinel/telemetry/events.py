@@ -12,7 +12,7 @@ import numpy as np
 
 from deepspeed_sentinel.evidence.weights import Comparison, Division
 from deepspeed_sentinel.judgement.verdict import Verdict
-from deepspeed_sentinel.mesh import DIRECTIONS
+from deepspeed_sentinel.mesh import DIRECTIONS, columns_of
 from deepspeed_sentinel.telemetry.book import COLUMNS
 from deepspeed_sentinel.telemetry.standing import Above, Standing
 
@@ -91,6 +91,17 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
         yield {"kind": "skipped"}
     if verdict.halt:
         yield {"kind": "halt", "reason": verdict.halt}
+
+
+def wiring_event(before: np.ndarray, wiring: np.ndarray) -> dict[str, Any]:
+    """Who serves another column from a step on: [stage, replica, column before, column now] of each that moved.
+
+    Args:
+        before, wiring: int64 [S, C].
+    """
+    left, now = columns_of(before), columns_of(wiring)
+    moved = [[*worker, int(left[worker]), int(now[worker])] for worker in map(tuple, np.argwhere(left != now).tolist())]
+    return {"kind": "wiring", "moved": moved}
 
 
 def weights_events(comparison: Comparison, found: Iterable[Division], action: str) -> Iterator[dict[str, Any]]:
