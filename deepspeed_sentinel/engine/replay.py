@@ -9,7 +9,7 @@ gradients, buffers, losses, random numbers. Then the step runs as ever. At the g
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from deepspeed_sentinel.evidence.probe import ENDS, End, Probe
 from deepspeed_sentinel.evidence.table import SENT
 from deepspeed_sentinel.evidence.weights import tensors_digest
 from deepspeed_sentinel.judgement.replay import Replayed, Replays
-from deepspeed_sentinel.mesh import FORWARD, Mesh, Worker
+from deepspeed_sentinel.mesh import FORWARD, Mesh
 
 _BITS = 32  # micro-batches told in one word
 
@@ -111,18 +111,16 @@ class Replay:
         gradients = int((before.gradients != self._of_gradients()).any())
         padded = np.pad(differs, ((0, 0), (0, -count % _BITS))).reshape(len(ENDS), -1, _BITS)
         words = (padded * (1 << np.arange(_BITS, dtype=np.int64))).sum(-1)
-        everyone = self._control.gather_words(gradients, *words.ravel().tolist()).numpy()
-        said = everyone[np.take_along_axis(self._ranks, wiring, axis=1)]
-        bits = (said[..., 1:].reshape(*wiring.shape, len(ENDS), -1, 1) >> np.arange(_BITS)) & 1
+        said = self._control.gather_words(gradients, *words.ravel().tolist()).numpy()[self._ranks]
+        serving = np.take_along_axis(said[..., 1:], wiring[..., None], axis=1)
+        bits = (serving.reshape(*wiring.shape, len(ENDS), -1, 1) >> np.arange(_BITS)) & 1
         told_SCEM = bits.reshape(*wiring.shape, len(ENDS), -1)[..., :count].astype(bool)
         links, columns = self._mesh.links, self._mesh.replicas
         by_ends = np.zeros((2, 2, links, columns, count), bool)
         for index, (direction, role) in enumerate(ENDS):
             below = (direction == FORWARD) == (role == SENT)
             by_ends[role, direction] = told_SCEM[:-1, :, index] if below else told_SCEM[1:, :, index]
-        found = self._replays.step(by_ends, said[..., 0] != 0)
-        named = tuple(Worker(stage, int(wiring[stage, column])) for stage, column in found.inconsistent)
-        return replace(found, inconsistent=named)
+        return self._replays.step(by_ends, said[..., 0] != 0, wiring)
 
     def _of_gradients(self) -> torch.Tensor:
         gradients = list(access.gradients(self._engine))

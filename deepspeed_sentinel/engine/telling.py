@@ -16,6 +16,7 @@ from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import Comparison, Division
 from deepspeed_sentinel.judgement.proof import Difference, Proof
+from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.telemetry.events import (
@@ -61,7 +62,7 @@ def _twins(config: SentinelConfig, mesh: Mesh) -> str:
     )
 
 
-def _convicted_before(told: Proof | Difference | Finding | Dispute, verdict: Verdict) -> Worker | None:
+def _convicted_before(told: Proof | Contradicted | Difference | Finding | Dispute, verdict: Verdict) -> Worker | None:
     """The worker that something is told of, if it was convicted before this step."""
     if isinstance(told, Difference):
         return None
@@ -153,7 +154,8 @@ class Telling:
             self._warn(verdict.step, f"{worker} CONVICTED")
         for worker in verdict.released:
             logger.info(f"[sentinel] step {verdict.step}: {worker} released, on probation")
-        for told in (*verdict.proofs, *verdict.differences, *verdict.findings, *verdict.disputed):
+        shown = (*verdict.proofs, *verdict.contradicted, *verdict.differences)
+        for told in (*shown, *verdict.findings, *verdict.disputed):
             known = _convicted_before(told, verdict)
             if known is None:
                 self._warn(verdict.step, str(told))

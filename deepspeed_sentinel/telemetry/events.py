@@ -73,6 +73,13 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
             "compared": proof.compared,
             "trusted": proof.trusted,
         }
+    for one in verdict.contradicted:
+        yield {
+            "kind": "contradicted",
+            "stage": one.worker.stage,
+            "replica": one.worker.replica,
+            "partners": [list(partner) for partner in one.partners],
+        }
     for difference in verdict.differences:
         yield {
             "kind": "difference",

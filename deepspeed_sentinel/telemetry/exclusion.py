@@ -7,8 +7,8 @@ beside that, what is given to
     a hostfile    the hosts without any of them, whole
     SLURM         ``--exclude=node-3``      of sbatch and srun, which leave out whole hosts
 
-A slot is a worker's place among the processes of its host: DeepSpeed's launcher counts the same way where all slots of a
-host are in use.
+A slot is a worker's place among the processes of its host, as DeepSpeed's launcher counts where all slots of a host are
+in use.
 """
 
 from __future__ import annotations
