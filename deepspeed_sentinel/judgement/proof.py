@@ -230,7 +230,9 @@ def try_twins(
             sound[stage, workers[~one.right.all(-1)]] = False
     idle = np.ones((mesh.stages, mesh.replicas), bool)
     np.put_along_axis(idle, served, False, axis=1)
-    return Trial(right, wrong, undecided, tuple(proofs), tuple(differences), sound & ~idle, same, unlike, spoilt, differ)
+    return Trial(
+        right, wrong, undecided, tuple(proofs), tuple(differences), sound & ~idle, same, unlike, spoilt, differ
+    )
 
 
 def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tried:
