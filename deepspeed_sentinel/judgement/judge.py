@@ -175,8 +175,8 @@ class Judge:
         if self.mesh.replicas >= LEAST_REPLICAS and not twins:
             counted = whole & ~cascade
             counted[BACKWARD] &= ~void
-            # What is usual of a worker came of the data that it was given. Of one that is dealt anew in every step it is
-            # a mean over all columns.
+            # What is usual of a worker came of the data that it was given. Of one that is dealt anew in every step it
+            # is a mean over all columns.
             if self.settings.wiring != "shuffle":
                 self.cusum.forget_usual(columns_of(served) != columns_of(self._served))
             # With what is usual of a column: sums have a usual of their own, which stands still where they grow.
@@ -415,8 +415,9 @@ class Judge:
         clean = self.mesh.replicas - int(np.count_nonzero(self.record.convicted, axis=1).max())
         if self.settings.action == "quarantine" and clean < self.settings.min_clean_columns:
             return (
-                f"of {', '.join(map(str, _workers(self.record.convicted)))}, all convicted, no wiring leaves out enough: "
-                f'{clean} columns without them can be formed ("min_clean_columns": {self.settings.min_clean_columns})'
+                f"only {clean} columns can be formed without the convicted workers "
+                f"{', '.join(str(tuple(worker)) for worker in _workers(self.record.convicted))}, as (stage, replica) "
+                f'("min_clean_columns": {self.settings.min_clean_columns})'
             )
         if self.settings.action != "halt":
             return None

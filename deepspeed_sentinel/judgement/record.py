@@ -42,8 +42,8 @@ class Changes:
 
 
 class Record:
-    """A strike makes a suspect for as long as the sliding window holds it, and so does a doubt: something unsettled with
-    another worker (``unsettled.py``), or having been released. A doubt is no strike. What convicts a suspect depends:
+    """A strike makes a suspect for as long as the sliding window holds it, and so does a doubt: something unsettled
+    with another worker (``unsettled.py``), or having been released. A doubt is no strike. What convicts depends:
 
     by proof       a proof does, at once; who agrees with the majority of its stage in a twin step is cleared.
     by statistics  so do ``strikes`` of them within the window.

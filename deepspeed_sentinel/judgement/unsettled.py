@@ -53,8 +53,8 @@ class Contradicted:
 
     def __str__(self) -> str:
         return (
-            f"PROVED: {self.worker} is at odds with {', '.join(map(str, self.partners))}, more of one stage than can be "
-            "bad"
+            f"PROVED: {self.worker} is at odds with {', '.join(map(str, self.partners))}, more of one stage than can "
+            "be bad"
         )
 
 
