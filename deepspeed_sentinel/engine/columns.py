@@ -60,7 +60,9 @@ class Columns:
 
     def in_effect(self) -> AbstractContextManager[None]:
         """For a schedule: inside, messages go by what was dealt last."""
-        self._go_by(self._next)
+        before = self.wiring
+        if self._go_by(self._next):
+            self._telling.wiring(self._engine.global_steps, before, self.wiring)
         return neighbours(self._engine, column_ranks(self.wiring, self._ranks, self._worker))
 
     def give_back(self) -> None:
@@ -88,10 +90,11 @@ class Columns:
             self._telling.own_wiring()
         self._next = self._dealer.wiring
 
-    def _go_by(self, wiring: np.ndarray) -> None:
-        before, self.wiring = self.wiring, wiring
-        self._next = wiring
-        if (before != wiring).any():
-            reopen_links(self._engine, before, wiring, self._worker)
-            self._collector.wire(wiring)
-            self._telling.wiring(self._engine.global_steps, before, wiring)
+    def _go_by(self, wiring: np.ndarray) -> bool:
+        """Whether anybody has moved."""
+        before, self.wiring, self._next = self.wiring, wiring, wiring
+        if (before == wiring).all():
+            return False
+        reopen_links(self._engine, before, wiring, self._worker)
+        self._collector.wire(wiring)
+        return True

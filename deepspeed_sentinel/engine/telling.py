@@ -113,7 +113,7 @@ class Telling:
     def summary(self) -> None:
         """How much of convicted workers the log was spared."""
         for worker, count in sorted(self._untold.items()):
-            logger.info(f"[sentinel] {worker}: {count} alarms, disputes and proofs since it was convicted")
+            logger.warning(f"[sentinel] {worker}: {count} alarms, disputes and proofs since it was convicted")
         self._untold.clear()
 
     def start(self, step: int) -> None:
@@ -178,7 +178,7 @@ class Telling:
         self._event(step, event)
         if self._config.wiring == "heal":
             moves = ", ".join(f"{Worker(*move[:2])} to {move[3]}" for move in event["moved"])
-            logger.info(f"[sentinel] step {step}: columns dealt anew: {moves}")
+            self._warn(step, f"columns dealt anew: {moves}")
 
     def exclusions(self, write: Callable[[], Path | None]) -> None:
         """Have written which machines to leave out, and say where."""
