@@ -163,6 +163,7 @@ class Liveness:
             if not told:
                 return self._without_store(f"{self.name(self._rank)} saw: {saw}")
         if told:
+            self._stopped.wait(2 * BEAT_SECONDS)  # the store may end with this process, and others have not read it
             return f"{told} [{self.name(self._rank)} learnt of it as: {saw}]"
         others = [rank for rank in self._workers if rank != self._rank]
         ended = [rank for rank in others if rank in after and after[rank].ended]
