@@ -10,7 +10,7 @@ workers a stage at most:
   into one of its own as far as there are so many. A twin step proves the first in each column, while f + 1 columns
   agree. Of one stage no more than T can be tried at once: the others wait where convicted workers stand, taking turns.
 * Two workers at odds get other partners. Of two of one stage that a twin step found to differ, one waits where
-  convicted workers stand, so that the other is compared with somebody else: rather the one that is not suspected.
+  convicted workers stand, so that the other is compared with somebody else: rather the one that is not accused.
 * Whoever can stay where it is does.
 
 Worked example, 5 stages x 4 replicas, (1, 0) and (2, 1) convicted, (3, 2) suspected; K = 1, f = 1, T = 1. Before and
@@ -171,7 +171,8 @@ class _Healing:
 
     def _waiting(self, stage: int, places: int) -> list[int]:
         """Of each two of a stage that differed one, as far as there are places: who differed from most first."""
-        suspected, lost = self._doubts.suspects[stage], self._lost[self._stood[stage]]
+        accused, suspected = self._doubts.accused[stage], self._doubts.suspects[stage]
+        lost = self._lost[self._stood[stage]]
         pairs = [
             (one.replica, other.replica)
             for one in self._at_odds[stage]
@@ -181,11 +182,18 @@ class _Healing:
         waiting: list[int] = []
         while pairs and len(waiting) < places:
 
-            def worth(replica: int) -> tuple[int, int, bool, bool, int]:
+            def worth(replica: int) -> tuple[int, int, bool, bool, bool, int]:
                 mine = [pair for pair in pairs if replica in pair]  # noqa: B023
                 # Rather not the only suspect of the two: it is the one to be tried.
                 better = [pair for pair in mine if not suspected[replica] or suspected[list(pair)].all()]
-                return len(better), len(mine), not suspected[replica], bool(lost[replica]), replica
+                return (
+                    len(better),
+                    len(mine),
+                    not accused[replica],
+                    not suspected[replica],
+                    bool(lost[replica]),
+                    replica,
+                )
 
             waiting.append(max({replica for pair in pairs for replica in pair}, key=worth))
             pairs = [pair for pair in pairs if waiting[-1] not in pair]
