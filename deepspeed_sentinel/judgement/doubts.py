@@ -16,6 +16,7 @@ class Doubts:
     Attributes:
         convicted: bool [S, R].
         suspects: bool [S, R], workers of middle stages to be tried in a twin step, none of them convicted.
+        accused: bool [S, R], those of them that are suspected for what they sent.
         apart: of each two at least one is bad, and it is not known which: of neighbouring stages or of stages next but
             one, and then they should not serve one column; or of one stage, and then they should not be compared again
             with each other alone.
@@ -23,4 +24,5 @@ class Doubts:
 
     convicted: np.ndarray
     suspects: np.ndarray
+    accused: np.ndarray
     apart: tuple[tuple[Worker, Worker], ...] = ()

@@ -116,7 +116,7 @@ class Judge:
         """What the next wiring is made of, after the last step."""
         suspects, convicted = self.record.suspects, self.record.convicted.copy()
         suspects[[0, -1]] = False
-        return Doubts(convicted, suspects, self.unsettled.pairs(convicted))
+        return Doubts(convicted, suspects, self.record.accused & suspects, self.unsettled.pairs(convicted))
 
     def step(
         self,

@@ -101,7 +101,8 @@ class Unsettled:
         if trial:
             self._alike = (self._alike | trial.sound.any(1)) & ~trial.unlike
         self._left = np.where(new, self._memory, np.maximum(self._left - 1, 0))
-        found = tuple(self._too_many(new, convicted)) if self._left.any() else ()
+        # One that contradicts too many of several stages is named once.
+        found = tuple({one.worker: one for one in self._too_many(new, convicted)}.values())
         known = convicted.copy()
         for one in found:
             known[one.worker] = True
@@ -138,7 +139,7 @@ class Unsettled:
         return new
 
     def _too_many(self, new: np.ndarray, convicted: np.ndarray) -> Iterator[Contradicted]:
-        if self._mesh.replicas < _LEAST_REPLICAS:
+        if self._mesh.replicas < _LEAST_REPLICAS or not self._left.any():
             return
         left, bad = self._left > 0, (self._mesh.replicas - 1) // 2
         for stage in range(1, self._mesh.stages - 1):

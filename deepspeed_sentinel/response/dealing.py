@@ -10,7 +10,7 @@ workers a stage at most:
   into one of its own as far as there are so many. A twin step proves the first in each column, while f + 1 columns
   agree. Of one stage no more than T can be tried at once: the others wait where convicted workers stand, taking turns.
 * Two workers at odds get other partners. Of two of one stage that a twin step found to differ, one waits where
-  convicted workers stand, so that the other is compared with somebody else: rather the one that is not suspected.
+  convicted workers stand, so that the other is compared with somebody else: rather the one that is not accused.
 * Whoever can stay where it is does.
 
 Worked example, 5 stages x 4 replicas, (1, 0) and (2, 1) convicted, (3, 2) suspected; K = 1, f = 1, T = 1. Before and
@@ -118,6 +118,9 @@ class _Healing:
         for one, other in doubts.apart:
             self._apart.setdefault(one, []).append(other)
             self._apart.setdefault(other, []).append(one)
+        self._at_odds: list[list[Worker]] = [[] for _ in range(mesh.stages)]
+        for worker in sorted(self._apart):
+            self._at_odds[worker.stage].append(worker)
         replicas = mesh.replicas
         lost = int(np.count_nonzero(doubts.convicted, axis=1).max())
         tried = min(max(1, replicas - lost - (replicas - 1) // 2 - 1), replicas - 1 - lost)
@@ -129,54 +132,68 @@ class _Healing:
         self._first = np.where(self._tried & suspects.any(0), np.argmax(suspects, axis=0), -1)
         self._suspects_in = np.zeros(replicas, np.int64)
         self.wiring = before.copy()
+        concerned = (doubts.convicted | doubts.suspects).any(1)
         for stage in range(1, mesh.stages - 1):
-            self.wiring[stage] = self._row(stage)
+            if concerned[stage] or self._at_odds[stage]:
+                self.wiring[stage] = self._row(stage)
 
     def _row(self, stage: int) -> np.ndarray:
         """int64 [C], who of a stage serves which column."""
         row = np.full(self._mesh.replicas, -1)
         # Suspects leave the lost columns anyway, so convicted workers take their places there first.
         leaving = self._doubts.suspects[stage, self._before[stage]]
-        self._put_aside(row, stage, np.flatnonzero(self._doubts.convicted[stage]), np.argsort(~leaving, kind="stable"))
-        aside = self._waiting(stage, np.count_nonzero(self._lost & (row < 0)))
-        self._put_aside(row, stage, np.array(aside, np.int64), np.arange(len(row)))
+        self._put_aside(row, stage, np.flatnonzero(self._doubts.convicted[stage]), leaving)
+        aside = self._waiting(stage, np.count_nonzero(self._lost & (row < 0))) if self._at_odds[stage] else []
+        self._put_aside(row, stage, np.array(aside, np.int64), leaving)
         for replica in self._in_turn(stage, aside):
             column = self._column_of_suspect(row, Worker(stage, replica))
             row[column] = replica
             self._suspects_in[column] += 1
-        for worker in sorted(worker for worker in self._apart if worker.stage == stage and worker.replica not in row):
+        for worker in (worker for worker in self._at_odds[stage] if worker.replica not in row):
             row[_cheapest(row, self._conflicts(worker), self._moves(worker), self._lost)] = worker.replica
-        rest = np.flatnonzero(~np.isin(np.arange(len(row)), row))
+        waits = np.ones(len(row) + 1, bool)
+        waits[row] = False  # a free column is -1, and marks the one behind the last
+        rest = np.flatnonzero(waits[:-1])
         stays = row[self._stood[stage, rest]] < 0
         row[self._stood[stage, rest[stays]]] = rest[stays]
         row[row < 0] = rest[~stays]
         return row
 
-    def _put_aside(self, row: np.ndarray, stage: int, replicas: np.ndarray, order: np.ndarray) -> None:
-        """Into lost columns. Who stands in one stays, the others take free ones in this order."""
+    def _put_aside(self, row: np.ndarray, stage: int, replicas: np.ndarray, first: np.ndarray) -> None:
+        """Into lost columns. Who stands in one stays, the others take free ones, these (bool [C]) first."""
         stood = self._stood[stage, replicas]
         stays = self._lost[stood] & (row[stood] < 0)
         row[stood[stays]] = replicas[stays]
-        free = order[self._lost[order] & (row[order] < 0)]
-        row[free[: np.count_nonzero(~stays)]] = replicas[~stays]
+        if not stays.all():
+            free = self._lost & (row < 0)
+            columns = np.concatenate([np.flatnonzero(free & first), np.flatnonzero(free & ~first)])
+            row[columns[: np.count_nonzero(~stays)]] = replicas[~stays]
 
     def _waiting(self, stage: int, places: int) -> list[int]:
         """Of each two of a stage that differed one, as far as there are places: who differed from most first."""
-        suspected, lost = self._doubts.suspects[stage], self._lost[self._stood[stage]]
+        accused, suspected = self._doubts.accused[stage], self._doubts.suspects[stage]
+        lost = self._lost[self._stood[stage]]
         pairs = [
             (one.replica, other.replica)
-            for one, others in self._apart.items()
-            for other in others
-            if one.stage == other.stage == stage and one < other
+            for one in self._at_odds[stage]
+            for other in self._apart[one]
+            if other.stage == stage and one < other
         ]
         waiting: list[int] = []
         while pairs and len(waiting) < places:
 
-            def worth(replica: int) -> tuple[int, int, bool, bool, int]:
+            def worth(replica: int) -> tuple[int, int, bool, bool, bool, int]:
                 mine = [pair for pair in pairs if replica in pair]  # noqa: B023
                 # Rather not the only suspect of the two: it is the one to be tried.
                 better = [pair for pair in mine if not suspected[replica] or suspected[list(pair)].all()]
-                return len(better), len(mine), not suspected[replica], bool(lost[replica]), replica
+                return (
+                    len(better),
+                    len(mine),
+                    not accused[replica],
+                    not suspected[replica],
+                    bool(lost[replica]),
+                    replica,
+                )
 
             waiting.append(max({replica for pair in pairs for replica in pair}, key=worth))
             pairs = [pair for pair in pairs if waiting[-1] not in pair]

@@ -14,9 +14,9 @@ SETTINGS = settings(max_examples=60, deadline=None)
 REST = 6
 
 
-def doubts(mesh, convicted=(), suspects=(), apart=()):
-    arrays = np.zeros((2, mesh.stages, mesh.replicas), bool)
-    for array, workers in zip(arrays, (convicted, suspects), strict=True):
+def doubts(mesh, convicted=(), suspects=(), apart=(), accused=()):
+    arrays = np.zeros((3, mesh.stages, mesh.replicas), bool)
+    for array, workers in zip(arrays, (convicted, (*suspects, *accused), accused), strict=True):
         for worker in workers:
             array[worker] = True
     return Doubts(*arrays, tuple(tuple(sorted(Worker(*one) for one in pair)) for pair in apart))
@@ -47,7 +47,8 @@ def situations(draw, apart=True):
         trusted = mesh.is_trusted(one.stage) and mesh.is_trusted(other.stage)
         if one < other and not (convicted[one] or convicted[other] or trusted):
             pairs.append((one, other))
-    return dealer, Doubts(convicted, suspects, tuple(dict.fromkeys(pairs))), draw(st.integers(0, 1000))
+    accused = suspects & (generator.random(shape) < 0.5)
+    return dealer, Doubts(convicted, suspects, accused, tuple(dict.fromkeys(pairs))), draw(st.integers(0, 1000))
 
 
 def by_column(which, wiring):
@@ -103,7 +104,7 @@ def test_nothing_moves_without_suspicion_not_even_back():
 def test_only_who_must_moves(situation):
     """Without suspects: the convicted outside of the lost columns, and one for each whose place it takes."""
     dealer, about, step = situation
-    about = Doubts(about.convicted, np.zeros_like(about.suspects))
+    about = doubts(dealer._mesh, convicted=map(tuple, np.argwhere(about.convicted)))
     before = dealer.wiring.copy()
     after = dealer.next(step, about)
     lost = by_column(about.convicted, after).any(0)
@@ -187,13 +188,17 @@ def test_two_at_odds_part_where_a_column_is_lost_too():
     )
 
 
-@pytest.mark.parametrize("suspects", [[(2, 0)], [(2, 0), (2, 1)]])
-def test_of_two_that_differed_one_is_compared_with_another(suspects):
+@pytest.mark.parametrize(
+    ("accused", "suspects", "waits"),
+    [([], [(2, 0)], 1), ([(2, 1)], [(2, 0)], 0), ([], [(2, 0), (2, 1)], 1), ([(2, 0), (2, 1)], [], 1)],
+)
+def test_of_two_that_differed_one_is_compared_with_another(accused, suspects, waits):
+    """The one that is accused, or else suspected."""
     mesh = Mesh(5, 3)
     dealer = Dealer(mesh)
-    about = doubts(mesh, convicted=[(1, 2)], suspects=suspects, apart=[((2, 0), (2, 1))])
+    about = doubts(mesh, [(1, 2)], suspects, [((2, 0), (2, 1))], accused)
     lost = by_column(about.convicted, dealer.next(0, about)).any(0)
-    assert dealer.wiring[2][lost].tolist() == [1], "with the one that is suspected stands (2, 2)"
+    assert dealer.wiring[2][lost].tolist() == [waits]
 
 
 def test_who_differed_from_two_lets_them_be_compared():
