@@ -1,4 +1,4 @@
-"""Columns dealt anew: training goes on around bad workers, and who serves a column changes nothing of what it learns."""
+"""Columns dealt anew. Training goes on around bad workers, and who serves a column changes no result."""
 
 from __future__ import annotations
 
