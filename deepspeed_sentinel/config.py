@@ -224,19 +224,19 @@ class SentinelConfig(BaseModel):
         return self
 
     def of_mesh(self, mesh: Mesh) -> SentinelConfig:
-        """The settings with the action that null comes to in this mesh.
+        """The settings as they take effect in this mesh: whoever only observes moves nobody.
 
         Raises:
             ValueError: ``min_clean_columns`` exceeds the replicas.
         """
         if self.min_clean_columns > mesh.replicas:
             raise ValueError(
-                f"{BLOCK}.min_clean_columns: got {self.min_clean_columns}, allowed are 1 to {mesh.replicas}, the number "
-                "of replicas."
+                f"{BLOCK}.min_clean_columns: got {self.min_clean_columns}, allowed are 1 to {mesh.replicas}, the "
+                "number of replicas."
             )
-        heals = self.wiring == "heal" and mesh.replicas > 1
-        action = self.action or ("quarantine" if heals else "exclude")
-        return self.model_copy(update={"action": action})
+        wiring = "static" if mesh.replicas == 1 or (self.wiring, self.action) == ("heal", "observe") else self.wiring
+        action = self.action or ("quarantine" if wiring == "heal" else "exclude")
+        return self.model_copy(update={"action": action, "wiring": wiring})
 
     @property
     def tries_suspects(self) -> bool:

@@ -84,6 +84,12 @@ def columns_of(wiring: np.ndarray) -> np.ndarray:
     return np.argsort(wiring, axis=1)
 
 
+def changed_links(before: np.ndarray, wiring: np.ndarray) -> np.ndarray:
+    """Links of a column of which an end is another worker than before, bool [L, C], from two wirings [S, C]."""
+    moved_SC = before != wiring
+    return np.asarray(moved_SC[:-1] | moved_SC[1:])
+
+
 def check_wiring(mesh: Mesh, wiring: np.ndarray) -> None:
     """Raise ValueError for what is no wiring of this mesh."""
     expected = identity(mesh)

@@ -65,6 +65,23 @@ def test_different_verdicts_stop_all_ranks_before_the_step(jobs, tmp_path):
         assert "step 3 " in result.stdout[rank] and "step 4 " not in result.stdout[rank]
 
 
+def test_different_wirings_stop_all_ranks_before_anybody_moves(jobs, tmp_path):
+    with start(jobs, tmp_path, "dealt", 10) as job:
+        result = job.wait(timeout=150)
+    assert not result.timed_out, result.describe()
+    for rank in range(SIZE):
+        assert result.returncodes[rank] != 0
+        assert "VerdictMismatch: verdicts differ at step 3: rank 2 = worker (stage 1, replica 0)" in result.stderr[rank]
+
+
+def test_a_worker_that_dies_as_columns_are_dealt_anew_is_named(jobs, tmp_path):
+    with start(jobs, tmp_path, "deal", 100) as job:
+        result = job.wait(timeout=150)
+    assert not result.timed_out and result.returncodes[3] == -signal.SIGKILL, result.describe()
+    for rank in (0, 1, 2, 4, 5):
+        assert result.returncodes[rank] != 0 and LOST in result.stderr[rank], result.describe()
+
+
 def test_an_error_on_one_rank_reaches_all_with_its_text(jobs, tmp_path):
     with start(jobs, tmp_path, "empty", 10) as job:
         result = job.wait(timeout=150)

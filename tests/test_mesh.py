@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from deepspeed_sentinel.mesh import Mesh, check_wiring, columns_of, identity
+from deepspeed_sentinel.mesh import Mesh, changed_links, check_wiring, columns_of, identity
 
 MESH = Mesh(4, 3)
 
@@ -29,3 +29,11 @@ def test_what_is_no_wiring_is_refused(row, values, said):
 def test_another_mesh_has_another_shape():
     with pytest.raises(ValueError, match=r"\[4, 3\].*got \[3, 3\]"):
         check_wiring(MESH, np.zeros((3, 3), np.int64))
+
+
+def test_a_link_has_changed_where_one_of_its_two_workers_has():
+    before = identity(Mesh(4, 3))
+    after = before.copy()
+    after[1] = [2, 1, 0]
+    assert changed_links(before, after).tolist() == [[True, False, True], [True, False, True], [False] * 3]
+    assert not changed_links(after, after).any()

@@ -1,6 +1,7 @@
 """Sentinel's state in DeepSpeed checkpoints: it travels in the client state of every stage's own file.
 
-The judge's state is the same on all ranks and grows with the mesh, so only the first stage's file holds it. The ledger
+The judge's state and the wiring are the same on all ranks and grow with the mesh, so only the first stage's file holds
+them. The ledger
 of devices is rank 0's alone. Rank 0 is worker (stage 0, replica 0) in every topology, and replica 0 writes its stage's
 file, so it gets back what it gave.
 """
@@ -36,7 +37,7 @@ def saver(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., Any
         sentinel.devices.write()  # first, so that the file is never behind a checkpoint
         state = {**sentinel.state_dict(), **sentinel.devices.state_dict()}
         if sentinel.worker.stage != 0:
-            del state["judge"]
+            del state["judge"], state["columns"]
         return original(save_dir, tag, {**(client_state or {}), KEY: state}, *args, **kwargs)
 
     return save_checkpoint
@@ -67,7 +68,8 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
                 )
             return path, client_state
         without = {divmod(index, sentinel.mesh.links) for index, bit in enumerate(words_W[1:]) if bit}
-        state["judge"] = _from_bytes(sentinel.of_first_stage(_to_bytes(state.get("judge"))))
+        told = {name: state.get(name) for name in ("judge", "columns")}
+        state |= _from_bytes(sentinel.of_first_stage(_to_bytes(told)))
         sentinel.load_state_dict(state, without)
         if dist.get_rank() == 0:
             for direction, link in sorted(without):
@@ -103,7 +105,7 @@ def _problem(state: Any, sentinel: Sentinel) -> str | None:
     parts = state["shape"].get("parts", 1)
     if not isinstance(parts, int) or not 1 <= parts <= _MOST_PARTS:
         return f"is of messages of {parts} parts"
-    return sentinel.problem(state.get("judge"), parts) if sentinel.worker.stage == 0 else None
+    return sentinel.problem(state, parts) if sentinel.worker.stage == 0 else None
 
 
 def _are_baselines(evidence: Any) -> bool:

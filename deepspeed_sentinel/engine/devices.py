@@ -37,6 +37,7 @@ class DeviceRecord:
 
     Attributes:
         ledger: on rank 0; None on others.
+        where: [S][R], the device of each worker, on all ranks.
 
     Args:
         config: whose ``output_dir`` the file is in; with ``events`` "none" there is no file.
@@ -68,8 +69,8 @@ class DeviceRecord:
         self._found: set[tuple[str, Worker]] = set()  # in this run: "proof" or "weights"
         self._named: set[tuple[str, str]] = set()
         said = control.all_gather(torch.from_numpy(to_bytes(own_device(device)))).numpy()
-        devices, told = read_gathered(said, ranks)
-        self.ledger = self._open(config, devices, control)
+        self.where, told = read_gathered(said, ranks)
+        self.ledger = self._open(config, self.where, control)
         if self.ledger:
             telling.ledger(told)
             # A script need not detach, and one that ends by an error does not.

@@ -21,6 +21,7 @@ from deepspeed_sentinel.engine import access
 from deepspeed_sentinel.engine.agreement import disagreement
 from deepspeed_sentinel.engine.board import rendezvous_host
 from deepspeed_sentinel.engine.buffers import ForwardState
+from deepspeed_sentinel.engine.columns import Columns
 from deepspeed_sentinel.engine.comparison import WeightComparison
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.reduction import Poisoned, Reduction
@@ -49,7 +50,7 @@ class Gate:
     Attributes:
         judge: what is learnt of messages, and the record of workers.
         verdict: of the last step, or None.
-        served: int [S, C], who served each column in it.
+        columns: who serves which.
         poisoned: what was wrong with the reduction of the last step, if it was a twin step; or None.
         share: what this worker's column contributes to the step.
         hearing: of witnesses, where an audit is due.
@@ -106,7 +107,7 @@ class Gate:
             towards=rendezvous_host(),
         )
         self.verdict: Verdict | None = None
-        self.served = np.zeros((self._mesh.stages, self._mesh.replicas), np.int64)
+        self.columns = Columns(engine, config, collector, telling)
         self.counts = dict.fromkeys(
             ("judged_messages", "alarms", "disputes", "skipped_steps", "excluded_column_steps"), 0
         )
@@ -210,19 +211,21 @@ class Gate:
         self._telling.unseen(self._collector.probe.unseen)
         if evidence.twins and self._config.weights_every:
             self._comparison.compare()
-        replayed = self._replay.compare()
+        replayed = self._replay.compare(self.columns.wiring)
         verdict = self.judge.step(evidence, access.overflow_limit(self._engine), self._proved_otherwise(step), replayed)
         if replayed:
             self._telling.replayed(step, replayed.inconsistent)
+        # Before an audit, which may hang: what is dealt is agreed on with the verdict.
+        verdict = replace(verdict, wiring=self.columns.deal(step, self.judge.doubts))
         if self._agree(verdict):
             verdict = self._audit(verdict, evidence)
         if self.judge.clean_links.any():
             self._collector.learn(self.judge.clean_links)
-        self.share = Share.of(verdict.excluded, self._worker.replica)
+        self.share = Share.of(verdict.excluded, self.columns.own)
         if not verdict.skip:
             self.share.apply_(access.gradients(self._engine))
         self._forward_state.end_step(counts=self.share.included)
-        self.verdict, self.served = verdict, evidence.served
+        self.verdict = verdict
         self._count(verdict)
         self._telling.verdict(verdict)
 

@@ -34,7 +34,7 @@ from deepspeed_sentinel.engine.progress import PIPELINE, Place, Progress
 from deepspeed_sentinel.engine.standstill import Beat, Standstill, waits
 from deepspeed_sentinel.errors import LostWorker, SentinelError, SentinelHalt
 from deepspeed_sentinel.evidence.control import Control
-from deepspeed_sentinel.mesh import Mesh, Worker
+from deepspeed_sentinel.mesh import Mesh, Worker, identity
 
 BEAT_SECONDS = 1.0
 PATIENCE_SECONDS = 5.0
@@ -59,6 +59,7 @@ class Liveness:
         heartbeat_timeout: seconds, see the config.
         timeouts: of the default group and of the groups between stages.
         step: the global step.
+        wiring: int64 [S, C] of a global step; by default DeepSpeed's own in all.
         ends: whether it ends this rank where nothing raises; otherwise it says what it sees, once.
     """
 
@@ -71,6 +72,7 @@ class Liveness:
         heartbeat_timeout: float = 120.0,
         timeouts: tuple[timedelta, timedelta] = (timedelta(minutes=10), timedelta(minutes=10)),
         step: Callable[[], int] = lambda: 0,
+        wiring: Callable[[int], np.ndarray] | None = None,
         ends: bool = True,
     ) -> None:
         self._workers = {
@@ -83,7 +85,10 @@ class Liveness:
         self._timeouts = timeouts
         self._ends = ends
         self.progress = Progress(step)
-        self._standstill = Standstill(self._workers, self._rank, heartbeat_timeout, self._patience)
+        own = identity(mesh)
+        self._standstill = Standstill(
+            self._workers, self._rank, heartbeat_timeout, self._patience, wiring or (lambda step: own)
+        )
         self._board = Board(control, PATIENCE_SECONDS)
         self._beats = itertools.count()
         self._busy = False
@@ -158,6 +163,7 @@ class Liveness:
             if not told:
                 return self._without_store(f"{self.name(self._rank)} saw: {saw}")
         if told:
+            self._stopped.wait(2 * BEAT_SECONDS)  # the store may end with this process, and others have not read it
             return f"{told} [{self.name(self._rank)} learnt of it as: {saw}]"
         others = [rank for rank in self._workers if rank != self._rank]
         ended = [rank for rank in others if rank in after and after[rank].ended]

@@ -92,10 +92,13 @@ class Replay:
         accelerator.set_rng_state(of_device)
 
     @torch.no_grad()
-    def compare(self) -> Replayed | None:
+    def compare(self, wiring: np.ndarray) -> Replayed | None:
         """What the rehearsal and the step itself differ in, before gradients are reduced. Collective after a rehearsal.
 
         None in a step that was not rehearsed.
+
+        Args:
+            wiring: int64 [S, C], of this step.
         """
         before, self._rehearsed = self._rehearsed, None
         if before is None:
@@ -109,14 +112,15 @@ class Replay:
         padded = np.pad(differs, ((0, 0), (0, -count % _BITS))).reshape(len(ENDS), -1, _BITS)
         words = (padded * (1 << np.arange(_BITS, dtype=np.int64))).sum(-1)
         said = self._control.gather_words(gradients, *words.ravel().tolist()).numpy()[self._ranks]
-        bits = (said[..., 1:].reshape(*self._ranks.shape, len(ENDS), -1, 1) >> np.arange(_BITS)) & 1
-        told_SREM = bits.reshape(*self._ranks.shape, len(ENDS), -1)[..., :count].astype(bool)
+        serving = np.take_along_axis(said[..., 1:], wiring[..., None], axis=1)
+        bits = (serving.reshape(*wiring.shape, len(ENDS), -1, 1) >> np.arange(_BITS)) & 1
+        told_SCEM = bits.reshape(*wiring.shape, len(ENDS), -1)[..., :count].astype(bool)
         links, columns = self._mesh.links, self._mesh.replicas
         by_ends = np.zeros((2, 2, links, columns, count), bool)
         for index, (direction, role) in enumerate(ENDS):
             below = (direction == FORWARD) == (role == SENT)
-            by_ends[role, direction] = told_SREM[:-1, :, index] if below else told_SREM[1:, :, index]
-        return self._replays.step(by_ends, said[..., 0] != 0)
+            by_ends[role, direction] = told_SCEM[:-1, :, index] if below else told_SCEM[1:, :, index]
+        return self._replays.step(by_ends, said[..., 0] != 0, wiring)
 
     def _of_gradients(self) -> torch.Tensor:
         gradients = list(access.gradients(self._engine))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -17,7 +22,7 @@ from deepspeed_sentinel.engine.devices import DeviceRecord
 from deepspeed_sentinel.engine.gate import Gate
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
-from deepspeed_sentinel.engine.loss import mean_of_included
+from deepspeed_sentinel.engine.loss import mean_of_included, mean_without
 from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.twins import TwinSteps
@@ -26,11 +31,16 @@ from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import Comparison
 from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.telemetry.exclusion import FILE, Convict, exclusions, reason, write_exclusions
 
 # Whole, not their schedules alone: they communicate before and after. Checkpoints are not watched, since a script may
 # go on after an error in one, and what a watched method fails with ends all ranks.
 _WATCHED = ("train_batch", "eval_batch")
-_WRAPPED = ("_exec_schedule", "_next_batch", "_aggregate_total_loss", "save_checkpoint", "load_checkpoint", *_WATCHED)
+_WRAPPED = (
+    *("_exec_schedule", "_next_batch", "_aggregate_total_loss", "_reduce_outputs"),
+    *("save_checkpoint", "load_checkpoint", *_WATCHED),
+)
 _SET = ("_INSTRUCTION_MAP", "sentinel", *_WRAPPED)
 
 
@@ -110,21 +120,29 @@ class Sentinel:
             heartbeat_timeout=config.heartbeat_timeout,
             timeouts=access.timeouts(engine),
             step=lambda: engine.global_steps,
+            wiring=self.gate.columns.of,
             ends=not self._lenient,
         )
+        self._rank = dist.get_rank()
+        self._convictions: dict[Worker, tuple[int, str]] = {}
         self._wrap()
         self._telling.start(engine.global_steps)
         self.devices.begin()
+        # A script need not detach, and one that ends by an error does not.
+        atexit.register(self._end)
 
     def detach(self) -> None:
         """Give the engine back as it was, but for what the script itself has put over a method since."""
         if getattr(self.engine, "sentinel", None) is not self:
             return
+        self.gate.columns.give_back()
         here = vars(self.engine)
         for name in [name for name, ours in self._ours.items() if here.get(name) is ours]:
             delattr(self.engine, name)
             if name in self._before:
                 setattr(self.engine, name, self._before[name])
+        self._end()
+        atexit.unregister(self._end)
         self.devices.close()
         self._liveness.stop()
         self._telling.close()
@@ -158,6 +176,7 @@ class Sentinel:
         return {
             "shape": self.state_shape(),
             "judge": checkpoint.to_tensors(self.gate.judge.state_dict()),
+            "columns": checkpoint.to_tensors(self.gate.columns.state_dict()),
             "evidence": self._collector.state_dict(),
         }
 
@@ -176,11 +195,13 @@ class Sentinel:
         """Take a state over, but for the baselines of some directions and links."""
         self.gate.judge = self.gate.new_judge(state["shape"].get("parts", 1))
         self.gate.judge.load_state_dict(checkpoint.to_arrays(state["judge"]))
+        self.gate.columns.load_state_dict(checkpoint.to_arrays(state["columns"]))
         self._collector.load_state_dict(state["evidence"], without)
 
-    def problem(self, judge: Any, parts: int) -> str | None:
-        """Why the judge's part of a state cannot be taken over, in words that follow "checkpoint ..."; or None."""
-        return self.gate.new_judge(parts).problem(checkpoint.to_arrays(judge))
+    def problem(self, state: dict[str, Any], parts: int) -> str | None:
+        """Why what the first stage alone keeps cannot be taken over, in words that follow "checkpoint ..."; or None."""
+        judge, columns = (checkpoint.to_arrays(state.get(name)) for name in ("judge", "columns"))
+        return self.gate.new_judge(parts).problem(judge) or self.gate.columns.problem(columns)
 
     def spoilt_links(self, state: dict[str, Any]) -> tuple[tuple[int, int], ...]:
         """Directions and links of which a state holds baselines that are not finite."""
@@ -198,6 +219,7 @@ class Sentinel:
         engine._exec_schedule = self._exec_schedule
         engine._next_batch = self._twins.next_batch
         engine._aggregate_total_loss = self._aggregate_total_loss
+        engine._reduce_outputs = self._reduce_outputs
         engine.save_checkpoint = checkpoint.saver(self._originals["save_checkpoint"], self)
         engine.load_checkpoint = checkpoint.loader(self._originals["load_checkpoint"], self)
         for name in _WATCHED:
@@ -206,21 +228,60 @@ class Sentinel:
         self._ours = {name: vars(engine)[name] for name in _SET}
 
     def _exec_schedule(self, pipe_schedule: schedule.PipeSchedule) -> None:
-        if not isinstance(pipe_schedule, schedule.TrainSchedule):
-            self._originals["_exec_schedule"](pipe_schedule)
-            self._liveness.progress.end_schedule()
-            return
-        self.gate.begin_step()
-        self._interception.watching = True
-        self.gate.rehearse(lambda: self._originals["_exec_schedule"](pipe_schedule))
-        self._originals["_exec_schedule"](pipe_schedule)
+        run = partial(self._originals["_exec_schedule"], pipe_schedule)
+        trains = isinstance(pipe_schedule, schedule.TrainSchedule)
+        with self.gate.columns.in_effect():
+            if trains:
+                self.gate.begin_step()
+                self._interception.watching = True
+                self.gate.rehearse(run)
+            run()
         self._interception.watching = False
         self._liveness.progress.end_schedule()
+        if trains:
+            self._after_step()
+
+    def _after_step(self) -> None:
         verdict = self.last_verdict
         assert verdict is not None, "every training step passes the gate"
-        self.devices.step(verdict, self.gate.served, self.last_poisoned, self.comparison.unequal_in(verdict.step))
+        unequal = self.comparison.unequal_in(verdict.step)
+        self.devices.step(verdict, self.gate.columns.wiring, self.last_poisoned, unequal)
+        for worker in verdict.newly_convicted:
+            self._convictions[worker] = (verdict.step, reason(verdict, worker))
         if verdict.halt:
             self._halt(verdict.halt)
+
+    @property
+    def convicts(self) -> tuple[Convict, ...]:
+        """Who is convicted, and where it runs."""
+        found = []
+        for place in np.argwhere(self.gate.judge.record.convicted).tolist():
+            worker = Worker(*place)
+            step, why = self._convictions.get(worker, (None, "convicted before this run"))
+            device = self.devices.where[worker.stage][worker.replica]
+            found.append(Convict(worker, int(self._ranks[worker]), device, step, why))
+        return tuple(found)
+
+    def write_exclusions(self) -> Path | None:
+        """Write ``exclude.json``: who is convicted, on which machines, and lines for launchers. On rank 0.
+
+        Returns:
+            the file; None on other ranks, and where nobody is convicted.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        convicts = self.convicts
+        if not convicts or self._rank != 0:
+            return None
+        path = Path(self.config.output_dir) / FILE
+        write_exclusions(path, exclusions(convicts, self.devices.where, self.engine.global_steps))
+        return path
+
+    def _end(self) -> None:
+        """The end of a run: what is told once."""
+        self._telling.summary()
+        self._telling.exclusions(self.write_exclusions)
 
     def gather_words(self, *words: int) -> torch.Tensor:
         """int64 [ranks, W]: what every rank says in W whole numbers. Collective."""
@@ -237,10 +298,27 @@ class Sentinel:
             return original()
         return mean_of_included(self.engine, self.gate.share, bool(verdict.excluded.all()), original)
 
+    def _reduce_outputs(self, outputs: Any, reduce: str | None = "avg", reduce_dp: bool = True, **more: Any) -> Any:
+        """An evaluation's, in the last stage."""
+
+        def original(outputs: Any) -> Any:
+            return self._originals["_reduce_outputs"](outputs, reduce=reduce, reduce_dp=reduce_dp, **more)
+
+        wiring = self.gate.columns.wiring
+        out_C = np.take_along_axis(self.gate.judge.record.convicted, wiring, axis=1).any(0)
+        if self._lenient or reduce is None or not reduce_dp or not out_C.any() or not torch.is_tensor(outputs[0]):
+            return original(outputs)
+        if self.worker.replica == 0:
+            self._telling.left_out_of_evaluation(out_C)
+        return mean_without(out_C, self.gate.columns.own, outputs, original)
+
     def _halt(self, reason: str) -> None:
         folder = f"{self.config.output_dir}/halt_checkpoint"
         self.engine.save_checkpoint(folder)
+        self._telling.exclusions(self.write_exclusions)
+        machines = "; ".join(map(str, self.convicts))
+        without = f" Start again without {machines}: see {FILE} there." if machines else ""
         raise SentinelHalt(
             f"training stopped after step {self.engine.global_steps}: {reason}. Checkpoint without the excluded "
-            f"contributions: {folder}. See {self.config.output_dir}/events.jsonl."
+            f"contributions: {folder}. See {self.config.output_dir}/events.jsonl.{without}"
         )

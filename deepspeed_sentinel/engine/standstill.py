@@ -3,8 +3,8 @@
 Where nothing raises (NCCL: a host that waits for its device learns of nothing), all a rank can see is that it does not
 get on. Then it looks where the others are:
 
-    in RecvActivation, SendGrad     a rank waits for its neighbour in the stage before
-    in SendActivation, RecvGrad     for its neighbour in the stage behind
+    in RecvActivation, SendGrad     a rank waits for the worker of its column in the stage before
+    in SendActivation, RecvGrad     for that in the stage behind
     in ReduceTiedGrads (the gate of Sentinel), ReduceGrads, OptimizerStep, at the beginning and at the end of a call
                                     for all ranks that have not come there yet
     anywhere else                   for nobody: it computes, loads data, or is in the script's own code
@@ -19,8 +19,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from deepspeed_sentinel.engine.progress import OUTSIDE, PIPELINE, Place
-from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.mesh import Worker, columns_of
 
 _FROM_BEFORE = ("RecvActivation", "SendGrad")
 _FROM_BEHIND = ("SendActivation", "RecvGrad")
@@ -62,14 +64,20 @@ class Standstill:
         rank: this one.
         silence: seconds without a heartbeat after which a rank is gone, if nobody else holds the run up.
         patience: seconds for a place in which this rank waits, after which whoever holds it up is stuck.
+        wiring: int64 [S, C] of a global step.
     """
 
     def __init__(
-        self, workers: Mapping[int, Worker], rank: int, silence: float, patience: Callable[[Place], float]
+        self,
+        workers: Mapping[int, Worker],
+        rank: int,
+        silence: float,
+        patience: Callable[[Place], float],
+        wiring: Callable[[int], np.ndarray],
     ) -> None:
         self._workers, self._rank = workers, rank
         self._ranks = {worker: other for other, worker in workers.items()}
-        self._silence, self._patience = silence, patience
+        self._silence, self._patience, self._wiring = silence, patience, wiring
         self.forget()
 
     def forget(self) -> None:
@@ -117,9 +125,11 @@ class Standstill:
         if place is None or not waits(place):
             return set()
         if place.phase == PIPELINE:
-            step = -1 if place.what in _FROM_BEFORE else 1
-            neighbour = self._ranks.get(Worker(worker.stage + step, worker.replica))
-            return set() if neighbour is None else {neighbour}
+            stage = worker.stage + (-1 if place.what in _FROM_BEFORE else 1)
+            wiring = self._wiring(place.step)
+            if not 0 <= stage < len(wiring):
+                return set()
+            return {self._ranks[Worker(stage, int(wiring[stage, columns_of(wiring)[worker]]))]}
         here = (place.call, place.phase)
         return {other for other, there in self._places.items() if (there.call, there.phase) < here}
 

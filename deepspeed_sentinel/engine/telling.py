@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch.distributed as dist
 from deepspeed.utils import logger
 
@@ -12,9 +15,17 @@ from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import Comparison, Division
-from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.judgement.proof import Difference, Proof
+from deepspeed_sentinel.judgement.unsettled import Contradicted
+from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker
-from deepspeed_sentinel.telemetry.events import EventLog, device_event, verdict_events, weights_events
+from deepspeed_sentinel.telemetry.events import (
+    EventLog,
+    device_event,
+    verdict_events,
+    weights_events,
+    wiring_event,
+)
 from deepspeed_sentinel.telemetry.standing import Above, Standing
 
 _Opened = TypeVar("_Opened")
@@ -51,6 +62,15 @@ def _twins(config: SentinelConfig, mesh: Mesh) -> str:
     )
 
 
+def _convicted_before(told: Proof | Contradicted | Difference | Finding | Dispute, verdict: Verdict) -> Worker | None:
+    """The worker that something is told of, if it was convicted before this step."""
+    if isinstance(told, Difference):
+        return None
+    named = (told.sender, told.receiver) if isinstance(told, Dispute) else (told.worker,)
+    known = [one for one in named if verdict.convicted[one] and one not in verdict.newly_convicted]
+    return known[0] if known else None
+
+
 def opened(control: Control, how: Callable[[], _Opened] | None) -> tuple[_Opened | None, str]:
     """What a rank opens, and why rank 0 could not, which all ranks are told; empty if it could. Collective.
 
@@ -82,11 +102,19 @@ class Telling:
         self._config, self._mesh = config, mesh
         self._first = dist.get_rank() == 0
         self._said: set[str] = set()
+        self._untold: Counter[Worker] = Counter()
         self._log = self._open_log(control)
 
     def close(self) -> None:
+        self.summary()
         if self._log:
             self._log.close()
+
+    def summary(self) -> None:
+        """How much of convicted workers the log was spared."""
+        for worker, count in sorted(self._untold.items()):
+            logger.warning(f"[sentinel] {worker}: {count} alarms, disputes and proofs since it was convicted")
+        self._untold.clear()
 
     def start(self, step: int) -> None:
         """What is watched, what cannot be seen, and what is injected."""
@@ -102,7 +130,10 @@ class Telling:
         )
         if not self._first:
             return
-        logger.info(f"[sentinel] watching {mesh.stages} stages x {mesh.replicas} replicas, action {config.action!r}")
+        logger.info(
+            f"[sentinel] watching {mesh.stages} stages x {mesh.replicas} replicas, action {config.action!r}, wiring "
+            f"{config.wiring!r}"
+        )
         logger.info(f"[sentinel] {_twins(config, mesh)}")
         if mesh.replicas < 3:
             logger.warning(f"[sentinel] {_FEW_REPLICAS[mesh.replicas]}")
@@ -123,8 +154,13 @@ class Telling:
             self._warn(verdict.step, f"{worker} CONVICTED")
         for worker in verdict.released:
             logger.info(f"[sentinel] step {verdict.step}: {worker} released, on probation")
-        for told in (*verdict.proofs, *verdict.differences, *verdict.findings, *verdict.disputed):
-            self._warn(verdict.step, str(told))
+        shown = (*verdict.proofs, *verdict.contradicted, *verdict.differences)
+        for told in (*shown, *verdict.findings, *verdict.disputed):
+            known = _convicted_before(told, verdict)
+            if known is None:
+                self._warn(verdict.step, str(told))
+            else:
+                self._untold[known] += 1
         for worker in verdict.cleared:
             logger.info(
                 f"[sentinel] step {verdict.step}: {worker} cleared: given the same, it does what its stage does"
@@ -133,6 +169,43 @@ class Telling:
             self._warn(verdict.step, "every column excluded, step skipped")
         elif verdict.skip:
             logger.info(f"[sentinel] step {verdict.step}: gradients overflow in most replicas of a stage, step skipped")
+
+    def wiring(self, step: int, before: np.ndarray, wiring: np.ndarray) -> None:
+        """Who serves another column from a step on; int64 [S, C] each."""
+        if not self._first:
+            return
+        event = wiring_event(before, wiring)
+        self._event(step, event)
+        if self._config.wiring == "heal":
+            moves = ", ".join(f"{Worker(*move[:2])} to {move[3]}" for move in event["moved"])
+            self._warn(step, f"columns dealt anew: {moves}")
+
+    def exclusions(self, write: Callable[[], Path | None]) -> None:
+        """Have written which machines to leave out, and say where."""
+        try:
+            path = write()
+        except OSError as error:
+            logger.warning(f"[sentinel] cannot write which machines to leave out: {error}")
+            return
+        if path:
+            self._once("exclusions", f"workers are convicted; their machines, and how to start without them: {path}")
+
+    def own_wiring(self) -> None:
+        """A state was taken over whose columns others served."""
+        if self._first:
+            logger.warning(
+                '[sentinel] the state taken over is of columns dealt anew, and "wiring" is "static" here: they are '
+                "DeepSpeed's own again, so convicted workers may stand in more of them than they did"
+            )
+
+    def left_out_of_evaluation(self, out_C: np.ndarray) -> None:
+        """Columns that an evaluation's mean is without, bool [C]; on one rank, that need not be the first."""
+        columns = ", ".join(map(str, np.flatnonzero(out_C)))
+        self._once(
+            "evaluation",
+            f"an evaluation's mean leaves out columns with convicted workers, here {columns}: their data are not in "
+            "it. Told once",
+        )
 
     def misfit(self, step: int, worker: Worker) -> None:
         """A worker's mean for the baseline that cannot be."""

@@ -24,7 +24,7 @@ from deepspeed_sentinel.evidence.statement import Statement
 from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, TABLE, Evidence
 from deepspeed_sentinel.evidence.transfer import LASTING, Known, Sketches, Transfers, pair_rows
 from deepspeed_sentinel.kernels.token_sketch import sketch_rows
-from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD, Mesh, Worker
+from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD, Mesh, Worker, columns_of, identity
 
 _MAX_ABS = NAMES.index("max_abs")
 PUBLIC_SEED = 0  # everybody may know it: it has to serve both ends of every link
@@ -84,7 +84,16 @@ class Collector:
         self._statistics: dict[Place, EndStatistics] = {}
         self._lessons_JV: dict[Place, torch.Tensor] = {}
         self._told: frozenset[Place] = frozenset()
+        self._wiring = identity(mesh)
         self.reset()
+
+    def wire(self, wiring: np.ndarray) -> None:
+        """Go by another wiring, int64 [S, C], from the next step on."""
+        stale = self._pairs.wire(wiring)
+        self._wiring = wiring
+        for end, of_end in stale.items():
+            for transfers in self._transfers.values():
+                transfers.renew(end, np.zeros_like(of_end), of_end)
 
     def reset(self) -> None:
         """Forget what was learnt, and draw other lasting projections."""
@@ -119,7 +128,7 @@ class Collector:
                 rows_of_pairs[place], self._lessons_JV[place] = self._transfer(place, entering, leaving)
         digests = {end: self.probe.digests(end) for end in self.probe.ends}
         report = build_report(self.probe.micro_batches, self.layout, own_rows, rows_of_pairs, digests)
-        gathered = self._exchange.gather_reports(report, step, self.layout)
+        gathered = self._exchange.gather_reports(report, step, self.layout, self._wiring)
         self._evidence = replace(gathered, renewed=self._pairs.renewal.new_X)
         # The copy that ``learn`` began in the step before was over before that of the reports began.
         misfits = self._misfits.nonzero().flatten().tolist()
@@ -204,8 +213,12 @@ class Collector:
         return tuple((end[0], self.probe.link(end)) for end in sorted(ends))
 
     def _at(self, end: End, of_links: np.ndarray) -> np.ndarray:
-        """What is said of the messages at an end, of [2, L, C]."""
-        return np.ascontiguousarray(of_links[end[0], self.probe.link(end)])
+        """What is said of the messages at an end of each replica of this stage: of [2, L, C], [R]."""
+        return self._by_replica(of_links[end[0], self.probe.link(end)])
+
+    def _by_replica(self, of_columns: np.ndarray) -> np.ndarray:
+        """[C] -> [R]: of the column that each replica of this stage serves."""
+        return np.ascontiguousarray(of_columns[columns_of(self._wiring)[self._worker.stage]])
 
     def _known(self, end: End, part: int) -> Known | None:
         return self._transfers[part].known(end) if self._pairs.ready(end) else None
@@ -214,7 +227,8 @@ class Collector:
         """float64 [replicas], the largest magnitude at an end by each replica's report; NaN counts as none."""
         assert self._evidence is not None, "nothing was collected yet"
         reported_CMV = self._evidence.statistics[end[1], end[0], self.probe.link(end)]
-        return np.nan_to_num(reported_CMV[..., part * len(TABLE) + _MAX_ABS].astype(np.float64)).max(-1)
+        largest_C = np.nan_to_num(reported_CMV[..., part * len(TABLE) + _MAX_ABS].astype(np.float64)).max(-1)
+        return self._by_replica(largest_C)
 
     def _transfer(self, place: Place, entering: Sketches, leaving: Sketches) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [M, PAIR_ROWS] of one part and this column's lessons [J - 1, LESSON]; messages with equally many tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -66,13 +67,14 @@ class Exchange:
         self._ranks = ranks
         self._replica_group = replica_group
 
-    def gather_reports(self, report: torch.Tensor, step: int, layout: Layout) -> Evidence:
-        """All ranks' reports as Evidence: one all-gather, one copy to the host."""
+    def gather_reports(self, report: torch.Tensor, step: int, layout: Layout, wiring: np.ndarray) -> Evidence:
+        """All ranks' reports as Evidence, column by column of a wiring: one all-gather, one copy to the host."""
         world = self._ranks.size
         gathered = torch.empty((world * report.shape[0], *report.shape[1:]), dtype=report.dtype, device=report.device)
         dist.all_gather_single(gathered, report)
         host = gathered.cpu().numpy().reshape(world, *report.shape)
-        return self.assemble(host[self._ranks], step, layout)
+        serving_SC = np.take_along_axis(self._ranks, wiring, axis=1)
+        return replace(self.assemble(host[serving_SC], step, layout), dealt=wiring)
 
     def gather_summaries(self, summary: torch.Tensor) -> torch.Tensor:
         """float32 [V] of this replica -> float32 [R, V] of all replicas of the stage."""
@@ -81,7 +83,7 @@ class Exchange:
         return gathered.view(self._mesh.replicas, -1)
 
     def assemble(self, reports: np.ndarray, step: int, layout: Layout) -> Evidence:
-        """int32 [S, R, 4 ends, M, P * statistics + T * digest words] -> Evidence."""
+        """int32 [S, C, 4 ends, M, P * statistics + T * digest words] -> Evidence."""
 
         def ends(direction: int, role: int) -> np.ndarray:
             of_all_stages = reports[:, :, ENDS.index((direction, role))]

@@ -82,10 +82,11 @@ class Renewal:
         self.new_X = renewed_X | stale_X
         return renewed_X, stale_X
 
-    def forget(self) -> None:
-        """Start all pairs anew, each with another projection."""
-        self.new_X = np.ones_like(self.epoch_X, bool)
-        self._restart(self.new_X, np.zeros_like(self._next_X))
+    def forget(self, chosen_X: np.ndarray | bool = True) -> None:
+        """Start pairs anew, each with another projection, between two steps; by default all."""
+        chosen_X = np.broadcast_to(chosen_X, self.epoch_X.shape)
+        self.new_X = self.new_X | chosen_X
+        self._restart(chosen_X, np.zeros_like(self._next_X))
 
     def _restart(self, chosen_X: np.ndarray, learnt_X: np.ndarray) -> None:
         self.epoch_X = self.epoch_X + chosen_X

@@ -25,7 +25,7 @@ from deepspeed_sentinel.evidence.probe import ENDS, SECRET, End, Probe
 from deepspeed_sentinel.evidence.renewal import Renewal, of_senders
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.evidence.transfer import Sketches
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, columns_of, identity
 
 ABOVE, BELOW = 1, -1
 PAIR_ENDS = {ABOVE: ((FORWARD, SENT), (BACKWARD, RECEIVED)), BELOW: ((FORWARD, RECEIVED), (BACKWARD, SENT))}
@@ -65,7 +65,7 @@ class Change:
 
 
 class PairSketches:
-    """Seeds and swaps of one worker's two pairs.
+    """Seeds and swaps of one worker's two pairs, which go by the wiring: at first DeepSpeed's own.
 
     Attributes:
         renewal: of the lasting projections of all pairs of the mesh, [2, S, C].
@@ -79,19 +79,41 @@ class PairSketches:
     """
 
     def __init__(self, mesh: Mesh, worker: Worker, ranks: np.ndarray, device: torch.device, keys: Keys) -> None:
-        self._device = device
-        self._mesh, self._stage = mesh, worker.stage
+        self._device, self._keys = device, keys
+        self._mesh, self._worker, self._ranks = mesh, worker, ranks
         self.renewal = Renewal.of(mesh)
-        self._pairs: dict[int, _Pair] = {}
-        for side in (ABOVE, BELOW):
-            if not 0 <= worker.stage + 2 * side < mesh.stages:
-                continue
-            between = worker.stage + side
-            lower, upper = (int(ranks[stage, worker.replica]) for stage in (between - 1, between + 1))
+        self._sides = tuple(side for side in (ABOVE, BELOW) if 0 <= worker.stage + 2 * side < mesh.stages)
+        self.ends = tuple(end for end in ENDS if _side(end) in self._sides)
+        self._wiring = identity(mesh)
+        self._pairs = self._paired()
+
+    def wire(self, wiring: np.ndarray) -> dict[End, np.ndarray]:
+        """Go by another wiring from the next step on. Pairs that it parts, or moves to another column, start anew.
+
+        Args:
+            wiring: int64 [S, C].
+
+        Returns:
+            per end bool [], whether its pair starts anew.
+        """
+        moved_SC = wiring != self._wiring
+        parted_SC = np.zeros_like(moved_SC)
+        parted_SC[1:-1] = moved_SC[:-2] | moved_SC[2:]
+        self._wiring = wiring
+        self._pairs = self._paired()
+        self.renewal.forget(parted_SC)
+        return {end: np.asarray(parted_SC[self._place(end)[1:]]) for end in self.ends}
+
+    def _paired(self) -> dict[int, _Pair]:
+        pairs = {}
+        column = int(columns_of(self._wiring)[self._worker])
+        ranks_S = np.take_along_axis(self._ranks, self._wiring, axis=1)[:, column].tolist()
+        for side in self._sides:
+            between = self._worker.stage + side
+            lower, upper = ranks_S[between - 1], ranks_S[between + 1]
             partner = upper if side == ABOVE else lower
-            names = (lower, upper, between, worker.replica)
-            self._pairs[side] = _Pair(partner, keys.secret_with(partner), names)
-        self.ends = tuple(end for end in ENDS if _side(end) in self._pairs)
+            pairs[side] = _Pair(partner, self._keys.secret_with(partner), (lower, upper, between, column))
+        return pairs
 
     def ready(self, end: End) -> bool:
         """Whether enough was learnt in the lasting projection to measure against it."""
@@ -133,7 +155,7 @@ class PairSketches:
         return {
             end: self._pairs[_side(end)].number("keep", step) % micro_batches
             for end in self.ends
-            if not self._mesh.neighbours_are_trusted(self._stage + _side(end))
+            if not self._mesh.neighbours_are_trusted(self._worker.stage + _side(end))
         }
 
     def swap(self, probe: Probe) -> dict[End, tuple[Sketches, Sketches]]:

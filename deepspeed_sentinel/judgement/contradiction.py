@@ -17,6 +17,7 @@ class Contradictions:
 
     Attributes:
         by_ends: bool [2, L, C, M], messages about which the two ends of a link are in dispute.
+        certain: bool [2, L, C, M], those of them whose own numbers differ, that rest on no baseline.
         by_neighbours: bool [2, L, C, M], messages about whose sender its two neighbours are.
         doubted: bool [K, 2, L, C, M], statistics to a baseline that the ends report differently, in dispute or not: by
             one of them alone nobody is struck.
@@ -24,6 +25,7 @@ class Contradictions:
     """
 
     by_ends: np.ndarray
+    certain: np.ndarray
     by_neighbours: np.ndarray
     doubted: np.ndarray
     neither: np.ndarray
@@ -32,7 +34,7 @@ class Contradictions:
     def none(cls, messages: tuple[int, ...], rows: int) -> Contradictions:
         """Of messages of this shape, [2, L, C, M]."""
         of_messages, of_rows = np.zeros(messages, bool), np.zeros((rows, *messages), bool)
-        return cls(of_messages, of_messages, of_rows, of_rows)
+        return cls(of_messages, of_messages, of_messages, of_rows, of_rows)
 
 
 def contradictions(statistics: np.ndarray, fences: Fences, table: Rows) -> Contradictions:
@@ -79,4 +81,5 @@ def contradictions(statistics: np.ndarray, fences: Fences, table: Rows) -> Contr
         most = (2 * columns > difference.shape[3])[..., None, None]
         neither[copies] = doubted[copies] & (most | mostly)
         apart[copies] &= ~most
-    return Contradictions(apart[~(table.hard | table.of_pair)].any(0), apart[table.of_pair].any(0), doubted, neither)
+    by_copies, certain = apart[copies].any(0), apart[~(table.hard | table.of_pair | copies)].any(0)
+    return Contradictions(by_copies | certain, certain, apart[table.of_pair].any(0), doubted, neither)

@@ -147,6 +147,10 @@ class Cusum:
         self._sums = self._sums.copy()
         self._sums[of_worker] = kept
 
+    def forget_usual(self, workers: np.ndarray) -> None:
+        """Learn anew what is usual of these, bool [S, R], since they are given other data from now on."""
+        self._forget_usual(sent_by(workers), np.ones(len(self._learnt), bool))
+
     def forget(self, workers: np.ndarray) -> None:
         """Take back all that was added for these, bool [S, R]."""
         self._sums = np.where(sent_by(workers), 0.0, self._sums)

@@ -24,6 +24,7 @@ from deepspeed_sentinel.judgement.clean import clean_links, sent_by
 from deepspeed_sentinel.judgement.content import Content, content_alone
 from deepspeed_sentinel.judgement.contradiction import Contradictions, contradictions
 from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
+from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Overflow
@@ -34,8 +35,9 @@ from deepspeed_sentinel.judgement.replay import Replayed
 from deepspeed_sentinel.judgement.silence import Silence
 from deepspeed_sentinel.judgement.standing import Standing
 from deepspeed_sentinel.judgement.state import problem
+from deepspeed_sentinel.judgement.unsettled import Unsettled
 from deepspeed_sentinel.judgement.verdict import NOBODY, Finding, Verdict
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, columns_of, identity
 
 _MAX_ABS = Rows.all_of("max_abs")
 _PASSED_ON, _FROM_NOTHING = NAMES.index("passed_on"), NAMES.index("from_nothing")
@@ -56,6 +58,8 @@ class JudgeSettings:
     probation_steps: int
     max_skipped_steps: int
     seed: int
+    min_clean_columns: int = 1
+    wiring: Literal["heal", "static", "shuffle"] = "heal"
 
 
 class Judge:
@@ -89,6 +93,7 @@ class Judge:
         self.silence = Silence(mesh, parts)
         self.content = Content(mesh.replicas, self.table)
         self.standing = Standing((len(self.table), 2, mesh.links, mesh.replicas), settings.strike_window)
+        self.unsettled = Unsettled(mesh, settings.probation_steps)
         self.record = Record(
             mesh,
             settings.strikes,
@@ -99,11 +104,19 @@ class Judge:
         self.overflow = Overflow(mesh)
         self.skipped_in_a_row = 0
         self._tried: Tried | None = None
+        self._served = identity(mesh)
         self.clean_links = np.zeros((2, mesh.links, mesh.replicas), bool)
 
     @property
     def warming_up(self) -> bool:
         return self.fences.learnt_steps < self.settings.warmup_steps
+
+    @property
+    def doubts(self) -> Doubts:
+        """What the next wiring is made of, after the last step."""
+        suspects, convicted = self.record.suspects, self.record.convicted.copy()
+        suspects[[0, -1]] = False
+        return Doubts(convicted, suspects, self.record.accused & suspects, self.unsettled.pairs(convicted))
 
     def step(
         self,
@@ -162,6 +175,10 @@ class Judge:
         if self.mesh.replicas >= LEAST_REPLICAS and not twins:
             counted = whole & ~cascade
             counted[BACKWARD] &= ~void
+            # What is usual of a worker came of the data that it was given. Of one that is dealt anew in every step it
+            # is a mean over all columns.
+            if self.settings.wiring != "shuffle":
+                self.cusum.forget_usual(columns_of(served) != columns_of(self._served))
             # With what is usual of a column: sums have a usual of their own, which stands still where they grow.
             offsets = residuals[of_pair] + self.fences.usual.level[of_pair][..., None]
             sums = self.cusum.step(
@@ -172,7 +189,7 @@ class Judge:
                 evidence.step,
                 warming_up,
                 unlike,
-                evidence.renewed if evidence.dealt is None else None,
+                evidence.renewed,
             )
             quiet = self.cusum.quiet(served)[..., None]
             per_statistic[of_pair] = np.fmax(fenced, np.where(counted, sums[..., None], 0.0))
@@ -195,7 +212,7 @@ class Judge:
                 twins,
                 served,
                 self.record.convicted,
-                self.record.suspects,
+                self.record.accused,
             )
             differing, right = trial.wrong | trial.undecided, trial.right
             alarms = alarms & ~differing & (hard.any(0) | ~right)
@@ -218,9 +235,18 @@ class Judge:
         )
         findings = account.findings(blame, judged_step, self.fences)
         disputed = account.disputes(blame.disputes & ~differing, contradicted)
-        proved = (*proved, *(replayed.inconsistent if replayed else ()))
+        facts = differ | said.certain
+        facts[BACKWARD] |= nothing.disputed
+        contradicted = self.unsettled.step(
+            served, facts.any(-1), said.by_neighbours.any(-1), trial, self.record.convicted
+        )
+        proved = (*proved, *(replayed.inconsistent if replayed else ()), *(one.worker for one in contradicted))
         self._tried = tried(self.mesh, trial, proved) if trial or proved else None
-        changes = self.record.update(*entries(self.mesh, findings, disputed), self._tried, evidence.refused)
+        before = self.record.suspects
+        changes = self.record.update(
+            *entries(self.mesh, findings, disputed), self._tried, evidence.refused, self.unsettled.doubted
+        )
+        taught = bool(changes.convicted.any() or self.unsettled.doubted.any() or (self.record.suspects & ~before).any())
         self._take_for_usual(residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None)
 
         events = (alarms & ~reported_only) | disputes | differing
@@ -238,7 +264,8 @@ class Judge:
         shared = bool(explained.shared.any()) and self.settings.action != "observe"
         skip = bool(excluded.all()) or shared
         overflow = skip and (shared or bool((alarms & explained.overflow).any()))
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip and not overflow else 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip and not overflow and not taught else 0
+        self._served = np.array(served, np.int64)
 
         # In a skipped step no weight changes, and nothing has to be learnt.
         blamed = blame.named & (events | self.fences.compares_replicas)
@@ -276,6 +303,7 @@ class Judge:
             suspects=self.record.suspects,
             proofs=trial.proofs if trial else (),
             differences=trial.differences if trial else (),
+            contradicted=tuple(one for one in contradicted if changes.convicted[one.worker]),
             cleared=_workers(changes.cleared),
         )
 
@@ -291,7 +319,9 @@ class Judge:
             the verdict after it. What is excluded in that step stays excluded.
         """
         strikes = [finding for finding in verdict.findings if finding not in opened]
-        changes = self.record.update_again(*entries(self.mesh, strikes, verdict.disputed), self._tried)
+        changes = self.record.update_again(
+            *entries(self.mesh, strikes, verdict.disputed), self._tried, self.unsettled.doubted
+        )
         for finding in (*opened, *refuted):
             self.cusum.retract(finding.direction, finding.link, finding.worker.replica, to_zero=finding in refuted)
         return replace(
@@ -310,16 +340,18 @@ class Judge:
             "cusum": self.cusum.state_dict(),
             "standing": self.standing.state_dict(),
             "record": self.record.state_dict(),
+            "unsettled": self.unsettled.state_dict(),
             "passing": self.passing.state_dict(),
             "nothing": self.nothing.state_dict(),
             "silence": self.silence.state_dict(),
             "overflow": self.overflow.state_dict(),
             "skipped_in_a_row": np.array(self.skipped_in_a_row),
+            "served": self._served.copy(),
         }
 
     def problem(self, state: object) -> str | None:
         """Why a state cannot be taken up, in words that follow "checkpoint ..."; None if it can."""
-        limits = {name: getattr(self, name).limits for name in ("fences", "cusum", "nothing")}
+        limits = {name: getattr(self, name).limits for name in ("fences", "cusum", "nothing", "standing", "unsettled")}
         return problem(state, self.state_dict(), limits)
 
     def load_state_dict(self, state: dict) -> None:
@@ -335,20 +367,22 @@ class Judge:
         self.cusum.load_state_dict(state["cusum"])
         self.standing.load_state_dict(state["standing"])
         self.record.load_state_dict(state["record"])
+        self.unsettled.load_state_dict(state["unsettled"])
         self.passing.load_state_dict(state["passing"])
         self.nothing.load_state_dict(state["nothing"])
         self.silence.load_state_dict(state["silence"])
         self.overflow.load_state_dict(state["overflow"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
+        self._served = np.array(state["served"])
 
     def _take_for_usual(
         self, residuals: np.ndarray, strikes: np.ndarray, cleared: np.ndarray, served: np.ndarray, of_twins: bool
     ) -> None:
         """What lasts of those who are cleared (bool [S, R]) is their own new normal."""
         if not of_twins:
-            self.standing.step(residuals, np.asarray(strikes.any(-1)))
+            self.standing.step(residuals, np.asarray(strikes.any(-1)), served)
         elif cleared.any():
-            links, mean = self.standing.lasting(_serving(cleared, served))
+            links, mean = self.standing.lasting(cleared)
             self.fences.usual.adopt(links, mean)
             self.cusum.forget(cleared)
 
@@ -376,7 +410,14 @@ class Judge:
         if self.skipped_in_a_row >= self.settings.max_skipped_steps:
             return (
                 f"{self.skipped_in_a_row} steps in a row were skipped because every column was excluded "
-                f'("max_skipped_steps": {self.settings.max_skipped_steps})'
+                f'and nothing new was found ("max_skipped_steps": {self.settings.max_skipped_steps})'
+            )
+        clean = self.mesh.replicas - int(np.count_nonzero(self.record.convicted, axis=1).max())
+        if self.settings.action == "quarantine" and clean < self.settings.min_clean_columns:
+            return (
+                f"only {clean} columns can be formed without the convicted workers "
+                f"{', '.join(str(tuple(worker)) for worker in _workers(self.record.convicted))}, as (stage, replica) "
+                f'("min_clean_columns": {self.settings.min_clean_columns})'
             )
         if self.settings.action != "halt":
             return None

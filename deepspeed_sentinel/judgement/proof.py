@@ -118,6 +118,7 @@ class Trial:
         same: bool [S, R], workers whose gradients are right to the last bit.
         unlike: bool [S], stages whose honest replicas differ: nothing of them is proved bit for bit.
         spoilt: bool [C], columns that must not count: something in them is wrong or undecided.
+        differ: bool [S, R, R], which two workers of a stage made other things of the very same without a truth.
     """
 
     right: np.ndarray
@@ -129,6 +130,7 @@ class Trial:
     same: np.ndarray
     unlike: np.ndarray
     spoilt: np.ndarray
+    differ: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class _Vote:
         exact: bool [C, M], those that are right to the last bit.
         agreeing, compared: int [M], workers behind the truth, and all that were asked.
         unlike: bool [M], more differ than can be bad.
+        differ: bool [C, C], which two differ without a truth.
     """
 
     right: np.ndarray
@@ -149,6 +152,7 @@ class _Vote:
     agreeing: np.ndarray
     compared: np.ndarray
     unlike: np.ndarray
+    differ: np.ndarray
 
 
 def try_twins(
@@ -202,6 +206,7 @@ def try_twins(
     proofs: list[Proof] = []
     differences: list[Difference] = []
     unlike = np.zeros(mesh.stages, bool)
+    differ = np.zeros((mesh.stages, mesh.replicas, mesh.replicas), bool)
     sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
     spoilt = np.asarray((wrong | undecided).any(axis=(0, 1, 3)))
     for stage, workers in enumerate(served):
@@ -219,12 +224,15 @@ def try_twins(
             told.append((None, vote))
         for way, one in told:
             unlike[stage] |= bool(one.unlike.any())
+            differ[stage][np.ix_(workers, workers)] |= one.differ
             proofs += _proofs(mesh, stage, way, one, workers)
             differences += _differences(stage, way, one, workers)
             sound[stage, workers[~one.right.all(-1)]] = False
     idle = np.ones((mesh.stages, mesh.replicas), bool)
     np.put_along_axis(idle, served, False, axis=1)
-    return Trial(right, wrong, undecided, tuple(proofs), tuple(differences), sound & ~idle, same, unlike, spoilt)
+    return Trial(
+        right, wrong, undecided, tuple(proofs), tuple(differences), sound & ~idle, same, unlike, spoilt, differ
+    )
 
 
 def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tried:
@@ -317,6 +325,7 @@ class _Stage:
             agreeing=agreeing,
             compared=voters,
             unlike=unlike,
+            differ=(differ[:, None] & differ[None] & ~same).any(-1),
         )
 
 

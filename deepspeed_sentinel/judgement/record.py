@@ -42,7 +42,8 @@ class Changes:
 
 
 class Record:
-    """A strike makes a suspect for as long as the sliding window holds it. What convicts a suspect depends:
+    """A strike makes a suspect for as long as the sliding window holds it, and so does a doubt: something unsettled
+    with another worker (``unsettled.py``), or having been released. A doubt is no strike. What convicts depends:
 
     by proof       a proof does, at once; who agrees with the majority of its stage in a twin step is cleared.
     by statistics  so do ``strikes`` of them within the window.
@@ -65,7 +66,7 @@ class Record:
         self.probation = probation
         self.by_proof = by_proof
         shape = (mesh.stages, mesh.replicas)
-        self._struck = np.zeros((window, *shape), bool)
+        self._struck, self._doubted = np.zeros((window, *shape), bool), np.zeros((window, *shape), bool)
         self._disputed = np.zeros((window, mesh.links, mesh.replicas), bool)
         self.convicted = np.zeros(shape, bool)
         self.on_probation = np.zeros(shape, bool)
@@ -84,9 +85,14 @@ class Record:
         return np.count_nonzero(self._struck, axis=0)
 
     @property
-    def suspects(self) -> np.ndarray:
+    def accused(self) -> np.ndarray:
         """Workers with a strike within the window that are not convicted, bool [S, R]."""
         return np.asarray((self.strikes > 0) & ~self.convicted)
+
+    @property
+    def suspects(self) -> np.ndarray:
+        """Workers to be tried: with a strike or a doubt within the window, and not convicted, bool [S, R]."""
+        return np.asarray(((self.strikes > 0) | self._doubted.any(0)) & ~self.convicted)
 
     @property
     def suspicion(self) -> float:
@@ -106,7 +112,12 @@ class Record:
         return np.count_nonzero(self._disputed, axis=0) >= self.strikes_needed
 
     def update(
-        self, struck: np.ndarray, disputed: np.ndarray, tried: Tried | None = None, refused: bool = False
+        self,
+        struck: np.ndarray,
+        disputed: np.ndarray,
+        tried: Tried | None = None,
+        refused: bool = False,
+        doubted: np.ndarray | None = None,
     ) -> Changes:
         """Enter one step.
 
@@ -115,10 +126,12 @@ class Record:
             disputed: bool [L, C], links in dispute in this step.
             tried: what a twin step has shown.
             refused: it was to be a twin step and could not be one.
+            doubted: bool [S, R], workers to be tried without a strike; None is nobody.
         """
         self._before = self.state_dict()
         slot = self._position % len(self._struck)
         self._struck[slot], self._disputed[slot] = struck, disputed
+        self._doubted[slot] = False if doubted is None else doubted & ~self._trusted
         self._position += 1
         proved = cleared = np.zeros_like(self.convicted)
         self._refused_trials = 0 if tried is not None else self._refused_trials + refused
@@ -129,7 +142,7 @@ class Record:
         guilty = (self.strikes >= self.strikes_needed) | (self.on_probation & struck)
         if self.by_proof:
             guilty &= self._unlike[:, None] | (self._refused_trials >= _HOPELESS)
-        self._struck[:, cleared] = False
+        self._struck[:, cleared] = self._doubted[:, cleared] = False
         newly = ((guilty & ~cleared) | proved) & ~self.convicted & ~self._trusted
         if tried is not None:
             self._more_to_find = bool(newly.any())
@@ -143,20 +156,28 @@ class Record:
         self.on_probation = (self.on_probation & ~served) | released
         self._quiet_steps = np.where(released, 0, self._quiet_steps)
         self._struck[:, released] = False
+        self._doubted[slot] |= released
         return Changes(newly, released, cleared)
 
-    def update_again(self, struck: np.ndarray, disputed: np.ndarray, tried: Tried | None = None) -> Changes:
+    def update_again(
+        self,
+        struck: np.ndarray,
+        disputed: np.ndarray,
+        tried: Tried | None = None,
+        doubted: np.ndarray | None = None,
+    ) -> Changes:
         """Enter the last step anew, in place of what was entered: strikes were taken back, links found in dispute.
 
         Args and returns as of ``update``.
         """
         assert self._before is not None, "no step was entered yet"
         self.load_state_dict(self._before)
-        return self.update(struck, disputed, tried)
+        return self.update(struck, disputed, tried, doubted=doubted)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
             "struck": self._struck.copy(),
+            "doubted": self._doubted.copy(),
             "disputed": self._disputed.copy(),
             "convicted": self.convicted.copy(),
             "on_probation": self.on_probation.copy(),
@@ -169,7 +190,7 @@ class Record:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self._struck = np.array(state["struck"])
+        self._struck, self._doubted = np.array(state["struck"]), np.array(state["doubted"])
         self._disputed = np.array(state["disputed"])
         self.convicted = np.array(state["convicted"])
         self.on_probation = np.array(state["on_probation"])

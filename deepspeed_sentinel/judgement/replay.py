@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepspeed_sentinel.judgement.blame import by_link, chain_order, followers
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, columns_of
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,28 @@ class Replays:
         self._mesh = mesh
         self.unlike: np.ndarray | None = None
 
-    def step(self, differ: np.ndarray, gradients: np.ndarray) -> Replayed:
+    def step(self, differ: np.ndarray, gradients: np.ndarray, served: np.ndarray) -> Replayed:
         """Judge one replay.
 
         Args:
             differ: bool [2 ends, 2, L, C, M], messages that an end reports to differ between the two times.
             gradients: bool [S, R], workers whose accumulated gradients do.
+            served: int [S, C], who served each column.
         """
         mesh = self._mesh
         either = np.asarray(differ.any(0))
         first = either & ~followers(either)
         named = np.zeros((mesh.stages, mesh.replicas), bool)
         for direction, link, column, _ in np.argwhere(first & differ.all(0)).tolist():
-            named[mesh.sender_stage(direction, link), column] = True
-        entered = np.zeros((mesh.stages, mesh.replicas), bool)
+            stage = mesh.sender_stage(direction, link)
+            named[stage, served[stage, column]] = True
+        entered = np.zeros((mesh.stages, mesh.replicas), bool)  # by column
         so_far = np.asarray(by_link(np.logical_or.accumulate(chain_order(either), axis=0)).any(-1))
         entered[1:] |= so_far[FORWARD]
         entered[:-1] |= so_far[BACKWARD]
-        named |= gradients & ~entered
+        named |= gradients & ~np.take_along_axis(entered, columns_of(served), axis=1)
         if self.unlike is None:
             self.unlike = np.asarray(named.any(1))
         named &= ~self.unlike[:, None]
-        spoilt = named.any(0) | (first & ~differ.all(0)).any(axis=(0, 1, 3))
+        spoilt = np.take_along_axis(named, served, axis=1).any(0) | (first & ~differ.all(0)).any(axis=(0, 1, 3))
         return Replayed(tuple(Worker(*place) for place in np.argwhere(named).tolist()), np.asarray(spoilt))

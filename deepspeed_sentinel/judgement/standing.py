@@ -1,9 +1,10 @@
 """What stands out of a worker from its first strike on: if it is cleared, that is its own new normal.
 
-A worker that a twin step has cleared does honest work. What stood out of it came of its data, and if that lasts, its
-column would be left out again and again. So what it sent between is taken for usual (``usual.py``), if it stood out in
-at least three steps and in three quarters of all since the first: what is seen once tells nothing of what lasts. Who
-attacks in so many steps and keeps still in the twin steps has to guess which these are.
+A worker that a twin step has cleared does honest work. What stood out of it came of its data, and if that lasts, their
+column would be left out again and again. So what it sent between is taken for usual of the column (``usual.py``) in
+which it was struck last, wherever it serves when it is cleared, if that stood out in at least three steps and in three
+quarters of all since the first: what is seen once tells nothing of what lasts. Who attacks in so many steps and keeps
+still in the twin steps has to guess which these are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.judgement.clean import sent_by
 
 _LEAST_STEPS, _SHARE = 3, 0.75
-_STATE = ("sums", "known", "steps", "out", "since")
+_STATE = ("sums", "known", "steps", "out", "since", "who")
 
 
 class Standing:
@@ -29,15 +30,17 @@ class Standing:
         self._window = window
         self._sums = np.zeros(shape)
         self._known = np.zeros(shape, np.int64)
-        self._steps, self._out, self._since = (np.zeros(shape[1:], np.int64) for _ in range(3))
+        self._steps, self._out, self._since, self._who = (np.zeros(shape[1:], np.int64) for _ in range(4))
 
-    def step(self, residuals: np.ndarray, striking: np.ndarray) -> None:
+    def step(self, residuals: np.ndarray, striking: np.ndarray, served: np.ndarray) -> None:
         """Hear of a step that is no twin step.
 
         Args:
             residuals: float64 [K, 2, L, C, M].
             striking: bool [2, L, C], where a worker is struck for what it sent.
+            served: int [S, C], who served each column.
         """
+        self._who = np.where(striking, sent_by(served), self._who)
         self._out = self._out + striking
         self._since = np.where(striking, 0, self._since + 1)
         followed = (self._out > 0) & (self._since < self._window)
@@ -53,18 +56,23 @@ class Standing:
         self._known = self._known + heard
 
     def lasting(self, cleared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where what stood out of the cleared (bool [S, C]) lasts, bool [2, L, C], and its mean, float64 [K, 2, L, C].
+        """Where what stood out of the cleared (bool [S, R]) lasts, bool [2, L, C], and its mean, float64 [K, 2, L, C].
 
         It is forgotten here.
         """
-        sent = sent_by(cleared)
-        lasts = sent & (self._out >= _LEAST_STEPS) & (self._out >= _SHARE * self._steps)
+        struck = np.take_along_axis(sent_by(cleared), self._who, axis=-1)
+        lasts = struck & (self._out >= _LEAST_STEPS) & (self._out >= _SHARE * self._steps)
         mean = np.where(self._known > 0, self._sums / np.maximum(self._known, 1), np.nan)
         self._forget(lasts)
         return lasts, mean
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {name: getattr(self, f"_{name}").copy() for name in _STATE}
+
+    @property
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """Least and largest value of what a state may hold, by name."""
+        return {"who": (0.0, self._who.shape[-1] - 1.0)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         for name in _STATE:

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 
 from deepspeed_sentinel.judgement.proof import Difference, Proof
+from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.mesh import DIRECTIONS, Worker
 
 _SCORE_GRID, _LARGEST_SCORE = 64.0, 1e6
@@ -199,9 +200,11 @@ class Verdict:
         halt: why training must stop, or None.
         twins: it is a twin step.
         alike: bool [S], in a twin step, stages all of whose included replicas have accumulated the same gradients.
-        suspects: bool [S, R], workers with strikes that are not convicted, after this step.
+        suspects: bool [S, R], workers to be tried, after this step, see ``Record.suspects``.
         proofs, differences: what a twin step has shown.
-        cleared: suspects that it has cleared.
+        contradicted: who is convicted because it contradicts too many.
+        cleared: suspects that a twin step has cleared.
+        wiring: int64 [S, C], of the next step; None where nobody deals.
     """
 
     step: int
@@ -226,7 +229,9 @@ class Verdict:
     alike: np.ndarray = field(default_factory=lambda: NOBODY)
     proofs: tuple[Proof, ...] = ()
     differences: tuple[Difference, ...] = ()
+    contradicted: tuple[Contradicted, ...] = ()
     cleared: tuple[Worker, ...] = ()
+    wiring: np.ndarray | None = None
 
     def digest(self) -> int:
         """A checksum of everything that ranks must agree on: all that is decided, and scores on a coarse grid.
@@ -253,8 +258,10 @@ class Verdict:
             for one in self.disputed
         ]
         changes = (self.newly_convicted, self.released, self.cleared)
-        crc = zlib.crc32(str((suspects, disputed, self.proofs, self.differences, changes)).encode(), crc)
+        shown = (self.proofs, self.differences, self.contradicted)
+        crc = zlib.crc32(str((suspects, disputed, *shown, changes)).encode(), crc)
         scores = np.rint(np.fmin(self.scores, _LARGEST_SCORE) * _SCORE_GRID).astype(np.int64)
-        for array in (scores, self.alarms, self.disputes, self.excluded, self.convicted, self.suspects):
+        decided = [scores, self.alarms, self.disputes, self.excluded, self.convicted, self.suspects]
+        for array in decided if self.wiring is None else [*decided, self.wiring]:
             crc = zlib.crc32(np.ascontiguousarray(array).tobytes(), crc)
         return crc

@@ -216,16 +216,12 @@ class Attackers:
         return not isinstance(self._attack, Collusion) or self._attack.takes_part(context)
 
     def _messages(self, stage: int, part: Part, served: np.ndarray) -> Iterator[_Message]:
-        sent_before = dict.fromkeys(range(served.shape[1]), 0)
         position_of = {column: position for position, column in enumerate(part.columns)}
         for column, replica in enumerate(served[stage].tolist()):
-            turn = sent_before[replica]
-            sent_before[replica] += 1
             if not self.malicious[stage, replica] or column not in position_of:
                 continue
             for position, micro_batch in enumerate(part.micro_batches):
-                index = turn * self._options.micro_batches + micro_batch
-                yield _Message(Worker(stage, replica), index, (position_of[column], position))
+                yield _Message(Worker(stage, replica), micro_batch, (position_of[column], position))
 
     def _context(
         self,
@@ -279,3 +275,12 @@ def attackers_of(options: SimulationOptions, mesh: Mesh, malicious: np.ndarray) 
     """The attackers of a run; None where nobody tampers."""
     assert malicious.shape == (mesh.stages, mesh.replicas)
     return Attackers(options, malicious) if options.attack is not None and malicious.any() else None
+
+
+def draw_attackers(mesh: Mesh, per_stage: int, seed: int) -> np.ndarray:
+    """Which workers are malicious, bool [S, R]: ``per_stage`` of every middle stage."""
+    generator = np.random.default_rng((seed, 2))
+    malicious = np.zeros((mesh.stages, mesh.replicas), bool)
+    for stage in range(1, mesh.stages - 1):
+        malicious[stage, generator.permutation(mesh.replicas)[:per_stage]] = True
+    return malicious

@@ -60,10 +60,20 @@ class Verifiers:
         self._observed: dict[tuple[int, int], list[Observation]] = {}
         self._lessons: dict[tuple[int, int], _Lesson] = {}
 
-    def begin_step(self, step: int) -> None:
-        """Forget the messages of the step before."""
+    def begin_step(self, step: int, met: np.ndarray | None = None) -> None:
+        """Forget the messages of the step before.
+
+        Args:
+            step: the engine's global step.
+            met: bool [S, C], pairs whose two workers beside the stage share no secret yet; None is none.
+        """
         self._observed, self._lessons = {}, {}
         self._observer.begin_step(step)
+        if met is not None and met.any():
+            self._observer.renewal.forget(met)
+            for stage, transfers in enumerate(self._transfers):
+                for direction in (FORWARD, BACKWARD):
+                    transfers.renew((direction, RECEIVED), np.zeros_like(met[stage]), met[stage])
 
     def observe(
         self, direction: int, link: int, sent_CMBTD: torch.Tensor, received_CMBTD: torch.Tensor | None = None
@@ -80,7 +90,7 @@ class Verifiers:
         self._observed.setdefault((direction, link), []).append(observation)
 
     def evidence(self, step: int, served: np.ndarray, twins: Twins | None = None) -> Evidence:
-        """All reports of the step; ``twins`` if it is a twin step."""
+        """All reports of the step, in this wiring (int64 [S, C]); ``twins`` if it is a twin step."""
         observed = {key: join(parts, self._mesh.replicas) for key, parts in self._observed.items()}
         messages = observed[FORWARD, 0].of_end[RECEIVED].means_MD.shape[0]
         shape = (2, 2, self._mesh.links, self._mesh.replicas, messages // self._mesh.replicas)

@@ -32,6 +32,10 @@ class Tally:
 
     Of messages: a blamed one that was changed is right, any other is wrong, and a changed one is missed if neither it
     nor any before it on its micro-batch's way was blamed.
+
+    Attributes:
+        until_healed: from the first changed message to the latest conviction: steps, those of them that were skipped,
+            and columns left out, summed over the steps; None before anybody is convicted.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -43,6 +47,9 @@ class Tally:
         self.changed_blamed = self.unchanged_blamed = self.changed_missed = 0
         self.skipped_steps = self.excluded_columns = self.disputes = 0
         self.twin_steps = self.proofs = self.cleared = 0
+        self._attacked_since: int | None = None
+        self._before_attack = (0, 0)
+        self.until_healed: dict[str, int] | None = None
 
     def add(
         self,
@@ -59,6 +66,7 @@ class Tally:
             malicious: bool [S, R], who has changed something in this step or before.
             altered: (direction, stage, column, micro-batch) of the messages changed in this step.
         """
+        before = self.skipped_steps, self.excluded_columns
         self._add_messages(verdict, altered)
         micro_batches = verdict.scores.shape[3]
         self.judged_messages += verdict.judged
@@ -79,6 +87,14 @@ class Tally:
         self.skipped_steps += verdict.skip
         self.excluded_columns += int(np.count_nonzero(verdict.excluded))
         self.disputes += len(verdict.disputed)
+        if self._attacked_since is None and malicious.any():
+            self._attacked_since, self._before_attack = verdict.step, before
+        if verdict.newly_convicted and self._attacked_since is not None:
+            self.until_healed = {
+                "steps": verdict.step + 1 - self._attacked_since,
+                "skipped_steps": self.skipped_steps - self._before_attack[0],
+                "lost_columns": self.excluded_columns - self._before_attack[1],
+            }
 
     def _add_messages(self, verdict: Verdict, altered: Iterable[tuple[int, int, int, int]]) -> None:
         changed, blamed = np.zeros(verdict.scores.shape, bool), np.zeros(verdict.scores.shape, bool)

@@ -19,7 +19,7 @@ _CHOICES = {
     "guard": ("on", "off"),
     "procedure": ("ours", "paper"),
     "dtype": ("float32", "bfloat16"),
-    "routing": ("dealt", "static"),
+    "wiring": (None, "heal", "static", "shuffle"),
     "change": ("none", "kinds", "crossing", "spells", "turn", "spike", "spikes", "rate", "sequence"),
 }
 
@@ -35,7 +35,7 @@ class SimulationOptions:
         attack, attack_arguments: what they do; None is nobody tampers.
         direction: which messages they tamper with.
         steps, start: steps of training; the first step in which the attack may act.
-        seed: of weights, data, routing, attackers and attack.
+        seed: of weights, data, wirings, attackers and attack.
         model, moe: size of the Llama; with a mixture of experts in place of each MLP.
         micro_batches, micro_batch_size, sequence: of each column; 0 is the default of the model's size.
         verifier: who computes the statistics that are judged: a trusted verifier on every link, as in
@@ -49,8 +49,8 @@ class SimulationOptions:
         majority: allow half of a stage's workers or more to be malicious.
         chunk: micro-batches of all columns that are computed at once; 0 is all.
         device, dtype: where and in what to compute.
-        routing: columns dealt anew in every step among the workers that are not convicted, or for ever the same, as
-            in DeepSpeed.
+        wiring: how columns are dealt, in place of what ``sentinel`` says of it. With "shuffle" workers that meet for
+            the first time know what others have learnt of the stage between them, as they would not in an engine.
         change, change_at: an honest change and its first step. kinds: each column has its own kind of text from the
             very first step; crossing: one column after the other crosses to another kind for good; spells: columns
             have now and then some steps of another kind; turn: all cross at once; spike: one column has a batch of
@@ -85,7 +85,7 @@ class SimulationOptions:
     chunk: int = 0
     device: str = "cpu"
     dtype: str = "float32"
-    routing: str = "dealt"
+    wiring: str | None = None
     change: str = "none"
     change_at: int = 40
     twins_every: int = 0
@@ -94,7 +94,8 @@ class SimulationOptions:
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                named = ", ".join(choice for choice in allowed if choice)
+                raise ValueError(f"{name} must be one of {named}, got {getattr(self, name)!r}")
         lowest = {"stages": 3, "replicas": 1, "steps": 1, "honest_steps": 1}
         at_zero = dict.fromkeys(("start", "seed", "chunk", "stop_after", "change_at", "twins_every"), 0)
         for name, low in {**lowest, **at_zero}.items():
@@ -175,7 +176,7 @@ class SimulationOptions:
             "honest_steps": 1000,
             "stop_after": 0,
             "majority": False,
-            "routing": "dealt",
+            "wiring": None,
             "twins_every": 0,
             "sentinel": {},
         }

@@ -18,7 +18,7 @@ What we read into it, in its favour where there was a choice:
  * The EMA takes the median over the replicas of their means over the micro-batches, one value a step, which no single
    unflagged attacker moves far. A plain mean would be weaker.
  * Banned is who was flagged in ``VIOLATIONS`` of ``WITHIN`` steps, for good.
- * Banned workers serve no more, and columns are dealt anew among the others, as in all simulations.
+ * Columns with banned workers are left out, and the columns are dealt so that these are few, as in all simulations.
  * The contaminated gradient: published is that the EMA takes its place. Here its column is left out of the step, which
    is kinder to training and changes nothing for detection, since that micro-batch is no longer judged either way.
 
@@ -33,6 +33,7 @@ import numpy as np
 
 from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, Evidence
 from deepspeed_sentinel.judgement.blame import followers
+from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.robust import quantiles
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
@@ -72,6 +73,12 @@ class PaperJudge:
         self._steps = 0
         self.clean_links = np.ones((2, mesh.links, mesh.replicas), bool)
 
+    @property
+    def doubts(self) -> Doubts:
+        """Who is banned: nobody is tried."""
+        nobody = np.zeros_like(self.record.convicted)
+        return Doubts(self.record.convicted.copy(), nobody, nobody)
+
     def step(self, evidence: Evidence) -> Verdict:
         """Judge one step; what is not flagged is what the next ones are judged by."""
         distances = np.moveaxis(evidence.statistics[RECEIVED][..., _ROWS], -1, 0)
@@ -97,6 +104,7 @@ class PaperJudge:
             self._choose_multiplier()
         self.clean_links = clean.all(3)
         suspected = first.any(axis=(0, 1, 3))
+        excluded = suspected | np.take_along_axis(self.record.convicted, evidence.served, axis=1).any(0)
         nothing = np.zeros_like(flagged)
         worst = scores.max(0)
         return Verdict(
@@ -108,13 +116,13 @@ class PaperJudge:
             disputes=nothing,
             worker_scores=np.zeros(struck.shape),
             suspected=suspected,
-            excluded=suspected,
+            excluded=excluded,
             convicted=self.record.convicted.copy(),
             findings=findings,
             disputed=(),
             newly_convicted=tuple(Worker(*worker) for worker in np.argwhere(newly).tolist()),
             released=(),
-            skip=bool(suspected.all()),
+            skip=bool(excluded.all()),
             overflow=False,
             halt=None,
             suspects=self.record.suspects,

@@ -17,8 +17,9 @@ from deepspeed_sentinel.evidence.table import Twins
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import FORWARD
+from deepspeed_sentinel.response.dealing import Dealer
 from deepspeed_sentinel.response.twins import Draw, draw
-from deepspeed_sentinel.simulation.attackers import Attackers, Part, attackers_of
+from deepspeed_sentinel.simulation.attackers import Attackers, Part, attackers_of, draw_attackers
 from deepspeed_sentinel.simulation.data import Text
 from deepspeed_sentinel.simulation.evidence import Verifiers
 from deepspeed_sentinel.simulation.metrics import Tally
@@ -26,7 +27,6 @@ from deepspeed_sentinel.simulation.model import build_stages
 from deepspeed_sentinel.simulation.options import SimulationOptions
 from deepspeed_sentinel.simulation.paper import PaperJudge
 from deepspeed_sentinel.simulation.pipeline import Pass, held_out_loss, train_pass, weights_of
-from deepspeed_sentinel.simulation.routing import deal_columns, draw_attackers
 from deepspeed_sentinel.simulation.weights import WeightHistory, backward_from
 
 _LEARNING_RATE_WARMUP = 10
@@ -57,8 +57,11 @@ class Simulation:
             "max_skipped_steps": options.steps,
             "twins": {"every": options.twins_every},
             **options.sentinel,
+            **({"wiring": options.wiring} if options.wiring else {}),
         }
         self.config = SentinelConfig.parse(settings).of_mesh(self.mesh)
+        self.dealer = Dealer.of(self.config, self.mesh)
+        self._served = self.dealer.wiring
         self.stages = build_stages(options)
         self.step_index = 0
         self._text = Text(options)
@@ -104,13 +107,13 @@ class Simulation:
     def step(self) -> Verdict | None:
         """Train one step; the verdict, or None without a guard."""
         begin = time.perf_counter()
-        self._served = self._deal()
+        before, self._served = self._served, self.dealer.wiring
         ids, labels = self._text.next_step()
         self._twins = self._draw_twins()
         if self._twins is not None:
             ids, labels = self._given(ids), self._given(labels)
         everybody = np.zeros(self.mesh.replicas, bool)
-        self.verifiers.begin_step(self.step_index)
+        self.verifiers.begin_step(self.step_index, self._met(before))
         if self.attackers is not None:
             self.attackers.begin_step(self.judge.record.suspicion > 0)
         passed = self._compute(ids, labels, everybody, again=False)
@@ -134,7 +137,9 @@ class Simulation:
             self._update(losses_CM.numel())
             self.losses.append(float(losses_CM.mean()))
         self.optimizer.zero_grad()
+        wiring = self.dealer.next(self.step_index, self.judge.doubts)
         if verdict is not None:
+            verdict = replace(verdict, wiring=wiring)
             acted = self._acted_first()
             altered = self.attackers.altered if self.attackers else ()
             self.tally.add(verdict, self._served, acted >= 0, altered)
@@ -192,11 +197,12 @@ class Simulation:
                 "procedure": options.procedure,
                 "guard": options.guard,
                 "messages": self.tally.messages(),
-                "routing": options.routing,
+                "wiring": self.config.wiring,
                 "change": options.change,
                 "change_at": options.change_at,
                 "skipped_steps": self.tally.skipped_steps,
                 "excluded_columns": self.tally.excluded_columns,
+                "until_healed": self.tally.until_healed,
                 "disputes": self.tally.disputes,
                 "twin_steps": self.tally.twin_steps,
                 "proofs": self.tally.proofs,
@@ -206,11 +212,13 @@ class Simulation:
             },
         }
 
-    def _deal(self) -> np.ndarray:
-        """Who serves which column in this step, int [S, C]."""
-        if self.options.routing == "static":
-            return np.tile(np.arange(self.mesh.replicas), (self.mesh.stages, 1))
-        return deal_columns(self.mesh, self.judge.record.convicted, self.options.seed, self.step_index)
+    def _met(self, before: np.ndarray) -> np.ndarray | None:
+        """Pairs of workers that stand beside a stage now and did not in the last step, bool [S, C]."""
+        if self.config.wiring == "shuffle":
+            return None
+        moved, met = self._served != before, np.zeros(before.shape, bool)
+        met[1:-1] = moved[:-2] | moved[2:]
+        return met
 
     def _jump(self) -> float:
         """By how much the learning rate of the next step is above the schedule's."""
@@ -286,7 +294,6 @@ class Simulation:
             for stage, gradient in zip(self._stage_of, gradients, strict=True):
                 if gradient is not None:
                     marks[stage] = zlib.crc32(gradient.cpu().contiguous().view(torch.uint8).numpy().data, marks[stage])
-            # Who serves several columns is not compared, so it does not matter whose mark stays.
             marks_SR[np.arange(self.mesh.stages), self._served[:, column]] = np.array(marks) + 1
         # One process computes all, so there is one kind of hardware, and nothing is held by norms.
         alike = np.zeros_like(marks_SR)
@@ -295,6 +302,8 @@ class Simulation:
     def _judge(self, passed: Pass) -> Verdict:
         begin = time.perf_counter()
         evidence = self.verifiers.evidence(self.step_index, self._served, self._told_of_twins(passed))
+        if self.config.wiring == "shuffle":
+            evidence = replace(evidence, renewed=None)
         verdict = self.judge.step(evidence)
         if self.judge.clean_links.any():
             self.verifiers.learn(self.judge.clean_links)

@@ -12,7 +12,7 @@ import numpy as np
 
 from deepspeed_sentinel.evidence.weights import Comparison, Division
 from deepspeed_sentinel.judgement.verdict import Verdict
-from deepspeed_sentinel.mesh import DIRECTIONS
+from deepspeed_sentinel.mesh import DIRECTIONS, columns_of
 from deepspeed_sentinel.telemetry.book import COLUMNS
 from deepspeed_sentinel.telemetry.standing import Above, Standing
 
@@ -73,6 +73,13 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
             "compared": proof.compared,
             "trusted": proof.trusted,
         }
+    for one in verdict.contradicted:
+        yield {
+            "kind": "contradicted",
+            "stage": one.worker.stage,
+            "replica": one.worker.replica,
+            "partners": [list(partner) for partner in one.partners],
+        }
     for difference in verdict.differences:
         yield {
             "kind": "difference",
@@ -91,6 +98,17 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
         yield {"kind": "skipped"}
     if verdict.halt:
         yield {"kind": "halt", "reason": verdict.halt}
+
+
+def wiring_event(before: np.ndarray, wiring: np.ndarray) -> dict[str, Any]:
+    """Who serves another column from a step on: [stage, replica, column before, column now] of each that moved.
+
+    Args:
+        before, wiring: int64 [S, C].
+    """
+    left, now = columns_of(before), columns_of(wiring)
+    moved = [[*worker, int(left[worker]), int(now[worker])] for worker in map(tuple, np.argwhere(left != now).tolist())]
+    return {"kind": "wiring", "moved": moved}
 
 
 def weights_events(comparison: Comparison, found: Iterable[Division], action: str) -> Iterator[dict[str, Any]]:

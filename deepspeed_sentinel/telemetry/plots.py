@@ -126,7 +126,8 @@ def plot_evidence(
     """Heat map: a row for each worker, grouped by stage; a column for each step; colour: the score.
 
     White is on the fence, blue inside, red outside. A dot marks a worker that was blamed in that step:
-    first in the chain outside the fences. A star marks a conviction.
+    first in the chain outside the fences. A star marks a conviction. Where columns are dealt anew, a number says which
+    column a worker serves from that step on.
 
     Raises:
         ValueError: ``events`` holds no "step" events.
@@ -155,6 +156,10 @@ def plot_evidence(
     convicted = _marks(events, "conviction", replicas)
     if convicted[0]:
         axes.scatter(*convicted, s=190, marker="*", color="#ffd400", edgecolors="black", label="convicted", zorder=4)
+    for event in events:
+        for stage, replica, _, column in event["moved"] if event["kind"] == "wiring" else ():
+            place = (event["step"] - 0.5, stage * replicas + replica)
+            _note(axes, str(column), place, (1, 0), va="center", fontsize=8, fontweight="bold")
     for stage in range(1, stages):
         axes.axhline(stage * replicas - 0.5, color="white", linewidth=3)
     axes.set_yticks(range(stages * replicas))

@@ -6,7 +6,8 @@
 rank 2 come to another verdict at step 3. ``empty`` hands replica 1 a batch without tokens at step 3. ``halt`` halts
 when stage 1 of replica 1 tampers. Rank 3 dies at step 3: in ``loss`` when losses are averaged; in ``leave`` before
 the step, and rank 5 ends by an error of its own then. ``twinN``: rank N dies at step 3, when micro-batches are handed
-over in a twin step.
+over in a twin step. ``deal``: columns are dealt anew in every step, and rank 3 dies when another wiring takes effect
+after step 3. ``dealt``: rank 2 deals another one than the others at step 3.
 """
 
 from __future__ import annotations
@@ -42,6 +43,19 @@ def disagree(engine) -> None:
         judge.step = step
 
 
+def deal_otherwise(engine) -> None:
+    """Rank 2 deals its stage the other way round."""
+    columns = engine.sentinel.gate.columns
+    honest = columns.deal
+
+    def deal(step, doubts):
+        wiring = honest(step, doubts)
+        return wiring[:, ::-1] if step == 3 else wiring
+
+    if torch.distributed.get_rank() == 2:
+        columns.deal = deal
+
+
 def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -53,6 +67,8 @@ def main(mode: str, folder: str, steps: str = "8") -> None:
     block = {"enabled": True, "output_dir": f"{folder}/sentinel", "warmup_steps": 2, "conviction": "statistics"}
     if mode.startswith("twin"):
         block |= {"twins": {"every": 1}}
+    if mode.startswith("deal"):
+        block |= {"wiring": "shuffle"}
     if mode == "halt":
         block |= {"action": "halt", "inject": [FAULT]}
     engine, *_ = deepspeed_sentinel.initialize(
@@ -70,6 +86,8 @@ def main(mode: str, folder: str, steps: str = "8") -> None:
         print(f"resumed {path} at step {engine.global_steps}", flush=True)
     if mode == "mismatch":
         disagree(engine)
+    if mode == "dealt":
+        deal_otherwise(engine)
     replica, rank = engine.grid.get_data_parallel_id(), torch.distributed.get_rank()
     while engine.global_steps < int(steps):
         tokens = 0 if mode == "empty" and engine.global_steps == 3 and replica == 1 else TOKENS
@@ -79,6 +97,8 @@ def main(mode: str, folder: str, steps: str = "8") -> None:
                 engine._aggregate_total_loss = die
             if mode == f"twin{rank}":
                 engine.sentinel._twins._of_source = die
+            if mode == "deal" and rank == 3:
+                engine.sentinel._collector.wire = die
             if mode == "leave" and rank == 3:
                 die()
             if mode == "leave" and rank == 5:

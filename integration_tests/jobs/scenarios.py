@@ -101,6 +101,7 @@ def summary(verdict: Any) -> dict[str, Any] | None:
         "differences": [plain(difference.workers) for difference in verdict.differences],
         "cleared": plain(verdict.cleared),
         "suspects": plain(np.argwhere(verdict.suspects)),
+        "wiring": plain(verdict.wiring),
         "newly_convicted": plain(verdict.newly_convicted),
         "released": plain(verdict.released),
         "digest": verdict.digest() if hasattr(verdict, "digest") else None,

@@ -31,7 +31,7 @@ def sentinel(stage=0):
     return SimpleNamespace(
         worker=Worker(stage, 0),
         state_shape=lambda: SHAPE,
-        problem=lambda state, parts: judge(parts).problem(checkpoint.to_arrays(state)),
+        problem=lambda state, parts: judge(parts).problem(checkpoint.to_arrays(state.get("judge"))),
     )
 
 

@@ -1,13 +1,15 @@
 """Who holds up a run that stands still: mesh of two stages and two replicas, seconds as one rank sees them."""
 
+import numpy as np
 import pytest
 from deepspeed.runtime.pipe import schedule
 
 from deepspeed_sentinel.engine.progress import BEGIN, OUTSIDE, PIPELINE, REDUCE, TIED, Place, Progress
 from deepspeed_sentinel.engine.standstill import Beat, Standstill
-from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.mesh import Mesh, Worker, identity
 
 WORKERS = {0: Worker(0, 0), 1: Worker(0, 1), 2: Worker(1, 0), 3: Worker(1, 1)}
+OWN = identity(Mesh(2, 2))
 SILENCE, PATIENCE, EVERY = 30.0, 100.0, 5.0
 GATE = ("ReduceTiedGrads", TIED)
 
@@ -16,9 +18,9 @@ def place(what, phase=PIPELINE, call=8):
     return Place(moves=call * 100 + phase, call=call, phase=phase, step=call - 1, what=what)
 
 
-def watch(places, rank, silent=(), ended=(), seconds=300.0, changes=None):
+def watch(places, rank, silent=(), ended=(), seconds=300.0, changes=None, workers=WORKERS, wiring=OWN):
     """What ``rank`` says, and after how many seconds, if every rank stays where it is."""
-    standstill = Standstill(WORKERS, rank, SILENCE, lambda _: PATIENCE)
+    standstill = Standstill(workers, rank, SILENCE, lambda _: PATIENCE, lambda step: wiring)
     passed = 0.0
     while passed < seconds:
         count = int(passed)
@@ -122,3 +124,15 @@ def test_progress_counts_calls_and_names_instructions():
     assert all(Place.from_text(one.to_text()) == one for one in seen) and str(seen[1]) == "LoadMicroBatch of step 4"
     beat = Beat(9, seen[3], ended=True)
     assert Beat.from_text(beat.to_text()) == beat and Beat.from_text("") is None and Beat.from_text("1 2 x") is None
+
+
+def test_a_rank_waits_for_the_worker_that_its_column_has_now():
+    """Rank 2, worker (1, 0), serves column 1 there: it waits for (0, 1), and (2, 1) for it."""
+    workers = {rank: Worker(*divmod(rank, 2)) for rank in range(6)}
+    wiring = np.array([[0, 1], [1, 0], [0, 1]])
+    places = {rank: place(*GATE) for rank in workers} | {2: place("RecvActivation"), 1: place("LoadMicroBatch")}
+    text, _ = watch(places, rank=2, workers=workers, wiring=wiring)
+    assert text.startswith("stuck: rank 1 = worker (stage 0, replica 1) in LoadMicroBatch"), text
+    places = {rank: place(*GATE) for rank in workers} | {5: place("RecvActivation"), 2: place("ForwardPass")}
+    text, _ = watch(places, rank=5, workers=workers, wiring=wiring)
+    assert text.startswith("stuck: rank 2 = worker (stage 1, replica 0) in ForwardPass"), text

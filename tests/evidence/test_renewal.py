@@ -58,3 +58,14 @@ def test_forgetting_takes_another_projection():
         renewal.learn(np.ones(5, bool))
     renewal.forget()
     assert not renewal.ready_X.any() and (renewal.epoch_X == 1).all()
+
+
+def test_pairs_that_are_parted_start_anew_and_the_others_go_on():
+    renewal = Renewal(OFFSETS)
+    for _ in range(10):
+        renewal.learn(np.ones(5, bool))
+    parted = np.array([True, False, False, True, False])
+    renewal.forget(parted)
+    assert (renewal.new_X == parted).all() and (renewal.epoch_X == parted).all() and (renewal.ready_X == ~parted).all()
+    renewal.learn(np.ones(5, bool))
+    assert not renewal.new_X.any()

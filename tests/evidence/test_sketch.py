@@ -9,7 +9,7 @@ from deepspeed_sentinel.evidence.renewal import LEAD, PERIOD, READY, Renewal
 from deepspeed_sentinel.evidence.sketch import _pack, _unpack
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.evidence.transfer import FRESH, LASTING, NEXT, Sketches, Transfers, pair_rows
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, identity
 
 BETWEEN = (1, 2, 3)
 
@@ -126,3 +126,44 @@ def test_what_a_partner_sends_cannot_make_statistics_unavailable():
     assert rows[:, [0, 1, 2, 4]].isfinite().all()
     same = _unpack(_pack(honest), honest)
     assert torch.equal(same.sketch_JXmK, honest.sketch_JXmK) and torch.equal(same.norms_Xm, honest.norms_Xm)
+
+
+MOVED = np.array([[0, 1, 2], [0, 1, 2], [1, 0, 2], [1, 2, 0], [0, 1, 2]])
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_pairs_go_by_the_wiring(everybody, back):
+    """Also by the one of before, which they come back to."""
+    wirings = [MOVED, identity(MESH)] if back else [MOVED]
+    before = {worker: {end: secret(pairs, end) for end in pairs.ends} for worker, pairs in everybody.items()}
+    for wiring in wirings:
+        parted = {worker: pairs.wire(wiring) for worker, pairs in everybody.items()}
+    for column, (below, *_, above) in enumerate(wiring.T):
+        for stage in BETWEEN:
+            below, above = (Worker(at, wiring[at, column]) for at in (stage - 1, stage + 1))
+            for mine, theirs in (((FORWARD, SENT), (FORWARD, RECEIVED)), ((BACKWARD, RECEIVED), (BACKWARD, SENT))):
+                shared = secret(everybody[below], mine)
+                assert shared == secret(everybody[above], theirs), "the two of a column sketch the same tokens"
+                moved = (MOVED[[stage - 1, stage + 1], column] != column).any()
+                assert parted[below][mine] == parted[above][theirs] == moved
+                assert (shared[LASTING][1] == before[below][mine][LASTING][1]) == (not moved), (
+                    "learnt anew where parted"
+                )
+    told = [pairs.renewal for pairs in everybody.values()]
+    for renewal in told:
+        for name in ("new_X", "epoch_X", "ready_X"):
+            assert (getattr(renewal, name) == getattr(told[0], name)).all(), "all ranks count alike"
+    # Around stage 1 the columns 0 and 1, around 2 all three, around 3 the columns 0 and 1.
+    expected = np.array([[0, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0], [0, 0, 0]], bool)
+    assert (told[0].new_X == expected).all()
+
+
+def test_two_that_meet_in_another_column_share_other_secrets(everybody):
+    """Workers (1, 0) and (3, 0) move together to column 1."""
+    wiring = identity(MESH)
+    wiring[[1, 3]] = [1, 0, 2]
+    together = everybody[Worker(1, 0)]
+    before = secret(together, (FORWARD, SENT))
+    parted = together.wire(wiring)
+    after = secret(together, (FORWARD, SENT))
+    assert parted[FORWARD, SENT] and {n for row in before for n in row}.isdisjoint(n for row in after for n in row)

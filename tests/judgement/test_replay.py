@@ -3,9 +3,10 @@
 import numpy as np
 
 from deepspeed_sentinel.judgement.replay import Replays
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, identity
 
 MESH = Mesh(4, 2)
+WIRING = identity(MESH)
 
 
 class Both:
@@ -29,7 +30,7 @@ class Both:
 
 def replays():
     known = Replays(MESH)
-    known.step(*vars(Both()).values())
+    known.step(*vars(Both()).values(), WIRING)
     return known
 
 
@@ -39,25 +40,25 @@ def test_the_sender_of_the_first_message_that_differs_is_inconsistent():
         (BACKWARD, 1, Worker(2, 0)),
         (FORWARD, 0, Worker(0, 0)),
     ):
-        outcome = replays().step(*vars(Both().from_link(direction, link, 0)).values())
+        outcome = replays().step(*vars(Both().from_link(direction, link, 0)).values(), WIRING)
         assert outcome.inconsistent == (worker,) and outcome.spoilt.tolist() == [True, False]
 
 
 def test_gradients_that_differ_of_the_same_messages_are_their_workers():
     both = Both()
     both.gradients[2, 1] = True
-    outcome = replays().step(*vars(both).values())
+    outcome = replays().step(*vars(both).values(), WIRING)
     assert outcome.inconsistent == (Worker(2, 1),) and outcome.spoilt.tolist() == [False, True]
 
 
 def test_one_end_alone_accuses_nobody():
-    outcome = replays().step(*vars(Both().from_link(FORWARD, 1, 0, ends=1)).values())
+    outcome = replays().step(*vars(Both().from_link(FORWARD, 1, 0, ends=1)).values(), WIRING)
     assert outcome.inconsistent == () and outcome.spoilt.tolist() == [True, False]
 
 
 def test_what_differs_in_the_first_replay_is_nature_and_accuses_nobody_later():
     known = Replays(MESH)
-    first = known.step(*vars(Both().from_link(FORWARD, 1, 0)).values())
+    first = known.step(*vars(Both().from_link(FORWARD, 1, 0)).values(), WIRING)
     assert first.inconsistent == () and known.unlike.tolist() == [False, True, False, False]
-    assert known.step(*vars(Both().from_link(FORWARD, 1, 1)).values()).inconsistent == ()
-    assert known.step(*vars(Both().from_link(FORWARD, 0, 1)).values()).inconsistent == (Worker(0, 1),)
+    assert known.step(*vars(Both().from_link(FORWARD, 1, 1)).values(), WIRING).inconsistent == ()
+    assert known.step(*vars(Both().from_link(FORWARD, 0, 1)).values(), WIRING).inconsistent == (Worker(0, 1),)

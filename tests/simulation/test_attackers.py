@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
-from deepspeed_sentinel.simulation.attackers import Attackers, Part
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+from deepspeed_sentinel.simulation.attackers import Attackers, Part, draw_attackers
 
 ALL = Part((0, 1, 2, 3), (0, 1), again=False)
 CULPRIT = Worker(1, 2)
@@ -129,3 +129,10 @@ def test_colluders_vouch_for_each_other_only(options):
     assert not mine.vouched(1, 2, FORWARD, 0, ALL, together).any()
     assert not mine.vouched(2, 3, FORWARD, 1, ALL, together).any()
     assert not mine.vouched(1, 2, FORWARD, 1, ALL, np.tile(np.arange(4), (4, 1))).any()
+
+
+def test_attackers_are_drawn_from_the_middle_stages():
+    drawn = draw_attackers(Mesh(5, 6), 2, seed=3)
+    assert drawn.sum(1).tolist() == [0, 2, 2, 2, 0]
+    assert (drawn == draw_attackers(Mesh(5, 6), 2, seed=3)).all()
+    assert (drawn != draw_attackers(Mesh(5, 6), 2, seed=4)).any()

@@ -81,7 +81,7 @@ def test_sequences_double(options):
 
 
 def test_the_learning_rate_jumps_and_static_columns_stay(options):
-    simulation = Simulation(options(change="rate", change_at=5, routing="static", guard="off"))
+    simulation = Simulation(options(change="rate", change_at=5, guard="off"))
     rates, served = [], []
     for _ in range(7):
         rates.append(simulation.optimizer.param_groups[0]["lr"])

@@ -8,11 +8,10 @@ import torch
 
 from deepspeed_sentinel.simulation import run as runs
 from deepspeed_sentinel.simulation import weights as weight_history
-from deepspeed_sentinel.simulation.attackers import Attackers
+from deepspeed_sentinel.simulation.attackers import Attackers, draw_attackers
 from deepspeed_sentinel.simulation.data import Text
 from deepspeed_sentinel.simulation.model import build_stages
 from deepspeed_sentinel.simulation.pipeline import Wire, train_pass
-from deepspeed_sentinel.simulation.routing import draw_attackers
 from deepspeed_sentinel.simulation.run import Simulation
 
 EARLY = {"warmup_steps": 2, "fence_window": 8}
@@ -83,14 +82,16 @@ def test_a_step_without_any_column_left_changes_nothing(options):
     assert all(torch.equal(one, other) for one, other in zip(before, weights(simulation), strict=True))
 
 
-def test_attackers_are_found_convicted_and_serve_no_more(options):
+def test_attackers_are_found_convicted_and_share_a_column_that_is_left_out(options):
     simulation, result = run(options(attack="nan", steps=25, start=3))
     malicious = np.argwhere(draw_attackers(simulation.mesh, 1, 0)).tolist()
     assert result["malicious"] == result["convicted"] == malicious
     assert (result["precision"], result["recall"], result["f1"]) == (1.0, 1.0, 1.0)
     assert result["false_convictions"] == 0
-    for stage, replica in malicious:
-        assert replica not in simulation._served[stage]
+    columns = {int(np.flatnonzero(simulation._served[stage] == replica)[0]) for stage, replica in malicious}
+    assert len(columns) == 1 and simulation.step().excluded.nonzero()[0].tolist() == list(columns)
+    healed = result["details"]["until_healed"]
+    assert 0 < healed["lost_columns"] <= result["details"]["excluded_columns"] and healed["steps"] <= 22
     assert result["loss"]["guarded"] == pytest.approx(simulation.held_out_loss())
 
 

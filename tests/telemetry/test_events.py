@@ -11,7 +11,7 @@ from synthetic import World
 from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.evidence.weights import Comparison, divisions
 from deepspeed_sentinel.mesh import Worker
-from deepspeed_sentinel.telemetry.events import EventLog, device_event, verdict_events, weights_events
+from deepspeed_sentinel.telemetry.events import EventLog, device_event, verdict_events, weights_events, wiring_event
 from deepspeed_sentinel.telemetry.standing import Above, Standing
 
 
@@ -69,3 +69,12 @@ def test_a_device_is_told_with_its_counts(why):
     assert event == {**event, "kind": "device", "why": why, "device": "gpu:a", "workers": [[1, 2]], "proofs": 1, **rate}
     assert "chance" in event or why == "proof"
     json.dumps(event, allow_nan=False)
+
+
+def test_who_moves_is_told_with_the_column_before_and_the_one_now():
+    before, wiring = np.tile(np.arange(3), (4, 1)), np.tile(np.arange(3), (4, 1))
+    wiring[1] = [2, 1, 0]
+    wiring[2] = [1, 2, 0]
+    event = wiring_event(before, wiring)
+    assert event == {"kind": "wiring", "moved": [[1, 0, 0, 2], [1, 2, 2, 0], [2, 0, 0, 2], [2, 1, 1, 0], [2, 2, 2, 1]]}
+    assert json.loads(json.dumps(event)) == event

@@ -1,0 +1,245 @@
+"""Columns are dealt so that few are lost, and nobody moves who need not."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.judgement.doubts import Doubts
+from deepspeed_sentinel.mesh import Mesh, Worker, check_wiring, columns_of, identity
+from deepspeed_sentinel.response.dealing import Dealer
+
+SETTINGS = settings(max_examples=60, deadline=None)
+REST = 6
+
+
+def doubts(mesh, convicted=(), suspects=(), apart=(), accused=()):
+    arrays = np.zeros((3, mesh.stages, mesh.replicas), bool)
+    for array, workers in zip(arrays, (convicted, (*suspects, *accused), accused), strict=True):
+        for worker in workers:
+            array[worker] = True
+    return Doubts(*arrays, tuple(tuple(sorted(Worker(*one) for one in pair)) for pair in apart))
+
+
+@st.composite
+def situations(draw, apart=True):
+    """A dealer whose columns were dealt at random, and doubts that may come up in its mesh."""
+    mesh = Mesh(draw(st.integers(3, 7)), draw(st.integers(1, 9)))
+    generator = np.random.default_rng(draw(st.integers(0, 1 << 30)))
+    dealer = Dealer(mesh)
+    wiring = identity(mesh)
+    if draw(st.booleans()):
+        for stage in range(1, mesh.stages - 1):
+            wiring[stage] = generator.permutation(mesh.replicas)
+    dealer.load_state_dict({"wiring": wiring})
+    shape = (mesh.stages, mesh.replicas)
+    convicted = generator.random(shape) < draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]))
+    convicted[[0, -1]] = False
+    suspects = (generator.random(shape) < draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]))) & ~convicted
+    suspects[[0, -1]] = False
+    pairs = []
+    for _ in range(draw(st.integers(0, 5)) if apart else 0):
+        stage, distance = int(generator.integers(mesh.stages)), int(generator.integers(3))
+        if stage + distance >= mesh.stages:
+            continue
+        one, other = (Worker(at, int(generator.integers(mesh.replicas))) for at in (stage, stage + distance))
+        trusted = mesh.is_trusted(one.stage) and mesh.is_trusted(other.stage)
+        if one < other and not (convicted[one] or convicted[other] or trusted):
+            pairs.append((one, other))
+    accused = suspects & (generator.random(shape) < 0.5)
+    return dealer, Doubts(convicted, suspects, accused, tuple(dict.fromkeys(pairs))), draw(st.integers(0, 1000))
+
+
+def by_column(which, wiring):
+    return np.take_along_axis(which, wiring, axis=1)
+
+
+@given(situations())
+@SETTINGS
+def test_what_is_dealt_is_a_wiring_and_the_same_everywhere(situation):
+    dealer, about, step = situation
+    other = Dealer(dealer._mesh)
+    other.load_state_dict(dealer.state_dict())
+    wiring = dealer.next(step, about)
+    check_wiring(dealer._mesh, wiring)
+    assert wiring.dtype == np.int64
+    assert (other.next(step, about) == wiring).all() and (other.wiring == wiring).all()
+
+
+@given(situations())
+@SETTINGS
+def test_no_dealing_leaves_more_columns_without_convicted_workers(situation):
+    """A stage's convicted workers stand in as many columns as there are of them, so none can leave more."""
+    dealer, about, step = situation
+    wiring = dealer.next(step, about)
+    most = np.count_nonzero(about.convicted, axis=1).max()
+    clean = ~by_column(about.convicted, wiring).any(0)
+    assert np.count_nonzero(clean) == dealer._mesh.replicas - most
+
+
+@given(situations())
+@SETTINGS
+def test_it_comes_to_rest(situation):
+    """With the same doubts, in the same turn."""
+    dealer, about, step = situation
+    for _ in range(REST):
+        before = dealer.wiring
+        if (dealer.next(step, about) == before).all():
+            return
+    raise AssertionError("it goes on moving workers")
+
+
+def test_nothing_moves_without_suspicion_not_even_back():
+    mesh = Mesh(5, 4)
+    dealer = Dealer(mesh)
+    assert (dealer.next(0, doubts(mesh)) == identity(mesh)).all()
+    healed = dealer.next(1, doubts(mesh, convicted=[(1, 0), (2, 1)])).copy()
+    assert (healed != identity(mesh)).any()
+    assert all((dealer.next(step, doubts(mesh)) == healed).all() for step in range(2, 40))
+
+
+@given(situations(apart=False))
+@SETTINGS
+def test_only_who_must_moves(situation):
+    """Without suspects: the convicted outside of the lost columns, and one for each whose place it takes."""
+    dealer, about, step = situation
+    about = doubts(dealer._mesh, convicted=map(tuple, np.argwhere(about.convicted)))
+    before = dealer.wiring.copy()
+    after = dealer.next(step, about)
+    lost = by_column(about.convicted, after).any(0)
+    outside = np.count_nonzero(by_column(about.convicted, before)[:, ~lost])
+    assert np.count_nonzero(before != after) <= 2 * outside
+    best = np.sort(np.count_nonzero(by_column(about.convicted, before), axis=0))[::-1]
+    assert outside == best[np.count_nonzero(lost) :].sum(), "no other choice of columns moves fewer"
+
+
+def places_to_try(mesh, convicted):
+    lost = np.count_nonzero(convicted, axis=1).max()
+    return lost, min(max(1, mesh.replicas - lost - (mesh.replicas - 1) // 2 - 1), mesh.replicas - 1 - lost)
+
+
+@given(situations(apart=False))
+@SETTINGS
+def test_suspects_get_columns_of_their_own_as_far_as_there_are_some(situation):
+    dealer, about, step = situation
+    mesh = dealer._mesh
+    wiring = dealer.next(step, about)
+    lost, tried = places_to_try(mesh, about.convicted)
+    a_stage = np.count_nonzero(about.suspects, axis=1)
+    suspects, with_convicted = by_column(about.suspects, wiring), by_column(about.convicted, wiring).any(0)
+    used = suspects.any(0) & ~with_convicted
+    if tried < 1:
+        return
+    if a_stage.max() <= tried:
+        assert not suspects[:, with_convicted].any(), "nobody waits while there is room"
+        assert np.count_nonzero(used) == min(tried, a_stage.sum())
+    else:
+        assert np.count_nonzero(used) >= tried
+    free = lost - np.count_nonzero(about.convicted, axis=1)
+    if (a_stage <= tried + free).all():
+        assert np.count_nonzero(used) <= tried
+        assert (~(used | with_convicted)).any(), "a column is left without any"
+
+
+def test_suspects_that_are_too_many_take_turns():
+    mesh = Mesh(4, 5)
+    dealer = Dealer(mesh)
+    about = doubts(mesh, convicted=[(2, 0), (2, 1)], suspects=[(1, replica) for replica in range(3)])
+    tried = set()
+    for step in range(64):
+        wiring = dealer.next(step, about)
+        lost = by_column(about.convicted, wiring).any(0)
+        here = wiring[1][~lost & by_column(about.suspects, wiring)[1]]
+        assert len(here) == 1, "five less two lost less three that have to agree, at least one"
+        tried |= set(here.tolist())
+    assert tried == {0, 1, 2}
+
+
+@pytest.mark.parametrize("replicas", [3, 4, 5, 8])
+@pytest.mark.parametrize("distance", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_at_odds_get_other_partners(replicas, distance, stage):
+    mesh = Mesh(6, replicas)
+    pair = (Worker(stage, 1), Worker(stage + distance, 1))
+    suspects = [worker for worker in pair if not mesh.is_trusted(worker.stage)]
+    dealer = Dealer(mesh)
+    met = set()
+    pairs = []
+    for step in range(4):
+        wiring = dealer.next(step, doubts(mesh, suspects=suspects, apart=[pair, *pairs]))
+        columns = columns_of(wiring)
+        assert columns[pair[0]] != columns[pair[1]]
+        partner = Worker(pair[1].stage, int(wiring[pair[1].stage, columns[pair[0]]]))
+        assert partner not in met or len(met) == replicas - 1
+        met.add(partner)
+        if len(met) < replicas - 1:
+            pairs.append((pair[0], partner))
+
+
+def test_two_at_odds_part_where_a_column_is_lost_too():
+    mesh = Mesh(6, 3)
+    pair = ((2, 0), (3, 0))
+    dealer = Dealer(mesh)
+    wiring = dealer.next(0, doubts(mesh, convicted=[(1, 2)], suspects=pair, apart=[pair]))
+    columns = columns_of(wiring)
+    assert columns[2, 0] != columns[3, 0] and {columns[2, 0], columns[3, 0]} == {0, columns[1, 2]}, (
+        "one column is without suspects and convicted workers"
+    )
+
+
+@pytest.mark.parametrize(
+    ("accused", "suspects", "waits"),
+    [([], [(2, 0)], 1), ([(2, 1)], [(2, 0)], 0), ([], [(2, 0), (2, 1)], 1), ([(2, 0), (2, 1)], [], 1)],
+)
+def test_of_two_that_differed_one_is_compared_with_another(accused, suspects, waits):
+    """The one that is accused, or else suspected."""
+    mesh = Mesh(5, 3)
+    dealer = Dealer(mesh)
+    about = doubts(mesh, [(1, 2)], suspects, [((2, 0), (2, 1))], accused)
+    lost = by_column(about.convicted, dealer.next(0, about)).any(0)
+    assert dealer.wiring[2][lost].tolist() == [waits]
+
+
+def test_who_differed_from_two_lets_them_be_compared():
+    mesh = Mesh(5, 3)
+    dealer = Dealer(mesh)
+    everybody = [(2, replica) for replica in range(3)]
+    about = doubts(mesh, convicted=[(1, 2)], suspects=everybody, apart=[((2, 0), (2, 1)), ((2, 1), (2, 2))])
+    lost = by_column(about.convicted, dealer.next(0, about)).any(0)
+    assert dealer.wiring[2][lost].tolist() == [1]
+
+
+def test_the_worked_example_of_the_docstring():
+    mesh = Mesh(5, 4)
+    dealer = Dealer(mesh)
+    wiring = dealer.next(0, doubts(mesh, convicted=[(1, 0), (2, 1)], suspects=[(3, 2)]))
+    assert wiring.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [1, 0, 2, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_shuffled_columns_are_dealt_every_so_many_steps():
+    mesh = Mesh(5, 4)
+    dealer, other = (Dealer(mesh, "shuffle", shuffle_every=3, seed=1) for _ in range(2))
+    nobody, dealt = doubts(mesh), []
+    for step in range(30):
+        dealt.append(dealer.next(step, nobody).tobytes())
+        check_wiring(mesh, dealer.wiring)
+    assert all(dealt[step] == dealt[step + 1] for step in range(29) if (step + 2) % 3)
+    assert len(set(dealt)) > 8
+    assert other.next(29, nobody).tobytes() == dealt[29], "it hangs on the step alone"
+    assert Dealer(mesh, "shuffle", 3, seed=2).next(29, nobody).tobytes() != dealt[29]
+
+
+@pytest.mark.parametrize(
+    ("block", "moves"), [({}, True), ({"action": "observe"}, False), ({"wiring": "static"}, False)]
+)
+def test_columns_heal_by_default_and_stay_where_nobody_is_to_act(block, moves):
+    mesh = Mesh(4, 3)
+    dealer = Dealer.of(SentinelConfig.parse(block).of_mesh(mesh), mesh)
+    dealer.next(0, doubts(mesh, convicted=[(1, 0), (2, 1)]))
+    assert (dealer.wiring != identity(mesh)).any() == moves
+
+
+def test_no_wiring_of_the_mesh_is_refused():
+    with pytest.raises(ValueError, match="first and last stage"):
+        Dealer(Mesh(3, 2)).load_state_dict({"wiring": np.array([[1, 0], [0, 1], [0, 1]])})

@@ -1,0 +1,50 @@
+import json
+
+from deepspeed.launcher.runner import _parse_hostfile, parse_resource_filter
+
+from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.telemetry.devices import NOBODY, Device
+from deepspeed_sentinel.telemetry.exclusion import FILE, Convict, exclusions, write_exclusions
+
+# 3 stages x 4 replicas on three nodes of four slots; worker (stage, replica) = slot ``replica`` of node ``stage``.
+DEVICES = tuple(tuple(Device(f"node-{stage}", slot, f"uuid-{stage}{slot}") for slot in range(4)) for stage in range(3))
+
+
+def convict(stage, replica, device=None):
+    where = DEVICES[stage][replica] if device is None else device
+    return Convict(Worker(stage, replica), 4 * stage + replica, where, 31, "PROVED")
+
+
+def test_every_convicted_worker_is_named_with_its_machine(tmp_path):
+    what = exclusions([convict(1, 0), convict(1, 3)], DEVICES, step=60)
+    write_exclusions(tmp_path / "new" / FILE, what)
+    assert json.loads((tmp_path / "new" / FILE).read_text()) == what and what["step"] == 60
+    assert what["workers"][1] == {
+        "stage": 1,
+        "replica": 3,
+        "rank": 7,
+        "host": "node-1",
+        "slot": 3,
+        "device": "gpu:uuid-13",
+        "step": 31,
+        "why": "PROVED",
+    }
+    assert what["replicas_left"] == 3, "ten processes of twelve"
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [FILE]
+
+
+def test_deepspeeds_launcher_reads_the_lines_so():
+    what = exclusions([convict(1, 0), convict(1, 3), convict(2, 1)], DEVICES, step=60)
+    everything = {f"node-{stage}": [0, 1, 2, 3] for stage in range(3)}
+    option, excluded = what["deepspeed"].split("=")
+    assert option == "--exclude"
+    left = parse_resource_filter(everything, exclude_str=excluded)
+    assert left == {"node-0": [0, 1, 2, 3], "node-1": [1, 2], "node-2": [0, 2, 3]}
+    assert _parse_hostfile(what["hostfile"]) == {"node-0": 4}
+    assert what["hosts"] == ["node-1", "node-2"] and what["slurm"] == "--exclude=node-1,node-2"
+
+
+def test_who_names_no_host_is_told_of_and_excludes_none():
+    what = exclusions([convict(1, 0, NOBODY)], DEVICES, step=60)
+    assert what["workers"][0]["host"] == "" and what["workers"][0]["device"] == "unnamed"
+    assert what["deepspeed"] == what["slurm"] == "" and what["hosts"] == []
