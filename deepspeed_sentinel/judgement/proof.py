@@ -209,7 +209,7 @@ def try_twins(
         gradients, norms = twins.gradients[stage][workers], twins.norms[stage][workers]
         # Who serves several columns has accumulated more than the others.
         alone = np.bincount(workers, minlength=mesh.replicas)[workers] == 1
-        asked = entered[stage] & alone & (gradients != 0)
+        asked = entered[stage] & alone
         if asked.any():
             vote = stages[stage].vote(
                 gradients[:, None, None], norms[None, :, None, None], asked[:, None], entered_exact[stage][:, None]

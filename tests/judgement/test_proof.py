@@ -96,6 +96,16 @@ def test_gradients_of_weights_that_never_cross_a_link_are_compared():
     assert trial.sound[2].all() and not trial.sound[1, 2]
 
 
+def test_who_says_that_it_accumulated_nothing_is_compared_as_any_other():
+    step = Step()
+    step.gradients[1, 2] = 0
+    trial = step.trial()
+    assert proved(trial) == {(Worker(1, 2), None)} and trial.spoilt.tolist() == [False, False, True]
+    step.gradients[1] = 0  # a stage without weights to train
+    trial = step.trial()
+    assert not trial.proofs and not trial.spoilt.any() and trial.sound.all() and trial.same.all()
+
+
 def test_first_and_last_stage_are_compared_too_and_marked_as_trusted():
     step = Step(replicas=4)
     step.sends(0, 0, FORWARD, lie=3)
