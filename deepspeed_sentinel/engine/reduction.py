@@ -117,4 +117,3 @@ class Reduction:
         if self._engine.fp16_enabled():  # a sum may leave the range, and the scaler skips the step
             fine |= ~outcome.isfinite()
         return not bool(fine.all())
-

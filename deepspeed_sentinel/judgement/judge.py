@@ -196,6 +196,7 @@ class Judge:
                 served,
                 self.record.convicted,
                 self.record.suspects,
+                self.record.unlike,
             )
             differing, right = trial.wrong | trial.undecided, trial.right
             alarms = alarms & ~differing & (hard.any(0) | ~right)
