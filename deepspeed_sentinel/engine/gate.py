@@ -182,9 +182,10 @@ class Gate:
         if not verdict.twins:
             self._interception.run_original(schedule.ReduceGrads)
             return
-        comparable = self.share.included and bool(verdict.alike[self._worker.stage])
+        included_SR = np.zeros(self.served.shape, bool)
+        np.put_along_axis(included_SR, self.served, verdict.alike[:, None] & ~verdict.excluded, axis=1)
         self.poisoned = self._reduction.watch(
-            lambda: self._interception.run_original(schedule.ReduceGrads), comparable, self.share.factor
+            lambda: self._interception.run_original(schedule.ReduceGrads), included_SR, self.share.factor
         )
         if self.poisoned:
             self._telling.poisoned(self.poisoned)

@@ -3,14 +3,14 @@
 Who feeds the all-reduce something else than it accumulated and reported is seen by every replica of its stage: what
 comes out is not what went in, by more than the rounding of a sum of R numbers. The step is then not applied.
 
-Who it was, the outcome does not tell. So each replica shows what it handed over, in a chunk that is drawn only then,
-and who shows something else than most is named. Memory that fails before the reduction shows itself so. What lies in
-the reduction alone, and shows the right chunk afterwards, is seen and stays without a name.
+Who it was, the outcome does not tell. So each replica shows a digest of all that it handed over, and who shows another
+one than most is named, where most are more than can be bad. Memory that fails before the reduction shows itself so.
+What lies in the reduction alone, and shows the right digest afterwards, is seen and stays without a name. So does a
+replica that says of a right outcome that it is wrong: a twin step is lost by it, and nothing else.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,10 +23,6 @@ from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import divisions, tensors_digest
 from deepspeed_sentinel.mesh import Worker
 
-_CHUNK = 4096
-_BITS = 62
-_FINE, _WRONG = 0, 1
-
 
 @dataclass(frozen=True)
 class Poisoned:
@@ -34,23 +30,30 @@ class Poisoned:
 
     Attributes:
         step: the engine's global step, which was not applied.
-        stages: whose.
+        said_by: who found its outcome wrong, by its own word.
         named: workers that handed over something else than most of their stage.
     """
 
     step: int
-    stages: tuple[int, ...]
+    said_by: tuple[Worker, ...]
     named: tuple[Worker, ...]
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Whose reduction."""
+        return tuple(sorted({worker.stage for worker in self.said_by}))
 
     def __str__(self) -> str:
         who = (
             f"{', '.join(map(str, self.named))} handed over something else than the others"
             if self.named
-            else "nobody shows anything else than the others, so one of them alters it in the reduction itself"
+            else "nobody is shown to have handed over anything else, so one of the stage alters it in the reduction "
+            "itself, or says what is not so"
         )
         return (
             f"the reduction of the gradients of stage {', '.join(map(str, self.stages))} does not give the mean of "
-            f"what its replicas have accumulated, which were equal: {who}. The step is not applied"
+            f"what its replicas have accumulated, which were equal, as {', '.join(map(str, self.said_by))} found: "
+            f"{who}. The step is not applied"
         )
 
 
@@ -67,41 +70,41 @@ class Reduction:
         self._engine, self._worker, self._ranks, self._control = engine, worker, ranks, control
 
     @torch.no_grad()
-    def watch(self, reduce: Callable[[], None], included: bool, factor: float) -> Poisoned | None:
+    def watch(self, reduce: Callable[[], None], included_SR: np.ndarray, factor: float) -> Poisoned | None:
         """Reduce, and hold the outcome against what this worker handed over. Collective over all ranks.
 
         Gradients are kept twice until it is done, when activations have long been freed.
 
         Args:
             reduce: DeepSpeed's own reduction.
-            included: this column takes part, and its gradients are those that all included replicas have.
+            included_SR: bool [S, R], who takes part with the gradients that all included replicas of its stage have.
             factor: by which they were raised before, see ``response/gate.py``.
         """
+        included = bool(included_SR[self._worker])
         before = access.gradients_by_parameter(self._engine) if included else ()
         handed_over = [(parameter, gradient.clone()) for parameter, gradient in before]
         reduce()
-        wrong = _FINE
-        if included:
-            found = access.reduced_gradients(self._engine, handed_over)
-            wrong = _WRONG if any(self._differs(*pair, factor) for pair in found) else _FINE
-        drawn = secrets.randbits(_BITS)
-        said_SR = self._control.all_gather(torch.tensor([wrong, int(included), drawn])).numpy()[self._ranks]
-        stages = tuple(np.flatnonzero((said_SR[..., 0] == _WRONG).any(-1)).tolist())
-        if not stages:
+        found = access.reduced_gradients(self._engine, handed_over) if included else ()
+        wrong = any(self._differs(*pair, factor) for pair in found)
+        wrong_SR = (self._gathered(int(wrong)) != 0) & included_SR
+        if not wrong_SR.any():
             return None
-        # Nobody could know the chunk while anybody could still choose what to hand over.
-        shown = _shown(
-            [copy for _, copy in handed_over],
-            int(np.bitwise_xor.reduce(said_SR[..., 2], axis=None)),
-            self._engine.device,
-        )
-        shown_SR = self._control.all_gather(torch.tensor([shown])).numpy()[:, 0][self._ranks]
+        copies = [copy for _, copy in handed_over]
+        shown_SR = self._gathered(int(tensors_digest(copies, torch.device(self._engine.device))))
+        said_by = tuple(Worker(*place) for place in np.argwhere(wrong_SR).tolist())
+        # More than can be bad where fewer than half of a stage's workers are: the others may have been left out.
+        quorum = max(2, (self._ranks.shape[1] - 1) // 2 + 1)
         named = []
-        for stage in stages:
-            able = np.flatnonzero(said_SR[stage, :, 1])
+        for stage in sorted({worker.stage for worker in said_by}):
+            able = np.flatnonzero(included_SR[stage])
             for one in divisions(shown_SR[stage, able][None]):
-                named += [Worker(stage, int(able[replica])) for replica in one.minority]
-        return Poisoned(self._engine.global_steps, stages, tuple(named))
+                if len(one.majority) >= quorum:
+                    named += [Worker(stage, int(able[replica])) for replica in one.minority]
+        return Poisoned(self._engine.global_steps, said_by, tuple(named))
+
+    def _gathered(self, word: int) -> np.ndarray:
+        """What every worker says, int64 [S, R]."""
+        return self._control.all_gather(torch.tensor([word])).numpy()[:, 0][self._ranks]
 
     def _differs(self, handed_over: torch.Tensor, outcome: torch.Tensor, factor: float) -> bool:
         """Whether an outcome is further from what it must be than R roundings; NaN is."""
@@ -114,15 +117,3 @@ class Reduction:
         if self._engine.fp16_enabled():  # a sum may leave the range, and the scaler skips the step
             fine |= ~outcome.isfinite()
         return not bool(fine.all())
-
-
-def _shown(handed_over: list[torch.Tensor], seed: int, device: str | torch.device) -> int:
-    """A digest of a chunk of each tensor; 0 where nothing was handed over."""
-    if not handed_over:
-        return 0
-    generator = np.random.default_rng(seed)
-    chunks = []
-    for tensor in handed_over:
-        start = int(generator.integers(max(tensor.numel() - _CHUNK, 0) + 1))
-        chunks.append(tensor.reshape(-1)[start : start + _CHUNK])
-    return int(tensors_digest(chunks, torch.device(device)))

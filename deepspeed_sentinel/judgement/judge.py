@@ -215,6 +215,7 @@ class Judge:
                 served,
                 self.record.convicted,
                 self.record.accused,
+                self.record.unlike,
             )
             differing, right = trial.wrong | trial.undecided, trial.right
             alarms = alarms & ~differing & (hard.any(0) | ~right)

@@ -5,19 +5,24 @@ ones send is the same to the last bit, forward and backward, and so are the grad
 held against the others of its stage that were given the same as it was:
 
 * A micro-batch's messages are taken in the order of its flow. On each link, among the columns whose messages have
-  agreed so far, the truth is what a strict majority sent, and at least ``quorum`` workers that are not convicted: more
-  than can be bad where fewer than half of each stage's workers are. Who sent another message is proved. What follows a
-  difference is cascade and tells nothing about anybody.
+  agreed so far, the truth is what a strict majority sent of those that are not convicted, and ``quorum`` workers:
+  more than can be bad where fewer than half of each stage's R are. Convictions do not lower it, since who is convicted
+  may be honest by now. Who sent another message is proved. What follows a difference is cascade and tells nothing about
+  anybody.
 * Both ends of a link must report the same digest. Else it is a dispute, and from there on that column is out.
 * Accumulated gradients of weights never cross a link. They are compared in the same way, among the workers whose
   columns have agreed on every message that enters their stage, forward and backward.
 * Workers on unlike hardware round differently. A worker that says it runs on another kind than most of its stage, and
-  whoever is given what it sent, is held against the truth by statistics: apart by more than ``ROUNDING`` it is proved.
-  So who claims a kind of its own is still bound, though not to the last bit.
+  whoever is given what it sent, is held against the truth by statistics. Apart by more than 2^-7 it is proved,
+  if it was given the truth to the last bit; what is near may still be anything, so who is given that is never proved.
+  In any case such a column is left out as long as two exact ones remain: all have the same data, so nothing is lost.
+  And who claims a kind of its own blinds nobody to the others. Of gradients its word alone clears nobody.
+* Without a truth, workers on unlike hardware are held against the median of all by statistics; if some do not fit,
+  those that are near are believed where they are more than can be bad.
 * Without a truth the step says that workers differ and not who is wrong. Of those, who is suspected by its own
   statistics is left out alone, if the others agree; with two replicas it is the one that is wrong.
 * Where more workers differ, each from each other, than can be bad, honest ones are among them: the stage's work is not
-  the same bit for bit, and its replicas cannot be compared so.
+  the same bit for bit, and its replicas cannot be compared so. Where that is known of a stage, fewer need differ.
 
 Worked example, 4 stages x 3 replicas, one micro-batch, what crossed each link by column:
 
@@ -39,13 +44,8 @@ import numpy as np
 from deepspeed_sentinel.evidence.table import Twins
 from deepspeed_sentinel.judgement.blame import by_link, chain_order
 from deepspeed_sentinel.judgement.record import Tried
-from deepspeed_sentinel.judgement.robust import median
+from deepspeed_sentinel.judgement.vote import LEAST, Vote, Voters
 from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD, Mesh, Worker
-
-# Of a statistic, relative: bf16 rounds elements by 2^-9, and a largest one may differ by twice that.
-ROUNDING = 2.0**-7
-_LEAST = 2  # one worker alone is no majority of anything
-_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,13 @@ class Trial:
     Attributes:
         right: bool [2, L, C, M], messages that are the truth.
         wrong: bool [2, L, C, M], messages that are not, of the same input.
-        undecided: bool [2, L, C, M], messages that differ without a truth.
+        undecided: bool [2, L, C, M], messages that differ without a truth, or by what they were made of.
         proofs, differences: in the order of stages.
         sound: bool [S, R], workers all of whose messages are right, and whose gradients are.
         same: bool [S, R], workers whose gradients are right to the last bit.
         unlike: bool [S], stages whose honest replicas differ: nothing of them is proved bit for bit.
-        spoilt: bool [C], columns that must not count: something in them is wrong or undecided.
+        spoilt: bool [C], columns that must not count: something in them is wrong or undecided, or it is not exact and
+            that of others is.
         differ: bool [S, R, R], which two workers of a stage made other things of the very same without a truth.
     """
 
@@ -133,28 +134,6 @@ class Trial:
     differ: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Vote:
-    """What workers of one stage say on several questions, [M].
-
-    Attributes:
-        right, wrong, undecided: bool [C, M].
-        exact: bool [C, M], those that are right to the last bit.
-        agreeing, compared: int [M], workers behind the truth, and all that were asked.
-        unlike: bool [M], more differ than can be bad.
-        differ: bool [C, C], which two differ without a truth.
-    """
-
-    right: np.ndarray
-    wrong: np.ndarray
-    undecided: np.ndarray
-    exact: np.ndarray
-    agreeing: np.ndarray
-    compared: np.ndarray
-    unlike: np.ndarray
-    differ: np.ndarray
-
-
 def try_twins(
     mesh: Mesh,
     digests: np.ndarray,
@@ -164,6 +143,7 @@ def try_twins(
     served: np.ndarray,
     convicted: np.ndarray,
     suspects: np.ndarray,
+    unlike: np.ndarray,
 ) -> Trial:
     """Hold the workers of each stage against each other.
 
@@ -177,61 +157,72 @@ def try_twins(
         served: int [S, C], who served each column.
         convicted: bool [S, R], whose word does not count.
         suspects: bool [S, R], before this step.
+        unlike: bool [S], stages that are known not to make the same of the same.
     """
     links, columns, messages = digests.shape[1:4]
     digests_PCMT, disputed_PCM = chain_order(digests), chain_order(disputed)
     measures_PECMN = np.stack([chain_order(of_end) for of_end in measures], axis=1)
     stages = [
-        _Stage.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage])
+        Voters.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage], bool(unlike[stage]))
         for stage in range(mesh.stages)
     ]
     agreed = exact = np.broadcast_to(twins.given[:, None], (columns, messages))
     # Whether all that a stage's gradients are made of has agreed, and to the last bit.
     entered, entered_exact = (np.zeros((mesh.stages, columns), bool) for _ in range(2))
-    found: list[tuple[int, int, _Vote]] = []
+    found: list[tuple[int, int, Vote]] = []
     for position in range(2 * links):
         direction = FORWARD if position < links else BACKWARD
         link = position if direction == FORWARD else 2 * links - 1 - position
         stage, receiver = mesh.sender_stage(direction, link), mesh.receiver_stage(direction, link)
         asked = agreed & ~disputed_PCM[position]
         vote = stages[stage].vote(digests_PCMT[position], measures_PECMN[position], asked, exact)
-        agreed = asked & ~vote.wrong & ~vote.undecided & ~vote.unlike
+        agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike)
         exact = agreed & vote.exact
         found.append((stage, direction, vote))
         if direction == BACKWARD or link == links - 1:
             entered[receiver], entered_exact[receiver] = agreed.all(-1), exact.all(-1)
-    right, wrong, undecided = (
-        by_link(np.stack([getattr(vote, name) for _, _, vote in found])) for name in ("right", "wrong", "undecided")
+    right, wrong, undecided, cascade = (
+        by_link(np.stack([getattr(vote, name) for _, _, vote in found]))
+        for name in ("right", "wrong", "undecided", "cascade")
     )
+    undecided = undecided | cascade
     proofs: list[Proof] = []
     differences: list[Difference] = []
-    unlike = np.zeros(mesh.stages, bool)
+    found_unlike = np.zeros(mesh.stages, bool)
     differ = np.zeros((mesh.stages, mesh.replicas, mesh.replicas), bool)
     sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
     spoilt = np.asarray((wrong | undecided).any(axis=(0, 1, 3)))
+    inexact = np.zeros(columns, bool)
     for stage, workers in enumerate(served):
-        told: list[tuple[int | None, _Vote]] = [(direction, vote) for at, direction, vote in found if at == stage]
+        told: list[tuple[int | None, Vote]] = [(direction, vote) for at, direction, vote in found if at == stage]
         gradients, norms = twins.gradients[stage][workers], twins.norms[stage][workers]
         # Who serves several columns has accumulated more than the others.
         alone = np.bincount(workers, minlength=mesh.replicas)[workers] == 1
-        asked = entered[stage] & alone & (gradients != 0)
+        asked = entered[stage] & alone
         if asked.any():
             vote = stages[stage].vote(
                 gradients[:, None, None], norms[None, :, None, None], asked[:, None], entered_exact[stage][:, None]
             )
-            spoilt |= (vote.wrong | vote.undecided)[:, 0]
+            spoilt |= (vote.wrong | vote.undecided | vote.cascade)[:, 0]
             same[stage, workers] = (vote.right & vote.exact)[:, 0]
             told.append((None, vote))
         for way, one in told:
-            unlike[stage] |= bool(one.unlike.any())
+            found_unlike[stage] |= bool(one.unlike.any())
             differ[stage][np.ix_(workers, workers)] |= one.differ
+            inexact |= one.near.any(-1)
             proofs += _proofs(mesh, stage, way, one, workers)
             differences += _differences(stage, way, one, workers)
-            sound[stage, workers[~one.right.all(-1)]] = False
+            # A norm is the worker's own word.
+            right_by_others = one.right if way is not None else one.right & ~one.near
+            sound[stage, workers[~right_by_others.all(-1)]] = False
+    lost = spoilt | disputed.any(axis=(0, 1, 3)) | ~twins.given
+    if np.count_nonzero(~lost & ~inexact) >= LEAST:
+        spoilt = spoilt | inexact
     idle = np.ones((mesh.stages, mesh.replicas), bool)
     np.put_along_axis(idle, served, False, axis=1)
+    sound &= ~idle
     return Trial(
-        right, wrong, undecided, tuple(proofs), tuple(differences), sound & ~idle, same, unlike, spoilt, differ
+        right, wrong, undecided, tuple(proofs), tuple(differences), sound, same, found_unlike, spoilt, differ
     )
 
 
@@ -250,99 +241,7 @@ def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tri
     return Tried(proved, sound, trial.unlike if trial else np.zeros(mesh.stages, bool))
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """Who speaks for the columns of a stage.
-
-    Attributes:
-        served: int [C], the replica that serves a column.
-        heard: bool [C], whose word counts.
-        alike: bool [C], who runs on the kind of hardware that most do.
-        accused: bool [C], who is suspected or convicted.
-        of_two: there are two replicas, so that who is accused is wrong where they differ.
-        bad: how many of those whose word counts can be bad.
-    """
-
-    served: np.ndarray
-    heard: np.ndarray
-    alike: np.ndarray
-    accused: np.ndarray
-    of_two: bool
-    bad: int
-
-    @classmethod
-    def of(
-        cls, mesh: Mesh, kinds: np.ndarray, served: np.ndarray, convicted: np.ndarray, suspects: np.ndarray
-    ) -> _Stage:
-        """``kinds`` int64 [R], ``served`` int [C], ``convicted`` and ``suspects`` bool [R]."""
-        known, count = np.unique(kinds, return_counts=True)
-        bad = max((mesh.replicas - 1) // 2 - int(np.count_nonzero(convicted)), 0)
-        alike = kinds[served] == known[np.argmax(count)]
-        return cls(served, ~convicted[served], alike, (convicted | suspects)[served], mesh.replicas == 2, bad)
-
-    def vote(self, what_CMT: np.ndarray, measures_ECMN: np.ndarray, asked: np.ndarray, exact: np.ndarray) -> _Vote:
-        """The truth on each question, if there is one.
-
-        Args:
-            what_CMT: int64 [C, M, T], what each says.
-            measures_ECMN: float [ends, C, M, N], statistics of it, as each end reports them: one alone accuses nobody.
-            asked: bool [C, M], who is asked.
-            exact: bool [C, M], who was given the same as most to the last bit.
-        """
-        columns, questions = asked.shape
-        replicas, quorum = int(self.served.max()) + 1, max(_LEAST, self.bad + 1)
-        near = asked & ~(exact & self.alike[:, None])
-        compared = asked & ~near
-        same = (what_CMT[:, None] == what_CMT[None]).all(-1) & compared[:, None] & compared[None]
-        version = np.argmax(same, axis=1)  # the first column that says the same
-        heard = compared & self.heard[:, None]
-        # A worker that serves several columns has one voice.
-        question = np.arange(questions)
-        voices = np.unique(((question * columns + version) * replicas + self.served[:, None])[heard]) // replicas
-        votes_MC = np.bincount(voices, minlength=questions * columns).reshape(questions, columns)
-        speakers = np.unique((question * replicas + self.served[:, None])[heard]) // replicas
-        voters = np.bincount(speakers, minlength=questions)
-        best = np.argmax(votes_MC, axis=1)
-        agreeing = votes_MC[question, best]
-        known = (agreeing >= quorum) & (2 * agreeing > voters)
-        true = compared & known & (version == best)
-        apart_ECM = _apart(measures_ECMN, true) > ROUNDING
-        apart, together = apart_ECM.all(0), ~apart_ECM.any(0)
-        versions = np.count_nonzero(compared & (version == np.arange(columns)[:, None]), axis=0)
-        unlike = ~known & (agreeing <= 1) & (voters >= max(self.bad + 2, _LEAST + 1))
-        # Of those that differ, who is suspected is left out alone, if the others make one thing of it.
-        differ = compared & ~known & (versions > 1) & ~unlike
-        guilty, innocent = differ & self.accused[:, None], differ & ~self.accused[:, None]
-        of_innocent = np.where(innocent, version, columns)
-        one = guilty.any(0) & innocent.any(0)
-        one &= of_innocent.min(0) == np.where(innocent, version, -1).max(0)
-        guilty, innocent = guilty & one, innocent & one
-        return _Vote(
-            right=true | (near & known & together) | (innocent & self.of_two),
-            wrong=(compared & known & (version != best)) | (near & known & apart) | (guilty & self.of_two),
-            undecided=(differ & ~innocent & ~(guilty & self.of_two)) | (near & known & ~apart & ~together),
-            exact=true | (compared & ~known & (versions == 1)) | innocent,
-            agreeing=agreeing,
-            compared=voters,
-            unlike=unlike,
-            differ=(differ[:, None] & differ[None] & ~same).any(-1),
-        )
-
-
-def _apart(measures_ECMN: np.ndarray, true_CM: np.ndarray) -> np.ndarray:
-    """Largest relative difference from the median of what is true, float64 [ends, C, M].
-
-    It is infinite where one of the two is not available, and 0 where neither is.
-    """
-    mine = measures_ECMN.astype(np.float64)
-    theirs = median(np.moveaxis(np.where(true_CM[..., None], mine, np.nan), 1, -1))[:, None]
-    missing = np.isnan(mine) != np.isnan(theirs)
-    with np.errstate(invalid="ignore"):
-        relative = np.abs(mine - theirs) / np.maximum(np.maximum(np.abs(mine), np.abs(theirs)), _TINY)
-    return np.asarray(np.where(missing, np.inf, np.nan_to_num(relative, nan=0.0, posinf=np.inf)).max(-1))
-
-
-def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: _Vote, served: np.ndarray) -> list[Proof]:
+def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: Vote, served: np.ndarray) -> list[Proof]:
     return [
         Proof(
             worker=Worker(stage, int(served[column])),
@@ -357,7 +256,7 @@ def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: _Vote, served: 
     ]
 
 
-def _differences(stage: int, direction: int | None, vote: _Vote, served: np.ndarray) -> list[Difference]:
+def _differences(stage: int, direction: int | None, vote: Vote, served: np.ndarray) -> list[Difference]:
     columns = np.flatnonzero(vote.undecided.any(-1)).tolist()
     if not columns:
         return []

@@ -104,6 +104,11 @@ class Record:
         return np.asarray(self._untried.any(0) & ~self.suspects & ~self.convicted)
 
     @property
+    def unlike(self) -> np.ndarray:
+        """Stages whose honest replicas are known not to make the same of the same, bool [S]."""
+        return self._unlike.copy()
+
+    @property
     def suspicion(self) -> float:
         """How likely the next step should be a twin step, because somebody is to be tried; 0 if nobody is.
 

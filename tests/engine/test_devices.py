@@ -112,8 +112,8 @@ def test_a_proof_is_in_the_file_at_once_and_named_when_a_run_starts_on_the_devic
 
 def test_reductions_and_weights_are_counted(said, honest, tmp_path):
     run = Run(tmp_path)
-    run.step(proving(honest[0]), Poisoned(0, (1,), (CULPRIT,)), (Worker(0, 0),))
-    run.step(honest[1], Poisoned(1, (3,), (Worker(3, 1),)))
+    run.step(proving(honest[0]), Poisoned(0, (Worker(1, 0),), (CULPRIT,)), (Worker(0, 0),))
+    run.step(honest[1], Poisoned(1, (Worker(3, 0),), (Worker(3, 1),)))
     assert (run.standing().proofs, run.standing("gpu:uuid-10").proofs) == (1, 1)
     assert run.standing("gpu:uuid-0").unequal_weights == 1
     assert known_of(tmp_path)["gpu:uuid-0"]["total"]["unequal_weights"] == 1

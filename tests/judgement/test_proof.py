@@ -23,6 +23,7 @@ class Step:
         self.gradients = np.broadcast_to(100 + np.arange(stages)[:, None], (stages, replicas)).copy()
         self.served = np.tile(np.arange(replicas), (stages, 1)) if served is None else served
         self.convicted, self.suspects = (np.zeros((stages, replicas), bool) for _ in range(2))
+        self.unlike = np.zeros(stages, bool)
         self.given = np.ones(replicas, bool)
         self.kinds, self.norms = np.zeros((stages, replicas), np.int64), np.ones((stages, replicas))
         self.measures = np.ones((2, *shape[:4], 2))
@@ -41,7 +42,15 @@ class Step:
     def trial(self):
         twins = Twins(0, self.given, self.gradients, self.norms, self.kinds)
         return try_twins(
-            self.mesh, self.digests, self.measures, self.disputed, twins, self.served, self.convicted, self.suspects
+            self.mesh,
+            self.digests,
+            self.measures,
+            self.disputed,
+            twins,
+            self.served,
+            self.convicted,
+            self.suspects,
+            self.unlike,
         )
 
 
@@ -94,6 +103,16 @@ def test_gradients_of_weights_that_never_cross_a_link_are_compared():
     assert proved(trial) == {(Worker(1, 2), None)}
     assert trial.spoilt.tolist() == [False, False, True]
     assert trial.sound[2].all() and not trial.sound[1, 2]
+
+
+def test_who_says_that_it_accumulated_nothing_is_compared_as_any_other():
+    step = Step()
+    step.gradients[1, 2] = 0
+    trial = step.trial()
+    assert proved(trial) == {(Worker(1, 2), None)} and trial.spoilt.tolist() == [False, False, True]
+    step.gradients[1] = 0  # a stage without weights to train
+    trial = step.trial()
+    assert not trial.proofs and not trial.spoilt.any() and trial.sound.all() and trial.same.all()
 
 
 def test_first_and_last_stage_are_compared_too_and_marked_as_trusted():
@@ -165,15 +184,34 @@ def test_fewer_than_half_of_a_stage_cannot_convict_an_honest_one_where_other_col
     assert trial.differences[0].workers == tuple(Worker(2, column) for column in (4, 5, 6, 7))
 
 
-def test_who_is_convicted_is_one_less_to_be_afraid_of_and_has_no_voice():
+def test_who_is_convicted_has_no_voice_and_may_be_honest_by_now():
     step = Step(replicas=8)
     step.convicted[2, [4, 5]] = True
     for column in (0, 1, 2, 3):
         step.disputed[FORWARD, 0, column] = True
     for column in (4, 5):
         step.sends(2, column, FORWARD, lie=9)
-    trial = step.trial()  # two convicted lie alike, two agree, and one more at most can be bad
-    assert {worker for worker, _ in proved(trial)} == {Worker(2, 4), Worker(2, 5)}
+    trial = step.trial()  # two convicted lie alike, two agree; three others could be bad
+    assert not trial.proofs and trial.differences[0].columns == (4, 5)
+    step.disputed[FORWARD, 0, [0, 1]] = False
+    assert {worker for worker, _ in proved(step.trial())} == {Worker(2, 4), Worker(2, 5)}
+
+
+@pytest.mark.parametrize(("replicas", "convicted", "bad"), [(5, [0, 1], [2, 3]), (5, [0], [2, 3])])
+def test_convictions_make_no_majority_of_those_that_are_bad_now(replicas, convicted, bad):
+    step = Step(replicas=replicas)
+    step.convicted[1, convicted] = True
+    for column in bad:
+        step.sends(1, column, FORWARD, lie=9)
+    step.disputed[FORWARD, 1, 1] = True
+    assert Worker(1, 4) not in {worker for worker, _ in proved(step.trial())}
+
+
+def test_of_three_with_one_convicted_the_other_two_still_make_the_truth():
+    step = Step(replicas=3)
+    step.convicted[1, 0] = True
+    step.sends(1, 0, FORWARD, lie=9)
+    assert proved(step.trial()) == {(Worker(1, 0), FORWARD)}
 
 
 def test_a_worker_that_serves_two_columns_has_one_voice():
@@ -196,6 +234,25 @@ def test_work_that_is_not_the_same_by_nature_proves_nothing():
     assert trial.unlike.tolist() == [False, True, False, False]
 
 
+def test_where_work_is_known_to_differ_by_nature_a_dispute_leaves_nobody_else_out():
+    step = Step(replicas=3)
+    step.digests[FORWARD, 1:, :, :, 0] += np.arange(3)[:, None] * 100
+    step.digests[BACKWARD, ..., 0] += np.arange(3)[:, None] * 100
+    step.disputed[FORWARD, 0, 2] = True  # one of three is out before, and two that differ are no more than can be bad
+    assert step.trial().spoilt.tolist() == [True, True, False]
+    step.unlike[1] = True
+    trial = step.trial()
+    assert not trial.proofs and not trial.differences and not trial.spoilt.any() and trial.unlike[1]
+
+
+def test_where_work_is_known_to_differ_by_nature_a_truth_is_one_nevertheless():
+    step = Step(replicas=3)
+    step.unlike[1] = True
+    step.sends(1, 2, FORWARD, lie=5)
+    trial = step.trial()
+    assert proved(trial) == {(Worker(1, 2), FORWARD)} and trial.sound[1].tolist() == [True, True, False]
+
+
 def test_columns_that_were_given_other_data_are_not_compared():
     step = Step(replicas=5)
     step.given[4] = False
@@ -214,18 +271,44 @@ def rounds_differently(step, stage, column, by):
     step.norms[:, column] *= 1 + by
 
 
-def test_a_worker_on_other_hardware_and_who_is_given_its_work_may_round_differently():
+OTHER = [False, False, True]  # the column of those that round differently
+
+
+def test_a_worker_on_other_hardware_is_left_out_and_not_blamed_for_it():
     step = Step()
     rounds_differently(step, 1, 2, by=1e-4)
     trial = step.trial()
-    assert not trial.proofs and not trial.spoilt.any() and trial.sound.all()
+    assert not trial.proofs and not trial.differences and trial.spoilt.tolist() == OTHER
+    assert trial.right.all() and trial.same[:, :2].all(), "the others' reduction can be watched"
+    assert trial.sound[:, :2].all() and not trial.sound[:, 2].any(), "gradients are its own word and clear nobody"
+
+
+def test_who_claims_other_hardware_and_sends_the_same_bits_is_right_as_any_other():
+    step = Step()
+    step.kinds[1, 2] = 1
+    trial = step.trial()
+    assert not trial.spoilt.any() and trial.sound.all() and trial.same.all()
+
+
+def test_of_two_replicas_on_unlike_hardware_none_is_left_out():
+    step = Step(replicas=2)
+    rounds_differently(step, 1, 1, by=1e-4)
+    trial = step.trial()
+    assert not trial.proofs and not trial.differences and not trial.spoilt.any()
+
+
+def test_where_the_others_are_lost_a_worker_on_other_hardware_stays():
+    step = Step()
+    rounds_differently(step, 1, 2, by=1e-4)
+    step.disputed[BACKWARD, 0, 0] = True
+    assert not step.trial().spoilt.any()
 
 
 def test_a_worker_on_other_hardware_is_still_bound():
     step = Step()
     rounds_differently(step, 1, 2, by=0.05)
     trial = step.trial()
-    assert proved(trial) == {(Worker(1, 2), FORWARD)}
+    assert proved(trial) == {(Worker(1, 2), FORWARD)} and trial.spoilt.tolist() == OTHER
 
 
 @pytest.mark.parametrize("end", [0, 1])
@@ -234,22 +317,76 @@ def test_one_end_alone_cannot_accuse_a_worker_on_other_hardware(end):
     rounds_differently(step, 1, 2, by=1e-4)
     step.measures[end, FORWARD, 1, 2] *= 1.3
     trial = step.trial()
-    assert not trial.proofs and trial.spoilt.tolist() == [False, False, True]
+    assert not trial.proofs and trial.spoilt.tolist() == OTHER
 
 
-def test_behind_other_hardware_wrong_work_is_still_proved():
+@pytest.mark.parametrize("lie", [1.05, np.inf, np.nan])
+def test_who_lies_about_the_truth_cannot_have_a_worker_on_other_hardware_proved(lie):
+    step = Step()
+    rounds_differently(step, 1, 2, by=1e-4)
+    step.measures[0, FORWARD, 1, 0] *= lie  # (1, 0) of what it sent, (2, 1) of what it received
+    step.measures[1, FORWARD, 1, 1] *= lie
+    assert not step.trial().proofs
+
+
+def test_behind_other_hardware_nobody_is_proved_by_statistics():
+    # What (1, 2) sent was near the truth in all that is measured, and may still have been anything.
     step = Step(stages=5)
     rounds_differently(step, 1, 2, by=1e-4)
     step.measures[:, FORWARD, 2:, 2] *= 1.3
+    step.norms[:, 2] *= 1.3
     trial = step.trial()
-    assert proved(trial) == {(Worker(2, 2), FORWARD)}
+    assert proved(trial) == set() and trial.spoilt.tolist() == OTHER
+    assert trial.undecided[FORWARD, 2, 2].all(), "statistics do not speak of it either"
+    assert not trial.differences
 
 
-def test_wrong_gradients_on_other_hardware_show_in_their_norm():
+def test_behind_other_hardware_that_sends_the_truth_wrong_work_is_proved():
+    step = Step(stages=5)
+    step.kinds[1, 2] = 1
+    step.sends(2, 2, FORWARD, lie=3)
+    assert proved(step.trial()) == {(Worker(2, 2), FORWARD)}
+
+
+@pytest.mark.parametrize("norm", [1.05, np.inf, -np.inf, np.nan])
+def test_wrong_gradients_on_other_hardware_show_in_their_norm(norm):
     step = Step()
-    rounds_differently(step, 1, 2, by=1e-4)
-    step.norms[1, 2] *= 1.05
+    step.kinds[1, 2] = 1
+    step.gradients[1, 2] += 1000
+    step.norms[1, 2] = norm
     assert proved(step.trial()) == {(Worker(1, 2), None)}
+
+
+def test_who_tells_the_right_norm_of_wrong_gradients_on_other_hardware_is_out_and_not_cleared():
+    step = Step()
+    step.kinds[1, 2] = 1
+    step.gradients[1, 2] += 1000
+    trial = step.trial()
+    assert not trial.proofs and trial.spoilt.tolist() == OTHER and not trial.sound[1, 2]
+    assert trial.same[:, :2].all()
+
+
+def test_where_all_are_of_unlike_kinds_who_is_far_from_most_is_left_out():
+    for kinds in ([1, 2, 3], [3, 2, 1]):  # the first of equally many kinds means nothing
+        step = Step()
+        step.kinds[1] = kinds
+        step.sends(1, 1, FORWARD, lie=1)
+        step.sends(1, 2, FORWARD, lie=3)
+        step.measures[:, FORWARD, 1:, 2] *= 50
+        trial = step.trial()
+        assert not trial.proofs and trial.spoilt.tolist() == OTHER
+        assert [one.workers for one in trial.differences if one.direction == FORWARD] == [(Worker(1, 2),)]
+
+
+@pytest.mark.parametrize("kind", [0, 77])
+def test_where_two_are_left_that_are_far_apart_both_are_out_whatever_kind_they_claim(kind):
+    step = Step()
+    step.kinds[1, 2] = kind
+    step.sends(1, 2, FORWARD, lie=3)
+    step.measures[:, FORWARD, 1:, 2] *= 50
+    step.disputed[FORWARD, 1, 1] = True
+    trial = step.trial()
+    assert not trial.proofs and trial.spoilt.tolist() == [True, False, True]
 
 
 @settings(max_examples=60, deadline=None)
@@ -271,5 +408,11 @@ def test_no_honest_worker_is_ever_proved_as_long_as_fewer_than_half_of_each_stag
             step.gradients[stage, replica] += data.draw(st.integers(1, 3))
         if stage and data.draw(st.booleans()):
             step.disputed[FORWARD, stage - 1, replica, data.draw(st.integers(0, 1))] = True
+        # They claim any kind, and what follows from what they sent may be anything.
+        step.kinds[stage, replica] = data.draw(st.integers(0, 2))
+        step.norms[stage, replica] = data.draw(st.sampled_from([1.0, 1.1, np.nan, np.inf]))
+        if data.draw(st.booleans()):
+            step.measures[:, FORWARD, stage:, replica] *= 1.3
+            step.measures[:, BACKWARD, :, replica] *= 1.3
     trial = step.trial()
     assert {tuple(proof.worker) for proof in trial.proofs} <= bad

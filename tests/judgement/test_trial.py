@@ -10,10 +10,10 @@ from deepspeed_sentinel.mesh import FORWARD, Worker
 ENERGY = NAMES.index("energy")
 
 
-def twins(world, gradients=None):
+def twins(world, gradients=None, kinds=None):
     replicas = world.mesh.replicas
     alike = np.ones((world.mesh.stages, replicas), np.int64)
-    kinds, norms = np.zeros_like(alike), np.ones(alike.shape)
+    kinds, norms = np.zeros_like(alike) if kinds is None else kinds, np.ones(alike.shape)
     return Twins(0, np.ones(replicas, bool), alike if gradients is None else gradients, norms, kinds)
 
 
@@ -120,6 +120,21 @@ def test_statistics_do_not_accuse_whom_exact_comparison_finds_right():
     assert not verdict.findings and not verdict.excluded.any()
 
 
+def test_a_worker_on_other_hardware_is_left_out_of_twin_steps_and_never_suspected_for_it():
+    def same(values):
+        values[:] = values[:, :, :, :1]
+        values[:, FORWARD, 1:, 2] *= 1 + 1e-4
+
+    world = by_proof()
+    kinds = np.zeros((4, 3), np.int64)
+    kinds[1, 2] = 1
+    for _ in range(4):
+        verdict = world.step(same, odd(1, 2), twins=twins(world, kinds=kinds))
+        assert verdict.excluded.tolist() == [False, False, True] and verdict.alike.all()
+        assert not (verdict.proofs or verdict.differences or verdict.findings or verdict.suspects.any())
+    assert not world.step().excluded.any()
+
+
 def test_nothing_is_learnt_from_a_twin_step():
     world = by_proof()
     before = world.judge.fences.state_dict()
@@ -161,8 +176,13 @@ def test_where_replicas_differ_by_nature_strikes_convict():
         digests[:, FORWARD, 1:] = np.arange(3)[:, None, None]
         digests[:, 1] = np.arange(3)[:, None, None]
 
+    def liar(digests):
+        unlike(digests)
+        digests[1, FORWARD, 0, 2] = 5
+
     world = by_proof()
     assert not world.step(digests=unlike, twins=twins(world)).excluded.any()
+    assert world.step(digests=liar, twins=twins(world)).excluded.tolist() == [False, False, True], "its own column"
     convicted = [world.step(loud(1, 2)).newly_convicted for _ in range(3)]
     assert convicted[2] == (Worker(1, 2),)
 

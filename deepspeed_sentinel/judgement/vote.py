@@ -1,0 +1,159 @@
+"""What workers of one stage say on several questions, and what is true of it; ``proof.py`` has the rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepspeed_sentinel.judgement.robust import median
+from deepspeed_sentinel.mesh import Mesh
+
+# Of a statistic, relative: bf16 rounds elements by 2^-9, and a largest one may differ by twice that.
+ROUNDING = 2.0**-7
+LEAST = 2  # one worker alone is no majority of anything
+_TINY, _LARGEST = float(np.finfo(np.float32).tiny), 1e300
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What workers of one stage say on several questions, [M].
+
+    Attributes:
+        right, wrong, undecided: bool [C, M].
+        cascade: bool [C, M], those that may differ by what they were made of.
+        exact: bool [C, M], those that are right to the last bit.
+        near: bool [C, M], those that could be held to the truth by statistics alone.
+        agreeing, compared: int [M], workers behind the truth, and all that were asked.
+        unlike: bool [M], more differ than can be bad.
+        differ: bool [C, C], which two made other things of the very same without a truth.
+    """
+
+    right: np.ndarray
+    wrong: np.ndarray
+    undecided: np.ndarray
+    cascade: np.ndarray
+    exact: np.ndarray
+    near: np.ndarray
+    agreeing: np.ndarray
+    compared: np.ndarray
+    unlike: np.ndarray
+    differ: np.ndarray
+
+
+@dataclass(frozen=True)
+class Voters:
+    """Who speaks for the columns of a stage.
+
+    Attributes:
+        served: int [C], the replica that serves a column.
+        heard: bool [C], whose word counts.
+        alike: bool [C], who runs on the kind of hardware that most do.
+        accused: bool [C], who is suspected or convicted.
+        of_two: there are two replicas, so that who is accused is wrong where they differ.
+        bad: how many of the stage's workers can be bad.
+        unlike: its work is known not to be the same bit for bit.
+    """
+
+    served: np.ndarray
+    heard: np.ndarray
+    alike: np.ndarray
+    accused: np.ndarray
+    of_two: bool
+    bad: int
+    unlike: bool
+
+    @classmethod
+    def of(
+        cls,
+        mesh: Mesh,
+        kinds: np.ndarray,
+        served: np.ndarray,
+        convicted: np.ndarray,
+        suspects: np.ndarray,
+        unlike: bool,
+    ) -> Voters:
+        """``kinds`` int64 [R], ``served`` int [C], ``convicted`` and ``suspects`` bool [R]."""
+        known, count = np.unique(kinds, return_counts=True)
+        alike = kinds[served] == known[np.argmax(count)]
+        accused = (convicted | suspects)[served]
+        return cls(served, ~convicted[served], alike, accused, mesh.replicas == 2, (mesh.replicas - 1) // 2, unlike)
+
+    def _voices(self, of_CM: np.ndarray, said_CM: np.ndarray | int = 0, most: int = 1) -> np.ndarray:
+        """How many of those whose word counts say each of ``most`` things of each question, int [M, most].
+
+        A worker that serves several columns has one voice.
+        """
+        replicas, question = int(self.served.max()) + 1, np.arange(of_CM.shape[1])
+        heard = of_CM & self.heard[:, None]
+        voices = np.unique(((question * most + said_CM) * replicas + self.served[:, None])[heard]) // replicas
+        return np.bincount(voices, minlength=len(question) * most).reshape(len(question), most)
+
+    def vote(self, what_CMT: np.ndarray, measures_ECMN: np.ndarray, asked: np.ndarray, exact: np.ndarray) -> Vote:
+        """The truth on each question, if there is one.
+
+        Args:
+            what_CMT: int64 [C, M, T], what each says.
+            measures_ECMN: float [ends, C, M, N], statistics of it, as each end reports them: one alone accuses nobody.
+            asked: bool [C, M], who is asked.
+            exact: bool [C, M], who was given the same as most to the last bit.
+        """
+        columns, quorum = len(asked), max(LEAST, self.bad + 1)
+        compared = asked & exact & self.alike[:, None]
+        same = (what_CMT[:, None] == what_CMT[None]).all(-1) & asked[:, None] & compared[None]
+        version = np.where(same.any(1), np.argmax(same, axis=1), -1)  # the first column compared that says the same
+        votes_MC = self._voices(compared, version, columns)
+        best, agreeing, voters = np.argmax(votes_MC, axis=1), votes_MC.max(1), self._voices(compared)[:, 0]
+        known = (agreeing >= quorum) & (2 * agreeing > voters)
+        true = asked & known & (version == best)
+        near = asked & ~compared & ~true
+        apart_ECM = _apart(measures_ECMN, true, asked) > ROUNDING
+        apart, together = apart_ECM.all(0), ~apart_ECM.any(0)
+        versions = np.count_nonzero(compared & (version == np.arange(columns)[:, None]), axis=0)
+        unlike = ~known & (agreeing <= 1) & (self.unlike | (voters >= max(self.bad + 2, LEAST + 1)))
+        # Of those that differ, who is suspected is left out alone, if the others make one thing of it.
+        differ = compared & ~known & (versions > 1) & ~unlike
+        guilty, innocent = differ & self.accused[:, None], differ & ~self.accused[:, None]
+        of_innocent = np.where(innocent, version, columns)
+        one = guilty.any(0) & innocent.any(0)
+        one &= of_innocent.min(0) == np.where(innocent, version, -1).max(0)
+        guilty, innocent = guilty & one, innocent & one
+        # Without a truth, and with workers that cannot be compared exactly, those are believed that are near most.
+        fits, asking = self._voices(asked & together)[:, 0], self._voices(asked)[:, 0]
+        believed = together & (fits >= quorum) & (2 * fits > asking)
+        torn = asked & ~known & ~unlike & near.any(0) & ~believed & (asked & ~together).any(0)
+        return Vote(
+            right=true | (near & known & together) | (innocent & self.of_two),
+            wrong=(compared & known & ~true) | (near & known & exact & apart) | (guilty & self.of_two),
+            undecided=(differ & ~innocent & ~(guilty & self.of_two))
+            | (near & known & exact & ~apart & ~together)
+            | torn,
+            cascade=near & known & ~exact & ~together,
+            exact=true | (compared & ~known & (versions == 1)) | innocent,
+            near=near,
+            agreeing=agreeing,
+            compared=voters,
+            unlike=unlike,
+            differ=(differ[:, None] & differ[None] & ~same).any(-1),
+        )
+
+
+def _apart(measures_ECMN: np.ndarray, true: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Largest relative difference from what is reported of the truth, without one from the median; [ends, C, M].
+
+    Of the truth everybody should report the same, and nobody who lies about it may move it upon others: what lies
+    between its reports, of whichever end, is no difference. It is infinite where one of the two is not available.
+
+    Args:
+        measures_ECMN: float [ends, C, M, N].
+        true, asked: bool [C, M], whose messages are the truth, and whose median it is where none are.
+    """
+    mine = np.clip(measures_ECMN.astype(np.float64), -_LARGEST, _LARGEST)
+    of_truth = np.where(true[..., None], mine, np.nan)
+    low, high = np.fmin.reduce(of_truth, axis=(0, 1)), np.fmax.reduce(of_truth, axis=(0, 1))
+    middle = median(np.moveaxis(np.where(asked[..., None], mine, np.nan), 1, -1))[:, None]
+    between = np.where(np.isnan(mine), low, np.clip(mine, low, high))
+    theirs = np.where(true.any(0)[:, None], between, middle)
+    equal = (mine == theirs) | (np.isnan(mine) & np.isnan(theirs))
+    relative = np.abs(mine - theirs) / np.maximum(np.maximum(np.abs(mine), np.abs(theirs)), _TINY)
+    return np.asarray(np.where(equal, 0.0, np.where(np.isnan(relative), np.inf, relative)).max(-1))
