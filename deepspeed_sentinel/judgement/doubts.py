@@ -17,6 +17,8 @@ class Doubts:
         convicted: bool [S, R].
         suspects: bool [S, R], workers of middle stages to be tried in a twin step, none of them convicted.
         accused: bool [S, R], those of them that are suspected for what they sent.
+        untried: bool [S, R], workers of middle stages that nobody suspects and that were not compared when somebody
+            was convicted, nor since.
         apart: of each two at least one is bad, and it is not known which: of neighbouring stages or of stages next but
             one, and then they should not serve one column; or of one stage, and then they should not be compared again
             with each other alone.
@@ -25,4 +27,5 @@ class Doubts:
     convicted: np.ndarray
     suspects: np.ndarray
     accused: np.ndarray
+    untried: np.ndarray
     apart: tuple[tuple[Worker, Worker], ...] = ()

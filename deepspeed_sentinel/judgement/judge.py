@@ -100,6 +100,7 @@ class Judge:
             settings.strike_window,
             settings.probation_steps,
             by_proof=settings.conviction == "proof",
+            heals=settings.wiring == "heal" and settings.action != "observe",
         )
         self.overflow = Overflow(mesh)
         self.skipped_in_a_row = 0
@@ -116,7 +117,8 @@ class Judge:
         """What the next wiring is made of, after the last step."""
         suspects, convicted = self.record.suspects, self.record.convicted.copy()
         suspects[[0, -1]] = False
-        return Doubts(convicted, suspects, self.record.accused & suspects, self.unsettled.pairs(convicted))
+        accused = self.record.accused & suspects
+        return Doubts(convicted, suspects, accused, self.record.untried, self.unsettled.pairs(convicted))
 
     def step(
         self,

@@ -58,15 +58,19 @@ class Record:
         probation: steps.
         by_proof: strikes convict only where nothing can be proved: in a stage whose honest replicas differ, and where
             three twin steps in a row could not be made.
+        heals: columns are dealt anew, so that who stood behind a convicted worker can be tried.
     """
 
-    def __init__(self, mesh: Mesh, strikes: int, window: int, probation: int, by_proof: bool = False) -> None:
+    def __init__(
+        self, mesh: Mesh, strikes: int, window: int, probation: int, by_proof: bool = False, heals: bool = False
+    ) -> None:
         self.mesh = mesh
         self.strikes_needed = strikes
         self.probation = probation
         self.by_proof = by_proof
+        self._heals = heals
         shape = (mesh.stages, mesh.replicas)
-        self._struck, self._doubted = np.zeros((window, *shape), bool), np.zeros((window, *shape), bool)
+        self._struck, self._doubted, self._untried = (np.zeros((window, *shape), bool) for _ in range(3))
         self._disputed = np.zeros((window, mesh.links, mesh.replicas), bool)
         self.convicted = np.zeros(shape, bool)
         self.on_probation = np.zeros(shape, bool)
@@ -95,6 +99,11 @@ class Record:
         return np.asarray(((self.strikes > 0) | self._doubted.any(0)) & ~self.convicted)
 
     @property
+    def untried(self) -> np.ndarray:
+        """Workers that were not compared when somebody was convicted, within the window, nor since, bool [S, R]."""
+        return np.asarray(self._untried.any(0) & ~self.suspects & ~self.convicted)
+
+    @property
     def suspicion(self) -> float:
         """How likely the next step should be a twin step, because somebody is to be tried; 0 if nobody is.
 
@@ -102,7 +111,7 @@ class Record:
         is not tested. It is a half, and half as much after each four trials in a row that have settled nothing, such as
         where a suspect stands behind bad work in a column that stays what it is.
         """
-        if not (self._more_to_find or self.suspects.any()):
+        if not (self._more_to_find or self.suspects.any() or self.untried.any()):
             return 0.0
         return float(max(_TRIED_AT_FIRST / (1 << min(self._fruitless // _PATIENCE, _LONG)), _TRIED_AT_LEAST))
 
@@ -143,9 +152,13 @@ class Record:
         if self.by_proof:
             guilty &= self._unlike[:, None] | (self._refused_trials >= _HOPELESS)
         self._struck[:, cleared] = self._doubted[:, cleared] = False
+        self._untried[slot] = False
         newly = ((guilty & ~cleared) | proved) & ~self.convicted & ~self._trusted
         if tried is not None:
             self._more_to_find = bool(newly.any())
+            self._untried[:, tried.sound] = False
+            if self._heals and newly.any() and tried.sound.any():
+                self._untried[slot] = ~(tried.sound | tried.proved | self._trusted)
             self._fruitless = 0 if newly.any() or cleared.any() else self._fruitless + 1
         self.convicted = self.convicted | newly
         self.on_probation = self.on_probation & ~newly
@@ -178,6 +191,7 @@ class Record:
         return {
             "struck": self._struck.copy(),
             "doubted": self._doubted.copy(),
+            "untried": self._untried.copy(),
             "disputed": self._disputed.copy(),
             "convicted": self.convicted.copy(),
             "on_probation": self.on_probation.copy(),
@@ -190,7 +204,9 @@ class Record:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self._struck, self._doubted = np.array(state["struck"]), np.array(state["doubted"])
+        self._struck, self._doubted, self._untried = (
+            np.array(state[name]) for name in ("struck", "doubted", "untried")
+        )
         self._disputed = np.array(state["disputed"])
         self.convicted = np.array(state["convicted"])
         self.on_probation = np.array(state["on_probation"])

@@ -9,6 +9,7 @@ workers a stage at most:
 * Suspects are spread over T = R - K - (f + 1) other columns (at least one, and such that one without any is left), each
   into one of its own as far as there are so many. A twin step proves the first in each column, while f + 1 columns
   agree. Of one stage no more than T can be tried at once: the others wait where convicted workers stand, taking turns.
+* Who was not compared when somebody was convicted, because it stood behind, leaves the lost columns to be tried too.
 * Two workers at odds get other partners. Of two of one stage that a twin step found to differ, one waits where
   convicted workers stand, so that the other is compared with somebody else: rather the one that is not accused.
 * Whoever can stay where it is does.
@@ -78,7 +79,7 @@ class Dealer:
         """
         if self._way == "shuffle" and (step + 1) % self._every == 0:
             self.wiring = _drawn(self._mesh, self._seed, step + 1)
-        elif self._way == "heal" and (doubts.convicted.any() or doubts.suspects.any() or doubts.apart):
+        elif self._way == "heal" and _about_anybody(doubts):
             self.wiring = _Healing(self._mesh, self.wiring, doubts, step // _TURN).wiring
         return self.wiring
 
@@ -94,6 +95,11 @@ class Dealer:
         wiring = np.array(state["wiring"], np.int64)
         check_wiring(self._mesh, wiring)
         self.wiring = wiring
+
+
+def _about_anybody(doubts: Doubts) -> bool:
+    marked = doubts.convicted | doubts.suspects | doubts.untried
+    return bool(marked.any() or doubts.apart)
 
 
 def _drawn(mesh: Mesh, seed: int, step: int) -> np.ndarray:
@@ -132,7 +138,7 @@ class _Healing:
         self._first = np.where(self._tried & suspects.any(0), np.argmax(suspects, axis=0), -1)
         self._suspects_in = np.zeros(replicas, np.int64)
         self.wiring = before.copy()
-        concerned = (doubts.convicted | doubts.suspects).any(1)
+        concerned = (doubts.convicted | doubts.suspects | doubts.untried).any(1)
         for stage in range(1, mesh.stages - 1):
             if concerned[stage] or self._at_odds[stage]:
                 self.wiring[stage] = self._row(stage)
@@ -149,6 +155,10 @@ class _Healing:
             column = self._column_of_suspect(row, Worker(stage, replica))
             row[column] = replica
             self._suspects_in[column] += 1
+        for replica in np.flatnonzero(self._doubts.untried[stage] & self._lost[self._stood[stage]]).tolist():
+            column = self._column_of_untried(row, stage)
+            if replica not in row and column is not None:
+                row[column] = replica
         for worker in (worker for worker in self._at_odds[stage] if worker.replica not in row):
             row[_cheapest(row, self._conflicts(worker), self._moves(worker), self._lost)] = worker.replica
         waits = np.ones(len(row) + 1, bool)
@@ -171,13 +181,13 @@ class _Healing:
 
     def _waiting(self, stage: int, places: int) -> list[int]:
         """Of each two of a stage that differed one, as far as there are places: who differed from most first."""
-        accused, suspected = self._doubts.accused[stage], self._doubts.suspects[stage]
+        accused, suspected = self._doubts.accused[stage], (self._doubts.suspects | self._doubts.untried)[stage]
         lost = self._lost[self._stood[stage]]
         pairs = [
             (one.replica, other.replica)
             for one in self._at_odds[stage]
             for other in self._apart[one]
-            if other.stage == stage and one < other
+            if other.stage == stage and one < other and (suspected[one.replica] or suspected[other.replica])
         ]
         waiting: list[int] = []
         while pairs and len(waiting) < places:
@@ -220,6 +230,13 @@ class _Healing:
         last_clean = clean & (np.count_nonzero(clean) == 1)
         where = np.where(self._tried, 0, np.where(self._lost, 1, 2))
         return _cheapest(row, last_clean, self._conflicts(worker), where, crowded, self._moves(worker), others)
+
+    def _column_of_untried(self, row: np.ndarray, stage: int) -> int | None:
+        """One in which somebody is tried, but of this stage nobody is, and rather nobody before."""
+        free = self._tried & (row < 0) & ~self._doubts.untried[stage, self._before[stage]]
+        if not free.any():
+            return None
+        return int(np.flatnonzero(free)[np.argmin(self._suspects_in[free])])
 
     def _conflicts(self, worker: Worker) -> np.ndarray:
         """How many of those that a worker is to be kept apart from serve each column, as far as that is decided."""

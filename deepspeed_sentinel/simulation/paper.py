@@ -77,7 +77,7 @@ class PaperJudge:
     def doubts(self) -> Doubts:
         """Who is banned: nobody is tried."""
         nobody = np.zeros_like(self.record.convicted)
-        return Doubts(self.record.convicted.copy(), nobody, nobody)
+        return Doubts(self.record.convicted.copy(), nobody, nobody, nobody)
 
     def step(self, evidence: Evidence) -> Verdict:
         """Judge one step; what is not flagged is what the next ones are judged by."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from synthetic import World
 
 from deepspeed_sentinel.evidence.table import NAMES, Twins
+from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.unsettled import Unsettled
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, identity
 from deepspeed_sentinel.response.dealing import Dealer
@@ -110,7 +111,7 @@ def test_a_liar_is_convicted_after_f_and_one_steps_with_other_partners(stages, r
         suspects = steps.unsettled.doubted & ~steps.convicted
         suspects[[0, -1]] = False
         pairs = steps.unsettled.pairs(steps.convicted)
-        dealer.next(step, SimpleNamespace(convicted=nobody, suspects=suspects, accused=nobody, apart=pairs))
+        dealer.next(step, Doubts(nobody, suspects, nobody, nobody, pairs))
     assert [one.worker for one in found] == [liar] and len(found[0].partners) == (replicas - 1) // 2 + 1
     assert str(liar) in str(found[0]) and all(str(partner) in str(found[0]) for partner in found[0].partners)
 

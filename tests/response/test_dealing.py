@@ -19,7 +19,9 @@ def doubts(mesh, convicted=(), suspects=(), apart=(), accused=()):
     for array, workers in zip(arrays, (convicted, (*suspects, *accused), accused), strict=True):
         for worker in workers:
             array[worker] = True
-    return Doubts(*arrays, tuple(tuple(sorted(Worker(*one) for one in pair)) for pair in apart))
+    return Doubts(
+        *arrays, np.zeros_like(arrays[0]), tuple(tuple(sorted(Worker(*one) for one in pair)) for pair in apart)
+    )
 
 
 @st.composite
@@ -48,7 +50,10 @@ def situations(draw, apart=True):
         if one < other and not (convicted[one] or convicted[other] or trusted):
             pairs.append((one, other))
     accused = suspects & (generator.random(shape) < 0.5)
-    return dealer, Doubts(convicted, suspects, accused, tuple(dict.fromkeys(pairs))), draw(st.integers(0, 1000))
+    untried = (generator.random(shape) < draw(st.sampled_from([0.0, 0.3]))) & ~(convicted | suspects)
+    untried[[0, -1]] = False
+    about = Doubts(convicted, suspects, accused, untried, tuple(dict.fromkeys(pairs)))
+    return dealer, about, draw(st.integers(0, 1000))
 
 
 def by_column(which, wiring):
@@ -104,7 +109,7 @@ def test_nothing_moves_without_suspicion_not_even_back():
 def test_only_who_must_moves(situation):
     """Without suspects: the convicted outside of the lost columns, and one for each whose place it takes."""
     dealer, about, step = situation
-    about = doubts(dealer._mesh, convicted=map(tuple, np.argwhere(about.convicted)))
+    about = doubts(dealer._mesh, convicted=list(map(tuple, np.argwhere(about.convicted))))
     before = dealer.wiring.copy()
     after = dealer.next(step, about)
     lost = by_column(about.convicted, after).any(0)
@@ -140,6 +145,20 @@ def test_suspects_get_columns_of_their_own_as_far_as_there_are_some(situation):
     if (a_stage <= tried + free).all():
         assert np.count_nonzero(used) <= tried
         assert (~(used | with_convicted)).any(), "a column is left without any"
+
+
+def test_who_stood_behind_a_convicted_worker_is_tried():
+    mesh = Mesh(6, 8)
+    dealer = Dealer(mesh)
+    about = doubts(mesh, convicted=[(1, 3)], suspects=[(2, 1)])
+    about.untried[3, 3] = about.untried[4, 3] = True
+    wiring = dealer.next(0, about).copy()
+    columns = columns_of(wiring)
+    assert columns[3, 3] != 3 != columns[4, 3] and columns[1, 3] == 3
+    assert columns[2, 1] == 1 and (wiring[3:5, 1] == 1).all(), "not behind a suspect while there is another column"
+    assert columns[3, 3] in (0, 2) and columns[4, 3] in (0, 2), "where somebody may be tried"
+    about.untried[4, 3] = False
+    assert (dealer.next(1, about) == wiring).all()
 
 
 def test_suspects_that_are_too_many_take_turns():
