@@ -62,6 +62,7 @@ def scenario(name: str, fault: dict, folder) -> Scenario:
     block = {
         "enabled": True,
         "conviction": "statistics",
+        "wiring": "static",  # a link at fault is a link of two workers, as long as they stay neighbours
         "output_dir": str(folder / f"logs_{name}"),
         "events": "steps",
         "inject": [inject],

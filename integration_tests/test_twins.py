@@ -92,7 +92,8 @@ def test_a_reduction_that_is_fed_something_else_is_seen_and_not_applied(runs, na
         assert run.error is None, run.error
         acted = [verdict["step"] for verdict in of_twins(run) if verdict["step"] >= START]
         seen = [step for step, told in enumerate(run.record["poisoned"]) if told]
-        assert seen == acted
+        # Who is convicted hands nothing to a reduction any more.
+        assert seen == (acted[:1] if name == "memory" else acted)
         assert run.record["skipped_steps"] == len(seen)
         named = str(Worker(*CULPRIT)) in run.record["poisoned"][seen[0]]
         assert named == (name == "memory")

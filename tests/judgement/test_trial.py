@@ -56,7 +56,7 @@ def test_proof_convicts_at_once_without_a_strike_before():
 
 
 def test_a_trial_that_convicts_calls_for_another_until_one_finds_nobody_new():
-    world = by_proof(5)
+    world = by_proof(5, wiring="static")
     assert not world.judge.record.suspicion
     world.step(digests=odd(1, 2), twins=twins(world))
     assert world.judge.record.suspicion
@@ -64,6 +64,19 @@ def test_a_trial_that_convicts_calls_for_another_until_one_finds_nobody_new():
     assert world.judge.record.suspicion
     world.step(digests=odd(1, 2), twins=twins(world))
     assert not world.judge.record.suspicion
+
+
+def test_where_columns_are_dealt_anew_it_calls_for_trials_of_those_behind():
+    world = by_proof(5)
+    world.step(digests=odd(1, 2), twins=twins(world))
+    behind = [[2, 2]]
+    assert np.argwhere(world.judge.doubts.untried).tolist() == behind and not world.judge.doubts.suspects.any()
+    world.step(digests=odd(1, 2), twins=twins(world))
+    assert np.argwhere(world.judge.doubts.untried).tolist() == behind and world.judge.record.suspicion
+    moved = np.tile(np.arange(5), (4, 1))
+    moved[2, [2, 3]] = [3, 2]
+    world.step(digests=odd(1, 2), twins=twins(world), served=moved)
+    assert not world.judge.doubts.untried.any() and not world.judge.record.suspicion
 
 
 def test_trials_that_settle_nothing_become_rarer():
