@@ -29,7 +29,7 @@ from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Overflow
 from deepspeed_sentinel.judgement.passing import Passing
 from deepspeed_sentinel.judgement.proof import tried, try_twins
-from deepspeed_sentinel.judgement.record import Record, Tried
+from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.replay import Replayed
 from deepspeed_sentinel.judgement.silence import Silence
 from deepspeed_sentinel.judgement.standing import Standing
@@ -98,7 +98,6 @@ class Judge:
         )
         self.overflow = Overflow(mesh)
         self.skipped_in_a_row = 0
-        self._tried: Tried | None = None
         self.clean_links = np.zeros((2, mesh.links, mesh.replicas), bool)
 
     @property
@@ -220,8 +219,8 @@ class Judge:
         findings = account.findings(blame, judged_step, self.fences)
         disputed = account.disputes(blame.disputes & ~differing, contradicted)
         proved = (*proved, *(replayed.inconsistent if replayed else ()))
-        self._tried = tried(self.mesh, trial, proved) if trial or proved else None
-        changes = self.record.update(*entries(self.mesh, findings, disputed), self._tried, evidence.refused)
+        shown = tried(self.mesh, trial, proved) if trial or proved else None
+        changes = self.record.update(*entries(self.mesh, findings, disputed), shown, evidence.refused)
         self._take_for_usual(residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None)
 
         events = (alarms & ~reported_only) | disputes | differing
@@ -292,7 +291,7 @@ class Judge:
             the verdict after it. What is excluded in that step stays excluded.
         """
         strikes = [finding for finding in verdict.findings if finding not in opened]
-        changes = self.record.update_again(*entries(self.mesh, strikes, verdict.disputed), self._tried)
+        changes = self.record.update_again(*entries(self.mesh, strikes, verdict.disputed))
         for finding in (*opened, *refuted):
             self.cusum.retract(finding.direction, finding.link, finding.worker.replica, to_zero=finding in refuted)
         return replace(
