@@ -116,11 +116,20 @@ class WeightComparison:
         """Whether every minority holds the majority's tensors now. All ranks take part equally often."""
         ill = {one.stage: one.minority for one in found}
         for attempt in range(max(len(one.majority) for one in found)):
-            receivers = {one.stage: _that_fit(ill[one.stage], one, layouts_SR) for one in found}
+            # Only tensors of the source's own shapes can take what it sends, as both tell of theirs.
+            receivers = {
+                one.stage: [
+                    replica
+                    for source in one.majority[attempt : attempt + 1]
+                    for replica in ill[one.stage]
+                    if layouts_SR[one.stage, replica] == layouts_SR[one.stage, source]
+                ]
+                for one in found
+            }
             if not any(receivers.values()):
-                break
+                continue
             for one in found:
-                if one.stage == self._worker.stage and receivers[one.stage] and attempt < len(one.majority):
+                if one.stage == self._worker.stage and receivers[one.stage]:
                     source, *others = self._ranks[one.stage, [one.majority[attempt], *receivers[one.stage]]].tolist()
                     heal(tensors, source, others, self._engine.mpu.get_data_parallel_group(), self._device)
             digests_SR, _ = self._gather(tensors)
@@ -128,12 +137,6 @@ class WeightComparison:
                 held = digests_SR[one.stage]
                 ill[one.stage] = tuple(replica for replica in ill[one.stage] if held[replica] != one.digests[0])
         return not any(ill.values())
-
-
-def _that_fit(replicas: tuple[int, ...], one: Division, layouts_SR: np.ndarray) -> list[int]:
-    """Those of a stage's replicas whose tensors have the shapes that the majority's have."""
-    layouts = layouts_SR[one.stage]
-    return [replica for replica in replicas if layouts[replica] == layouts[one.majority[0]]]
 
 
 def _without_majority(step: int, found: list[Division]) -> str:

@@ -267,8 +267,9 @@ class Gate:
 
     def _audit(self, verdict: Verdict, evidence: Evidence) -> Verdict:
         """Take back the strikes that rest on neighbours' words and that no trusted worker could confirm."""
-        # A strike that convicts nobody by itself needs no second look: a twin step is one.
-        audits = () if self.judge.record.by_proof else audits_due(verdict, evidence)
+        # A strike that cannot come to convict needs no second look: a twin step is one.
+        counts = self.judge.record.strikes_count
+        audits = tuple(audit for audit in audits_due(verdict, evidence) if counts[audit.finding.worker.stage])
         if not audits:
             return verdict
         ruling = rule(verdict, audits, self.hearing.hold(audits, evidence, self._layout))

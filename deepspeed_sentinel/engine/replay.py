@@ -8,6 +8,7 @@ gradients, buffers, losses, random numbers. Then the step runs as ever. At the g
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,8 @@ class Replay:
             put_back: what of the step Sentinel itself keeps.
         """
         engine, accelerator = self._engine, get_accelerator()
-        random, of_device = torch.get_rng_state(), accelerator.get_rng_state()
+        of_torch, of_device = torch.get_rng_state(), accelerator.get_rng_state()
+        of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
         instructions = engine._INSTRUCTION_MAP
         engine._INSTRUCTION_MAP = {**instructions, **dict.fromkeys(_LEFT_OUT, _nothing)}
         try:
@@ -88,8 +90,10 @@ class Replay:
         access.clear_gradients(engine)
         engine.total_loss = engine.total_additional_losses = None
         put_back()
-        torch.set_rng_state(random)
+        torch.set_rng_state(of_torch)
         accelerator.set_rng_state(of_device)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
 
     @torch.no_grad()
     def compare(self, wiring: np.ndarray) -> Replayed | None:

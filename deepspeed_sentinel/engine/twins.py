@@ -23,6 +23,7 @@ import platform
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import logger
+from torch import backends
 
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.parcel import can_be_sent, checksums, from_bytes, to_bytes
@@ -41,6 +43,7 @@ from deepspeed_sentinel.evidence.table import Twins
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.response.twins import Draw, chance, draw
 
+_DRIVERS = tuple(Path(f"/sys/module/{name}/version") for name in ("nvidia", "amdgpu"))
 _KEY_BYTES = 32
 _NONE, _APART, _GIVEN, _SOURCE, _REFUSED = range(5)
 # What keeps a step from being a twin step; of several the last counts.
@@ -235,8 +238,19 @@ class TwinSteps:
 
 
 def kind(device: torch.device) -> int:
-    """A number for the hardware and software that this rank computes with: where they differ, so may last bits."""
-    parts: list[object] = [torch.__version__]
+    """A number for all that this rank computes with, settings too: where it differs, so may last bits."""
+    precisions = (backends.cudnn.conv, backends.cudnn.rnn, *(one.matmul for one in (backends.cuda, backends.mkldnn)))
+    parts: list[object] = [
+        torch.__version__,
+        backends.cudnn.version(),
+        backends.cudnn.benchmark,
+        backends.cudnn.deterministic,
+        torch.get_deterministic_debug_mode(),
+        backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        *(one.fp32_precision for one in precisions),
+        *(path.read_text().strip() for path in _DRIVERS if path.is_file()),
+    ]
     if device.type == "cpu":
         parts += [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     else:

@@ -30,7 +30,7 @@ from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Overflow
 from deepspeed_sentinel.judgement.passing import Passing
 from deepspeed_sentinel.judgement.proof import tried, try_twins
-from deepspeed_sentinel.judgement.record import Record, Tried
+from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.replay import Replayed
 from deepspeed_sentinel.judgement.silence import Silence
 from deepspeed_sentinel.judgement.standing import Standing
@@ -104,7 +104,6 @@ class Judge:
         )
         self.overflow = Overflow(mesh)
         self.skipped_in_a_row = 0
-        self._tried: Tried | None = None
         self._served = identity(mesh)
         self.clean_links = np.zeros((2, mesh.links, mesh.replicas), bool)
 
@@ -244,10 +243,10 @@ class Judge:
             served, facts.any(-1), said.by_neighbours.any(-1), trial, self.record.convicted
         )
         proved = (*proved, *(replayed.inconsistent if replayed else ()), *(one.worker for one in contradicted))
-        self._tried = tried(self.mesh, trial, proved) if trial or proved else None
+        shown = tried(self.mesh, trial, proved) if trial or proved else None
         before = self.record.suspects
         changes = self.record.update(
-            *entries(self.mesh, findings, disputed), self._tried, evidence.refused, self.unsettled.doubted
+            *entries(self.mesh, findings, disputed), shown, evidence.refused, self.unsettled.doubted
         )
         taught = bool(changes.convicted.any() or self.unsettled.doubted.any() or (self.record.suspects & ~before).any())
         self._take_for_usual(residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None)
@@ -322,9 +321,7 @@ class Judge:
             the verdict after it. What is excluded in that step stays excluded.
         """
         strikes = [finding for finding in verdict.findings if finding not in opened]
-        changes = self.record.update_again(
-            *entries(self.mesh, strikes, verdict.disputed), self._tried, self.unsettled.doubted
-        )
+        changes = self.record.update_again(*entries(self.mesh, strikes, verdict.disputed))
         for finding in (*opened, *refuted):
             self.cusum.retract(finding.direction, finding.link, finding.worker.replica, to_zero=finding in refuted)
         return replace(

@@ -238,7 +238,7 @@ def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tri
     for worker in (*(proof.worker for proof in (trial.proofs if trial else ())), *otherwise):
         proved[worker] = True
     sound = trial.sound & ~proved if trial else np.zeros_like(proved)
-    return Tried(proved, sound, trial.unlike if trial else np.zeros(mesh.stages, bool))
+    return Tried(proved, sound, trial.unlike if trial else np.zeros(mesh.stages, bool), held=trial is not None)
 
 
 def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: Vote, served: np.ndarray) -> list[Proof]:

@@ -14,17 +14,19 @@ _HOPELESS = 3  # twin steps in a row that could not be made, after which strikes
 
 @dataclass(frozen=True)
 class Tried:
-    """What a twin step has shown of workers.
+    """What exact comparison has shown of workers.
 
     Attributes:
         proved: bool [S, R], workers whose work is not their stage's.
         sound: bool [S, R], workers all of whose work is.
         unlike: bool [S], stages whose honest replicas do not make the same of the same.
+        held: it was a twin step. Else somebody was proved by weights, a reduction or a replay, and nobody was tried.
     """
 
     proved: np.ndarray
     sound: np.ndarray
     unlike: np.ndarray
+    held: bool
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Record:
         strikes, window: strikes that convict, and the steps within which they must fall.
         probation: steps.
         by_proof: strikes convict only where nothing can be proved: in a stage whose honest replicas differ, and where
-            three twin steps in a row could not be made.
+            three twin steps in a row could not be made. Only strikes of such steps count for it, in which they were
+            looked into.
         heals: columns are dealt anew, so that who stood behind a convicted worker can be tried.
     """
 
@@ -70,7 +73,7 @@ class Record:
         self.by_proof = by_proof
         self._heals = heals
         shape = (mesh.stages, mesh.replicas)
-        self._struck, self._doubted, self._untried = (np.zeros((window, *shape), bool) for _ in range(3))
+        self._struck, self._counted, self._doubted, self._untried = (np.zeros((window, *shape), bool) for _ in range(4))
         self._disputed = np.zeros((window, mesh.links, mesh.replicas), bool)
         self.convicted = np.zeros(shape, bool)
         self.on_probation = np.zeros(shape, bool)
@@ -80,6 +83,7 @@ class Record:
         self._refused_trials = self._fruitless = 0
         self._position = 0
         self._before: dict[str, np.ndarray] | None = None
+        self._shown: tuple[Tried | None, bool] = (None, False)
         self._trusted = np.zeros(shape, bool)
         self._trusted[[0, -1]] = True
 
@@ -102,6 +106,11 @@ class Record:
     def untried(self) -> np.ndarray:
         """Workers that were not compared when somebody was convicted, within the window, nor since, bool [S, R]."""
         return np.asarray(self._untried.any(0) & ~self.suspects & ~self.convicted)
+
+    @property
+    def strikes_count(self) -> np.ndarray:
+        """Stages in which a strike may come to convict, bool [S], so that it must be looked into."""
+        return self._unlike | (self._refused_trials > 0) | (not self.by_proof)
 
     @property
     def unlike(self) -> np.ndarray:
@@ -142,24 +151,27 @@ class Record:
             refused: it was to be a twin step and could not be one.
             doubted: bool [S, R], workers to be tried without a strike; None is nobody.
         """
-        self._before = self.state_dict()
+        self._before, self._shown = self.state_dict(), (tried, refused, doubted)
         slot = self._position % len(self._struck)
         self._struck[slot], self._disputed[slot] = struck, disputed
         self._doubted[slot] = False if doubted is None else doubted & ~self._trusted
         self._position += 1
         proved = cleared = np.zeros_like(self.convicted)
-        self._refused_trials = 0 if tried is not None else self._refused_trials + refused
+        held = tried is not None and tried.held
+        self._refused_trials = 0 if held else self._refused_trials + refused
         if tried is not None:
             proved, cleared = tried.proved, tried.sound & self.suspects
             self._unlike = (self._unlike | tried.unlike) & ~tried.sound.any(1)
+        self._counted[slot] = struck & self.strikes_count[:, None]
         self._quiet_steps = np.where(struck | proved, 0, self._quiet_steps + 1)
-        guilty = (self.strikes >= self.strikes_needed) | (self.on_probation & struck)
+        counted = np.count_nonzero(self._counted, axis=0)
+        guilty = (counted >= self.strikes_needed) | (self.on_probation & struck)
         if self.by_proof:
             guilty &= self._unlike[:, None] | (self._refused_trials >= _HOPELESS)
-        self._struck[:, cleared] = self._doubted[:, cleared] = False
+        self._struck[:, cleared] = self._counted[:, cleared] = self._doubted[:, cleared] = False
         self._untried[slot] = False
         newly = ((guilty & ~cleared) | proved) & ~self.convicted & ~self._trusted
-        if tried is not None:
+        if held:
             self._more_to_find = bool(newly.any())
             self._untried[:, tried.sound] = False
             if self._heals and newly.any() and tried.sound.any():
@@ -173,28 +185,23 @@ class Record:
         self.convicted = self.convicted & ~released
         self.on_probation = (self.on_probation & ~served) | released
         self._quiet_steps = np.where(released, 0, self._quiet_steps)
-        self._struck[:, released] = False
+        self._struck[:, released] = self._counted[:, released] = False
         self._doubted[slot] |= released
         return Changes(newly, released, cleared)
 
-    def update_again(
-        self,
-        struck: np.ndarray,
-        disputed: np.ndarray,
-        tried: Tried | None = None,
-        doubted: np.ndarray | None = None,
-    ) -> Changes:
+    def update_again(self, struck: np.ndarray, disputed: np.ndarray) -> Changes:
         """Enter the last step anew, in place of what was entered: strikes were taken back, links found in dispute.
 
         Args and returns as of ``update``.
         """
         assert self._before is not None, "no step was entered yet"
         self.load_state_dict(self._before)
-        return self.update(struck, disputed, tried, doubted=doubted)
+        return self.update(struck, disputed, *self._shown)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
             "struck": self._struck.copy(),
+            "counted": self._counted.copy(),
             "doubted": self._doubted.copy(),
             "untried": self._untried.copy(),
             "disputed": self._disputed.copy(),
@@ -209,8 +216,8 @@ class Record:
         }
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self._struck, self._doubted, self._untried = (
-            np.array(state[name]) for name in ("struck", "doubted", "untried")
+        self._struck, self._counted, self._doubted, self._untried = (
+            np.array(state[name]) for name in ("struck", "counted", "doubted", "untried")
         )
         self._disputed = np.array(state["disputed"])
         self.convicted = np.array(state["convicted"])

@@ -125,6 +125,12 @@ def test_who_holds_tensors_of_other_shapes_is_sent_nothing(world):
     assert not world.heals and world.gathers == 1
 
 
+def test_one_of_the_majority_that_tells_another_layout_keeps_nobody_from_being_healed(world):
+    world.odd, world.layouts = {(1, 0): OTHER}, {(1, 1): 1}
+    assert world.comparison.compare().healed
+    assert world.heals == [(5, [1])]
+
+
 def test_without_a_majority_all_ranks_stop_and_nobody_is_accused(world):
     world.engine.global_steps = 10
     world.odd = {(0, 1): OTHER, (0, 2): OTHER + 1, (1, 2): OTHER}

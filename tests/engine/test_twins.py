@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import backends
 
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import twins as module
@@ -365,3 +366,42 @@ def test_a_refused_twin_step_is_told_by_most_of_both_ends_and_is_none():
     assert module.was_refused(words) and module.as_told(words, nothing, nothing, nothing) is None
     words[0, 0] = words[2, 1] = module._NONE
     assert module.was_refused(words) and not module.was_refused(np.zeros_like(words))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (backends.cudnn, "benchmark", True),
+        (backends.cudnn, "deterministic", True),
+        (backends.cudnn.conv, "fp32_precision", "ieee"),
+        (backends.cuda.matmul, "fp32_precision", "tf32"),
+        (backends.mkldnn.matmul, "fp32_precision", "bf16"),
+        (backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False),
+    ],
+)
+def test_settings_by_which_last_bits_differ_are_another_kind(owner, name, value):
+    device = torch.device("cpu")
+    before, was = module.kind(device), getattr(owner, name)
+    assert was != value and module.kind(device) == before
+    setattr(owner, name, value)
+    try:
+        assert module.kind(device) != before
+    finally:
+        setattr(owner, name, was)
+    assert module.kind(device) == before
+
+
+def test_deterministic_algorithms_are_another_kind():
+    before = module.kind(torch.device("cpu"))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert module.kind(torch.device("cpu")) != before
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_another_driver_is_another_kind(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_DRIVERS", (tmp_path / "none", tmp_path / "version"))
+    before = module.kind(torch.device("cpu"))
+    (tmp_path / "version").write_text("580.1\n")
+    assert module.kind(torch.device("cpu")) != before

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from deepspeed_sentinel.judgement.grounds import grounds
-from deepspeed_sentinel.judgement.record import Record
+from deepspeed_sentinel.judgement.record import Record, Tried
 from deepspeed_sentinel.judgement.robust import quantiles, shortest_interval
 from deepspeed_sentinel.mesh import Mesh
 
@@ -56,15 +56,18 @@ def test_strikes_must_fall_within_the_window():
     assert newly[1, 0]
 
 
-def test_a_step_can_be_entered_again():
+@pytest.mark.parametrize("by_proof", [False, True])
+def test_a_step_can_be_entered_again(by_proof):
     mesh = Mesh(4, 2)
-    one, other = (Record(mesh, strikes=2, window=3, probation=4) for _ in range(2))
+    one, other = (Record(mesh, strikes=2, window=3, probation=4, by_proof=by_proof) for _ in range(2))
     rng = np.random.default_rng(0)
     quiet = np.zeros((3, 2), bool)
     for _ in range(40):
         struck, disputed = rng.random((4, 2)) < 0.4, rng.random((3, 2)) < 0.2
-        one.update(struck, quiet)
-        mine, theirs = one.update_again(struck, disputed), other.update(struck, disputed)
+        shown = Tried(rng.random((4, 2)) < 0.1, rng.random((4, 2)) < 0.3, rng.random(4) < 0.1, rng.random() < 0.5)
+        step = {"tried": shown if rng.random() < 0.3 else None, "refused": bool(rng.random() < 0.3)}
+        one.update(struck, quiet, **step)
+        mine, theirs = one.update_again(struck, disputed), other.update(struck, disputed, **step)
         for name in ("convicted", "released", "cleared"):
             assert np.array_equal(getattr(mine, name), getattr(theirs, name))
         for name, state in one.state_dict().items():

@@ -24,6 +24,12 @@ def loud(stage, column):
     return change
 
 
+def changed(world, change):
+    values = world.statistics()
+    change(values)
+    return values
+
+
 def odd(stage, column):
     """Other bits than the rest, in all that follows too."""
 
@@ -211,6 +217,40 @@ def test_unequal_weights_are_proof():
     values = world.statistics()
     evidence = Evidence(world.mesh, world.time, values, np.zeros((*values.shape[:5], 1), np.int64))
     assert world.judge.step(evidence, proved=[Worker(2, 1)]).newly_convicted == (Worker(2, 1),)
+
+
+def test_a_proof_outside_a_twin_step_is_no_trial():
+    """Who is proved by its weights in each step must not keep strikes from convicting where no trial can be made."""
+    world, convicted = by_proof(), []
+    for _ in range(3):
+        evidence = Evidence(
+            world.mesh, world.time, changed(world, loud(1, 2)), np.zeros((2, 2, 3, 3, 4, 1), np.int64), refused=True
+        )
+        convicted += world.judge.step(evidence, proved=[Worker(2, 0)]).newly_convicted
+        world.time += 1
+    assert convicted == [Worker(2, 0), Worker(1, 2)]
+
+
+def test_a_proof_outside_a_twin_step_leaves_open_what_a_trial_has_left_open():
+    world = by_proof()
+    world.step(digests=odd(1, 2), twins=twins(world))
+    chance = world.judge.record.suspicion
+    evidence = Evidence(world.mesh, world.time, world.statistics(), np.zeros((2, 2, 3, 3, 4, 1), np.int64))
+    world.judge.step(evidence, proved=[Worker(1, 2)])
+    assert chance and world.judge.record.suspicion == chance
+
+
+def test_strikes_that_no_audit_saw_convict_nobody_later():
+    world, counts = by_proof(), []
+    for _ in range(5):  # trials could be made, so a strike convicts nobody and is not looked into
+        assert not world.judge.record.strikes_count.any()
+        world.step(loud(1, 2))
+    for refused in (True, True, True):
+        verdict = world.step(refused=refused)
+        counts.append(world.judge.record.strikes_count.all())
+    assert counts == [True] * 3 and not verdict.convicted.any() and verdict.suspects[1, 2]
+    world.step(twins=twins(world))
+    assert not world.judge.record.strikes_count.any()
 
 
 @pytest.mark.parametrize("replicas", [3, 5])
