@@ -196,9 +196,7 @@ def try_twins(
     for stage, workers in enumerate(served):
         told: list[tuple[int | None, Vote]] = [(direction, vote) for at, direction, vote in found if at == stage]
         gradients, norms = twins.gradients[stage][workers], twins.norms[stage][workers]
-        # Who serves several columns has accumulated more than the others.
-        alone = np.bincount(workers, minlength=mesh.replicas)[workers] == 1
-        asked = entered[stage] & alone
+        asked = entered[stage]
         if asked.any():
             vote = stages[stage].vote(
                 gradients[:, None, None], norms[None, :, None, None], asked[:, None], entered_exact[stage][:, None]
@@ -218,12 +216,7 @@ def try_twins(
     lost = spoilt | disputed.any(axis=(0, 1, 3)) | ~twins.given
     if np.count_nonzero(~lost & ~inexact) >= LEAST:
         spoilt = spoilt | inexact
-    idle = np.ones((mesh.stages, mesh.replicas), bool)
-    np.put_along_axis(idle, served, False, axis=1)
-    sound &= ~idle
-    return Trial(
-        right, wrong, undecided, tuple(proofs), tuple(differences), sound, same, found_unlike, spoilt, differ
-    )
+    return Trial(right, wrong, undecided, tuple(proofs), tuple(differences), sound, same, found_unlike, spoilt, differ)
 
 
 def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tried:

@@ -83,7 +83,7 @@ class Record:
         self._refused_trials = self._fruitless = 0
         self._position = 0
         self._before: dict[str, np.ndarray] | None = None
-        self._shown: tuple[Tried | None, bool] = (None, False)
+        self._shown: tuple[Tried | None, bool, np.ndarray | None] = (None, False, None)
         self._trusted = np.zeros(shape, bool)
         self._trusted[[0, -1]] = True
 

@@ -46,7 +46,6 @@ class Voters:
     """Who speaks for the columns of a stage.
 
     Attributes:
-        served: int [C], the replica that serves a column.
         heard: bool [C], whose word counts.
         alike: bool [C], who runs on the kind of hardware that most do.
         accused: bool [C], who is suspected or convicted.
@@ -55,7 +54,6 @@ class Voters:
         unlike: its work is known not to be the same bit for bit.
     """
 
-    served: np.ndarray
     heard: np.ndarray
     alike: np.ndarray
     accused: np.ndarray
@@ -77,17 +75,14 @@ class Voters:
         known, count = np.unique(kinds, return_counts=True)
         alike = kinds[served] == known[np.argmax(count)]
         accused = (convicted | suspects)[served]
-        return cls(served, ~convicted[served], alike, accused, mesh.replicas == 2, (mesh.replicas - 1) // 2, unlike)
+        return cls(~convicted[served], alike, accused, mesh.replicas == 2, (mesh.replicas - 1) // 2, unlike)
 
     def _voices(self, of_CM: np.ndarray, said_CM: np.ndarray | int = 0, most: int = 1) -> np.ndarray:
-        """How many of those whose word counts say each of ``most`` things of each question, int [M, most].
-
-        A worker that serves several columns has one voice.
-        """
-        replicas, question = int(self.served.max()) + 1, np.arange(of_CM.shape[1])
-        heard = of_CM & self.heard[:, None]
-        voices = np.unique(((question * most + said_CM) * replicas + self.served[:, None])[heard]) // replicas
-        return np.bincount(voices, minlength=len(question) * most).reshape(len(question), most)
+        """How many of those whose word counts say each of ``most`` things of each question, int [M, most]."""
+        questions = of_CM.shape[1]
+        answers = np.broadcast_to(np.arange(questions) * most + said_CM, of_CM.shape)
+        counts = np.bincount(answers[of_CM & self.heard[:, None]], minlength=questions * most)
+        return counts.reshape(questions, most)
 
     def vote(self, what_CMT: np.ndarray, measures_ECMN: np.ndarray, asked: np.ndarray, exact: np.ndarray) -> Vote:
         """The truth on each question, if there is one.
