@@ -6,9 +6,7 @@ a training step or of an evaluation, and so on all ranks between the same two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -74,7 +72,7 @@ class Columns:
 
     def problem(self, state: object) -> str | None:
         """Why a state cannot be taken up, in words that follow "checkpoint ..."; None if it can."""
-        if not isinstance(state, Mapping):
+        if not isinstance(state, dict):
             return "has no wiring"
         try:
             Dealer.of(self._config, self._mesh).load_state_dict(state)
@@ -82,7 +80,7 @@ class Columns:
             return f"has a wiring that cannot be: {error}"
         return None
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Go on from a saved state; where nobody is moved, DeepSpeed's own wiring holds all the same."""
         if self._config.wiring != "static":
             self._dealer.load_state_dict(state)

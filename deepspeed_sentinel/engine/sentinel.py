@@ -305,7 +305,7 @@ class Sentinel:
             return self._originals["_reduce_outputs"](outputs, reduce=reduce, reduce_dp=reduce_dp, **more)
 
         wiring = self.gate.columns.wiring
-        out_C = np.take_along_axis(self.gate.judge.record.convicted, wiring, axis=1).any(0)
+        out_C = np.asarray(np.take_along_axis(self.gate.judge.record.convicted, wiring, axis=1).any(0))
         if self._lenient or reduce is None or not reduce_dp or not out_C.any() or not torch.is_tensor(outputs[0]):
             return original(outputs)
         if self.worker.replica == 0:

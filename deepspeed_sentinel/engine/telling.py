@@ -29,6 +29,7 @@ from deepspeed_sentinel.telemetry.events import (
 from deepspeed_sentinel.telemetry.standing import Above, Standing
 
 _Opened = TypeVar("_Opened")
+_Told = Proof | Contradicted | Difference | Finding | Dispute
 _FEW_REPLICAS = {
     1: "1 replica: there is nothing to compare with, so statistics are reported and exclude nothing; what is not "
     "finite, disputed, or should have been passed on unchanged still does",
@@ -62,7 +63,7 @@ def _twins(config: SentinelConfig, mesh: Mesh) -> str:
     )
 
 
-def _convicted_before(told: Proof | Contradicted | Difference | Finding | Dispute, verdict: Verdict) -> Worker | None:
+def _convicted_before(told: _Told, verdict: Verdict) -> Worker | None:
     """The worker that something is told of, if it was convicted before this step."""
     if isinstance(told, Difference):
         return None
@@ -154,7 +155,7 @@ class Telling:
             self._warn(verdict.step, f"{worker} CONVICTED")
         for worker in verdict.released:
             logger.info(f"[sentinel] step {verdict.step}: {worker} released, on probation")
-        shown = (*verdict.proofs, *verdict.contradicted, *verdict.differences)
+        shown: tuple[_Told, ...] = (*verdict.proofs, *verdict.contradicted, *verdict.differences)
         for told in (*shown, *verdict.findings, *verdict.disputed):
             known = _convicted_before(told, verdict)
             if known is None:

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.judgement.proof import Proof
+from deepspeed_sentinel.judgement.unsettled import Contradicted
+from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.devices import Device
 
@@ -52,7 +54,7 @@ class Convict:
 
 def reason(verdict: Verdict, worker: Worker) -> str:
     """Why a worker is convicted in the step of a verdict, in words: the first that was told against it."""
-    told = (*verdict.proofs, *verdict.contradicted, *verdict.findings)
+    told: tuple[Proof | Contradicted | Finding, ...] = (*verdict.proofs, *verdict.contradicted, *verdict.findings)
     against = [str(one) for one in told if one.worker == worker]
     return against[0] if against else "its weights, a reduction or a step computed twice were others than they must be"
 
