@@ -50,7 +50,9 @@ def columns(told, **block):
 
 
 def doubts(*convicted):
-    return Doubts(np.isin(np.arange(12).reshape(4, 3), [3 * one[0] + one[1] for one in convicted]), NOBODY, NOBODY, NOBODY)
+    return Doubts(
+        np.isin(np.arange(12).reshape(4, 3), [3 * one[0] + one[1] for one in convicted]), NOBODY, NOBODY, NOBODY
+    )
 
 
 def test_a_wiring_takes_effect_with_the_next_schedule_and_not_before(told):
