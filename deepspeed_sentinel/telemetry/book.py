@@ -30,7 +30,8 @@ it may be missing from the total. ``fold`` keeps ``KEPT_RUNS`` runs and all of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +41,7 @@ TIMES = ("first", "last", "trouble")  # seconds since 1970
 COLUMNS = COUNTS + TIMES
 FIRST, LAST, TROUBLE = (COLUMNS.index(name) for name in TIMES)
 MOST = 1 << 53  # of a count: what every reader of JSON takes for a whole number
+LATEST = 253402300799  # of a time: the last second of the year 9999, which every calendar can tell
 KEPT_RUNS = 32  # single runs that are never folded
 _FOLDED_AT_ONCE = 16
 _DAY = 86400
@@ -62,13 +64,6 @@ class Entry:
 
     keys: tuple[str, ...]
     table: np.ndarray
-
-    def spread(self, keys: tuple[str, ...]) -> np.ndarray:
-        """int64 [D, 10] of more devices, zeros where nothing is known."""
-        place = {key: index for index, key in enumerate(keys)}
-        table = np.zeros((len(keys), len(COLUMNS)), np.int64)
-        table[[place[key] for key in self.keys]] = self.table
-        return table
 
 
 NOTHING = Entry((), np.zeros((0, len(COLUMNS)), np.int64))
@@ -118,32 +113,36 @@ class Book:
         groups = self._overlapping()
         return _combined([_combined(group, apart=False) for group in groups], apart=True)
 
-    def _overlapping(self) -> list[list[Entry]]:
+    def _overlapping(self) -> Iterable[list[Entry]]:
         """Entries in groups that have no run in common."""
-        groups: list[tuple[set[str], list[Entry]]] = []
+        leader = {run: run for runs in self.entries for run in runs}
+
+        def lead(run: str) -> str:
+            while leader[run] != run:
+                leader[run] = run = leader[leader[run]]
+            return run
+
+        for runs in self.entries:
+            first, *others = runs
+            for run in others:
+                leader[lead(run)] = lead(first)
+        groups: dict[str, list[Entry]] = defaultdict(list)
         for runs, entry in self.entries.items():
-            if len(runs) == 1:  # part of no other set, so a group of its own
-                groups.append((set(), [entry]))
-                continue
-            apart, known, together = [], set(runs), [entry]
-            for ids, group in groups:
-                if ids & known:
-                    known |= ids
-                    together += group
-                else:
-                    apart.append((ids, group))
-            groups = [*apart, (known, together)]
-        return [group for _, group in groups]
+            groups[lead(next(iter(runs)))].append(entry)
+        return groups.values()
 
 
 def _maximal(entries: Mapping[Runs, Entry]) -> dict[Runs, Entry]:
     """Without those whose runs are part of another's."""
-    several = [runs for runs in entries if len(runs) > 1]
-    inside = frozenset[str]().union(*several)
+    having: dict[str, list[Runs]] = defaultdict(list)
+    for runs in entries:
+        for run in runs:
+            having[run].append(runs)
+    # Whatever contains all of them has the one that fewest have.
     return {
         runs: entry
         for runs, entry in entries.items()
-        if not (runs <= inside and any(runs < other for other in several))
+        if not any(runs < other for other in min((having[run] for run in runs), key=len))
     }
 
 
@@ -161,9 +160,20 @@ def _combined(entries: Sequence[Entry], apart: bool) -> Entry:
     keys = tuple(sorted({key for entry in entries for key in entry.keys}))
     if not keys:
         return NOTHING
-    tables = np.stack([entry.spread(keys) for entry in entries])  # [E, D, 10]
-    table = tables.max(0)
-    if apart:
-        table[:, : len(COUNTS)] = np.minimum(tables[:, :, : len(COUNTS)].sum(0), MOST)
-    table[:, FIRST] = np.where(tables[:, :, FIRST] > 0, tables[:, :, FIRST], MOST).min(0) % MOST
+    place = {key: index for index, key in enumerate(keys)}
+    table = np.zeros((len(keys), len(COLUMNS)), np.int64)
+    table[:, FIRST] = MOST
+    counts, times = slice(len(COUNTS)), [LAST, TROUBLE]
+    for entry in entries:
+        rows, mine = [place[key] for key in entry.keys], entry.table
+        known = table[rows]
+        known[:, counts] = (
+            np.minimum(known[:, counts] + mine[:, counts], MOST)
+            if apart
+            else np.maximum(known[:, counts], mine[:, counts])
+        )
+        known[:, times] = np.maximum(known[:, times], mine[:, times])
+        known[:, FIRST] = np.minimum(known[:, FIRST], np.where(mine[:, FIRST] > 0, mine[:, FIRST], MOST))
+        table[rows] = known
+    table[:, FIRST] %= MOST
     return Entry(keys, table)

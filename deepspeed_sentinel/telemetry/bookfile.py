@@ -29,12 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from deepspeed_sentinel.telemetry.book import COLUMNS, MOST, PLACES, Book, Entry, Place, Runs
+from deepspeed_sentinel.telemetry.book import COLUMNS, COUNTS, LATEST, MOST, PLACES, TIMES, Book, Entry, Place, Runs
+from deepspeed_sentinel.telemetry.devices import Device
 
 SCHEMA = 1
 _KEY = re.compile(r"[A-Za-z0-9._:@/-]{1,400}")
 _RUN = re.compile(r"[A-Za-z0-9-]{1,64}")
-_TEXT = re.compile(r"[A-Za-z0-9._:-]{0,128}")
+_LARGEST = (*[MOST] * len(COUNTS), *[LATEST] * len(TIMES))
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _PATIENCE, _PAUSE = 5.0, 0.05  # seconds that the lock is waited for
 
@@ -219,10 +220,14 @@ def _read_places(known: Any) -> Mapping[Place, int]:
         raise ValueError(f'"places" of a device is {places!r:.100}; allowed is a list of at most {PLACES} objects')
     result: dict[Place, int] = {}
     for place in places:
-        if not (_whole(place.get("slot"), 0, MOST) and _whole(place.get("last"), 0, MOST)):
-            raise ValueError(f'a place is {place!r:.100}; allowed are whole numbers as "slot" and "last"')
-        where = (_checked(place.get("host"), _TEXT), int(place["slot"]), _checked(place.get("pci"), _TEXT))
-        result[where] = int(place["last"])
+        host, slot, pci, last = (place.get(name) for name in ("host", "slot", "pci", "last"))
+        if not (isinstance(host, str) and isinstance(pci, str) and _whole(slot, 0, MOST) and _whole(last, 0, LATEST)):
+            raise ValueError(
+                f'a place is {place!r:.100}; allowed are texts as "host" and "pci", and whole numbers as "slot" and '
+                f'"last", the latter up to {LATEST}'
+            )
+        where = Device(host, slot, pci=pci)
+        result[(where.host, where.slot, where.pci)] = last
     return result
 
 
@@ -233,8 +238,15 @@ def _read_entry(entry: Any) -> tuple[Runs, Entry]:
     keys = tuple(sorted(_checked(key, _KEY) for key in counts))
     rows = [counts[key] for key in keys]
     for key, row in zip(keys, rows, strict=True):
-        if not isinstance(row, list) or len(row) != len(COLUMNS) or not all(_whole(value, 0, MOST) for value in row):
-            raise ValueError(f"counts of {key} are {row!r:.100}; allowed are {len(COLUMNS)} whole numbers from 0")
+        if (
+            not isinstance(row, list)
+            or len(row) != len(COLUMNS)
+            or not all(_whole(value, 0, most) for value, most in zip(row, _LARGEST, strict=True))
+        ):
+            raise ValueError(
+                f"counts of {key} are {row!r:.100}; allowed are {len(COLUMNS)} whole numbers from 0, as times up to "
+                f"{LATEST}"
+            )
     table = np.array(rows, np.int64).reshape(len(rows), len(COLUMNS))
     return frozenset(_checked(run, _RUN) for run in runs), Entry(keys, table)
 

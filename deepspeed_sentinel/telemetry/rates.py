@@ -30,6 +30,7 @@ import numpy as np
 TAIL = 1e-4
 MARGIN = 2.0
 FEWEST = 3
+_MOST_DRAWS = 1 << 24
 _ENOUGH = 1e-12  # relative size of the terms of a sum that are left out
 
 
@@ -47,6 +48,7 @@ def above_peers(alarmed: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.
     count = len(alarmed)
     if not count:
         return np.zeros(0, bool), np.zeros(0), np.zeros(0)
+    alarmed, steps = alarmed.astype(np.float64), steps.astype(np.float64)  # sums of integers could wrap
     rate = alarmed / np.maximum(steps, 1)
     quiet = np.zeros(count, bool)
     quiet[np.argsort(rate, kind="stable")[: count - (count - 1) // 2]] = True
@@ -60,15 +62,23 @@ def above_peers(alarmed: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.
 def binomial_tail(least: np.ndarray, draws: np.ndarray, share: np.ndarray) -> np.ndarray:
     """float64 [D]: P(X >= least) for X ~ Binomial(draws, share); 1 where ``least`` is not above the mean.
 
-    Above the mean each term is smaller than the one before it, so terms are added until they do not count.
+    Above the mean each term is smaller than the one before it, so terms are added until they do not count. Of very many
+    draws these would be too many, and the first could not be computed; there it is a bound that lies above (Chernoff's,
+    with KL(a || p) >= (a - p)^2 / 2a), so that less is found:
+
+        P(X >= k) <= exp(-(k - n p)^2 / 2k)
 
     Args:
-        least, draws: int [D], least <= draws.
+        least, draws: int or float64 [D], whole numbers, least <= draws.
         share: float64 [D].
     """
     result = np.ones(len(least))
     above = np.flatnonzero((least > draws * share) & (share > 0))
     result[(share <= 0) & (least > 0)] = 0.0
+    many = above[draws[above] > _MOST_DRAWS]
+    above = above[draws[above] <= _MOST_DRAWS]
+    far = least[many] - draws[many] * share[many]
+    result[many] = np.exp(-far * far / (2.0 * least[many]))
     k, n, p = least[above].astype(np.float64), draws[above].astype(np.float64), share[above]
     start = _log_factorial(n) - _log_factorial(k) - _log_factorial(n - k) + k * np.log(p) + (n - k) * np.log1p(-p)
     total, term = np.ones_like(k), np.ones_like(k)

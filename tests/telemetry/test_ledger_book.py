@@ -1,5 +1,6 @@
 import functools
 import operator
+import time
 from collections import Counter
 
 import numpy as np
@@ -7,7 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspeed_sentinel.telemetry.book import COLUMNS, FIRST, KEPT_RUNS, LAST, NOTHING, PLACES, TROUBLE, Book, Entry
+from deepspeed_sentinel.telemetry.book import (
+    COLUMNS,
+    FIRST,
+    KEPT_RUNS,
+    LAST,
+    MOST,
+    NOTHING,
+    PLACES,
+    TROUBLE,
+    Book,
+    Entry,
+)
 from deepspeed_sentinel.telemetry.bookfile import from_text, to_text
 
 ALARMS = COLUMNS.index("alarms")
@@ -201,3 +213,23 @@ def test_sums_stay_numbers_that_can_be_written(number):
     book = Book({of(f"r{index}"): entry(gpu=most - index) for index in range(number)})
     assert alarms(book)["gpu"] == most
     assert alarms(from_text(to_text(Book({of("all"): book.total()})).encode())) == {"gpu": most}
+
+
+def test_counts_beyond_what_fits_stay_at_the_most_and_can_be_read_back():
+    full = Entry(("p",), np.full((1, len(COLUMNS)), MOST, np.int64))
+    full.table[:, [FIRST, LAST, TROUBLE]] = 5
+    book = Book({of(f"r{index}"): full for index in range(2000)})
+    assert alarms(book) == {"p": MOST}
+    folded = book.folded(10.0 * DAY)
+    assert len(folded.entries) == KEPT_RUNS + 1
+    assert plain(from_text(to_text(folded).encode()))[0] == plain(folded)[0]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_many_entries_take_no_time(shared):
+    """As many that overlap in a chain, or all in one run: nobody can make reading a file take minutes."""
+    begun = time.process_time()
+    entries = {of("all" if shared else f"r{index + 1}", f"r{index}"): entry(p=1) for index in range(10_000)}
+    book = Book().merged(Book(entries))
+    assert len(book.entries) == 10_000 and alarms(book) == {"p": 1}
+    assert time.process_time() - begun < 5

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deepspeed_sentinel.telemetry import bookfile
-from deepspeed_sentinel.telemetry.book import COLUMNS, PLACES
+from deepspeed_sentinel.telemetry.book import COLUMNS, LATEST, PLACES
 from deepspeed_sentinel.telemetry.devices import Device
 from deepspeed_sentinel.telemetry.ledger import Ledger
 
@@ -241,3 +241,35 @@ def test_the_file_is_for_people_too(tmp_path):
     (line,) = [line for line in text.splitlines() if line.startswith('"cpu:node/0": {')]
     assert '"total": {"steps": 1, "judged": 4, "alarmed_steps": 1, "alarms": 3,' in line and '"host": "node"' in line
     assert json.loads(text)["schema"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slot": 70_000},
+        {"slot": True},
+        {"pci": "a" * 40},
+        {"host": "h" * 129},
+        {"host": "a b"},
+        {"host": 3},
+        {"last": LATEST + 1},
+        {"times": LATEST + 1},
+    ],
+)
+def test_what_no_device_and_no_clock_can_say_is_not_read(change):
+    def text(host="h", slot=0, pci="", last=1, times=2):
+        place = {"host": host, "slot": slot, "pci": pci, "last": last}
+        counts = {"gpu:z": [10, 10, 0, 0, 0, 1, 0, 1, times, times]}
+        devices = {"gpu:z": {"places": [place]}}
+        entries = [{"runs": ["r1"], "counts": counts}]
+        return json.dumps({"schema": 1, "columns": list(COLUMNS), "devices": devices, "entries": entries}).encode()
+
+    def loaded(**place):
+        ledger = Ledger(None, DEVICES)
+        ledger.load_state_dict({"json": np.frombuffer(text(**place), np.uint8)})
+        return ledger, ledger.told(), [str(one) for one in ledger.standings()]
+
+    ledger, told, standings = loaded(times=LATEST, last=LATEST, slot=65_535, pci="a" * 32, host="h" * 128)
+    assert not told and "9999" in standings[0] and not ledger.report()
+    _, told, standings = loaded(**change)
+    assert "left out" in told[0] and not standings

@@ -1,3 +1,4 @@
+import time
 from fractions import Fraction
 from math import comb
 
@@ -85,3 +86,22 @@ def test_without_peers_nobody_is_reported(devices):
 def test_two_devices_take_a_great_difference():
     assert not above_peers(np.array([20, 0]), np.array([100, 100]))[0].any()
     assert above_peers(np.array([40, 0]), np.array([100, 100]))[0].tolist() == [True, False]
+
+
+def test_among_ever_so_many_steps_it_is_quick_and_never_below_the_chance():
+    begun = time.process_time()
+    for bits in (24, 30, 40, 53):
+        steps = 1 << bits
+        alarmed = np.array([int(steps * 0.2 * (1 + 1e-7)), int(steps * 0.1)])
+        assert not above_peers(alarmed, np.full(2, steps))[0].any()
+        assert above_peers(np.array([steps // 2, steps // 8]), np.full(2, steps))[0].tolist() == [True, False]
+    assert not above_peers(np.full(2048, 1 << 52), np.full(2048, 1 << 53))[0].any(), "sums beyond 2^63"
+    assert time.process_time() - begun < 20
+
+
+def test_where_the_sum_becomes_a_bound_the_bound_lies_above_it():
+    draws = np.full(40, (1 << 24) - 1)
+    for share in (1e-6, 0.01, 0.4):
+        least = (draws * share + np.linspace(1, 8, 40) * np.sqrt(draws * share)).astype(np.int64)
+        exact, bound = (binomial_tail(least, draws + more, np.full(40, share)) for more in (0, 2))
+        assert (bound >= exact).all() and (np.diff(bound) <= 0).all() and bound[-1] < TAIL
