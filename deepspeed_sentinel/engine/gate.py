@@ -182,8 +182,9 @@ class Gate:
         if not verdict.twins:
             self._interception.run_original(schedule.ReduceGrads)
             return
-        included_SR = np.zeros(self.served.shape, bool)
-        np.put_along_axis(included_SR, self.served, verdict.alike[:, None] & ~verdict.excluded, axis=1)
+        wiring = self.columns.wiring
+        included_SR = np.zeros(wiring.shape, bool)
+        np.put_along_axis(included_SR, wiring, verdict.alike[:, None] & ~verdict.excluded, axis=1)
         self.poisoned = self._reduction.watch(
             lambda: self._interception.run_original(schedule.ReduceGrads), included_SR, self.share.factor
         )

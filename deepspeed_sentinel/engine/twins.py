@@ -239,7 +239,8 @@ class TwinSteps:
 
 def kind(device: torch.device) -> int:
     """A number for all that this rank computes with, settings too: where it differs, so may last bits."""
-    precisions = (backends.cudnn.conv, backends.cudnn.rnn, *(one.matmul for one in (backends.cuda, backends.mkldnn)))
+    cudnn: Any = backends.cudnn
+    precisions = (cudnn.conv, cudnn.rnn, *(one.matmul for one in (backends.cuda, backends.mkldnn)))
     parts: list[object] = [
         torch.__version__,
         backends.cudnn.version(),

@@ -240,10 +240,10 @@ class Judge:
         disputed = account.disputes(blame.disputes & ~differing, contradicted)
         facts = differ | said.certain
         facts[BACKWARD] |= nothing.disputed
-        contradicted = self.unsettled.step(
-            served, facts.any(-1), said.by_neighbours.any(-1), trial, self.record.convicted
+        by_several = self.unsettled.step(
+            served, np.asarray(facts.any(-1)), np.asarray(said.by_neighbours.any(-1)), trial, self.record.convicted
         )
-        proved = (*proved, *(replayed.inconsistent if replayed else ()), *(one.worker for one in contradicted))
+        proved = (*proved, *(replayed.inconsistent if replayed else ()), *(one.worker for one in by_several))
         shown = tried(self.mesh, trial, proved) if trial or proved else None
         changes = self.record.update(
             *entries(self.mesh, findings, disputed), shown, evidence.refused, self.unsettled.doubted
@@ -308,7 +308,7 @@ class Judge:
             suspects=suspects,
             proofs=trial.proofs if trial else (),
             differences=trial.differences if trial else (),
-            contradicted=tuple(one for one in contradicted if changes.convicted[one.worker]),
+            contradicted=tuple(one for one in by_several if changes.convicted[one.worker]),
             cleared=_workers(changes.cleared),
         )
 

@@ -157,8 +157,8 @@ class Record:
         self._doubted[slot] = False if doubted is None else doubted & ~self._trusted
         self._position += 1
         proved = cleared = np.zeros_like(self.convicted)
-        held = tried is not None and tried.held
-        self._refused_trials = 0 if held else self._refused_trials + refused
+        trial = tried if tried is not None and tried.held else None
+        self._refused_trials = 0 if trial else self._refused_trials + refused
         if tried is not None:
             proved, cleared = tried.proved, tried.sound & self.suspects
             self._unlike = (self._unlike | tried.unlike) & ~tried.sound.any(1)
@@ -171,11 +171,11 @@ class Record:
         self._struck[:, cleared] = self._counted[:, cleared] = self._doubted[:, cleared] = False
         self._untried[slot] = False
         newly = ((guilty & ~cleared) | proved) & ~self.convicted & ~self._trusted
-        if held:
+        if trial:
             self._more_to_find = bool(newly.any())
-            self._untried[:, tried.sound] = False
-            if self._heals and newly.any() and tried.sound.any():
-                self._untried[slot] = ~(tried.sound | tried.proved | self._trusted)
+            self._untried[:, trial.sound] = False
+            if self._heals and newly.any() and trial.sound.any():
+                self._untried[slot] = ~(trial.sound | trial.proved | self._trusted)
             self._fruitless = 0 if newly.any() or cleared.any() else self._fruitless + 1
         self.convicted = self.convicted | newly
         self.on_probation = self.on_probation & ~newly

@@ -110,8 +110,9 @@ class Unsettled:
         for one in found:
             known[one.worker] = True
         self.doubted = np.zeros_like(convicted)
-        for one, other in self._open(new, known):
-            self.doubted[one] = self.doubted[other] = True
+        for pair in self._open(new, known):
+            for worker in pair:
+                self.doubted[worker] = True
         return found
 
     def pairs(self, convicted: np.ndarray) -> tuple[tuple[Worker, Worker], ...]:

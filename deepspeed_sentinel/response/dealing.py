@@ -149,16 +149,16 @@ class _Healing:
         # Suspects leave the lost columns anyway, so convicted workers take their places there first.
         leaving = self._doubts.suspects[stage, self._before[stage]]
         self._put_aside(row, stage, np.flatnonzero(self._doubts.convicted[stage]), leaving)
-        aside = self._waiting(stage, np.count_nonzero(self._lost & (row < 0))) if self._at_odds[stage] else []
+        aside = self._waiting(stage, int(np.count_nonzero(self._lost & (row < 0)))) if self._at_odds[stage] else []
         self._put_aside(row, stage, np.array(aside, np.int64), leaving)
         for replica in self._in_turn(stage, aside):
             column = self._column_of_suspect(row, Worker(stage, replica))
             row[column] = replica
             self._suspects_in[column] += 1
         for replica in np.flatnonzero(self._doubts.untried[stage] & self._lost[self._stood[stage]]).tolist():
-            column = self._column_of_untried(row, stage)
-            if replica not in row and column is not None:
-                row[column] = replica
+            place = self._column_of_untried(row, stage)
+            if replica not in row and place is not None:
+                row[place] = replica
         for worker in (worker for worker in self._at_odds[stage] if worker.replica not in row):
             row[_cheapest(row, self._conflicts(worker), self._moves(worker), self._lost)] = worker.replica
         waits = np.ones(len(row) + 1, bool)
