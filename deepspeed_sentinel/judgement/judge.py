@@ -241,7 +241,7 @@ class Judge:
         facts = differ | said.certain
         facts[BACKWARD] |= nothing.disputed
         contradicted = self.unsettled.step(
-            served, facts.any(-1), said.by_neighbours.any(-1), trial, self.record.convicted
+            served, np.asarray(facts.any(-1)), np.asarray(said.by_neighbours.any(-1)), trial, self.record.convicted
         )
         proved = (*proved, *(replayed.inconsistent if replayed else ()), *(one.worker for one in contradicted))
         self._tried = tried(self.mesh, trial, proved) if trial or proved else None
