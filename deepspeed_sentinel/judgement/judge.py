@@ -104,6 +104,7 @@ class Judge:
         )
         self.overflow = Overflow(mesh)
         self.skipped_in_a_row = 0
+        self._known = np.zeros((mesh.stages, mesh.replicas), bool)  # suspects since the last step that was not skipped
         self._tried: Tried | None = None
         self._served = identity(mesh)
         self.clean_links = np.zeros((2, mesh.links, mesh.replicas), bool)
@@ -240,15 +241,15 @@ class Judge:
         facts = differ | said.certain
         facts[BACKWARD] |= nothing.disputed
         contradicted = self.unsettled.step(
-            served, facts.any(-1), said.by_neighbours.any(-1), trial, self.record.convicted
+            served, np.asarray(facts.any(-1)), np.asarray(said.by_neighbours.any(-1)), trial, self.record.convicted
         )
         proved = (*proved, *(replayed.inconsistent if replayed else ()), *(one.worker for one in contradicted))
         self._tried = tried(self.mesh, trial, proved) if trial or proved else None
-        before = self.record.suspects
         changes = self.record.update(
             *entries(self.mesh, findings, disputed), self._tried, evidence.refused, self.unsettled.doubted
         )
-        taught = bool(changes.convicted.any() or self.unsettled.doubted.any() or (self.record.suspects & ~before).any())
+        suspects = self.record.suspects
+        taught = bool(changes.convicted.any() or self.unsettled.news or (suspects & ~self._known).any())
         self._take_for_usual(residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None)
 
         events = (alarms & ~reported_only) | disputes | differing
@@ -266,7 +267,9 @@ class Judge:
         shared = bool(explained.shared.any()) and self.settings.action != "observe"
         skip = bool(excluded.all()) or shared
         overflow = skip and (shared or bool((alarms & explained.overflow).any()))
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip and not overflow and not taught else 0
+        lost = skip and not overflow
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if lost and not taught else 0
+        self._known = self._known | suspects if lost else suspects
         self._served = np.array(served, np.int64)
 
         # In a skipped step no weight changes, and nothing has to be learnt.
@@ -302,7 +305,7 @@ class Judge:
             halt=self._halt_reason(changes.convicted),
             twins=twins is not None,
             alike=np.asarray(_serving(trial.same, served)[:, ~excluded].all(1)) if trial else NOBODY,
-            suspects=self.record.suspects,
+            suspects=suspects,
             proofs=trial.proofs if trial else (),
             differences=trial.differences if trial else (),
             contradicted=tuple(one for one in contradicted if changes.convicted[one.worker]),
@@ -348,6 +351,7 @@ class Judge:
             "silence": self.silence.state_dict(),
             "overflow": self.overflow.state_dict(),
             "skipped_in_a_row": np.array(self.skipped_in_a_row),
+            "known": self._known.copy(),
             "served": self._served.copy(),
         }
 
@@ -375,7 +379,7 @@ class Judge:
         self.silence.load_state_dict(state["silence"])
         self.overflow.load_state_dict(state["overflow"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
-        self._served = np.array(state["served"])
+        self._known, self._served = np.array(state["known"]), np.array(state["served"])
 
     def _take_for_usual(
         self, residuals: np.ndarray, strikes: np.ndarray, cleared: np.ndarray, served: np.ndarray, of_twins: bool

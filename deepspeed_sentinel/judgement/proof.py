@@ -212,9 +212,7 @@ def try_twins(
     for stage, workers in enumerate(served):
         told: list[tuple[int | None, _Vote]] = [(direction, vote) for at, direction, vote in found if at == stage]
         gradients, norms = twins.gradients[stage][workers], twins.norms[stage][workers]
-        # Who serves several columns has accumulated more than the others.
-        alone = np.bincount(workers, minlength=mesh.replicas)[workers] == 1
-        asked = entered[stage] & alone & (gradients != 0)
+        asked = entered[stage] & (gradients != 0)
         if asked.any():
             vote = stages[stage].vote(
                 gradients[:, None, None], norms[None, :, None, None], asked[:, None], entered_exact[stage][:, None]
@@ -228,11 +226,7 @@ def try_twins(
             proofs += _proofs(mesh, stage, way, one, workers)
             differences += _differences(stage, way, one, workers)
             sound[stage, workers[~one.right.all(-1)]] = False
-    idle = np.ones((mesh.stages, mesh.replicas), bool)
-    np.put_along_axis(idle, served, False, axis=1)
-    return Trial(
-        right, wrong, undecided, tuple(proofs), tuple(differences), sound & ~idle, same, unlike, spoilt, differ
-    )
+    return Trial(right, wrong, undecided, tuple(proofs), tuple(differences), sound, same, unlike, spoilt, differ)
 
 
 def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tried:
@@ -255,7 +249,6 @@ class _Stage:
     """Who speaks for the columns of a stage.
 
     Attributes:
-        served: int [C], the replica that serves a column.
         heard: bool [C], whose word counts.
         alike: bool [C], who runs on the kind of hardware that most do.
         accused: bool [C], who is suspected or convicted.
@@ -263,7 +256,6 @@ class _Stage:
         bad: how many of those whose word counts can be bad.
     """
 
-    served: np.ndarray
     heard: np.ndarray
     alike: np.ndarray
     accused: np.ndarray
@@ -278,7 +270,7 @@ class _Stage:
         known, count = np.unique(kinds, return_counts=True)
         bad = max((mesh.replicas - 1) // 2 - int(np.count_nonzero(convicted)), 0)
         alike = kinds[served] == known[np.argmax(count)]
-        return cls(served, ~convicted[served], alike, (convicted | suspects)[served], mesh.replicas == 2, bad)
+        return cls(~convicted[served], alike, (convicted | suspects)[served], mesh.replicas == 2, bad)
 
     def vote(self, what_CMT: np.ndarray, measures_ECMN: np.ndarray, asked: np.ndarray, exact: np.ndarray) -> _Vote:
         """The truth on each question, if there is one.
@@ -290,18 +282,15 @@ class _Stage:
             exact: bool [C, M], who was given the same as most to the last bit.
         """
         columns, questions = asked.shape
-        replicas, quorum = int(self.served.max()) + 1, max(_LEAST, self.bad + 1)
+        quorum = max(_LEAST, self.bad + 1)
         near = asked & ~(exact & self.alike[:, None])
         compared = asked & ~near
         same = (what_CMT[:, None] == what_CMT[None]).all(-1) & compared[:, None] & compared[None]
         version = np.argmax(same, axis=1)  # the first column that says the same
         heard = compared & self.heard[:, None]
-        # A worker that serves several columns has one voice.
         question = np.arange(questions)
-        voices = np.unique(((question * columns + version) * replicas + self.served[:, None])[heard]) // replicas
-        votes_MC = np.bincount(voices, minlength=questions * columns).reshape(questions, columns)
-        speakers = np.unique((question * replicas + self.served[:, None])[heard]) // replicas
-        voters = np.bincount(speakers, minlength=questions)
+        votes = np.bincount((question * columns + version)[heard], minlength=questions * columns)
+        votes_MC, voters = votes.reshape(questions, columns), np.count_nonzero(heard, axis=0)
         best = np.argmax(votes_MC, axis=1)
         agreeing = votes_MC[question, best]
         known = (agreeing >= quorum) & (2 * agreeing > voters)

@@ -66,7 +66,8 @@ class Unsettled:
         memory: steps for which it is remembered.
 
     Attributes:
-        doubted: bool [S, R], between whom something is unsettled since the last step.
+        doubted: bool [S, R], between whom something was unsettled in the last step.
+        news: whether any of it was not remembered before.
     """
 
     def __init__(self, mesh: Mesh, memory: int) -> None:
@@ -76,6 +77,7 @@ class Unsettled:
         self._left = np.zeros((_REACH, mesh.stages, mesh.replicas, mesh.replicas), np.int64)
         self._alike = np.zeros(mesh.stages, bool)
         self.doubted = np.zeros((mesh.stages, mesh.replicas), bool)
+        self.news = False
 
     def step(
         self,
@@ -100,12 +102,13 @@ class Unsettled:
         new = self._between(served, by_ends, by_neighbours, trial)
         if trial:
             self._alike = (self._alike | trial.sound.any(1)) & ~trial.unlike
+        self.news = bool((new & (self._left == 0)).any())
         self._left = np.where(new, self._memory, np.maximum(self._left - 1, 0))
         # One that contradicts too many of several stages is named once.
-        found = tuple({one.worker: one for one in self._too_many(new, convicted)}.values())
+        found = tuple({liar.worker: liar for liar in self._too_many(new, convicted)}.values())
         known = convicted.copy()
-        for one in found:
-            known[one.worker] = True
+        for liar in found:
+            known[liar.worker] = True
         self.doubted = np.zeros_like(convicted)
         for one, other in self._open(new, known):
             self.doubted[one] = self.doubted[other] = True

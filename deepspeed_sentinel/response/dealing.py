@@ -149,16 +149,15 @@ class _Healing:
         # Suspects leave the lost columns anyway, so convicted workers take their places there first.
         leaving = self._doubts.suspects[stage, self._before[stage]]
         self._put_aside(row, stage, np.flatnonzero(self._doubts.convicted[stage]), leaving)
-        aside = self._waiting(stage, np.count_nonzero(self._lost & (row < 0))) if self._at_odds[stage] else []
+        aside = self._waiting(stage, int(np.count_nonzero(self._lost & (row < 0)))) if self._at_odds[stage] else []
         self._put_aside(row, stage, np.array(aside, np.int64), leaving)
         for replica in self._in_turn(stage, aside):
             column = self._column_of_suspect(row, Worker(stage, replica))
             row[column] = replica
             self._suspects_in[column] += 1
         for replica in np.flatnonzero(self._doubts.untried[stage] & self._lost[self._stood[stage]]).tolist():
-            column = self._column_of_untried(row, stage)
-            if replica not in row and column is not None:
-                row[column] = replica
+            if replica not in row and (free := self._free_to_try(row, stage)).size:
+                row[free[np.argmin(self._suspects_in[free])]] = replica
         for worker in (worker for worker in self._at_odds[stage] if worker.replica not in row):
             row[_cheapest(row, self._conflicts(worker), self._moves(worker), self._lost)] = worker.replica
         waits = np.ones(len(row) + 1, bool)
@@ -231,12 +230,9 @@ class _Healing:
         where = np.where(self._tried, 0, np.where(self._lost, 1, 2))
         return _cheapest(row, last_clean, self._conflicts(worker), where, crowded, self._moves(worker), others)
 
-    def _column_of_untried(self, row: np.ndarray, stage: int) -> int | None:
-        """One in which somebody is tried, but of this stage nobody is, and rather nobody before."""
-        free = self._tried & (row < 0) & ~self._doubts.untried[stage, self._before[stage]]
-        if not free.any():
-            return None
-        return int(np.flatnonzero(free)[np.argmin(self._suspects_in[free])])
+    def _free_to_try(self, row: np.ndarray, stage: int) -> np.ndarray:
+        """Columns in which somebody may be tried, and of this stage nobody is, int [n]."""
+        return np.flatnonzero(self._tried & (row < 0) & ~self._doubts.untried[stage, self._before[stage]])
 
     def _conflicts(self, worker: Worker) -> np.ndarray:
         """How many of those that a worker is to be kept apart from serve each column, as far as that is decided."""

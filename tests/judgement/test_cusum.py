@@ -139,3 +139,19 @@ def test_who_jumps_about_inside_its_fence_does_not_blunt_the_sums_of_others(devi
         weaker(FORWARD, 1, 1, deviations)(values)
 
     assert any(world.step(both).excluded[1] for _ in range(40))
+
+
+@pytest.mark.parametrize(("wiring", "accused"), [("heal", False), ("shuffle", True)])
+def test_what_is_usual_of_a_worker_is_learnt_anew_where_it_moves(wiring, accused):
+    """Column 4 has data of another kind for good. Who comes to serve it is not to be blamed for that."""
+    world = World(stages=4, replicas=5, wiring=wiring)
+
+    def odd(values):
+        values[:, FORWARD, 1, 4, :, NAMES.index("transfer_gain")] += 0.02
+
+    for _ in range(60):
+        world.step(odd)
+    moved = np.tile(np.arange(5), (4, 1))
+    moved[1] = [4, 1, 2, 3, 0]
+    found = [finding.worker for _ in range(25) for finding in world.step(odd, served=moved).findings]
+    assert bool(found) == accused

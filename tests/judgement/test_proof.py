@@ -176,17 +176,6 @@ def test_who_is_convicted_is_one_less_to_be_afraid_of_and_has_no_voice():
     assert {worker for worker, _ in proved(trial)} == {Worker(2, 4), Worker(2, 5)}
 
 
-def test_a_worker_that_serves_two_columns_has_one_voice():
-    served = np.tile(np.arange(4), (4, 1))
-    served[1] = [0, 0, 2, 3]
-    step = Step(replicas=4, served=served)
-    for column in (0, 1):
-        step.sends(1, column, FORWARD, lie=5)
-    trial = step.trial()
-    assert {worker for worker, _ in proved(trial)} == {Worker(1, 0)}
-    assert not trial.sound[1, 1]  # idle, so nothing is known of it
-
-
 def test_work_that_is_not_the_same_by_nature_proves_nothing():
     step = Step(replicas=3)
     step.digests[FORWARD, 1:, :, :, 0] += np.arange(3)[:, None] * 100
@@ -273,3 +262,17 @@ def test_no_honest_worker_is_ever_proved_as_long_as_fewer_than_half_of_each_stag
             step.disputed[FORWARD, stage - 1, replica, data.draw(st.integers(0, 1))] = True
     trial = step.trial()
     assert {tuple(proof.worker) for proof in trial.proofs} <= bad
+
+
+def test_without_a_truth_it_says_which_two_differ():
+    step = Step(replicas=5)
+    step.convicted[1, [3, 4]] = True
+    for column in (3, 4):
+        step.disputed[FORWARD, 0, column] = True
+    step.sends(2, 0, FORWARD, lie=9)  # two of three agree, and three must where two may be bad
+    trial = step.trial()
+    assert not trial.proofs and [difference.workers for difference in trial.differences][:1] == [
+        ((2, 0), (2, 1), (2, 2))
+    ]
+    assert np.argwhere(trial.differ).tolist() == [[2, 0, 1], [2, 0, 2], [2, 1, 0], [2, 2, 0]]
+    assert not Step().trial().differ.any()

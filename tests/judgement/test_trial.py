@@ -203,3 +203,15 @@ def test_state_of_suspects_goes_through_a_checkpoint(replicas):
     other.generator, other.time = one.generator, one.time
     verdict = other.step(twins=twins(other))
     assert verdict.cleared == (Worker(1, 2),)
+
+
+def test_what_lasts_is_usual_of_the_column_in_which_it_was_seen_wherever_the_worker_is_cleared():
+    """The data of column 2 are odd; replica 2 is struck for them there and cleared in column 1."""
+    world = by_proof()
+    for _ in range(4):
+        assert world.step(loud(1, 2)).excluded[2]
+    moved = np.tile(np.arange(3), (4, 1))
+    moved[1] = [0, 2, 1]
+    assert world.step(twins=twins(world), served=moved).cleared == (Worker(1, 2),)
+    after = [world.step(loud(1, 2), served=moved) for _ in range(12)]
+    assert not any(verdict.excluded.any() for verdict in after)

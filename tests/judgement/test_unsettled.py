@@ -296,6 +296,28 @@ def test_a_released_worker_is_to_be_tried():
     assert not verdict.suspects.any()
 
 
+def test_skipped_steps_that_teach_nothing_new_halt():
+    def in_all(digests):
+        digests[1, FORWARD, 1] = 5
+
+    world = warm()
+    skipped = [world.step(digests=in_all) for _ in range(6)]
+    assert all(verdict.skip for verdict in skipped)
+    assert [bool(verdict.halt) for verdict in skipped] == [False] * 5 + [True], "the first told who is at odds"
+
+
+def test_a_suspect_that_comes_and_goes_is_no_news():
+    def loud(values):
+        values[:, FORWARD, 1, :, :, NAMES.index("non_finite")] = 1
+
+    world = warm(max_skipped_steps=4)
+    verdicts = []
+    for _ in range(4):
+        verdicts.append(world.step(loud))
+        world.judge.record._struck[:] = False  # as if a twin step had cleared it
+    assert not verdicts[-1].halt and world.step(loud).halt
+
+
 def test_too_few_clean_columns_halt_and_name_the_workers():
     world = World(stages=5, replicas=3, conviction="proof", action="quarantine", min_clean_columns=2)
     world.warm_up()

@@ -25,6 +25,7 @@ def verdict(step, blamed=(), convicted=(), judged=36):
             for w, n in blamed
         ],
         convicted=mask,
+        newly_convicted=tuple(Worker(*worker) for worker in convicted),
         skip=False,
         excluded=np.zeros(3, bool),
         disputed=(),
@@ -79,3 +80,16 @@ def test_messages_are_right_wrong_or_missed_and_what_follows_a_blamed_one_is_nei
     tally.add(verdict(1, [((1, 0), 1), ((2, 2), 2)]), SERVED, np.zeros((4, 3), bool), altered)
     assert tally.messages() == {"precision": 1 / 3, "recall": 1 / 2, "f1": 2 / (2 + 2 + 1)}
     assert Tally(MESH).messages() == {"precision": None, "recall": None, "f1": None}
+
+
+def test_what_healing_took_is_counted_from_the_first_change_to_the_latest_conviction():
+    tally, malicious = Tally(MESH), np.zeros((4, 3), bool)
+    malicious[1, 0] = True
+    for step in range(10):
+        one = verdict(step, convicted=[(1, 0)] if step == 6 else [])
+        one.excluded = np.array([step in (1, 4, 5, 6, 8), step == 5, step == 5])
+        one.skip = step == 5
+        tally.add(one, SERVED, malicious & (step >= 4))
+        assert (tally.until_healed is None) == (step < 6)
+    assert tally.until_healed == {"steps": 3, "skipped_steps": 1, "lost_columns": 5}
+    assert tally.excluded_columns == 7

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from deepspeed_sentinel.mesh import identity
 from deepspeed_sentinel.simulation import run as runs
 from deepspeed_sentinel.simulation import weights as weight_history
 from deepspeed_sentinel.simulation.attackers import Attackers, draw_attackers
@@ -88,11 +89,24 @@ def test_attackers_are_found_convicted_and_share_a_column_that_is_left_out(optio
     assert result["malicious"] == result["convicted"] == malicious
     assert (result["precision"], result["recall"], result["f1"]) == (1.0, 1.0, 1.0)
     assert result["false_convictions"] == 0
-    columns = {int(np.flatnonzero(simulation._served[stage] == replica)[0]) for stage, replica in malicious}
-    assert len(columns) == 1 and simulation.step().excluded.nonzero()[0].tolist() == list(columns)
     healed = result["details"]["until_healed"]
     assert 0 < healed["lost_columns"] <= result["details"]["excluded_columns"] and healed["steps"] <= 22
     assert result["loss"]["guarded"] == pytest.approx(simulation.held_out_loss())
+    columns = {int(np.flatnonzero(simulation._served[stage] == replica)[0]) for stage, replica in malicious}
+    assert len(columns) == 1 and simulation.step().excluded.nonzero()[0].tolist() == list(columns)
+
+
+@pytest.mark.parametrize("wiring", ["heal", "static", "shuffle"])
+def test_columns_are_dealt_as_asked(options, wiring):
+    """Two bad workers in two columns of four: where they are moved they share one."""
+    some = options(attack="nan", attackers=[[1, 1], [2, 3]], start=2, steps=30, wiring=wiring, sentinel=EARLY)
+    simulation, wirings = Simulation(some), []
+    result = simulation.run(lambda verdict: wirings.append(verdict.wiring))
+    assert len({one.tobytes() for one in wirings[:-1]}) > 20 or wiring != "shuffle"
+    assert all((one == identity(simulation.mesh)).all() for one in wirings) or wiring != "static"
+    lost = result["details"]["excluded_columns"] / 28
+    assert lost < 1.5 if wiring == "heal" else lost > 1.5
+    assert result["details"]["wiring"] == wiring and result["details"]["skipped_steps"] == 0
 
 
 @pytest.mark.parametrize(
