@@ -51,7 +51,7 @@ def test_who_serves_a_column_changes_no_loss_and_no_weight(shuffled, name):
 BAD = [[1, 0], [2, 1], [3, 2]]
 
 
-def attacked(folder, bad, attack, steps, start=30, warmup_steps=20, **arguments):
+def attacked(folder, bad, attack, steps, /, start=30, warmup_steps=20, **arguments):
     """A run in which each of these workers tampers with what it sends, both ways."""
     fault = {"attack": attack, "start_step": start, **arguments}
     faults = [{"stage": s, "replica": r, "direction": d, **fault} for s, r in bad for d in ("forward", "backward")]
@@ -83,7 +83,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def healed(folder):
-    run = attacked(folder, BAD, "scaling", STEPS, START, warmup_steps=8, factor=-1.0).with_(micro_batches=2)
+    run = attacked(folder, BAD, "scaling", STEPS, start=START, warmup_steps=8, factor=-1.0).with_(micro_batches=2)
     saved = run.with_(save={"directory": str(folder / "saved"), "after_step": SAVED}, evaluate_every=STEPS)
     resumed = run.with_(name="resumed", load={"directory": str(folder / "saved")}, evaluate_every=STEPS)
     static = resumed.with_(

@@ -105,10 +105,10 @@ class Unsettled:
         self.news = bool((new & (self._left == 0)).any())
         self._left = np.where(new, self._memory, np.maximum(self._left - 1, 0))
         # One that contradicts too many of several stages is named once.
-        found = tuple({one.worker: one for one in self._too_many(new, convicted)}.values())
+        found = tuple({liar.worker: liar for liar in self._too_many(new, convicted)}.values())
         known = convicted.copy()
-        for one in found:
-            known[one.worker] = True
+        for liar in found:
+            known[liar.worker] = True
         self.doubted = np.zeros_like(convicted)
         for pair in self._open(new, known):
             for worker in pair:

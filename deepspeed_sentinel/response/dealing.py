@@ -156,9 +156,8 @@ class _Healing:
             row[column] = replica
             self._suspects_in[column] += 1
         for replica in np.flatnonzero(self._doubts.untried[stage] & self._lost[self._stood[stage]]).tolist():
-            place = self._column_of_untried(row, stage)
-            if replica not in row and place is not None:
-                row[place] = replica
+            if replica not in row and (free := self._free_to_try(row, stage)).size:
+                row[free[np.argmin(self._suspects_in[free])]] = replica
         for worker in (worker for worker in self._at_odds[stage] if worker.replica not in row):
             row[_cheapest(row, self._conflicts(worker), self._moves(worker), self._lost)] = worker.replica
         waits = np.ones(len(row) + 1, bool)
@@ -231,12 +230,9 @@ class _Healing:
         where = np.where(self._tried, 0, np.where(self._lost, 1, 2))
         return _cheapest(row, last_clean, self._conflicts(worker), where, crowded, self._moves(worker), others)
 
-    def _column_of_untried(self, row: np.ndarray, stage: int) -> int | None:
-        """One in which somebody is tried, but of this stage nobody is, and rather nobody before."""
-        free = self._tried & (row < 0) & ~self._doubts.untried[stage, self._before[stage]]
-        if not free.any():
-            return None
-        return int(np.flatnonzero(free)[np.argmin(self._suspects_in[free])])
+    def _free_to_try(self, row: np.ndarray, stage: int) -> np.ndarray:
+        """Columns in which somebody may be tried, and of this stage nobody is, int [n]."""
+        return np.flatnonzero(self._tried & (row < 0) & ~self._doubts.untried[stage, self._before[stage]])
 
     def _conflicts(self, worker: Worker) -> np.ndarray:
         """How many of those that a worker is to be kept apart from serve each column, as far as that is decided."""

@@ -9,7 +9,7 @@ from deepspeed_sentinel.evidence.probe import Probe
 from deepspeed_sentinel.evidence.renewal import LEAD, PERIOD, READY, Renewal, of_senders
 from deepspeed_sentinel.evidence.table import BY_JUDGE, NAMES, OF_PAIR, RECEIVED, SENT
 from deepspeed_sentinel.evidence.transfer import FRESH, LASTING, Sketches, Transfers, pair_rows
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, identity
 from deepspeed_sentinel.simulation.evidence import Verifiers
 from deepspeed_sentinel.simulation.observation import PUBLIC_SEED, Observer, end_statistics
 
@@ -156,6 +156,29 @@ def test_renewals_leave_no_step_without_prediction():
         epochs.add(tuple(verifiers._observer.renewal.epoch_X[FORWARD, 1].tolist()))
         verifiers.learn(everywhere)
     assert {(0, 0), (1, 0), (1, 1)} == epochs, "both columns' projections were renewed, each at its own step"
+
+
+def test_a_pair_that_meets_anew_learns_from_the_start_and_the_others_go_on():
+    verifiers = Verifiers(Mesh(3, 2), DECAYS, seed=5, paper_only=False)
+    met = np.zeros((3, 2), bool)
+    met[1, 1] = True
+    generator, known, renewed = torch.Generator().manual_seed(0), [], []
+    for step in range(3 * READY):
+        sent = torch.randn(2, 1, 1, 24, 72, generator=generator)
+        verifiers.begin_step(step, met if step == 2 * READY - 1 else None)
+        for link in range(2):
+            verifiers.observe(FORWARD, link, sent)
+            verifiers.observe(BACKWARD, 1 - link, sent)
+        evidence = verifiers.evidence(step, identity(Mesh(3, 2)))
+        rows = evidence.statistics[RECEIVED][[FORWARD, BACKWARD], [1, 0], ..., NAMES.index("cross_moment")]
+        known.append(~np.isnan(rows).any(axis=(0, 2)))
+        renewed.append(evidence.renewed[:, 1].any(0))
+        verifiers.learn(np.ones((2, 2, 2), bool))
+    steps = np.arange(3 * READY)
+    assert np.array(known)[:, 0].tolist() == (steps >= READY).tolist()
+    anew = 2 * READY - 1
+    assert np.array(known)[:, 1].tolist() == (((steps >= READY) & (steps < anew)) | (steps >= anew + READY)).tolist()
+    assert np.array(renewed)[:, 1].tolist() == (steps == anew).tolist() and not np.array(renewed)[:, 0].any()
 
 
 def test_paper_only_hides_the_other_rows():
