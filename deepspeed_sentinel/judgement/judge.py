@@ -319,7 +319,7 @@ class Judge:
 
     def problem(self, state: object) -> str | None:
         """Why a state cannot be taken up, in words that follow "checkpoint ..."; None if it can."""
-        limits = {name: getattr(self, name).limits for name in ("fences", "cusum", "nothing")}
+        limits = {name: getattr(self, name).limits for name in ("fences", "cusum", "standing", "nothing")}
         return problem(state, self.state_dict(), limits)
 
     def load_state_dict(self, state: dict) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.judgement.clean import sent_by
+from deepspeed_sentinel.judgement.usual import FARTHEST
 
 _LEAST_STEPS, _SHARE = 3, 0.75
 _STATE = ("sums", "known", "steps", "out", "since")
@@ -49,7 +50,7 @@ class Standing:
         count = np.count_nonzero(known, axis=-1)
         mean = exact.total(np.where(known, residuals, 0.0)) / np.maximum(count, 1)
         heard = followed & (count > 0)
-        self._sums = np.where(heard, self._sums + mean, self._sums)
+        self._sums = np.where(heard, np.clip(self._sums + mean, -FARTHEST, FARTHEST), self._sums)
         self._known = self._known + heard
 
     def lasting(self, cleared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,6 +66,11 @@ class Standing:
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {name: getattr(self, f"_{name}").copy() for name in _STATE}
+
+    @property
+    def limits(self) -> dict[str, tuple[float, float]]:
+        """Least and largest value of what a state may hold, by name."""
+        return {"sums": (-FARTHEST, FARTHEST)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         for name in _STATE:
