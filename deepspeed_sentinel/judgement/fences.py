@@ -33,7 +33,7 @@ from deepspeed_sentinel.evidence.table import Rows
 from deepspeed_sentinel.judgement.few import Past
 from deepspeed_sentinel.judgement.robust import Ordered, median, shortest_interval
 from deepspeed_sentinel.judgement.state import LARGEST
-from deepspeed_sentinel.judgement.usual import Usual
+from deepspeed_sentinel.judgement.usual import FARTHEST, Usual
 from deepspeed_sentinel.judgement.window import Window
 from deepspeed_sentinel.mesh import Mesh
 
@@ -52,7 +52,6 @@ FOLLOWED = 0.1
 # A statistic that was never there before is held against this step alone: an interval that holds half of it, times
 # ROUGHLY, and at least GROSS, in the unit compared. Of a logarithm that is a factor of a thousand.
 ROUGHLY, GROSS = 30.0, 7.0
-_FARTHEST = 1e39  # what float32 numbers can lie apart
 _MAJORITY = 3
 _RECENT = 8
 _ONE_PART = Rows(1)
@@ -229,7 +228,7 @@ class Fences:
     def limits(self) -> dict[str, tuple[float, float]]:
         """Least and largest value of what a state may hold, by name."""
         least = float(self._floors.min())
-        return {"reach": (least, LARGEST), "range": (least, LARGEST), "usual_level": (-_FARTHEST, _FARTHEST)}
+        return {"reach": (least, LARGEST), "range": (least, LARGEST), "usual_level": (-FARTHEST, FARTHEST)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         self._residuals.load_state_dict(state)

@@ -13,6 +13,7 @@ import numpy as np
 
 from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.judgement.clean import sent_by
+from deepspeed_sentinel.judgement.usual import FARTHEST
 
 _LEAST_STEPS, _SHARE = 3, 0.75
 _STATE = ("sums", "known", "steps", "out", "since", "who")
@@ -52,7 +53,7 @@ class Standing:
         count = np.count_nonzero(known, axis=-1)
         mean = exact.total(np.where(known, residuals, 0.0)) / np.maximum(count, 1)
         heard = followed & (count > 0)
-        self._sums = np.where(heard, self._sums + mean, self._sums)
+        self._sums = np.where(heard, np.clip(self._sums + mean, -FARTHEST, FARTHEST), self._sums)
         self._known = self._known + heard
 
     def lasting(self, cleared: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +73,7 @@ class Standing:
     @property
     def limits(self) -> dict[str, tuple[float, float]]:
         """Least and largest value of what a state may hold, by name."""
-        return {"who": (0.0, self._who.shape[-1] - 1.0)}
+        return {"who": (0.0, self._who.shape[-1] - 1.0), "sums": (-FARTHEST, FARTHEST)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         for name in _STATE:

@@ -6,8 +6,8 @@ must look like is what that of a new judge looks like:
 
 * the same names, of the same kinds;
 * the same shapes, but for axes of length 0, which grow with what is learnt, and alike in arrays that begin alike;
-* no infinity, nothing beyond ``LARGEST``, no negative counts, and NaN only where a new judge has NaN for what is not
-  known yet, or nothing at all;
+* no infinity, nothing beyond ``LARGEST``, no count that is negative or beyond ``MOST``, and NaN only where a new judge
+  has NaN for what is not known yet, or nothing at all;
 * what a part of the judge bounds, within its ``limits``.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 LARGEST = 1e60  # far more than any sum of float32 numbers
+MOST = 1 << 53  # what no count of steps comes to, and from which none wraps
 Limits = Mapping[str, tuple[float, float]]
 
 
@@ -59,7 +60,7 @@ def _of_array(array: Any, new: np.ndarray, limits: tuple[float, float] | None) -
         return f"has the shape {list(array.shape)} (here {list(new.shape)})"
     if new.dtype == np.bool_:
         return None
-    least, largest = limits or (-LARGEST if new.dtype == np.float64 else 0, LARGEST)
+    least, largest = limits or ((-LARGEST, LARGEST) if new.dtype == np.float64 else (0, MOST))
     missing = np.isnan(array)
     if missing.any() and new.size and not np.isnan(new).any():
         return "holds NaN"

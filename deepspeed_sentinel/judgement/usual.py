@@ -19,6 +19,7 @@ from deepspeed_sentinel.evidence import exact
 
 RATE = 0.03
 FOLLOWED = 0.3  # where the change is explained
+FARTHEST = 1e39  # what float32 numbers can lie apart
 _FIRST_STEPS = 0.1  # training's beginning, in which all that is usual still changes
 
 
@@ -66,7 +67,8 @@ class Usual:
             links: bool [2, L, C].
             residuals: float64 [K, 2, L, C], the level taken off; NaN changes nothing.
         """
-        self.level = np.where(links & ~np.isnan(residuals), self.level + residuals, self.level)
+        moved = np.clip(self.level + residuals, -FARTHEST, FARTHEST)
+        self.level = np.where(links & ~np.isnan(residuals), moved, self.level)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {"level": self.level.copy(), "seen": self._seen.copy()}

@@ -7,6 +7,7 @@ import pytest
 from synthetic import World
 
 from deepspeed_sentinel.evidence.table import NAMES
+from deepspeed_sentinel.judgement.usual import FARTHEST
 from deepspeed_sentinel.mesh import FORWARD
 
 ENERGY, GAIN = NAMES.index("energy"), NAMES.index("transfer_gain")
@@ -54,6 +55,11 @@ SPOILT = {
     "sums that are NaN": changed("cusum", "sums", put(np.nan)),
     "sums that are high": changed("cusum", "sums", put(1e6)),
     "usual deviation that is NaN": changed("cusum", "usual", put(np.nan)),
+    "what stood out that is huge": changed("standing", "sums", put(1e59)),
+    **{
+        f"a counter that would wrap: {part} {name}": changed(part, name, put(np.iinfo(np.int64).max))
+        for part, name in (("record", "position"), ("record", "refused_trials"), ("standing", "since"))
+    },
     "content that is NaN": changed("content", "apart", put(np.nan)),
 }
 
@@ -86,6 +92,15 @@ def test_what_a_judge_has_written_is_taken_up_whenever_that_was(replicas, steps)
     for _ in range(3):
         world.step(attacked)
     assert World(stages=4, replicas=replicas).judge.problem(world.judge.state_dict()) is None
+
+
+def test_what_stood_out_and_is_taken_for_usual_stays_what_can_be_taken_up_again():
+    fresh = World(stages=4, replicas=3, conviction="proof").judge
+    everywhere = np.ones((2, 3, 3), bool)
+    for _ in range(4):
+        fresh.standing.step(np.full((*fresh.fences.usual.level.shape, 2), 9e38), everywhere)
+        fresh.fences.usual.adopt(everywhere, np.full(fresh.fences.usual.level.shape, 9e38))
+    assert fresh.problem(fresh.state_dict()) is None and fresh.fences.usual.level.max() == FARTHEST
 
 
 def louder(values):
