@@ -8,7 +8,7 @@ from synthetic import World
 
 from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.usual import FARTHEST
-from deepspeed_sentinel.mesh import FORWARD
+from deepspeed_sentinel.mesh import FORWARD, identity
 
 ENERGY, GAIN = NAMES.index("energy"), NAMES.index("transfer_gain")
 
@@ -98,7 +98,7 @@ def test_what_stood_out_and_is_taken_for_usual_stays_what_can_be_taken_up_again(
     fresh = World(stages=4, replicas=3, conviction="proof").judge
     everywhere = np.ones((2, 3, 3), bool)
     for _ in range(4):
-        fresh.standing.step(np.full((*fresh.fences.usual.level.shape, 2), 9e38), everywhere)
+        fresh.standing.step(np.full((*fresh.fences.usual.level.shape, 2), 9e38), everywhere, identity(fresh.mesh))
         fresh.fences.usual.adopt(everywhere, np.full(fresh.fences.usual.level.shape, 9e38))
     assert fresh.problem(fresh.state_dict()) is None and fresh.fences.usual.level.max() == FARTHEST
 
