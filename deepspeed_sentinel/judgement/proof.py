@@ -221,9 +221,7 @@ def try_twins(
     idle = np.ones((mesh.stages, mesh.replicas), bool)
     np.put_along_axis(idle, served, False, axis=1)
     sound &= ~idle
-    return Trial(
-        right, wrong, undecided, tuple(proofs), tuple(differences), sound, same, found_unlike, spoilt, differ
-    )
+    return Trial(right, wrong, undecided, tuple(proofs), tuple(differences), sound, same, found_unlike, spoilt, differ)
 
 
 def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tried:
