@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--attacker",
-        default="1,2",
+        action="append",
         metavar="STAGE,REPLICA",
-        help="the worker that tampers (default %(default)s)",
+        help=f"a worker that tampers, repeatable (default {' and '.join(f'{s},{r}' for s, r in default.attackers)})",
     )
     add("--direction", choices=("forward", "backward"), default=default.direction,
         help="forward: activations; backward: their gradients (default %(default)s)")  # fmt: skip
@@ -98,7 +98,7 @@ def options_from(args: argparse.Namespace) -> DemoOptions:
         tokenizer=args.tokenizer,
         attack=args.attack,
         attack_arguments=given or _DEFAULT_ARGUMENTS.get(args.attack, {}),
-        attacker=_parse_worker(args.attacker),
+        attackers=tuple(map(_parse_worker, args.attacker)) if args.attacker else DemoOptions.attackers,
         direction=args.direction,
         start_step=args.start_step,
     )

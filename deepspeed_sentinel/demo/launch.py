@@ -1,4 +1,4 @@
-"""Starts the demo's one job through torchrun and makes sure that it ends with the parent."""
+"""Starts the demo's one job and makes sure that it ends with the parent."""
 
 from __future__ import annotations
 
@@ -12,16 +12,6 @@ from pathlib import Path
 from deepspeed_sentinel.demo.options import DemoOptions
 
 _PATIENCE_S = 10.0
-
-
-def command(options: DemoOptions, options_file: Path) -> list[str]:
-    """The torchrun command line; torchrun itself picks a free port."""
-    return [
-        sys.executable, "-m", "torch.distributed.run",
-        "--nproc-per-node", str(options.workers),
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
-        "-m", "deepspeed_sentinel.demo.worker", str(options_file),
-    ]  # fmt: skip
 
 
 def environment(options: DemoOptions) -> dict[str, str]:
@@ -40,7 +30,7 @@ def job(options: DemoOptions, options_file: Path) -> Iterator[subprocess.Popen[b
     """The running job; on leaving the block, all of its processes are gone."""
     with options.job_log.open("wb") as log:
         process = subprocess.Popen(
-            command(options, options_file),
+            [sys.executable, "-m", "deepspeed_sentinel.demo.worker", str(options_file)],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -54,7 +44,7 @@ def job(options: DemoOptions, options_file: Path) -> Iterator[subprocess.Popen[b
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Terminate the job and every process it started: each worker is a session of its own."""
+    """Terminate the job and every process it started."""
     import psutil
 
     if process.poll() is not None:

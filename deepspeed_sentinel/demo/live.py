@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 from deepspeed_sentinel.demo.options import RUNS, DemoOptions
@@ -37,15 +38,35 @@ def sparkline(losses: list[float | None], width: int) -> str:
 
 
 def guard_totals(run: RunState) -> dict[str, Any]:
-    """Running totals of the guarded run: steps with an alarm or a column left out, who is convicted."""
+    """Running totals of the guarded run: steps with an alarm or a column left out, who is convicted, what was dealt.
+
+    "found_in" and "convicted_in" hold the first step for each worker, "dealt" the steps that other columns began with.
+    """
     guards = [guard for guard in run.step_guard if guard]
+    found, convicted = (
+        {tuple(worker): guard["step"] for guard in reversed(guards) for worker in guard[what]}
+        for what in ("blamed", "convicted")
+    )
     return {
         "alarmed_steps": sum(bool(guard["blamed"]) for guard in guards),
         "excluded_steps": sum(bool(guard["excluded"]) for guard in guards),
         "skipped": sum(guard["skip"] for guard in guards),
         "convicted": guards[-1]["convicted"] if guards else [],
+        "found_in": found,
+        "convicted_in": convicted,
+        "dealt": [now["step"] for before, now in pairwise(guards) if before["wiring"] != now["wiring"]],
+        "going_on": len(columns_without(guards[-1]["convicted"], guards[-1]["wiring"])) if guards else None,
         "last": guards[-1] if guards else None,
     }
+
+
+def columns_without(workers: list[list[int]], wiring: list[list[int]]) -> list[int]:
+    """The columns of a wiring [stage][column] that none of ``workers`` [stage, replica] serves."""
+    return [
+        column
+        for column in range(len(wiring[0]))
+        if not any([stage, row[column]] in workers for stage, row in enumerate(wiring))
+    ]
 
 
 class PlainView:
@@ -55,6 +76,7 @@ class PlainView:
         self.options, self.every = options, every
         self._message, self._shown, self._ended, self._guards = "", dict.fromkeys(RUNS, 0), set[str](), 0
         self._convicted: list[list[int]] = []
+        self._wiring: list[list[int]] | None = None
 
     def __enter__(self) -> PlainView:
         return self
@@ -80,14 +102,25 @@ class PlainView:
         self._guard(state.runs["guarded"])
 
     def _guard(self, run: RunState) -> None:
-        for guard in run.step_guard[self._guards :]:
-            if guard.get("blamed"):
-                workers = ", ".join(f"stage {stage} replica {replica}" for stage, replica in guard["blamed"])
+        for guard in filter(None, run.step_guard[self._guards :]):
+            if self._wiring not in (None, guard["wiring"]):
+                moves = ", ".join(
+                    f"stage {stage} replica {now} to column {column}"
+                    for stage, rows in enumerate(zip(self._wiring, guard["wiring"], strict=True))
+                    for column, (before, now) in enumerate(zip(*rows, strict=True))
+                    if before != now
+                )
+                print(f"  step {guard['step']}: COLUMNS DEALT ANEW: {moves}", flush=True)
+            self._wiring = guard["wiring"]
+            # A convicted worker that goes on raises an alarm in every step.
+            blamed = [worker for worker in guard["blamed"] if worker not in self._convicted]
+            if blamed:
+                workers = ", ".join(f"stage {stage} replica {replica}" for stage, replica in blamed)
                 print(
                     f"  step {guard['step']}: ALARM {workers}; columns left out: {guard['excluded']}",
                     flush=True,
                 )
-            for worker in guard.get("convicted", []):
+            for worker in guard["convicted"]:
                 if worker not in self._convicted:
                     self._convicted.append(worker)
                     print(f"  step {guard['step']}: CONVICTED stage {worker[0]} replica {worker[1]}", flush=True)
@@ -168,16 +201,16 @@ class LiveView:
     def _mesh(self, guard: dict[str, Any] | None, convicted: list[list[int]]) -> Any:
         from rich.table import Table
 
-        mesh = Table(title="worst score of each worker, 1 = fence", title_style="dim", title_justify="left",
-                     box=None, header_style="dim", pad_edge=False)  # fmt: skip
+        mesh = Table(title="who serves which column (r: replica), with its worst score; 1 = fence",
+                     title_style="dim", title_justify="left", box=None, header_style="dim", pad_edge=False)  # fmt: skip
+        columns = range(self.options.replicas)
+        wiring = guard["wiring"] if guard else [list(columns)] * self.options.stages
+        going_on = columns_without(convicted, wiring)
         mesh.add_column("")
-        for replica in range(self.options.replicas):
-            mesh.add_column(f"replica {replica}", justify="center", min_width=11)
+        for column in columns:
+            mesh.add_column(f"column {column}" + (" OUT" if column not in going_on else ""), min_width=14)
         for stage in range(self.options.stages):
-            mesh.add_row(
-                f"[dim]stage {stage}[/]",
-                *(_cell(guard, convicted, stage, replica) for replica in range(self.options.replicas)),
-            )
+            mesh.add_row(f"[dim]stage {stage}[/]", *(_cell(guard, convicted, stage, column) for column in columns))
         return mesh
 
     def _facts(self, totals: dict[str, Any]) -> Any:
@@ -185,34 +218,42 @@ class LiveView:
 
         options, guard = self.options, totals["last"]
         arguments = " ".join(f"{key}={value}" for key, value in options.attack_arguments.items())
-        convicted = ", ".join(f"stage {stage} replica {replica}" for stage, replica in totals["convicted"])
+        attackers = " and ".join(f"stage {stage} replica {replica}" for stage, replica in options.attackers)
+        fault = f"{options.attack} {arguments}, {options.direction}, from step {options.start_step}"
         facts = Table(box=None, show_header=False, pad_edge=False)
-        facts.add_row("[dim]attack (the guard does not know)[/]",
-            f"stage {options.attacker[0]} replica {options.attacker[1]}: {options.attack} {arguments}, "
-            f"{options.direction}, from step {options.start_step}")  # fmt: skip
+        facts.add_row("[dim]attack (the guard does not know)[/]", f"{attackers}\n{fault}")
         if guard is None:
             facts.add_row("[dim]guard[/]", "starts with run 3")
             return facts
-        facts.add_row("[dim]guard[/]", "[yellow]warming up[/]" if guard["warming_up"] else "[green]watching[/]")
+        doing = "[yellow]warming up[/]" if guard["warming_up"] else "[green]watching[/]"
+        facts.add_row("[dim]guard[/]", "[cyan]twin step: same data for all[/]" if guard["twins"] else doing)
         facts.add_row("[dim]steps with an alarm[/]", str(totals["alarmed_steps"]))
         facts.add_row("[dim]column left out of this step[/]", ", ".join(map(str, guard["excluded"])) or "none")
         facts.add_row("[dim]steps with a column left out[/]", str(totals["excluded_steps"]))
+        convicted = "\n".join(
+            f"stage {stage} replica {replica}, in step {totals['convicted_in'][stage, replica]}"
+            f" (first alarm: {totals['found_in'].get((stage, replica), 'none')})"
+            for stage, replica in totals["convicted"]
+        )
         facts.add_row("[dim]convicted[/]", f"[bold red]{convicted}[/]" if convicted else "nobody")
+        facts.add_row("[dim]columns dealt anew in step[/]", ", ".join(map(str, totals["dealt"])) or "none")
+        facts.add_row("[dim]columns that go on[/]", f"[bold]{totals['going_on']} of {options.replicas}[/]")
         return facts
 
 
-def _cell(guard: dict[str, Any] | None, convicted: list[list[int]], stage: int, replica: int) -> str:
+def _cell(guard: dict[str, Any] | None, convicted: list[list[int]], stage: int, column: int) -> str:
     if guard is None:
-        return "[dim]·[/]"
+        return f"[dim]r{column} ·[/]"
+    replica = guard["wiring"][stage][column]
     score = guard["scores"][stage][replica]
-    if score == 0:
-        return "[dim]·[/]"
-    shown = "!" if score is None else f"{min(score, 99.9):.1f}"
+    shown = f"r{replica} " + ("!" if score is None else "·" if score == 0 else f"{min(score, 99.9):.1f}")
     if [stage, replica] in convicted:
         return f"[bold white on red] {shown} CONV. [/]"
+    if score == 0:
+        return f"[dim]{shown}[/]"
     if [stage, replica] in [list(worker) for worker in guard["blamed"]]:
         return f"[bold black on yellow] {shown} ALARM [/]"
-    if replica in guard["excluded"]:
+    if column in guard["excluded"]:
         return f"[dim]{shown} out[/]"
     return f"[green]{shown}[/]"
 

@@ -16,7 +16,7 @@ class DemoOptions:
     """Settings of a demo; all runs of it share them.
 
     Sizes are counts; ``sequence`` is in tokens, ``device`` is "cpu" or "cuda" (never "auto" here), ``out``
-    is the folder that everything is written to.
+    is the folder that everything is written to. ``attackers`` are (stage, replica) each.
     """
 
     stages: int = 4
@@ -28,7 +28,7 @@ class DemoOptions:
     tokenizer: str = "byte"
     attack: str = "constant"
     attack_arguments: dict[str, Any] = field(default_factory=lambda: {"value": 0.0})
-    attacker: tuple[int, int] = (1, 2)
+    attackers: tuple[tuple[int, int], ...] = ((1, 2), (2, 0))
     direction: str = "forward"
     start_step: int = 40
     layers: int = 8
@@ -42,8 +42,8 @@ class DemoOptions:
     learning_rate: float = 3e-3
     learning_rate_warmup: int = 10
     eval_micro_batches: int = 16
-    overhead_rounds: int = 4
-    overhead_block: int = 6
+    overhead_rounds: int = 3
+    overhead_block: int = 4
 
     def __post_init__(self) -> None:
         if self.stages < 2 or self.stages > self.layers:
@@ -52,6 +52,8 @@ class DemoOptions:
             )
         if self.replicas < 1:
             raise ValueError(f"--replicas must be at least 1, got {self.replicas}.")
+        if len(set(self.attackers)) < len(self.attackers):
+            raise ValueError(f"--attacker must name each worker once, got {self.attackers}.")
         if self.tokenizer not in ("byte", "bpe"):
             raise ValueError(f"--tokenizer must be byte or bpe, got {self.tokenizer!r}.")
         if not 0 <= self.start_step < self.steps:
@@ -89,11 +91,9 @@ class DemoOptions:
         """Where Sentinel writes its events in ``run``."""
         return Path(self.out) / f"sentinel_{run}"
 
-    def injection(self) -> dict[str, Any]:
-        """The fault as an entry of the config's ``inject`` list."""
+    def fault(self) -> dict[str, Any]:
+        """What each attacker does, in the words of the config's ``inject`` list."""
         return {
-            "stage": self.attacker[0],
-            "replica": self.attacker[1],
             "direction": self.direction,
             "where": "compute",
             "attack": self.attack,
@@ -102,6 +102,10 @@ class DemoOptions:
             "stop_step": None,
             "probability": 1.0,
         }
+
+    def injections(self) -> list[dict[str, Any]]:
+        """The config's ``inject`` list: the same fault for each attacker."""
+        return [{"stage": stage, "replica": replica, **self.fault()} for stage, replica in self.attackers]
 
     def sentinel_block(self, run: str) -> dict[str, Any]:
         """The ``"sentinel"`` block of ``run``: defaults, apart from where and how much it writes.
@@ -115,9 +119,9 @@ class DemoOptions:
             "events": "steps",
         }
         if run == "attacked":
-            block |= {"action": "observe", "events": "none", "inject": [self.injection()]}
+            block |= {"action": "observe", "events": "none", "inject": self.injections()}
         elif run == "guarded":
-            block |= {"inject": [self.injection()]}
+            block |= {"inject": self.injections()}
         elif run != "overhead":
             raise ValueError(f"run must be attacked, guarded or overhead, got {run!r}.")
         return block
@@ -130,5 +134,5 @@ class DemoOptions:
     def load(cls, path: Path) -> DemoOptions:
         """The settings that ``save`` wrote to ``path``."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        values["attacker"] = tuple(values["attacker"])
+        values["attackers"] = tuple(map(tuple, values["attackers"]))
         return cls(**values)

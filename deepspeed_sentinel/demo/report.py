@@ -10,8 +10,11 @@ from typing import Any
 
 from deepspeed_sentinel.demo.options import DemoOptions
 from deepspeed_sentinel.demo.progress import DemoState
-from deepspeed_sentinel.demo.summary import first_step, read_events, summarise, table_rows
+from deepspeed_sentinel.demo.summary import read_events, summarise, table_rows, worker_name
 from deepspeed_sentinel.telemetry import plots
+from deepspeed_sentinel.telemetry.evidence_plot import plot_evidence
+
+_NUMBERS = {1: "One", 2: "Two", 3: "Three"}
 
 
 def write(options: DemoOptions, state: DemoState) -> dict[str, Any]:
@@ -22,18 +25,17 @@ def write(options: DemoOptions, state: DemoState) -> dict[str, Any]:
     shutil.copyfile(recorded, out / "events.jsonl")
     summary = summarise(options, state, events)
     (out / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    convicted_step = first_step(events, "conviction", options.attacker, options.start_step)
-    draw(options, state, events, convicted_step)
-    show(summary, convicted_step, out)
+    draw(options, state, events, summary)
+    show(summary, out)
     return summary
 
 
-def draw(options: DemoOptions, state: DemoState, events: list[dict[str, Any]], convicted_step: int | None) -> None:
+def draw(options: DemoOptions, state: DemoState, events: list[dict[str, Any]], summary: Mapping[str, Any]) -> None:
     """``loss.png`` and ``evidence.png``."""
     out, runs = Path(options.out), state.runs
-    stage, replica = options.attacker
     arguments = ", ".join(f"{key} {value}" for key, value in options.attack_arguments.items())
-    worker = f"1 of {options.workers} workers (stage {stage}, replica {replica})"
+    count, names = len(options.attackers), "; ".join(map(worker_name, options.attackers))
+    verb = "tampers" if count == 1 else "tamper"
     fault = f"{options.attack} ({arguments})" if arguments else options.attack
     what = "activations" if options.direction == "forward" else "gradients"
     curves = [
@@ -45,26 +47,26 @@ def draw(options: DemoOptions, state: DemoState, events: list[dict[str, Any]], c
         out / "loss.png",
         curves,
         attack_start=options.start_step,
-        convicted_step=convicted_step,
-        title="One tampering worker, with and without Sentinel",
-        subtitle=f"{worker} tampers with the {what} it sends: {fault}",
+        convicted_steps=[one["convicted_step"] for one in summary["attackers"] if one["convicted_step"] is not None],
+        title=f"{_NUMBERS.get(count, str(count))} tampering worker{'s'[: count > 1]}, with and without Sentinel",
+        subtitle=f"{count} of {options.workers} workers ({names}) {verb} with all {what} sent: {fault}",
     )
-    plots.plot_evidence(
+    plot_evidence(
         out / "evidence.png",
         events,
         title="What Sentinel saw of each worker",
-        attacker=options.attacker,
+        attackers=options.attackers,
         attack_start=options.start_step,
     )
 
 
-def show(summary: Mapping[str, Any], convicted_step: int | None, out: Path) -> None:
+def show(summary: Mapping[str, Any], out: Path) -> None:
     """The summary as a table in the terminal."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="deepspeed-sentinel demo", show_header=False, title_style="bold")
-    for what, value in table_rows(summary, convicted_step):
+    for what, value in table_rows(summary):
         table.add_row(what, value)
     console = Console()
     console.print(table)

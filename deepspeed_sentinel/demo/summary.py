@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deepspeed_sentinel.demo.options import DemoOptions
 from deepspeed_sentinel.demo.progress import DemoState
+from deepspeed_sentinel.mesh import Mesh
+from deepspeed_sentinel.telemetry.deals import deals
+
+Place = tuple[int, int]  # (stage, replica)
+_NAMING = ("alarm", "proof", "contradicted", "conviction")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -30,22 +35,22 @@ def overhead(plain_seconds: Sequence[float], guarded_seconds: Sequence[float]) -
     return statistics.median(guarded_seconds) / statistics.median(plain_seconds)
 
 
-def first_step(events: Iterable[Mapping[str, Any]], kind: str, worker: tuple[int, int], start: int) -> int | None:
-    """Step of the first event of ``kind`` about ``worker`` from step ``start`` on; None if there was none."""
+def first_step(events: Iterable[Mapping[str, Any]], kinds: Collection[str], worker: Place, start: int) -> int | None:
+    """Step of the first event of ``kinds`` about ``worker`` from step ``start`` on; None if there was none."""
     steps = (
         event["step"]
         for event in events
-        if event["kind"] == kind and (event["stage"], event["replica"]) == worker and event["step"] >= start
+        if event["kind"] in kinds and (event["stage"], event["replica"]) == worker and event["step"] >= start
     )
     return min(steps, default=None)
 
 
-def false_alarms(events: Iterable[Mapping[str, Any]], attacker: tuple[int, int], start: int) -> int:
+def false_alarms(events: Iterable[Mapping[str, Any]], attackers: Collection[Place], start: int) -> int:
     """Messages blamed on a worker that did not alter them: on another one, or before the attack starts."""
     return sum(
         len(event["micro_batches"])
         for event in events
-        if event["kind"] == "alarm" and ((event["stage"], event["replica"]) != attacker or event["step"] < start)
+        if event["kind"] == "alarm" and ((event["stage"], event["replica"]) not in attackers or event["step"] < start)
     )
 
 
@@ -55,7 +60,12 @@ def convictions(events: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
 
 
 def summarise(options: DemoOptions, state: DemoState, events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of ``summary.json``. Losses are held-out nats a token, None where not finite."""
+    """The content of ``summary.json``. Losses are held-out nats a token, None where not finite.
+
+    "attackers": for each of them the steps in which it was first named and in which it was convicted, None if it was
+    not. "columns": in which steps they were dealt anew, who serves which in the end ([stage][column], replicas), and
+    how many go on, having no convicted worker.
+    """
     convicted = convictions(events)
     early = {
         (event["stage"], event["replica"])
@@ -63,50 +73,69 @@ def summarise(options: DemoOptions, state: DemoState, events: Sequence[Mapping[s
         if event["kind"] == "conviction" and event["step"] < options.start_step
     }
     guarded, clean = state.runs["guarded"], state.runs["clean"]
+    dealt = deals(events, Mesh(options.stages, options.replicas))
     return {
         "mesh": {"stages": options.stages, "replicas": options.replicas},
         "steps": options.steps,
-        "attack": options.injection(),
+        "attack": options.fault(),
+        "attackers": [
+            {
+                "stage": worker[0],
+                "replica": worker[1],
+                "found_step": first_step(events, _NAMING, worker, options.start_step),
+                "convicted_step": first_step(events, ("conviction",), worker, options.start_step),
+            }
+            for worker in options.attackers
+        ],
         "clean": {"final_loss": clean.final_loss, "steps_per_s": clean.steps_per_s},
         "attacked": {"final_loss": state.runs["attacked"].final_loss},
         "guarded": {
             "final_loss": guarded.final_loss,
             "steps_per_s": guarded.steps_per_s,
-            "attack_start_step": options.start_step,
-            "first_alarm_step": first_step(events, "alarm", options.attacker, options.start_step),
             "convicted": [list(worker) for worker in convicted],
-            "false_convictions": sum(worker != options.attacker or worker in early for worker in convicted),
-            "false_alarms": false_alarms(events, options.attacker, options.start_step),
+            "false_convictions": sum(worker not in options.attackers or worker in early for worker in convicted),
+            "false_alarms": false_alarms(events, options.attackers, options.start_step),
             "judged_messages": guarded.counts["judged_messages"],
             "skipped_steps": guarded.counts["skipped_steps"],
+        },
+        "columns": {
+            "dealt_steps": [deal.step for deal in dealt[1:]],
+            "wiring": dealt[-1].wiring.tolist(),
+            "going_on": int((~dealt[-1].lost).sum()),
         },
         "overhead": overhead(state.plain_seconds, state.guarded_seconds),
     }
 
 
-def table_rows(summary: Mapping[str, Any], convicted_step: int | None) -> list[tuple[str, str]]:
+def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what, value) rows for people, from the summary."""
-    guarded, attack = summary["guarded"], summary["attack"]
-    fault = f"{attack['attack']}, {attack['direction']}"
-    worker = f"stage {attack['stage']}, replica {attack['replica']}"
-    alarm = guarded["first_alarm_step"]
-    convicted = ", ".join(f"stage {stage}, replica {replica}" for stage, replica in guarded["convicted"]) or "nobody"
-    if convicted_step is not None:
-        convicted += f" (attacker at step {convicted_step})"
+    guarded, attack, columns = summary["guarded"], summary["attack"], summary["columns"]
+    dealt = ", ".join(map(str, columns["dealt_steps"]))
     return [
         ("held-out loss, clean", _number(summary["clean"]["final_loss"])),
         ("held-out loss, attacked, no guard", _number(summary["attacked"]["final_loss"])),
         ("held-out loss, attacked, guarded", _number(guarded["final_loss"])),
-        ("attacker", f"{worker}, from step {guarded['attack_start_step']}: {fault}"),
-        ("first alarm", "none" if alarm is None else
-            f"step {alarm} ({alarm - guarded['attack_start_step']} steps after the attack began)"),
-        ("convicted", convicted),
+        ("attack", f"from step {attack['start_step']}: {attack['attack']}, {attack['direction']}"),
+        *((f"  {worker_name((one['stage'], one['replica']))}",
+            f"{_step('found', one['found_step'])}, {_step('convicted', one['convicted_step'])}")
+            for one in summary["attackers"]),
+        ("columns dealt anew", f"in step {dealt}" if dealt else "never"),
+        ("columns that go on", f"{columns['going_on']} of {summary['mesh']['replicas']}"),
         ("false convictions", str(guarded["false_convictions"])),
         ("false alarms", f"{guarded['false_alarms']} of {guarded['judged_messages']} judged messages"),
         ("skipped steps", str(guarded["skipped_steps"])),
         ("overhead", "not measured" if summary["overhead"] is None else
             f"{100 * (summary['overhead'] - 1):+.1f} % time per step, no attack"),
     ]  # fmt: skip
+
+
+def worker_name(worker: Place) -> str:
+    """For people."""
+    return f"stage {worker[0]}, replica {worker[1]}"
+
+
+def _step(what: str, step: int | None) -> str:
+    return f"never {what}" if step is None else f"{what} in step {step}"
 
 
 def _number(loss: float | None) -> str:

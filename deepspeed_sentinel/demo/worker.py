@@ -1,15 +1,16 @@
-"""One process of the demo's mesh, started by torchrun: trains the runs one after the other.
+"""The demo's one job: a process for each worker of the mesh, which trains the runs one after the other.
 
-Starting the processes costs more than a run, so all runs share them. Each run builds its model and optimizer
+Starting the processes costs as much as a run, so all runs share them. Each run builds its model and optimizer
 anew from the same seed and reads the same batches in the same order.
 
-    torchrun ... -m deepspeed_sentinel.demo.worker demo_out/options.json
+    python -m deepspeed_sentinel.demo.worker demo_out/options.json
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -18,9 +19,9 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.multiprocessing import start_processes
 
-from deepspeed_sentinel import corpus
+from deepspeed_sentinel import attach, corpus, initialize
 from deepspeed_sentinel.demo import model
 from deepspeed_sentinel.demo.options import DemoOptions
 from deepspeed_sentinel.demo.progress import Writer, finite
@@ -28,8 +29,8 @@ from deepspeed_sentinel.demo.progress import Writer, finite
 _MESSAGES = {
     "clean": "Run 1: plain DeepSpeed, nobody tampers",
     "overhead": "Measuring overhead: more steps of run 1, Sentinel attached and detached in turn",
-    "attacked": "Run 2: one worker tampers, nobody guards",
-    "guarded": "Run 3: one worker tampers, Sentinel guards",
+    "attacked": "Run 2: bad workers tamper, nobody guards",
+    "guarded": "Run 3: bad workers tamper, Sentinel guards",
 }
 
 
@@ -55,9 +56,7 @@ def build_engine(options: DemoOptions, sentinel: dict[str, Any] | None) -> Any:
     if sentinel is None:
         engine, *_ = deepspeed.initialize(config=config, **arguments)
     else:
-        import deepspeed_sentinel
-
-        engine, *_ = deepspeed_sentinel.initialize(config={**config, "sentinel": sentinel}, **arguments)
+        engine, *_ = initialize(config={**config, "sentinel": sentinel}, **arguments)
     return engine
 
 
@@ -118,12 +117,10 @@ class Trainer:
         Alternating cancels what else happens on the machine. A block's first step is not timed: attaching and
         the first message of each shape allocate.
         """
-        import deepspeed_sentinel
-
         self.report("message", text=_MESSAGES["overhead"])
         for _ in range(self.options.overhead_rounds):
             for guarded in (True, False):
-                handle = deepspeed_sentinel.attach(engine, self.options.sentinel_block("overhead")) if guarded else None
+                handle = attach(engine, self.options.sentinel_block("overhead")) if guarded else None
                 for index in range(self.options.overhead_block + 1):
                     _, seconds = self.step(engine, data)
                     if index:
@@ -133,7 +130,7 @@ class Trainer:
 
 
 def guard_facts(sentinel: Any) -> dict[str, Any]:
-    """What the live view shows of the step's verdict, as plain data."""
+    """What the live view shows of the step, as plain data; "wiring" [S, C] is the one that its messages went by."""
     verdict = sentinel.last_verdict
     if verdict is None:
         return {}
@@ -150,17 +147,35 @@ def guard_facts(sentinel: Any) -> dict[str, Any]:
             if guilty
         ],
         "skip": bool(verdict.skip),
+        "twins": bool(verdict.twins),
+        "wiring": sentinel.gate.columns.wiring.tolist(),
     }
 
 
-@record
 def main(options_file: str) -> None:
-    """Train all runs; what fails ends the job with a traceback in its log."""
+    """Start all processes and wait for them; what fails in one ends them all with its traceback in the log."""
     options = DemoOptions.load(Path(options_file))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Forked processes have imported everything. A fork cannot take CUDA along, and is sound on Linux alone.
+    forks = options.device == "cpu" and sys.platform == "linux"
+    if forks:
+        gc.freeze()  # or each process copies everything to look for cycles in it
+    start_processes(work, (options, port), nprocs=options.workers, start_method="fork" if forks else "spawn")
+
+
+def work(rank: int, options: DemoOptions, port: int) -> None:
+    """One process: train all runs."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(options.workers)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if options.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(rank)
     else:
         torch.set_num_threads(1)
+        # An all-reduce for inference. To compile it takes a minute, and who is interrupted at it leaves a lock behind
+        # that later jobs wait for without end.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if options.device == "cuda" else "gloo", verbose=False)
     report = Writer(options.progress_file, active=torch.distributed.get_rank() == 0)
     trainer = Trainer(options, report)

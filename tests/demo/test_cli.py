@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from deepspeed_sentinel.demo import cli, live
-from deepspeed_sentinel.demo.launch import command, environment, error_tail
+from deepspeed_sentinel.demo.launch import environment, error_tail
 from deepspeed_sentinel.demo.options import DemoOptions
 from deepspeed_sentinel.demo.progress import DemoState, RunState
 
@@ -22,11 +22,15 @@ def test_defaults_of_the_command_line_are_the_options_defaults():
 
 def test_options_survive_the_file(tmp_path):
     options = cli.options_from(
-        parse("--device", "cpu", "--attack", "random_sign", "--attack-arg", "rate=0.3", "--attacker", "2,0")
+        parse(
+            *("--device", "cpu", "--attack", "random_sign", "--attack-arg", "rate=0.3"),
+            *("--attacker", "2,0", "--attacker", "1,1"),
+        )
     )
     options.save(tmp_path / "options.json")
     assert DemoOptions.load(tmp_path / "options.json") == options
     assert options.attack_arguments == {"rate": 0.3}
+    assert options.attackers == ((2, 0), (1, 1))
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,7 @@ def test_options_survive_the_file(tmp_path):
         (["--attacker", "one"], "--attacker must be STAGE,REPLICA"),
         (["--attacker", "1,7"], "replicas 0 to 2"),
         (["--attacker", "3,0"], "sends no forward message"),
+        (["--attacker", "1,2", "--attacker", "1,2"], "--attacker must name each worker once"),
         (["--attack", "magic"], "allowed: "),
         (["--attack-arg", "factor=big"], "--attack-arg must be NAME=VALUE"),
         (["--device", "cuda", "--stages", "8", "--replicas", "99"], "needs one GPU a process"),
@@ -58,17 +63,15 @@ def test_only_the_attacked_and_guarded_runs_inject_and_only_defaults_guard():
     options = DemoOptions()
     attacked, guarded = options.sentinel_block("attacked"), options.sentinel_block("guarded")
     assert attacked["action"] == "observe"
-    assert attacked["inject"] == guarded["inject"] == [options.injection()]
+    assert attacked["inject"] == guarded["inject"] == options.injections()
+    assert [(one["stage"], one["replica"]) for one in guarded["inject"]] == [(1, 2), (2, 0)]
     assert set(guarded) == {"enabled", "output_dir", "events", "inject"}
     assert "inject" not in options.sentinel_block("overhead")
 
 
-def test_job_is_one_torchrun_of_all_workers(tmp_path):
-    options = DemoOptions(stages=2, replicas=2)
-    line = command(options, tmp_path / "options.json")
-    assert line[line.index("--nproc-per-node") + 1] == "4"
-    assert environment(options)["DS_ACCELERATOR"] == "cpu"
-    assert environment(options)["OMP_NUM_THREADS"] == "1"
+def test_processes_on_cpu_have_one_thread_each():
+    assert environment(DemoOptions())["DS_ACCELERATOR"] == "cpu"
+    assert environment(DemoOptions())["OMP_NUM_THREADS"] == "1"
 
 
 def test_error_tail_starts_at_the_first_traceback(tmp_path):
@@ -85,31 +88,76 @@ def test_sparkline_shows_height_and_what_is_not_finite():
     assert len(live.sparkline([1.0] * 500, 24)) == 24
 
 
-GUARD = {
-    "step": 41,
-    "warming_up": False,
-    "scores": [[0.5, 0.4, 0.3], [0.2, 0.2, 9.0], [0.3, None, 8.0], [0.1, 0.1, 0.1]],
-    "blamed": [[1, 2]],
-    "excluded": [2],
-    "convicted": [[1, 2]],
-    "skip": False,
-}
+OWN = [[0, 1, 2]] * 4
+PACKED = [[0, 1, 2], [2, 1, 0], [0, 1, 2], [0, 1, 2]]
+SCORES = [[0.5, 0.4, 0.3], [0.2, 0.2, 9.0], [7.0, None, 0.4], [0.1, 0.1, 0.1]]
 
 
-def test_both_views_tell_of_alarm_exclusion_and_conviction(capsys):
-    from rich.console import Console
+def guard(step, wiring, blamed=(), excluded=(), convicted=(), twins=False):
+    return {
+        "step": step,
+        "warming_up": False,
+        "scores": SCORES,
+        "blamed": [list(worker) for worker in blamed],
+        "excluded": list(excluded),
+        "convicted": [list(worker) for worker in convicted],
+        "skip": False,
+        "twins": twins,
+        "wiring": wiring,
+    }
 
+
+GUARDS = [
+    {},
+    guard(39, OWN),
+    guard(40, OWN, [(1, 2), (2, 0)], [0, 2]),
+    guard(41, PACKED, [(1, 2), (2, 0)], [0]),
+    guard(42, PACKED, [], [0], [(1, 2)], twins=True),
+    guard(43, PACKED, [(1, 2)], [0], [(1, 2), (2, 0)]),
+]
+
+
+@pytest.fixture
+def state():
+    run = RunState(losses=[3.0] * 20, seconds=[0.5] * 20, started=True, step_guard=GUARDS)
     state = DemoState(message="training")
-    state.runs["guarded"] = RunState(losses=[3.0] * 20, seconds=[0.5] * 20, started=True, step_guard=[GUARD])
+    state.runs["guarded"] = run
+    return state
+
+
+def test_lines_tell_once_of_alarms_deals_and_convictions(state, capsys):
     with live.PlainView(DemoOptions()) as plain:
         plain.update(state)
         plain.update(state)
     text = capsys.readouterr().out
-    assert text.count("ALARM stage 1 replica 2; columns left out: [2]") == 1
-    assert text.count("CONVICTED stage 1 replica 2") == 1
+    assert text.count("step 40: ALARM stage 1 replica 2, stage 2 replica 0; columns left out: [0, 2]") == 1
+    assert text.count("DEALT ANEW") == 1
+    assert "step 41: COLUMNS DEALT ANEW: stage 1 replica 2 to column 0, stage 1 replica 0 to column 2" in text
+    assert text.count("step 42: CONVICTED stage 1 replica 2") == 1
+    assert text.count("step 43: CONVICTED stage 2 replica 0") == 1
+    assert "step 43: ALARM" not in text, "a convicted worker's alarms are no news"
+
+
+def picture_of(state):
+    from rich.console import Console
+
     picture = live.LiveView(DemoOptions())
     picture.update(state)
-    console = Console(width=150, record=True)
+    console = Console(width=170, record=True)
     console.print(picture.render())
-    shown = console.export_text()
-    assert "CONV." in shown and "stage 1 replica 2" in shown and "20/80" in shown
+    return console.export_text()
+
+
+def test_picture_shows_who_serves_which_column_and_what_goes_on(state):
+    shown = picture_of(state)
+    assert "20/80" in shown
+    assert "column 0 OUT" in shown and "column 1 OUT" not in shown and "column 2 OUT" not in shown
+    (row,) = (line for line in shown.splitlines() if "stage 1 " in line and "CONV." in line and "r1" in line)
+    assert row.index("r2 9.0 CONV.") < row.index("r1 0.2") < row.index("r0 0.2"), "the attacker serves column 0 now"
+    assert "2 of 3" in shown
+    assert "stage 1 replica 2, in step 42 (first alarm: 40)" in shown
+    assert "stage 2 replica 0, in step 43 (first alarm: 40)" in shown
+
+
+def test_picture_stands_before_the_guarded_run_begins():
+    assert "starts with run 3" in picture_of(DemoState())

@@ -17,7 +17,11 @@ def alarm(step, stage, replica, micro_batches=(0, 1, 2, 3)):
 
 
 def conviction(step, stage, replica):
-    return {"kind": "conviction", "step": step, "stage": stage, "replica": replica, "strikes": 3}
+    return {"kind": "conviction", "step": step, "stage": stage, "replica": replica}
+
+
+def dealt(step, *moved):
+    return {"kind": "wiring", "step": step, "moved": [list(move) for move in moved]}
 
 
 def scores(step, hot=()):
@@ -46,26 +50,36 @@ EVENTS = [
     alarm(41, 1, 2),
     alarm(42, 1, 2),
     alarm(43, 1, 2),
-    alarm(45, 2, 0, [0, 3]),  # an honest worker: false, two messages
     conviction(43, 1, 2),
+    dealt(44, (1, 2, 2, 0), (1, 0, 0, 2)),
+    alarm(45, 2, 1, [0, 3]),  # an honest worker: false, two messages
+    alarm(46, 2, 0),
     conviction(50, 2, 0),
+    conviction(51, 2, 1),
+    dealt(52, (2, 1, 1, 2), (2, 2, 2, 1)),
 ]
 
 
 def test_numbers_follow_from_the_stream(lines):
     result = summary.summarise(OPTIONS, fold(lines), EVENTS)
-    assert set(result) == {"mesh", "steps", "attack", "clean", "attacked", "guarded", "overhead"}
+    keys = {"mesh", "steps", "attack", "attackers", "clean", "attacked", "guarded", "columns", "overhead"}
+    assert set(result) == keys
     assert result["mesh"] == {"stages": 4, "replicas": 3}
     assert result["attack"]["factor"] == -1
+    assert result["attackers"] == [
+        {"stage": 1, "replica": 2, "found_step": 41, "convicted_step": 43},
+        {"stage": 2, "replica": 0, "found_step": 46, "convicted_step": 50},
+    ]
+    # Two of stage 2 are convicted, so no dealing does with fewer than two columns: replicas 0 and 1 serve 0 and 2.
+    wiring = [[0, 1, 2], [2, 1, 0], [0, 2, 1], [0, 1, 2]]
+    assert result["columns"] == {"dealt_steps": [44, 52], "wiring": wiring, "going_on": 1}
     assert result["clean"] == {"final_loss": 2.5, "steps_per_s": pytest.approx(2.0)}
     assert result["attacked"] == {"final_loss": None}
     assert result["overhead"] == pytest.approx(1.2)
     assert result["guarded"] == {
         "final_loss": 2.6,
         "steps_per_s": pytest.approx(2.0),
-        "attack_start_step": 40,
-        "first_alarm_step": 41,
-        "convicted": [[1, 2], [2, 0]],
+        "convicted": [[1, 2], [2, 0], [2, 1]],
         "false_convictions": 1,
         "false_alarms": 3,
         "judged_messages": 4320,
@@ -77,7 +91,8 @@ def test_numbers_follow_from_the_stream(lines):
 def test_convicting_the_attacker_before_it_attacks_is_false_too(lines):
     result = summary.summarise(OPTIONS, fold(lines), [conviction(12, 1, 2)])
     assert result["guarded"]["false_convictions"] == 1
-    assert result["guarded"]["first_alarm_step"] is None
+    assert [one["convicted_step"] for one in result["attackers"]] == [None, None]
+    assert [one["found_step"] for one in result["attackers"]] == [None, None]
 
 
 def test_overhead_that_was_not_measured_is_null():
@@ -92,7 +107,10 @@ def test_report_writes_all_files(lines, tmp_path, capsys):
     report.write(options, fold(lines))
     for name in ("summary.json", "events.jsonl", "loss.png", "evidence.png"):
         assert (tmp_path / name).stat().st_size > 100
-    assert "not finite" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "not finite" in shown
+    assert "found in step 41, convicted in step 43" in shown and "found in step 46, convicted in step 50" in shown
+    assert "in step 44, 52" in shown and "1 of 3" in shown
 
 
 def test_writer_and_reader_hand_over_whole_lines_only(tmp_path):

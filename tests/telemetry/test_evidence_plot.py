@@ -1,0 +1,99 @@
+"""The picture of the evidence says what its marks mean, and who serves which column."""
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import numpy as np
+
+from deepspeed_sentinel.mesh import Mesh
+from deepspeed_sentinel.telemetry.deals import deals
+from deepspeed_sentinel.telemetry.evidence_plot import plot_evidence
+
+
+def step(number, score=0.4):
+    return {"kind": "step", "step": number, "scores": [[score] * 3] * 4, "excluded": [], "warming_up": number < 2}
+
+
+def conviction(number, stage, replica):
+    return {"kind": "conviction", "step": number, "stage": stage, "replica": replica}
+
+
+def dealt(number, *moved):
+    return {"kind": "wiring", "step": number, "moved": [list(move) for move in moved]}
+
+
+TWINS = {"kind": "twins", "step": 5, "suspects": [[1, 2]]}
+PACKED = dealt(6, (1, 2, 2, 0), (1, 0, 0, 2))
+STEPS = [step(number, score=0.0 if number == 5 else 0.4) for number in range(8)]
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """Draws events, and returns the figure."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **style: figures.append(self))
+
+    def draw(*events):
+        plot_evidence(tmp_path / "evidence.png", events, title="Title", attackers=[(1, 2), (2, 0)], attack_start=4)
+        return figures.pop()
+
+    return draw
+
+
+def legend_of(figure):
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_legend_explains_what_there_is_and_nothing_else(drawn):
+    assert legend_of(drawn(*STEPS)) == ["blamed in this step"]
+    full = legend_of(drawn(*STEPS, TWINS, conviction(5, 1, 2), PACKED))
+    assert any("convicted" in text for text in full)
+    assert any("twin step" in text for text in full)
+    assert any("serves this column" in text for text in full)
+
+
+def test_tables_show_each_deal_and_the_columns_that_are_lost(drawn):
+    figure = drawn(*STEPS, TWINS, conviction(5, 1, 2), PACKED, conviction(7, 2, 0))
+    first, last = (axes for axes in figure.axes if axes.get_title().startswith("from "))
+    assert [first.get_title(), last.get_title()] == ["from the start", "from step 6"]
+    assert [label.get_text().split() for label in first.get_xticklabels()] == [["0"], ["1"], ["2", "out"]]
+    assert [label.get_text().split() for label in last.get_xticklabels()] == [["0", "out"], ["1"], ["2"]]
+    assert [text.get_text() for text in last.texts] == list("012210012012")
+
+
+def test_both_attackers_are_named_and_moves_are_marked_in_their_rows(drawn):
+    axes = drawn(*STEPS, PACKED).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert [row for row, name in enumerate(names) if name.startswith("ATTACKER")] == [5, 6]
+    marks = {tuple(text.xy): text.get_text() for text in axes.texts if text.get_text().isdigit()}
+    assert marks == {(6, 5): "0", (6, 3): "2"}
+
+
+def test_only_the_last_deals_are_shown_beside_the_first(drawn):
+    swaps = [dealt(number, (1, 2, 2, 0), (1, 0, 0, 2)) for number in range(1, 8)]
+    titles = [axes.get_title() for axes in drawn(*STEPS, *swaps).axes if axes.get_title()]
+    assert titles == ["from the start", "from step 4", "from step 5", "from step 6", "from step 7"]
+
+
+def test_without_a_deal_there_are_no_tables(drawn):
+    assert not any(axes.get_title() for axes in drawn(*STEPS, TWINS).axes)
+
+
+def test_steps_must_have_been_recorded(tmp_path):
+    with pytest.raises(ValueError, match='"events": "steps"'):
+        plot_evidence(tmp_path / "evidence.png", [TWINS], title="Title")
+
+
+def test_deals_follow_moves_convictions_and_releases():
+    released = {"kind": "release", "step": 8, "stage": 1, "replica": 2}
+    events = [conviction(5, 1, 2), PACKED, conviction(7, 2, 0), dealt(8, (2, 0, 0, 1), (2, 1, 1, 0)), released]
+    first, second, third = deals(events, Mesh(4, 3))
+    assert [first.step, second.step, third.step] == [0, 6, 8]
+    np.testing.assert_array_equal(second.wiring, [[0, 1, 2], [2, 1, 0], [0, 1, 2], [0, 1, 2]])
+    np.testing.assert_array_equal(third.wiring[2], [1, 0, 2])
+    assert first.lost.tolist() == [False, False, True]
+    assert second.lost.tolist() == [True, False, False], "both convicted workers serve column 0"
+    assert third.lost.tolist() == [False, True, False], "one moved to column 1, and the other was released"
