@@ -23,6 +23,7 @@ import platform
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,9 @@ from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.response.twins import Draw, chance, draw
 
 _DRIVERS = tuple(Path(f"/sys/module/{name}/version") for name in ("nvidia", "amdgpu"))
+_PRECISIONS = attrgetter(
+    *(f"{one}.fp32_precision" for one in ("cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn.matmul"))
+)
 _KEY_BYTES = 32
 _NONE, _APART, _GIVEN, _SOURCE, _REFUSED = range(5)
 # What keeps a step from being a twin step; of several the last counts.
@@ -239,8 +243,6 @@ class TwinSteps:
 
 def kind(device: torch.device) -> int:
     """A number for all that this rank computes with, settings too: where it differs, so may last bits."""
-    cudnn: Any = backends.cudnn
-    precisions = (cudnn.conv, cudnn.rnn, *(one.matmul for one in (backends.cuda, backends.mkldnn)))
     parts: list[object] = [
         torch.__version__,
         backends.cudnn.version(),
@@ -249,7 +251,7 @@ def kind(device: torch.device) -> int:
         torch.get_deterministic_debug_mode(),
         backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
         backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-        *(one.fp32_precision for one in precisions),
+        *_PRECISIONS(backends),
         *(path.read_text().strip() for path in _DRIVERS if path.is_file()),
     ]
     if device.type == "cpu":

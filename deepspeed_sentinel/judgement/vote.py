@@ -148,7 +148,7 @@ def _apart(measures_ECMN: np.ndarray, true: np.ndarray, asked: np.ndarray) -> np
     low, high = np.fmin.reduce(of_truth, axis=(0, 1)), np.fmax.reduce(of_truth, axis=(0, 1))
     middle = median(np.moveaxis(np.where(asked[..., None], mine, np.nan), 1, -1))[:, None]
     between = np.where(np.isnan(mine), low, np.clip(mine, low, high))
-    theirs = np.where(np.asarray(true.any(0))[:, None], between, middle)
+    theirs = np.where(true[..., None].any(0), between, middle)
     equal = (mine == theirs) | (np.isnan(mine) & np.isnan(theirs))
     relative = np.abs(mine - theirs) / np.maximum(np.maximum(np.abs(mine), np.abs(theirs)), _TINY)
     return np.asarray(np.where(equal, 0.0, np.where(np.isnan(relative), np.inf, relative)).max(-1))
