@@ -13,9 +13,7 @@ from deepspeed_sentinel.telemetry.deals import Deal, deals
 from deepspeed_sentinel.telemetry.plots import GREY, RED, STEP_AND_FRACTION, note, pyplot, titles
 
 _CASCADE = "Red without a dot: an honest worker passing on what it was sent. Sentinel blames the first in the chain."
-_SERVED = (
-    "Who serves which column (the numbers are replicas). Bad workers are packed together, and whole columns go on."
-)
+_SERVED = "Who serves which column (numbers: replicas; red: attackers; grey: out, since a convicted worker serves it)"
 _UNJUDGED, _TWINS, _HONEST, _LOST = "#dddddd", "#8c8c8c", "#e4ecf7", "#eeeeee"
 _SHOWN = 5  # deals that fit beside one another
 
@@ -73,7 +71,7 @@ def plot_evidence(
         axes.axvline(attack_start - 0.5, color=RED, linestyle="--", linewidth=1.8)
     titles(axes, title, _CASCADE, lift=26)
     if dealt[1:]:
-        _tables(figure, grid[1], dealt, attackers)
+        _tables(figure, grid[1], dealt, int(steps[-1]), attackers)
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
@@ -98,13 +96,13 @@ def _heat_map(axes: Any, steps: np.ndarray, scores_TSR: np.ndarray, events: Sequ
     blamed, convicted = _marks(events, "alarm", replicas), _marks(events, "conviction", replicas)
     keys = [axes.scatter(*blamed, s=9, color="black", linewidths=0, label="blamed in this step", zorder=3)]
     if convicted[0]:
-        star = {"s": 190, "marker": "*", "color": "#ffd400", "edgecolors": "black", "zorder": 5}
+        star = {"s": 150, "marker": "*", "color": "#ffd400", "edgecolors": "black", "zorder": 5}
         keys.append(axes.scatter(*convicted, label="convicted", **star))
     twins = [event["step"] for event in events if event["kind"] == "twins"]
     for step in twins:
         axes.axvspan(step - 0.5, step + 0.5, color=_TWINS, linewidth=0, zorder=-1)
     if twins:
-        text = "twin step: all columns get the same data and are compared bit by bit, no scores"
+        text = "twin step: no scores, all columns get the same data and are compared bit by bit"
         keys.append(Patch(color=_TWINS, label=text))
     moved = [(event["step"], move) for event in events if event["kind"] == "wiring" for move in event["moved"]]
     for step, (stage, replica, _, column) in moved:
@@ -124,9 +122,7 @@ def _heat_map(axes: Any, steps: np.ndarray, scores_TSR: np.ndarray, events: Sequ
     bar.set_label("score of the worst message a worker sent", fontsize=10, labelpad=8)
     axes.set_xlabel("training step", fontsize=12)
     below = {"loc": "upper left", "bbox_to_anchor": (-0.01, -0.09 - 0.35 / (stages * replicas))}
-    axes.legend(
-        handles=keys, ncols=len(keys), fontsize=10, frameon=False, columnspacing=1.4, handletextpad=0.4, **below
-    )
+    axes.legend(handles=keys, ncols=2, fontsize=10, frameon=False, columnspacing=1.4, handletextpad=0.4, **below)
 
 
 def _workers(axes: Any, stages: int, replicas: int, attackers: Sequence[tuple[int, int]]) -> None:
@@ -135,21 +131,29 @@ def _workers(axes: Any, stages: int, replicas: int, attackers: Sequence[tuple[in
     for stage in range(1, stages):
         axes.axhline(stage * replicas - 0.5, color="white", linewidth=3)
     axes.set_yticks(range(stages * replicas))
-    names = [f"stage {s}, replica {r}" for s in range(stages) for r in range(replicas)]
+    names = [
+        ("ATTACKER  " if (stage, replica) in attackers else "") + f"stage {stage}, replica {replica}"
+        for stage in range(stages)
+        for replica in range(replicas)
+    ]
     labels = axes.set_yticklabels(names, fontsize=10)
     left, right = axes.get_xlim()
     for stage, replica in attackers:
         row = stage * replicas + replica
-        labels[row].set(text=f"ATTACKER  {names[row]}", color=RED, fontweight="bold")
+        labels[row].set(color=RED, fontweight="bold")
         outline = {"fill": False, "edgecolor": RED, "linewidth": 2.2, "zorder": 2}
         axes.add_patch(Rectangle((left, row - 0.5), right - left, 1, **outline))
 
 
-def _tables(figure: Any, place: Any, dealt: Sequence[Deal], attackers: Sequence[tuple[int, int]]) -> None:
+def _tables(
+    figure: Any, place: Any, dealt: Sequence[Deal], last_step: int, attackers: Sequence[tuple[int, int]]
+) -> None:
     """One table a deal, the first and the last ones: a row a stage, in it the replica that serves each column."""
-    shown = [*dealt[:1], *dealt[max(1, len(dealt) - _SHOWN + 1) :]]
+    ends = [*(deal.step - 1 for deal in dealt[1:]), last_step]
+    ranges = list(zip(dealt, ends, strict=True))
+    shown = [*ranges[:1], *ranges[max(1, len(dealt) - _SHOWN + 1) :]]
     tables = place.subgridspec(1, _SHOWN, wspace=0.25)
-    for index, deal in enumerate(shown):
+    for index, (deal, end) in enumerate(shown):
         axes = figure.add_subplot(tables[index])
         stages, columns = deal.wiring.shape
         for stage in range(stages):
@@ -166,7 +170,7 @@ def _tables(figure: Any, place: Any, dealt: Sequence[Deal], attackers: Sequence[
         axes.set_yticks(np.arange(stages) + 0.5, [f"stage {stage}" for stage in range(stages)] if index == 0 else [])
         axes.tick_params(length=0, labelsize=9.5)
         axes.spines[:].set_visible(False)
-        axes.set_title("from the start" if index == 0 else f"from step {deal.step}", fontsize=10.5)
+        axes.set_title(f"steps {deal.step} to {end}", fontsize=10.5)
         if index == 0:
             axes.set_xlabel("column", fontsize=10.5)
             titles(axes, "", _SERVED, lift=26)
