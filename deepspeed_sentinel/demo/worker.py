@@ -19,7 +19,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch.multiprocessing import start_processes
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from deepspeed_sentinel import attach, corpus, initialize
 from deepspeed_sentinel.demo import model
@@ -162,7 +162,11 @@ def main(options_file: str) -> None:
     forks = options.device == "cpu" and sys.platform == "linux"
     if forks:
         gc.freeze()  # or each process copies everything to look for cycles in it
-    start_processes(work, (options, port), nprocs=options.workers, start_method="fork" if forks else "spawn")
+    try:
+        start_processes(work, (options, port), nprocs=options.workers, start_method="fork" if forks else "spawn")
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        # Where this process waited tells nothing, and would stand before what happened.
+        sys.exit(str(error))
 
 
 def work(rank: int, options: DemoOptions, port: int) -> None:

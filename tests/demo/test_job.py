@@ -38,4 +38,6 @@ def test_all_runs_are_done_and_start_from_the_same(options, tmp_path):
 
 def test_what_fails_in_a_process_is_told(options, tmp_path):
     assert status_of(options, tmp_path) != 0
-    assert "FileNotFoundError" in error_tail(options.job_log), "nobody has prepared the text"
+    told = error_tail(options.job_log)
+    assert "FileNotFoundError" in told, "nobody has prepared the text"
+    assert told.count("Traceback") == 1 and "start_processes" not in told
