@@ -181,7 +181,7 @@ def _run(options: DemoOptions) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     state, read = DemoState(), Reader(options.progress_file)
-    state.message = f"Starting {options.workers} processes (about a minute on two cores)"
+    state.message = f"Starting {options.workers} processes (some seconds)"
     with view(options) as shown, job(options, options_file) as process:
         running = True
         while running:

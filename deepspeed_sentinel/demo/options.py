@@ -21,7 +21,7 @@ class DemoOptions:
 
     stages: int = 4
     replicas: int = 3
-    steps: int = 80
+    steps: int = 60
     seed: int = 0
     device: str = "cpu"
     out: str = "demo_out"
@@ -30,7 +30,7 @@ class DemoOptions:
     attack_arguments: dict[str, Any] = field(default_factory=lambda: {"value": 0.0})
     attackers: tuple[tuple[int, int], ...] = ((1, 2), (2, 0))
     direction: str = "forward"
-    start_step: int = 40
+    start_step: int = 30
     layers: int = 8
     hidden: int = 192
     intermediate: int = 512
@@ -38,11 +38,11 @@ class DemoOptions:
     key_value_heads: int = 2
     sequence: int = 128
     micro_batch_size: int = 2
-    micro_batches: int = 4
+    micro_batches: int = 2
     learning_rate: float = 3e-3
     learning_rate_warmup: int = 10
     eval_micro_batches: int = 16
-    overhead_rounds: int = 3
+    overhead_rounds: int = 2
     overhead_block: int = 4
 
     def __post_init__(self) -> None:

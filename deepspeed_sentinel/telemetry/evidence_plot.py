@@ -102,7 +102,7 @@ def _heat_map(axes: Any, steps: np.ndarray, scores_TSR: np.ndarray, events: Sequ
     for step in twins:
         axes.axvspan(step - 0.5, step + 0.5, color=_TWINS, linewidth=0, zorder=-1)
     if twins:
-        text = "twin step: no scores, all columns get the same data and are compared bit by bit"
+        text = "twin step: columns get the same data and are compared bit by bit, not scored"
         keys.append(Patch(color=_TWINS, label=text))
     moved = [(event["step"], move) for event in events if event["kind"] == "wiring" for move in event["moved"]]
     for step, (stage, replica, _, column) in moved:
@@ -170,7 +170,8 @@ def _tables(
         axes.set_yticks(np.arange(stages) + 0.5, [f"stage {stage}" for stage in range(stages)] if index == 0 else [])
         axes.tick_params(length=0, labelsize=9.5)
         axes.spines[:].set_visible(False)
-        axes.set_title(f"steps {deal.step} to {end}", fontsize=10.5)
+        several = f"steps {deal.step} to {end}"
+        axes.set_title(several if end > deal.step else f"step {deal.step}", fontsize=10.5)
         if index == 0:
             axes.set_xlabel("column", fontsize=10.5)
             titles(axes, "", _SERVED, lift=26)

@@ -95,8 +95,9 @@ def plot_losses(
     axes.axvspan(attack_start - 0.5, steps * 1.01, color=RED, alpha=0.05, linewidth=0)
     _event_line(axes, attack_start, f"attack starts (step {attack_start})", RED, left=True)
     for step in convicted_steps:
-        told = " and ".join(map(str, sorted(set(convicted_steps)))) if step == max(convicted_steps) else ""
-        _event_line(axes, step, told and f"convicted (step {told})", BLUE, left=False)
+        # They may lie too near for a label each.
+        named = " and ".join(map(str, sorted(set(convicted_steps))))
+        _event_line(axes, step, f"convicted in {named}" if step == max(convicted_steps) else "", BLUE, left=False)
     _end_labels(axes, curves, steps)
     axes.set_xlabel("training step", fontsize=12)
     axes.set_ylabel("training loss (nats per token)", fontsize=12)

@@ -150,7 +150,7 @@ def picture_of(state):
 
 def test_picture_shows_who_serves_which_column_and_what_goes_on(state):
     shown = picture_of(state)
-    assert "20/80" in shown
+    assert "20/60" in shown
     assert "column 0 OUT" in shown and "column 1 OUT" not in shown and "column 2 OUT" not in shown
     (row,) = (line for line in shown.splitlines() if "stage 1 " in line and "CONV." in line and "r1" in line)
     assert row.index("r2 9.0 CONV.") < row.index("r1 0.2") < row.index("r0 0.2"), "the attacker serves column 0 now"

@@ -57,7 +57,7 @@ def test_legend_explains_what_there_is_and_nothing_else(drawn):
 
 def test_tables_show_each_deal_and_the_columns_that_are_lost(drawn):
     figure = drawn(*STEPS, TWINS, conviction(5, 1, 2), PACKED, conviction(7, 2, 0))
-    first, last = (axes for axes in figure.axes if axes.get_title().startswith("steps "))
+    first, last = (axes for axes in figure.axes if axes.get_title().startswith("step"))
     assert [first.get_title(), last.get_title()] == ["steps 0 to 5", "steps 6 to 7"]
     assert [label.get_text().split() for label in first.get_xticklabels()] == [["0"], ["1"], ["2", "out"]]
     assert [label.get_text().split() for label in last.get_xticklabels()] == [["0", "out"], ["1"], ["2"]]
@@ -75,7 +75,7 @@ def test_both_attackers_are_named_and_moves_are_marked_in_their_rows(drawn):
 def test_only_the_last_deals_are_shown_beside_the_first(drawn):
     swaps = [dealt(number, (1, 2, 2, 0), (1, 0, 0, 2)) for number in range(1, 8)]
     titles = [axes.get_title() for axes in drawn(*STEPS, *swaps).axes if axes.get_title()]
-    assert titles == ["steps 0 to 0", "steps 4 to 4", "steps 5 to 5", "steps 6 to 6", "steps 7 to 7"]
+    assert titles == ["step 0", "step 4", "step 5", "step 6", "step 7"]
 
 
 def test_without_a_deal_there_are_no_tables(drawn):
