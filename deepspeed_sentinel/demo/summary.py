@@ -119,7 +119,7 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((f"  {worker_name((one['stage'], one['replica']))}",
             f"{_step('found', one['found_step'])}, {_step('convicted', one['convicted_step'])}")
             for one in summary["attackers"]),
-        ("columns dealt anew", f"from step {dealt} on" if dealt else "never"),
+        ("columns dealt anew", f"for steps {dealt}" if dealt else "never"),
         ("columns that go on", f"{columns['going_on']} of {summary['mesh']['replicas']}"),
         ("false convictions", str(guarded["false_convictions"])),
         ("false alarms", f"{guarded['false_alarms']} of {guarded['judged_messages']} judged messages"),

@@ -32,7 +32,7 @@ def deals(events: Iterable[Mapping[str, Any]], mesh: Mesh) -> list[Deal]:
     step, wiring, convicted = 0, identity(mesh), np.zeros((mesh.stages, mesh.replicas), bool)
 
     def as_of_now() -> Deal:
-        return Deal(step, wiring, np.take_along_axis(convicted, wiring, 1).any(0))
+        return Deal(step, wiring, np.asarray(np.take_along_axis(convicted, wiring, 1).any(0)))
 
     for event in events:
         if event["kind"] in ("conviction", "release"):

@@ -141,7 +141,7 @@ def _workers(axes: Any, stages: int, replicas: int, attackers: Sequence[tuple[in
     for stage, replica in attackers:
         row = stage * replicas + replica
         labels[row].set(color=RED, fontweight="bold")
-        outline = {"fill": False, "edgecolor": RED, "linewidth": 2.2, "zorder": 2}
+        outline: dict[str, Any] = {"fill": False, "edgecolor": RED, "linewidth": 2.2, "zorder": 2}
         axes.add_patch(Rectangle((left, row - 0.5), right - left, 1, **outline))
 
 

@@ -110,7 +110,7 @@ def test_report_writes_all_files(lines, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "not finite" in shown
     assert "found in step 41, convicted in step 43" in shown and "found in step 46, convicted in step 50" in shown
-    assert "from step 44, 52 on" in shown and "1 of 3" in shown
+    assert "for steps 44, 52" in shown and "1 of 3" in shown
 
 
 def test_writer_and_reader_hand_over_whole_lines_only(tmp_path):
