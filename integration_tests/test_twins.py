@@ -95,7 +95,7 @@ def test_a_reduction_that_is_fed_something_else_is_seen_and_not_applied(runs, na
         # Who is convicted hands nothing to a reduction any more.
         assert seen == (acted[:1] if name == "memory" else acted)
         assert run.record["skipped_steps"] == len(seen)
-        named = str(Worker(*CULPRIT)) in run.record["poisoned"][seen[0]]
+        named = f"{Worker(*CULPRIT)} handed over" in run.record["poisoned"][seen[0]]
         assert named == (name == "memory")
         convicted = [worker for verdict in run.verdicts for worker in verdict["newly_convicted"]]
         assert convicted == ([CULPRIT] if name == "memory" else [])
