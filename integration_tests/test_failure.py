@@ -55,23 +55,24 @@ def test_who_ends_by_an_error_of_its_own_is_not_taken_for_lost(jobs, tmp_path):
         assert LOST in result.stderr[rank], result.describe()
 
 
-def test_different_verdicts_stop_all_ranks_before_the_step(jobs, tmp_path):
-    with start(jobs, tmp_path, "mismatch", 10) as job:
+def ended_by_a_mismatch(jobs, tmp_path, how):
+    with start(jobs, tmp_path, how, 10) as job:
         result = job.wait(timeout=150)
     assert not result.timed_out, result.describe()
     for rank in range(SIZE):
         assert result.returncodes[rank] != 0
         assert "VerdictMismatch: verdicts differ at step 3: rank 2 = worker (stage 1, replica 0)" in result.stderr[rank]
+    return result
+
+
+def test_different_verdicts_stop_all_ranks_before_the_step(jobs, tmp_path):
+    result = ended_by_a_mismatch(jobs, tmp_path, "mismatch")
+    for rank in range(SIZE):
         assert "step 3 " in result.stdout[rank] and "step 4 " not in result.stdout[rank]
 
 
 def test_different_wirings_stop_all_ranks_before_anybody_moves(jobs, tmp_path):
-    with start(jobs, tmp_path, "dealt", 10) as job:
-        result = job.wait(timeout=150)
-    assert not result.timed_out, result.describe()
-    for rank in range(SIZE):
-        assert result.returncodes[rank] != 0
-        assert "VerdictMismatch: verdicts differ at step 3: rank 2 = worker (stage 1, replica 0)" in result.stderr[rank]
+    ended_by_a_mismatch(jobs, tmp_path, "dealt")
 
 
 def test_a_worker_that_dies_as_columns_are_dealt_anew_is_named(jobs, tmp_path):

@@ -1,9 +1,8 @@
 """Sentinel's state in DeepSpeed checkpoints: it travels in the client state of every stage's own file.
 
 The judge's state and the wiring are the same on all ranks and grow with the mesh, so only the first stage's file holds
-them. The ledger
-of devices is rank 0's alone. Rank 0 is worker (stage 0, replica 0) in every topology, and replica 0 writes its stage's
-file, so it gets back what it gave.
+them. The ledger of devices is rank 0's alone. Rank 0 is worker (stage 0, replica 0) in every topology, and replica 0
+writes its stage's file, so it gets back what it gave.
 """
 
 from __future__ import annotations

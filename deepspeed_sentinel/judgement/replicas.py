@@ -1,4 +1,4 @@
-"""From columns to the replicas that served them: a worker that serves several columns is one worker."""
+"""From columns to the replicas that served them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 def of_replicas(by_column: np.ndarray, served: np.ndarray, replicas: int) -> np.ndarray:
     """Which replicas served a column that is marked.
 
-    Example: columns (yes, no, yes) served by replicas (2, 1, 2) mark replica 2 alone.
+    Example: columns (yes, no, yes) served by replicas (2, 1, 0) mark replicas 0 and 2.
 
     Args:
         by_column: bool [..., S, C].
