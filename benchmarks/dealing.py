@@ -111,7 +111,9 @@ class Healing:
         measures = np.ones((2, *digests.shape[:4], 1))
         disputed = np.zeros(digests.shape[:4], bool)
         record = self.record
-        return try_twins(mesh, digests, measures, disputed, twins, wiring, record.convicted, record.accused)
+        return try_twins(
+            mesh, digests, measures, disputed, twins, wiring, record.convicted, record.accused, record.unlike
+        )
 
 
 def expected(mesh: Mesh, a_stage: int, chance: float = 0.5) -> dict[str, float]:

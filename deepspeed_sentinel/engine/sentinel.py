@@ -32,7 +32,16 @@ from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import Comparison
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import Worker
-from deepspeed_sentinel.telemetry.exclusion import FILE, Convict, exclusions, reason, write_exclusions
+from deepspeed_sentinel.telemetry.devices import NOBODY
+from deepspeed_sentinel.telemetry.exclusion import (
+    FILE,
+    Convict,
+    exclusions,
+    read_saved,
+    reason,
+    saved,
+    write_exclusions,
+)
 
 # Whole, not their schedules alone: they communicate before and after. Checkpoints are not watched, since a script may
 # go on after an error in one, and what a watched method fails with ends all ranks.
@@ -124,7 +133,7 @@ class Sentinel:
             ends=not self._lenient,
         )
         self._rank = dist.get_rank()
-        self._convictions: dict[Worker, tuple[int, str]] = {}
+        self._convictions: dict[Worker, Convict] = {}
         self._wrap()
         self._telling.start(engine.global_steps)
         self.devices.begin()
@@ -177,6 +186,7 @@ class Sentinel:
             "shape": self.state_shape(),
             "judge": checkpoint.to_tensors(self.gate.judge.state_dict()),
             "columns": checkpoint.to_tensors(self.gate.columns.state_dict()),
+            "convicts": saved(self.convicts),
             "evidence": self._collector.state_dict(),
         }
 
@@ -196,6 +206,7 @@ class Sentinel:
         self.gate.judge = self.gate.new_judge(state["shape"].get("parts", 1))
         self.gate.judge.load_state_dict(checkpoint.to_arrays(state["judge"]))
         self.gate.columns.load_state_dict(checkpoint.to_arrays(state["columns"]))
+        self._convictions = read_saved(state.get("convicts"))
         self._collector.load_state_dict(state["evidence"], without)
 
     def problem(self, state: dict[str, Any], parts: int) -> str | None:
@@ -247,20 +258,20 @@ class Sentinel:
         unequal = self.comparison.unequal_in(verdict.step)
         self.devices.step(verdict, self.gate.columns.wiring, self.last_poisoned, unequal)
         for worker in verdict.newly_convicted:
-            self._convictions[worker] = (verdict.step, reason(verdict, worker))
+            device, rank = self.devices.where[worker.stage][worker.replica], int(self._ranks[worker])
+            self._convictions[worker] = Convict(worker, rank, device, verdict.step, reason(verdict, worker))
         if verdict.halt:
             self._halt(verdict.halt)
 
     @property
     def convicts(self) -> tuple[Convict, ...]:
-        """Who is convicted, and where it runs."""
-        found = []
-        for place in np.argwhere(self.gate.judge.record.convicted).tolist():
-            worker = Worker(*place)
-            step, why = self._convictions.get(worker, (None, "convicted before this run"))
-            device = self.devices.where[worker.stage][worker.replica]
-            found.append(Convict(worker, int(self._ranks[worker]), device, step, why))
-        return tuple(found)
+        """Who is convicted, and where it ran then."""
+        workers = [Worker(*place) for place in np.argwhere(self.gate.judge.record.convicted).tolist()]
+        unknown = "convicted before this run, and where it ran is not known"
+        return tuple(
+            self._convictions.get(worker) or Convict(worker, int(self._ranks[worker]), NOBODY, None, unknown)
+            for worker in workers
+        )
 
     def write_exclusions(self) -> Path | None:
         """Write ``exclude.json``: who is convicted, on which machines, and lines for launchers. On rank 0.

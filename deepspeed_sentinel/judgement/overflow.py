@@ -72,7 +72,9 @@ class Overflow:
         nothing = np.zeros_like(by_any)
         if not np.isfinite(limit):
             return Explained(nothing, nothing)
-        largest = np.where(by_any, np.nan, np.fmin(*max_abs))[BACKWARD]
+        # A magnitude that cannot be is none, whichever end says so, and does not stand in for the other end's.
+        said = np.where(np.isfinite(max_abs), max_abs, np.nan)
+        largest = np.where(by_any, np.nan, np.fmin(*said))[BACKWARD]
         known = np.fmax.reduce(largest, axis=-1)
         self._largest = np.where(np.isnan(known), self._largest, known)
         if not by_any[BACKWARD].any():

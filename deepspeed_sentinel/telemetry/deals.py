@@ -27,7 +27,11 @@ class Deal:
 
 
 def deals(events: Iterable[Mapping[str, Any]], mesh: Mesh) -> list[Deal]:
-    """All deals of a run, the first of which is DeepSpeed's own wiring from step 0 on."""
+    """All deals of the events, the first of which is DeepSpeed's own wiring from step 0 on.
+
+    A folder holds the events of a run and of those that went on from it: each of them starts with DeepSpeed's own, and
+    what it takes over from a checkpoint is told as moves from there. Who was convicted stays so.
+    """
     found: list[Deal] = []
     step, wiring, convicted = 0, identity(mesh), np.zeros((mesh.stages, mesh.replicas), bool)
 
@@ -38,9 +42,13 @@ def deals(events: Iterable[Mapping[str, Any]], mesh: Mesh) -> list[Deal]:
         if event["kind"] in ("conviction", "release"):
             convicted[event["stage"], event["replica"]] = event["kind"] == "conviction"
         elif event["kind"] == "wiring":
-            found.append(as_of_now())
+            if event["step"] != step or not found:
+                found.append(as_of_now())
             columns = columns_of(wiring)
             for stage, replica, _, column in event["moved"]:
                 columns[stage, replica] = column
             step, wiring = event["step"], np.argsort(columns, axis=1)
+        elif event["kind"] == "start" and (wiring != identity(mesh)).any():
+            found.append(as_of_now())
+            step, wiring = event["step"], identity(mesh)
     return [*found, as_of_now()]

@@ -36,9 +36,10 @@ class Convict:
 
     Attributes:
         worker: who.
-        rank: its global rank in this run.
-        device: where it runs, in its own words.
-        step: at which it was convicted; None where that was before this run began.
+        rank: its global rank.
+        device: where it ran when it was convicted, in its own words: a run that goes on from a checkpoint may have
+            another machine in its place.
+        step: at which it was convicted; None where that is not known.
         why: in words.
     """
 
@@ -50,6 +51,24 @@ class Convict:
 
     def __str__(self) -> str:
         return f"rank {self.rank} = {self.worker} on {self.device}"
+
+
+def saved(convicts: Sequence[Convict]) -> list[dict[str, Any]]:
+    """For a checkpoint: plain values alone."""
+    return [{**vars(one), "worker": list(one.worker), "device": vars(one.device).copy()} for one in convicts]
+
+
+def read_saved(said: Any) -> dict[Worker, Convict]:
+    """The inverse of ``saved``, of whatever a checkpoint holds: what is none of its entries is left out."""
+    found = {}
+    for one in said if isinstance(said, list) else ():
+        try:
+            worker, step = Worker(*map(int, one["worker"])), one["step"]
+            step = None if step is None else int(step)
+            found[worker] = Convict(worker, int(one["rank"]), Device(**one["device"]), step, str(one["why"]))
+        except (TypeError, ValueError, KeyError):
+            continue
+    return found
 
 
 def reason(verdict: Verdict, worker: Worker) -> str:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from synthetic import World
 
-from deepspeed_sentinel.evidence.table import NAMES
+from deepspeed_sentinel.evidence.table import BY_JUDGE, NAMES, RECEIVED, SENT
 from deepspeed_sentinel.judgement.usual import FARTHEST
-from deepspeed_sentinel.mesh import FORWARD, identity
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, identity
 
 ENERGY, GAIN = NAMES.index("energy"), NAMES.index("transfer_gain")
 
@@ -92,6 +92,27 @@ def test_what_a_judge_has_written_is_taken_up_whenever_that_was(replicas, steps)
     for _ in range(3):
         world.step(attacked)
     assert World(stages=4, replicas=replicas).judge.problem(world.judge.state_dict()) is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -3e38, 3e38, 0.0])
+@pytest.mark.parametrize("stretch", [slice(None), slice(0, 1)])
+def test_no_report_of_one_worker_makes_a_state_that_cannot_be_taken_up(value, stretch):
+    """Else one liar would have every checkpoint refused, and with it all convictions forgotten."""
+    world = World(stages=5, replicas=3)
+    world.warm_up(24)
+    row = np.arange(len(NAMES)) < np.argmax(BY_JUDGE)
+
+    def lies(values):
+        values[RECEIVED, FORWARD, 1, 0, stretch, row] = value
+        values[SENT, FORWARD, 2, 0, stretch, row] = value
+        values[RECEIVED, BACKWARD, 2, 0, stretch, row] = value
+        values[SENT, BACKWARD, 1, 0, stretch, row] = value
+        values[..., NAMES.index("non_finite")] = 0.0
+
+    for _ in range(3):
+        with np.errstate(over="ignore"):
+            world.step(lies, overflow_limit=1e6)
+    assert World(stages=5, replicas=3).judge.problem(world.judge.state_dict()) is None
 
 
 def test_what_stood_out_and_is_taken_for_usual_stays_what_can_be_taken_up_again():

@@ -97,3 +97,13 @@ def test_deals_follow_moves_convictions_and_releases():
     assert first.lost.tolist() == [False, False, True]
     assert second.lost.tolist() == [True, False, False], "both convicted workers serve column 0"
     assert third.lost.tolist() == [False, True, False], "one moved to column 1, and the other was released"
+
+
+def test_a_run_that_goes_on_in_the_same_folder_starts_from_deepspeeds_own():
+    """Its first moves are told from there: put upon those of the run before, no worker would serve some columns."""
+    start = {"kind": "start", "step": 8}
+    swap, back = dealt(6, (1, 2, 2, 0), (1, 0, 0, 2)), dealt(8, (1, 2, 2, 1), (1, 1, 1, 2))
+    first, before, after = deals([{**start, "step": 0}, swap, start, back], Mesh(4, 3))
+    assert [first.step, before.step, after.step] == [0, 6, 8]
+    assert before.wiring[1].tolist() == [2, 1, 0] and after.wiring[1].tolist() == [0, 2, 1]
+    assert deals([swap, start], Mesh(4, 3))[-1].wiring.tolist() == [[0, 1, 2]] * 4, "it may take over nothing"
