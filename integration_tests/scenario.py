@@ -65,7 +65,7 @@ class Scenario:
     steps: int = 4
     seed: int = 0
     data_seed: int | None = None
-    micro_batches: int = 4
+    micro_batches: int = 2
     micro_batch_size: int = 2
     lengths: tuple[int, ...] = (16,)
     hidden: int = 32

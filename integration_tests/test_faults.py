@@ -124,7 +124,7 @@ def test_a_disputed_link_excludes_its_column_and_convicts_nobody(runs, name):
 def test_no_false_conviction_and_few_false_alarms_in_clean_traffic(runs):
     run = runs["clean"][0]
     judged = run.record["counts"]["judged_messages"]
-    assert judged >= 2000
+    assert judged >= 1000
     assert run.record["counts"]["alarms"] < 0.01 * judged
     assert not any(verdict["newly_convicted"] or verdict["disputed"] for verdict in run.verdicts)
 

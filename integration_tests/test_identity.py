@@ -7,7 +7,7 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-JUDGED = Scenario(name="fp32", steps=15, hidden=64, lengths=(32,))
+JUDGED = Scenario(name="fp32", steps=15, micro_batches=4, hidden=64, lengths=(32,))
 SHORT = JUDGED.with_(steps=4)
 VARIANTS = [
     JUDGED,

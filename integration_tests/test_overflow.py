@@ -13,6 +13,7 @@ BASE = Scenario(
     name="plain",
     precision="fp16_zero1",
     steps=STEPS,
+    micro_batches=4,
     hidden=64,
     config={"fp16": {"enabled": True, "initial_scale_power": 26, "loss_scale_window": 1000, "hysteresis": 1}},
 )

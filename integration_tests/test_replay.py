@@ -12,7 +12,7 @@ from integration_tests.scenario import Scenario
 from integration_tests.variants import some
 
 STEPS = 12
-BASE = Scenario(name="base", steps=STEPS, hidden=32, lengths=(16,))
+BASE = Scenario(name="base", steps=STEPS, micro_batches=4, hidden=32, lengths=(16,))
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"precision": "bf16"},

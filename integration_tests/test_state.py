@@ -14,7 +14,7 @@ from integration_tests.scenario import Scenario
 from integration_tests.spoiling import LIAR, LIES_AT
 
 FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1, "start_step": 25}
-BASE = Scenario(name="whole", steps=32, hidden=64, lengths=(48,))
+BASE = Scenario(name="whole", steps=32, micro_batches=4, hidden=64, lengths=(48,))
 # What a verdict decides: scores and digests differ, since what is learnt of pairs is learnt anew.
 DECISIONS = ("step", "warming_up", "excluded", "convicted", "alarmed", "disputes", "newly_convicted", "skip")
 
