@@ -18,7 +18,8 @@ from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import access, checkpoint
 from deepspeed_sentinel.engine.comparison import WeightComparison
-from deepspeed_sentinel.engine.devices import DeviceRecord
+from deepspeed_sentinel.engine.devices import DeviceRecord, gather_devices
+from deepspeed_sentinel.engine.ending import HALTED_EXIT_CODE, ends_with
 from deepspeed_sentinel.engine.gate import Gate
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
@@ -32,7 +33,10 @@ from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import Comparison
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.telemetry.eventlog import EVENTS_FILE
 from deepspeed_sentinel.telemetry.exclusion import FILE, Convict, exclusions, reason, write_exclusions
+from deepspeed_sentinel.telemetry.findings import workers_of
+from deepspeed_sentinel.telemetry.who import Who
 
 # Whole, not their schedules alone: they communicate before and after. Checkpoints are not watched, since a script may
 # go on after an error in one, and what a watched method fails with ends all ranks.
@@ -53,6 +57,7 @@ class Sentinel:
         gate: judges each step, and lets into it what is not in alarm.
         comparison: compares weights when it is due, or when it is asked to.
         devices: what is known of the devices that the workers run on.
+        who: names workers: ``str(sentinel.who(worker))`` has its rank, host and device.
     """
 
     def __init__(self, engine: PipelineEngine, config: SentinelConfig) -> None:
@@ -69,11 +74,11 @@ class Sentinel:
             injection.check_mesh(self.mesh)
         ranks, device = access.ranks_of(engine), torch.device(engine.device)
         self._control = Control(ranks)
-        self._telling = Telling(config, self.mesh, self._control)
-        self._ranks = ranks
-        self.devices = DeviceRecord(
-            config, ranks, self._control, self._telling, device=device, step=lambda: engine.global_steps
-        )
+        devices, told = gather_devices(self._control, ranks, device)
+        self.who = Who(ranks, devices)
+        self._telling = Telling(config, self.mesh, self._control, self.who)
+        self._telling.ledger(told)
+        self.devices = DeviceRecord(config, devices, self._control, self._telling, step=lambda: engine.global_steps)
         self.comparison = WeightComparison(
             engine,
             self.worker,
@@ -121,10 +126,12 @@ class Sentinel:
             timeouts=access.timeouts(engine),
             step=lambda: engine.global_steps,
             wiring=self.gate.columns.of,
+            fill=self.who.fill,
             ends=not self._lenient,
         )
         self._rank = dist.get_rank()
         self._convictions: dict[Worker, tuple[int, str]] = {}
+        self._excluded = False
         self._wrap()
         self._telling.start(engine.global_steps)
         self.devices.begin()
@@ -248,40 +255,42 @@ class Sentinel:
         self.devices.step(verdict, self.gate.columns.wiring, self.last_poisoned, unequal)
         for worker in verdict.newly_convicted:
             self._convictions[worker] = (verdict.step, reason(verdict, worker))
+        if verdict.newly_convicted:
+            # Now, since nobody knows how the run will end.
+            self._telling.exclusions(self.write_exclusions)
         if verdict.halt:
-            self._halt(verdict.halt)
+            self._halt(verdict)
 
     @property
     def convicts(self) -> tuple[Convict, ...]:
         """Who is convicted, and where it runs."""
         found = []
-        for place in np.argwhere(self.gate.judge.record.convicted).tolist():
-            worker = Worker(*place)
+        for worker in workers_of(self.gate.judge.record.convicted):
             step, why = self._convictions.get(worker, (None, "convicted before this run"))
-            device = self.devices.where[worker.stage][worker.replica]
-            found.append(Convict(worker, int(self._ranks[worker]), device, step, why))
+            found.append(Convict(self.who(worker), self.who.device(worker), step, self.who.fill(why)))
         return tuple(found)
 
     def write_exclusions(self) -> Path | None:
         """Write ``exclude.json``: who is convicted, on which machines, and lines for launchers. On rank 0.
 
         Returns:
-            the file; None on other ranks, and where nobody is convicted.
+            the file; None on other ranks, and where nobody has been convicted.
 
         Raises:
             OSError: it cannot be written.
         """
         convicts = self.convicts
-        if not convicts or self._rank != 0:
+        if self._rank != 0 or not (convicts or self._excluded):
             return None
+        self._excluded = True
         path = Path(self.config.output_dir) / FILE
-        write_exclusions(path, exclusions(convicts, self.devices.where, self.engine.global_steps))
+        write_exclusions(path, exclusions(convicts, self.who.devices, self.engine.global_steps))
         return path
 
     def _end(self) -> None:
         """The end of a run: what is told once."""
-        self._telling.summary()
         self._telling.exclusions(self.write_exclusions)
+        self._telling.end(self.engine.global_steps, self.counts, workers_of(self.gate.judge.record.convicted))
 
     def gather_words(self, *words: int) -> torch.Tensor:
         """int64 [ranks, W]: what every rank says in W whole numbers. Collective."""
@@ -312,13 +321,15 @@ class Sentinel:
             self._telling.left_out_of_evaluation(out_C)
         return mean_without(out_C, self.gate.columns.own, outputs, original)
 
-    def _halt(self, reason: str) -> None:
+    def _halt(self, verdict: Verdict) -> None:
         folder = f"{self.config.output_dir}/halt_checkpoint"
         self.engine.save_checkpoint(folder)
         self._telling.exclusions(self.write_exclusions)
         machines = "; ".join(map(str, self.convicts))
         without = f" Start again without {machines}: see {FILE} there." if machines else ""
+        if machines:
+            ends_with(HALTED_EXIT_CODE)
         raise SentinelHalt(
-            f"training stopped after step {self.engine.global_steps}: {reason}. Checkpoint without the excluded "
-            f"contributions: {folder}. See {self.config.output_dir}/events.jsonl.{without}"
+            f"training stopped in step {verdict.step}: {verdict.halt}. Checkpoint without the excluded contributions: "
+            f"{folder}. See {self.config.output_dir}/{EVENTS_FILE}.{without}"
         )

@@ -1,8 +1,8 @@
 """Which piece of hardware a worker runs on: what it says of itself, how that travels, and by which name it is kept.
 
 A rank is a number of one launch; what fails is a device. Of each worker its host, its slot (the local rank), its GPU's
-uuid and PCI address and torch's name for it are gathered when a run starts, as ``BYTES`` bytes of a fixed layout. A device is kept by the most
-lasting name that it has:
+uuid and PCI address, and what torch calls it there, are gathered when a run starts, as ``BYTES`` bytes of a fixed
+layout. A device is kept by the most lasting name that it has:
 
     gpu:<uuid>            a GPU, in whichever host and under whichever rank
     pci:<host>/<address>  a GPU of which torch tells no uuid

@@ -26,6 +26,7 @@ from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.devices import Device
+from deepspeed_sentinel.telemetry.who import Place
 
 FILE = "exclude.json"
 
@@ -35,28 +36,35 @@ class Convict:
     """A convicted worker and where it runs.
 
     Attributes:
-        worker: who.
-        rank: its global rank in this run.
-        device: where it runs, in its own words.
+        place: who, and where it runs, in its own words.
+        device: on which.
         step: at which it was convicted; None where that was before this run began.
         why: in words.
     """
 
-    worker: Worker
-    rank: int
+    place: Place
     device: Device
     step: int | None
     why: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} = {self.worker} on {self.device}"
+        return str(self.place)
 
 
 def reason(verdict: Verdict, worker: Worker) -> str:
     """Why a worker is convicted in the step of a verdict, in words: the first that was told against it."""
-    told: tuple[Proof | Contradicted | Finding, ...] = (*verdict.proofs, *verdict.contradicted, *verdict.findings)
-    against = [str(one) for one in told if one.worker == worker]
-    return against[0] if against else "its weights, a reduction or a step computed twice were others than they must be"
+    first = _against(verdict, worker)
+    return str(first) if first else "its weights, a reduction or a step computed twice were others than they must be"
+
+
+def proved(verdict: Verdict, worker: Worker) -> bool:
+    """Whether a worker that is convicted in the step of a verdict is so by more than statistics."""
+    return not isinstance(_against(verdict, worker), Finding)
+
+
+def _against(verdict: Verdict, worker: Worker) -> Proof | Contradicted | Finding | None:
+    told = (*verdict.proofs, *verdict.contradicted, *verdict.findings)
+    return next((one for one in told if one.worker == worker), None)
 
 
 def exclusions(convicts: Sequence[Convict], devices: Sequence[Sequence[Device]], step: int) -> dict[str, Any]:
@@ -76,9 +84,9 @@ def exclusions(convicts: Sequence[Convict], devices: Sequence[Sequence[Device]],
         "step": step,
         "workers": [
             {
-                "stage": one.worker.stage,
-                "replica": one.worker.replica,
-                "rank": one.rank,
+                "stage": one.place.stage,
+                "replica": one.place.replica,
+                "rank": one.place.rank,
                 "host": one.device.host,
                 "slot": one.device.slot,
                 "device": one.device.key,
