@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from integration_tests.flipping import AT, BETWEEN, EVERY, IN_STATE, IN_WEIGHTS, LAST, LATER
+from integration_tests.harness import named
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.variants import some
@@ -71,7 +72,7 @@ def test_a_flipped_bit_is_healed_and_the_run_ends_with_the_weights_of_an_untouch
     ]
     equal_to_the_bit(runs, "flipped", "untouched")
     said = runs.job.stderr[0] + runs.job.stdout[0]
-    assert f"step {AT}: worker (stage 1, replica 2) holds other weights" in said and "it was given theirs" in said
+    assert f"step {AT}: {named(5, replicas=3)} holds other weights" in said and "it was given theirs" in said
 
 
 def test_at_the_first_step_after_a_load_too(runs, folder):

@@ -158,8 +158,8 @@ def test_what_a_convicted_worker_goes_on_doing_is_told_once_then_counted(telling
     (line,) = log.messages
     assert f"{NAME} goes on after its conviction; from here on that is counted" in line
     number = 3 * (len(first.findings) + 1)
-    telling.end(34, dict.fromkeys(("judged_messages", "alarms", "disputes", "excluded_column_steps", "skipped_steps"), 7),
-                [CULPRIT])  # fmt: skip
+    names = ("judged_messages", "alarms", "disputes", "excluded_column_steps", "skipped_steps")
+    telling.end(34, dict.fromkeys(names, 7), [CULPRIT])
     assert f"{NAME}: {number} alarms, disputes and proofs since it was convicted" in log.messages[1]
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert sum(event["kind"] == "proof" for event in events) == 4, "events have them all"

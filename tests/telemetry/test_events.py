@@ -112,8 +112,8 @@ def test_a_start_lists_the_whole_mesh(written):
 
 
 def test_numbers_that_json_does_not_know_are_null(written):
-    values = dict(value=np.nan, residual=-np.inf, low=float("nan"), high=np.float64(np.inf), score=2.0)
-    rest = dict(trusted=False, overflow=False, cause="fences", strikes=True, audit=None)
+    values = {"value": np.nan, "residual": -np.inf, "low": float("nan"), "high": np.float64(np.inf), "score": 2.0}
+    rest = {"trusted": False, "overflow": False, "cause": "fences", "strikes": True, "audit": None}
     alarm = Alarm(1, 2, direction="forward", link=1, micro_batches=[0], statistic="energy", **values, **rest)
     (event,) = written(alarm)
     assert [event[name] for name in values] == [None, None, None, None, 2.0]
@@ -235,7 +235,8 @@ def in_json(annotation):
     nullable = annotation.endswith(" | None")
     base = annotation.removesuffix(" | None")
     names = {
-        "bool": "boolean", "int": "whole number", "float": "number or null", "str": "text", "Worker": "[stage, replica]",
+        "bool": "boolean", "int": "whole number", "float": "number or null", "str": "text",
+        "Worker": "[stage, replica]",
         "tuple[Worker, ...]": "list of [stage, replica]", "list[int]": "list of whole numbers",
         "list[list[int]]": "list of lists of whole numbers", "list[list[float]]": "list of lists of numbers",
         "dict[str, int]": "object of whole numbers", "dict[str, Any]": "object",
