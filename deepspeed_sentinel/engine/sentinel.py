@@ -289,6 +289,7 @@ class Sentinel:
 
     def _end(self) -> None:
         """The end of a run: what is told once."""
+        self.devices.write()
         self._telling.exclusions(self.write_exclusions)
         self._telling.end(self.engine.global_steps, self.counts, workers_of(self.gate.judge.record.convicted))
 

@@ -1,6 +1,6 @@
 """What the steps of a run come to, as lines of the log, in the order in which things happen.
 
-    ALARM or DISPUTE -> LEFT OUT -> SUSPECT -> PROVED -> CONVICTED, with its evidence and what to do now
+    ALARM or DISPUTE -> LEFT OUT -> SUSPECT -> PROVED -> CONVICTED, with its evidence -> NOW, what to do
 
 A column that stays left out is not told again before that changes. What a convicted worker goes on doing is told once,
 then counted.
@@ -74,7 +74,8 @@ class Story:
         for worker in verdict.cleared:
             yield f"CLEARED: {worker}; given the same, it does what its stage does"
         for worker in verdict.newly_convicted:
-            yield f"CONVICTED: {worker}. Why: {reason(verdict, worker)}. {self._what_now(worker)}"
+            yield f"CONVICTED: {worker}. {reason(verdict, worker)}"
+            yield f"NOW: {self._what_now(worker)}"
         for worker in verdict.released:
             yield f"RELEASED: {worker}, on probation"
         if verdict.excluded.all():
@@ -101,7 +102,7 @@ class Story:
         place = self._who(worker)
         machine = f"{place.host}, slot {place.local_rank}" if place.host else "its machine"
         return (
-            f"{_NEXT.get(self._config.action or '', '')} NOW: take {machine} out of service and test "
+            f"{_NEXT.get(self._config.action or '', '')} Take {machine} out of service and test "
             f"{place.gpu or 'its processor and memory'}; {self._config.output_dir}/{FILE} says how to start without it"
         ).lstrip()
 

@@ -92,28 +92,28 @@ def quiet(convicted=()):
 def test_a_story_is_told_in_the_order_in_which_it_happens(telling, log):
     assert blamed().suspects[CULPRIT] and blamed().excluded.tolist() == [False, False, True]
     telling.verdict(attacked([CULPRIT], newly=[CULPRIT]))
-    assert words(log) == ["ALARM", "LEFT OUT", "SUSPECT", "PROVED", "CONVICTED"]
+    assert words(log) == ["ALARM", "LEFT OUT", "SUSPECT", "PROVED", "CONVICTED", "NOW"]
     assert all(record.getMessage().startswith(f"[sentinel] step {blamed().step}: ") for record in log.records)
     assert all(record.levelno == logging.WARNING for record in log.records), "DeepSpeed hides what is less"
 
 
 def test_every_line_names_rank_host_and_device(telling, log):
     telling.verdict(attacked([CULPRIT], newly=[CULPRIT]))
-    alarm, _, suspect, proof, conviction = (record.getMessage() for record in log.records)
+    alarm, _, suspect, proof, conviction, _ = log.messages
     assert all(NAME in line for line in (alarm, suspect, proof, conviction))
     assert "worker (stage" not in log.text
 
 
 def test_a_conviction_has_its_evidence_and_what_to_do_now(telling, log, tmp_path):
     telling.verdict(attacked([CULPRIT], newly=[CULPRIT]))
-    line = log.records[-1].getMessage()
-    assert "Why: PROVED: given the same micro-batches" in line and "2 of 3 workers of its stage" in line
-    assert f"NOW: take node-03, slot 2 out of service and test GPU-{UUID}; {tmp_path}/exclude.json says how" in line
-    assert "training goes on" in line
+    conviction, now = log.messages[-2:]
+    assert f"{NAME}. PROVED: given the same micro-batches" in conviction and "2 of 3 workers of its" in conviction
+    assert "training goes on without it. Take node-03, slot 2 out of service" in now
+    assert f"and test GPU-{UUID}; {tmp_path}/exclude.json says how" in now
 
 
 @pytest.mark.parametrize(
-    ("action", "said"), [("observe", "Nothing is done"), ("halt", "Training stops"), ("exclude", "of no other")]
+    ("action", "said"), [("observe", "Nothing is done"), ("halt", "NOW: Training stops"), ("exclude", "of no other")]
 )
 def test_what_follows_a_conviction_is_what_the_action_says(tmp_path, one_rank, log, action, said):
     telling_of(tmp_path, action=action).verdict(attacked([CULPRIT], newly=[CULPRIT]))
