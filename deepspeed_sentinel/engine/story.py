@@ -69,8 +69,9 @@ class Story:
         yield from self._left_out(verdict)
         for worker in workers_of(verdict.suspects & ~self.suspects):
             yield f"SUSPECT: {worker}; {self._trial(worker)}"
-        for shown in (*verdict.proofs, *verdict.contradicted, *verdict.differences):
-            yield from self._unless_convicted(shown, str(shown), verdict)
+        shown: tuple[_Told, ...] = (*verdict.proofs, *verdict.contradicted, *verdict.differences)
+        for one in shown:
+            yield from self._unless_convicted(one, str(one), verdict)
         for worker in verdict.cleared:
             yield f"CLEARED: {worker}; given the same, it does what its stage does"
         for worker in verdict.newly_convicted:

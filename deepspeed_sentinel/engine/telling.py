@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import torch.distributed as dist
@@ -24,7 +23,6 @@ from deepspeed_sentinel.telemetry.findings import device_event, verdict_events, 
 from deepspeed_sentinel.telemetry.standing import Above, Standing
 from deepspeed_sentinel.telemetry.who import Who
 
-_Action = Literal["healed", "unhealed", "reported", "stopped"]
 _FEW_REPLICAS = {
     1: "1 replica: there is nothing to compare with, so statistics are reported and exclude nothing; what is not "
     "finite, disputed, or should have been passed on unchanged still does",
@@ -184,7 +182,7 @@ class Telling:
         )
         self._voice.event(step, events.Misfit(*worker))
 
-    def weights(self, comparison: Comparison, found: Sequence[Division], action: _Action) -> None:
+    def weights(self, comparison: Comparison, found: Sequence[Division], action: str) -> None:
         """Replicas that hold different weights, and what was done; see ``weights_events``."""
         if not self._first:
             return

@@ -291,7 +291,7 @@ class Weights(Event, kind="weights"):
 
     stage: int
     replica: int | None
-    action: Literal["healed", "unhealed", "reported", "stopped"]
+    action: str
     groups: list[list[int]] | None = None
 
     def named(self) -> tuple[Worker, ...]:

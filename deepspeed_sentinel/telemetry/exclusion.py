@@ -63,7 +63,7 @@ def proved(verdict: Verdict, worker: Worker) -> bool:
 
 
 def _against(verdict: Verdict, worker: Worker) -> Proof | Contradicted | Finding | None:
-    told = (*verdict.proofs, *verdict.contradicted, *verdict.findings)
+    told: tuple[Proof | Contradicted | Finding, ...] = (*verdict.proofs, *verdict.contradicted, *verdict.findings)
     return next((one for one in told if one.worker == worker), None)
 
 

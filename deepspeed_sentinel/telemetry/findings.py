@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -111,11 +111,7 @@ def wiring_event(before: np.ndarray, wiring: np.ndarray) -> events.Dealt:
     return events.Dealt([[*worker, int(left[worker]), int(now[worker])] for worker in moved])
 
 
-def weights_events(
-    comparison: Comparison,
-    found: Iterable[Division],
-    action: Literal["healed", "unhealed", "reported", "stopped"],
-) -> Iterator[events.Weights]:
+def weights_events(comparison: Comparison, found: Iterable[Division], action: str) -> Iterator[events.Weights]:
     """One event for each worker that held other weights than most, then one for each stage without a majority.
 
     Args:
@@ -145,8 +141,8 @@ def device_event(what: Standing | Above) -> events.DeviceNote:
         place=one.place,
         workers=one.workers,
         **counts,
-        peers=rate and rate.peers,
-        chance=rate and rate.chance,
+        peers=rate.peers if rate else None,
+        chance=rate.chance if rate else None,
     )
 
 
