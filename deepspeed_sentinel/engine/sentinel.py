@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -18,6 +17,7 @@ from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import access, checkpoint
 from deepspeed_sentinel.engine.comparison import WeightComparison
+from deepspeed_sentinel.engine.convictions import Convictions
 from deepspeed_sentinel.engine.devices import DeviceRecord, gather_devices
 from deepspeed_sentinel.engine.ending import HALTED_EXIT_CODE, ends_with
 from deepspeed_sentinel.engine.gate import Gate
@@ -32,9 +32,8 @@ from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import Comparison
 from deepspeed_sentinel.judgement.verdict import Verdict
-from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.eventlog import EVENTS_FILE
-from deepspeed_sentinel.telemetry.exclusion import FILE, Convict, exclusions, reason, write_exclusions
+from deepspeed_sentinel.telemetry.exclusion import FILE, Convict
 from deepspeed_sentinel.telemetry.findings import workers_of
 from deepspeed_sentinel.telemetry.who import Who
 
@@ -129,9 +128,9 @@ class Sentinel:
             fill=self.who.fill,
             ends=not self._lenient,
         )
-        self._rank = dist.get_rank()
-        self._convictions: dict[Worker, tuple[int, str]] = {}
-        self._excluded = False
+        self._convictions = Convictions(
+            config.output_dir, self.who, lambda: self.gate.judge.record.convicted, step=lambda: engine.global_steps
+        )
         self._wrap()
         self._telling.start(engine.global_steps)
         self.devices.begin()
@@ -253,9 +252,8 @@ class Sentinel:
         assert verdict is not None, "every training step passes the gate"
         unequal = self.comparison.unequal_in(verdict.step)
         self.devices.step(verdict, self.gate.columns.wiring, self.last_poisoned, unequal)
-        for worker in verdict.newly_convicted:
-            self._convictions[worker] = (verdict.step, reason(verdict, worker))
         if verdict.newly_convicted:
+            self._convictions.take(verdict)
             # Now, since nobody knows how the run will end.
             self._telling.exclusions(self.write_exclusions)
         if verdict.halt:
@@ -264,28 +262,11 @@ class Sentinel:
     @property
     def convicts(self) -> tuple[Convict, ...]:
         """Who is convicted, and where it runs."""
-        found = []
-        for worker in workers_of(self.gate.judge.record.convicted):
-            step, why = self._convictions.get(worker, (None, "convicted before this run"))
-            found.append(Convict(self.who(worker), self.who.device(worker), step, self.who.fill(why)))
-        return tuple(found)
+        return self._convictions.convicts
 
     def write_exclusions(self) -> Path | None:
-        """Write ``exclude.json``: who is convicted, on which machines, and lines for launchers. On rank 0.
-
-        Returns:
-            the file; None on other ranks, and where nobody has been convicted.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        convicts = self.convicts
-        if self._rank != 0 or not (convicts or self._excluded):
-            return None
-        self._excluded = True
-        path = Path(self.config.output_dir) / FILE
-        write_exclusions(path, exclusions(convicts, self.who.devices, self.engine.global_steps))
-        return path
+        """Write ``exclude.json``, see ``Convictions.write``."""
+        return self._convictions.write()
 
     def _end(self) -> None:
         """The end of a run: what is told once."""
