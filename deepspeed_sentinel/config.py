@@ -192,7 +192,11 @@ class SentinelConfig(BaseModel):
         ge=5.0,
         description="seconds without a heartbeat after which a rank is given up, if all others wait for it",
     )
-    output_dir: str = Field("sentinel_logs", min_length=1, description="folder of events.jsonl and ledger.json")
+    output_dir: str = Field(
+        "sentinel_logs",
+        min_length=1,
+        description="folder of what is written down: events, exclusions, the ledger of devices",
+    )
     events: Literal["none", "alarms", "steps"] = Field(
         "alarms", description="what events.jsonl holds; steps adds one line a step with every worker's score"
     )

@@ -22,7 +22,7 @@ def _beside_bars() -> Iterator[None]:
 
     Neither is imported for it: without a bar there is nothing to do.
     """
-    rich, tqdm = sys.modules.get("rich.file_proxy"), sys.modules.get("tqdm")
+    rich, tqdm = sys.modules.get("rich.file_proxy"), sys.modules.get("tqdm.std")
     moved = []
     if rich is not None and isinstance(sys.stdout, rich.FileProxy):
         # DeepSpeed's handler has kept the stream that rich stands before while its bar is shown.
