@@ -21,11 +21,12 @@ IN_EVERY_RUN = ("fp16", "bf16_zero1")
 
 def events(folder: Path, name: str) -> list[dict[str, object]]:
     told = map(json.loads, (folder / name / "events.jsonl").read_text().splitlines())
-    return [{key: one[key] for key in one if key not in ("kind", "time")} for one in told if one["kind"] == "weights"]
+    fields = ("step", "stage", "replica", "action", "groups")
+    return [{key: one[key] for key in fields} for one in told if one["kind"] == "weights"]
 
 
 def found(step: int, worker: object, action: str) -> dict[str, object]:
-    return {"step": step, "stage": worker[0], "replica": worker[1], "action": action}
+    return {"step": step, "stage": worker[0], "replica": worker[1], "action": action, "groups": None}
 
 
 @pytest.fixture(scope="module")
