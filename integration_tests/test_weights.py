@@ -116,7 +116,8 @@ def undecided(action: str) -> list[dict[str, object]]:
 def test_of_two_unequal_replicas_all_ranks_stop_without_a_checkpoint(of_two, folder):
     for run in of_two["stopped"]:
         assert run.error is not None and run.error["type"] == "WeightsDiffer"
-        for part in (f"at step {LATER}", "stage 1: replica 0 holds", "replica 1 holds", "no checkpoint", "Resume from"):
+        who = [f"{named(rank, replicas=2)} holds" for rank in (2, 3)]
+        for part in (f"at step {LATER}", f"stage 1: {who[0]}", who[1], "no checkpoint", "Resume from"):
             assert part in run.error["message"]
         assert len(run.losses) == LATER
     assert len({run.error["message"] for run in of_two["stopped"]}) == 1
