@@ -5,10 +5,23 @@ from __future__ import annotations
 import argparse
 import runpy
 import sys
+from typing import Any
 
 from deepspeed_sentinel.config import SentinelConfig, load_block
 
 _NO_BLOCK = 'no "sentinel" block: sentinel stays off. Add "sentinel": {"enabled": true} to switch it on.'
+
+_PROGRAM = "python -m deepspeed_sentinel"
+_RUN = "run a training script; the DeepSpeed config decides whether it is watched"
+_RUN_EXAMPLE = "train.py --deepspeed_config ds_config.json"
+
+
+def _example(arguments: str) -> dict[str, Any]:
+    """What makes an argument parser show an example below its help, as it is."""
+    return {
+        "epilog": f"example:\n  {_PROGRAM} {arguments}",
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,20 +33,35 @@ def main(argv: list[str] | None = None) -> int:
         from_launcher.append(arguments.pop(0))
     if arguments[:1] == ["run"]:
         return _run(arguments[1:], from_launcher)
-    parser = argparse.ArgumentParser(prog="python -m deepspeed_sentinel", description=__doc__)
+    parser = argparse.ArgumentParser(prog=_PROGRAM, description=__doc__, **_example("check ds_config.json"))
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("run", help="run a training script; the DeepSpeed config decides whether it is watched")
-    check = commands.add_parser("check", help="validate a DeepSpeed config file and print the effective settings")
-    check.add_argument("config", help="path of a DeepSpeed config (JSON)")
-    demo = commands.add_parser("demo", help="train a small Llama three times: clean, attacked, attacked and guarded")
-    commands.add_parser("attacks", help="list the attacks of the red team with their arguments")
-    simulation = commands.add_parser("simulate", help="a whole mesh in one process: attack it, judge it, measure")
-    # Both modules are cheap to import; what they need beyond that they load when they run.
-    from deepspeed_sentinel.demo import cli as demo_cli
-    from deepspeed_sentinel.simulation import cli as simulation_cli
 
-    demo_cli.add_arguments(demo)
-    simulation_cli.add_arguments(simulation)
+    def command(name: str, about: str, example: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=about, description=about, **_example(f"{name} {example}".rstrip()))
+
+    command("run", _RUN, _RUN_EXAMPLE)
+    check = command("check", "validate a DeepSpeed config file and print the effective settings", "ds_config.json")
+    check.add_argument("config", help="path of a DeepSpeed config (JSON)")
+    demo = command(
+        "demo",
+        "train a small Llama three times: clean, attacked, attacked and guarded",
+        "--attack scaling --attack-arg factor=-1 --attacker 1,2",
+    )
+    command("attacks", "list the attacks of the red team with their arguments", "")
+    simulation = command(
+        "simulate",
+        "a whole mesh in one process: attack it, judge it, measure",
+        "--stages 4 --replicas 4 --attack scaling --attack-arg factor=-1 --steps 60 --start 30",
+    )
+    # What a command needs is loaded when it is asked for: ``check`` is to answer at once.
+    if arguments[:1] == ["demo"]:
+        from deepspeed_sentinel.demo import cli as demo_cli
+
+        demo_cli.add_arguments(demo)
+    if arguments[:1] == ["simulate"]:
+        from deepspeed_sentinel.simulation import cli as simulation_cli
+
+        simulation_cli.add_arguments(simulation)
     parsed = parser.parse_args(arguments)
     if parsed.command == "check":
         return _check(parsed.config)
@@ -45,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], from_launcher: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m deepspeed_sentinel run")
+    parser = argparse.ArgumentParser(prog=f"{_PROGRAM} run", description=_RUN, **_example(f"run {_RUN_EXAMPLE}"))
     parser.add_argument("script", help="training script that calls deepspeed.initialize")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     parsed = parser.parse_args(arguments)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deepspeed_sentinel.attacks import Needs, build_attack
-from deepspeed_sentinel.attacks.loading import check_path, files_named
-from deepspeed_sentinel.mesh import Mesh
+if TYPE_CHECKING:
+    from deepspeed_sentinel.mesh import Mesh
 
 BLOCK = "sentinel"
 
@@ -47,6 +46,8 @@ class Injection(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> Injection:
+        from deepspeed_sentinel.attacks.loading import check_path, files_named
+
         # A file is code: it runs when somebody means to inject, not where a config is looked at or switched off.
         files = files_named([self.attack, self.arguments])
         for name in files:
@@ -59,6 +60,9 @@ class Injection(BaseModel):
 
     def check_attack(self) -> None:
         """Raise ValueError when the attack cannot be built, or cannot act there; runs the file that it names."""
+        # Attacks take torch, and a config without faults is read in a fraction of the time that its import takes.
+        from deepspeed_sentinel.attacks import Needs, build_attack
+
         needs = Needs.of(build_attack(self.attack, self.arguments))
         if needs.simulator_only:
             raise ValueError(
@@ -188,7 +192,11 @@ class SentinelConfig(BaseModel):
         ge=5.0,
         description="seconds without a heartbeat after which a rank is given up, if all others wait for it",
     )
-    output_dir: str = Field("sentinel_logs", min_length=1, description="folder of events.jsonl and ledger.json")
+    output_dir: str = Field(
+        "sentinel_logs",
+        min_length=1,
+        description="folder of what is written down: events, exclusions, the ledger of devices",
+    )
     events: Literal["none", "alarms", "steps"] = Field(
         "alarms", description="what events.jsonl holds; steps adds one line a step with every worker's score"
     )

@@ -56,10 +56,10 @@ class ScriptArguments:
 class Report(SentinelCallback):
     """Prints who is blamed, where it happens."""
 
-    def on_sentinel_verdict(self, args, state, control, *, verdict, **kwargs):
+    def on_sentinel_verdict(self, args, state, control, *, verdict, who, **kwargs):
         if state.is_world_process_zero:
             for finding in verdict.findings:
-                print(f"step {verdict.step}: {finding}")
+                print(f"step {verdict.step}: {who.fill(str(finding))}")
 
 
 def texts(options: ScriptArguments) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,11 @@ from integration_tests.processes import (
 )
 
 Launcher = Literal["bare", "torchrun", "deepspeed", "accelerate"]
+
+
+def named(rank: int, replicas: int) -> str:
+    """What logs and errors call a worker of a job on this machine's CPU."""
+    return f"stage {rank // replicas}, replica {rank % replicas} (rank {rank}, {socket.gethostname()}, cpu)"
 
 
 @dataclass(frozen=True)

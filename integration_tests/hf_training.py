@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -160,7 +161,8 @@ def listener(told: list[Any]) -> Any:
     from deepspeed_sentinel.hf import SentinelCallback
 
     class Listener(SentinelCallback):
-        def on_sentinel_verdict(self, args, state, control, *, verdict, **kwargs):
+        def on_sentinel_verdict(self, args, state, control, *, verdict, who, **kwargs):
+            assert all(who(found.worker).host == socket.gethostname() for found in verdict.findings)
             named = [found.worker for found in (*verdict.findings, *verdict.proofs)]
             blamed = sorted({(worker.stage, worker.replica) for worker in named})
             told.append({"step": verdict.step, "blamed": blamed, "excluded": verdict.excluded.tolist()})

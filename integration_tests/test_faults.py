@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 
 import pytest
 import torch
@@ -144,6 +145,14 @@ def test_events_tell_it(runs):
     assert sum(event["kind"] == "step" for event in events) == STEPS - RESUMED
     (conviction,) = [event for event in events if event["kind"] == "conviction"]
     assert (conviction["stage"], conviction["replica"], conviction["step"]) == (1, 2, START + 2)
+    host = socket.gethostname()
+    (who,) = conviction["who"]
+    assert (who["rank"], who["local_rank"], who["host"], who["device"], who["gpu"]) == (5, 5, host, "cpu", None)
+    assert {event["run_id"] for event in events} == {events[0]["run_id"]} and len(events[0]["run_id"]) == 16
+    assert events[-1]["kind"] == "end" and events[-1]["convicted"] == [[1, 2]]
+    (health,) = map(json.loads, (folder / "health.jsonl").read_text().splitlines())
+    assert health["nodeName"] == host and health["metadata"]["run_id"] == events[0]["run_id"]
+    assert conviction["why"] in health["message"] and not health["isHealthy"]
 
 
 def test_injection_shouts(runs):

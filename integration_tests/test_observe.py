@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from integration_tests.harness import named
 from integration_tests.models_unseen import EMPTY_AT
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
@@ -32,5 +33,5 @@ def test_what_cannot_be_judged_is_said_once_and_passes(tmp_path):
         # Once in each run: replica 1 has the empty message, and every rank the ids.
         assert text.count("not judged: the ") == (3 if rank % 2 else 1), text
         assert text.count("micro-batch 1, has zero tokens: its shape is (2, 0, 16)") == (2 if rank % 2 else 0)
-    assert said[0].count("verdicts differ at step") == 1 and f"step {EMPTY_AT}: rank 2" in said[0]
+    assert said[0].count("verdicts differ at step") == 1 and f"step {EMPTY_AT}: {named(2, replicas=2)}" in said[0]
     assert said[0].count(f"cannot write to '{logs}' any more") == 1

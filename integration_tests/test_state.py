@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deepspeed_sentinel.evidence.renewal import READY
+from integration_tests.harness import named
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.spoiling import LIAR, LIES_AT
@@ -130,7 +131,7 @@ def test_one_replicas_number_stops_nothing_and_names_it(runs, folder):
     told = [json.loads(line) for line in (folder / "honest" / "events.jsonl").read_text().splitlines()]
     misfits = [(event["step"], event["stage"], event["replica"]) for event in told if event["kind"] == "misfit"]
     assert misfits == [(LIES_AT, *LIAR), (LIES_AT + 1, *LIAR)]
-    assert "stage 1, replica 0) told the other replicas" in runs.job.stderr[0] + runs.job.stdout[0]
+    assert f"{named(3, replicas=3)} told the other replicas" in runs.job.stderr[0] + runs.job.stdout[0]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from integration_tests.harness import run_job
+from integration_tests.harness import named, run_job
 from integration_tests.jobs.twins_data import MICRO_BATCHES, STEPS, number
 from integration_tests.test_failure import start
 
@@ -60,7 +60,7 @@ def test_who_dies_as_micro_batches_are_handed_over_is_named_by_all_others(jobs, 
     with start(jobs, tmp_path, f"twin{victim}", 10) as job:
         result = job.wait(timeout=150)
     assert not result.timed_out, result.describe()
-    name = f"lost rank {victim} = worker (stage {victim // 2}, replica {victim % 2}). Resume"
+    name = f"lost {named(victim, replicas=2)}. Resume"
     for rank in set(range(6)) - {victim}:
         assert result.returncodes[rank] != 0
         assert name in result.stderr[rank], result.describe()

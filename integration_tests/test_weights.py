@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from integration_tests.flipping import AT, BETWEEN, EVERY, IN_STATE, IN_WEIGHTS, LAST, LATER
+from integration_tests.harness import named
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.variants import some
@@ -20,11 +21,12 @@ IN_EVERY_RUN = ("fp16", "bf16_zero1")
 
 def events(folder: Path, name: str) -> list[dict[str, object]]:
     told = map(json.loads, (folder / name / "events.jsonl").read_text().splitlines())
-    return [{key: one[key] for key in one if key not in ("kind", "time")} for one in told if one["kind"] == "weights"]
+    fields = ("step", "stage", "replica", "action", "groups")
+    return [{key: one[key] for key in fields} for one in told if one["kind"] == "weights"]
 
 
 def found(step: int, worker: object, action: str) -> dict[str, object]:
-    return {"step": step, "stage": worker[0], "replica": worker[1], "action": action}
+    return {"step": step, "stage": worker[0], "replica": worker[1], "action": action, "groups": None}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_a_flipped_bit_is_healed_and_the_run_ends_with_the_weights_of_an_untouch
     ]
     equal_to_the_bit(runs, "flipped", "untouched")
     said = runs.job.stderr[0] + runs.job.stdout[0]
-    assert f"step {AT}: worker (stage 1, replica 2) holds other weights" in said and "it was given theirs" in said
+    assert f"step {AT}: {named(5, replicas=3)} holds other weights" in said and "it was given theirs" in said
 
 
 def test_at_the_first_step_after_a_load_too(runs, folder):
@@ -114,7 +116,8 @@ def undecided(action: str) -> list[dict[str, object]]:
 def test_of_two_unequal_replicas_all_ranks_stop_without_a_checkpoint(of_two, folder):
     for run in of_two["stopped"]:
         assert run.error is not None and run.error["type"] == "WeightsDiffer"
-        for part in (f"at step {LATER}", "stage 1: replica 0 holds", "replica 1 holds", "no checkpoint", "Resume from"):
+        who = [f"{named(rank, replicas=2)} holds" for rank in (2, 3)]
+        for part in (f"at step {LATER}", f"stage 1: {who[0]}", who[1], "no checkpoint", "Resume from"):
             assert part in run.error["message"]
         assert len(run.losses) == LATER
     assert len({run.error["message"] for run in of_two["stopped"]}) == 1

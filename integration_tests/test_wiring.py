@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from integration_tests.harness import named
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.variants import some
@@ -119,13 +120,13 @@ def test_moves_are_told_and_convicted_workers_but_once(healed, folder):
     moves = [event for event in events if event["kind"] == "wiring"]
     assert moves and moves[0]["step"] == START + 1
     assert all(stage in (1, 2, 3) for event in moves for stage, *_ in event["moved"])
-    assert "columns dealt anew: worker (stage " in told
+    assert "columns dealt anew: stage " in told
     convicted = next(event["step"] for event in events if event["kind"] == "conviction" and event["stage"] == 1)
     after = [event for event in events if event["kind"] in ("alarm", "proof") and event["step"] > convicted]
     assert any(event["stage"] == 1 for event in after), "it goes on, and events have it"
     for step in range(convicted + 1, STEPS):
-        assert f"step {step}: worker (stage 1, replica 0) sent" not in told
-    assert "worker (stage 1, replica 0): " in told and "since it was convicted" in told
+        assert f"step {step}: ALARM: {named(3, replicas=3)} sent" not in told
+    assert f"{named(3, replicas=3)} goes on after its conviction" in told and "since it was convicted" in told
 
 
 def test_an_evaluation_leaves_out_what_convicted_workers_spoil(healed):

@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from deepspeed.utils import logger
 from torch import nn
+
+from deepspeed_sentinel.telemetry import console
 
 _LARGE = 2**20
 _PLAIN = frozenset((bool, int, float, str, type(None)))
@@ -172,8 +173,8 @@ def _put_back(module: nn.Module, state: _Module) -> None:
         if kept.copy is not None:
             kept.tensor.copy_(kept.copy)
         elif _version(kept.tensor) != kept.version:
-            logger.warning(
-                f"[sentinel] buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
+            console.say(
+                f"buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
                 "the first time in a step whose column was excluded, and was too large to be kept: it stays as it is"
             )
     for name, value in state.numbers.items():

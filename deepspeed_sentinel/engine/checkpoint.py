@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger
 
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.mesh import DIRECTIONS
+from deepspeed_sentinel.telemetry import console
 
 if TYPE_CHECKING:
     from deepspeed_sentinel.engine.sentinel import Sentinel
@@ -61,8 +61,8 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
         if words_W[0]:
             sentinel.reset()
             if dist.get_rank() == 0:
-                logger.warning(
-                    f"[sentinel] checkpoint {path} {problem or 'cannot be used by another stage'}: baselines, fences "
+                console.say(
+                    f"checkpoint {path} {problem or 'cannot be used by another stage'}: baselines, fences "
                     f"and convictions start anew, with {sentinel.config.warmup_steps} steps of warm-up"
                 )
             return path, client_state
@@ -72,8 +72,8 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
         sentinel.load_state_dict(state, without)
         if dist.get_rank() == 0:
             for direction, link in sorted(without):
-                logger.warning(
-                    f"[sentinel] checkpoint {path} holds a baseline of the {DIRECTIONS[direction]} messages on link "
+                console.say(
+                    f"checkpoint {path} holds a baseline of the {DIRECTIONS[direction]} messages on link "
                     f"{link} that is not finite: it starts anew, on both ends"
                 )
         return path, client_state

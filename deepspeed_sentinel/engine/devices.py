@@ -21,7 +21,8 @@ import torch.distributed as dist
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.checkpoint import to_tensors
 from deepspeed_sentinel.engine.reduction import Poisoned
-from deepspeed_sentinel.engine.telling import Telling, opened
+from deepspeed_sentinel.engine.telling import Telling
+from deepspeed_sentinel.engine.voice import opened
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import Worker
@@ -32,19 +33,30 @@ WRITE_SECONDS = 300.0
 KEY = "ledger"
 
 
+def gather_devices(
+    control: Control, ranks: np.ndarray, device: torch.device
+) -> tuple[tuple[tuple[Device, ...], ...], tuple[str, ...]]:
+    """Every worker's device [S][R], the same on all ranks, and what to tell about them. Collective.
+
+    Args:
+        control: gathers of all ranks.
+        ranks: int [S, R], the global rank of each worker.
+        device: on which this rank computes.
+    """
+    return read_gathered(control.all_gather(torch.from_numpy(to_bytes(own_device(device)))).numpy(), ranks)
+
+
 class DeviceRecord:
     """Keeps what verdicts say of devices. Collective to create; on ranks but 0 its methods do nothing.
 
     Attributes:
         ledger: on rank 0; None on others.
-        where: [S][R], the device of each worker, on all ranks.
 
     Args:
         config: whose ``output_dir`` the file is in; with ``events`` "none" there is no file.
-        ranks: int [S, R], the global rank of each worker.
+        devices: [S][R], the device of each worker.
         control: gathers of all ranks.
         telling: says what is known of devices.
-        device: on which this rank computes.
         step: the engine's global step.
         clock: in seconds, for the time from one writing to the next.
 
@@ -55,24 +67,20 @@ class DeviceRecord:
     def __init__(
         self,
         config: SentinelConfig,
-        ranks: np.ndarray,
+        devices: tuple[tuple[Device, ...], ...],
         control: Control,
         telling: Telling,
         *,
-        device: torch.device,
         step: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._telling, self._step, self._clock = telling, step, clock
-        self._shape = ranks.shape
+        self._shape = (len(devices), len(devices[0]))
         self._due = clock() + WRITE_SECONDS
         self._found: set[tuple[str, Worker]] = set()  # in this run: "proof" or "weights"
         self._named: set[tuple[str, str]] = set()
-        said = control.all_gather(torch.from_numpy(to_bytes(own_device(device)))).numpy()
-        self.where, told = read_gathered(said, ranks)
-        self.ledger = self._open(config, self.where, control)
+        self.ledger = self._open(config, devices, control)
         if self.ledger:
-            telling.ledger(told)
             # A script need not detach, and one that ends by an error does not.
             atexit.register(self.write)
 

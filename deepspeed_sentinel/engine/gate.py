@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.utils import logger
 
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import access
@@ -42,6 +41,7 @@ from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.response.audit import audits_due, rule
 from deepspeed_sentinel.response.gate import Share
 from deepspeed_sentinel.response.hearing import Hearing
+from deepspeed_sentinel.telemetry import console
 
 
 class Gate:
@@ -105,6 +105,7 @@ class Gate:
             most_bytes=lambda: collector.keeping.most_bytes,
             secret_with=collector.keys.secret_with,
             towards=rendezvous_host(),
+            say=telling.note,
         )
         self.verdict: Verdict | None = None
         self.columns = Columns(engine, config, collector, telling)
@@ -209,7 +210,7 @@ class Gate:
         if first:
             self._take_layout()
         for told in self._collector.changed():
-            logger.warning(f"[sentinel] {told}")
+            console.say(f"{told}")
         self._telling.unseen(self._collector.probe.unseen)
         if evidence.twins and self._config.weights_every:
             self._comparison.compare()
@@ -291,7 +292,7 @@ class Gate:
     def _take_layout(self) -> None:
         """Say once what is not judged, and judge as many parts as there are."""
         if self._worker.replica == 0 and (told := self._collector.not_judged()):
-            logger.warning(f"[sentinel] {told}")
+            console.say(f"{told}")
         parts = self._layout.parts
         if self.judge.table.parts == parts:
             return

@@ -61,6 +61,7 @@ class Liveness:
         step: the global step.
         wiring: int64 [S, C] of a global step; by default DeepSpeed's own in all.
         ends: whether it ends this rank where nothing raises; otherwise it says what it sees, once.
+        fill: names workers in full, in a text that people read.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Liveness:
         step: Callable[[], int] = lambda: 0,
         wiring: Callable[[int], np.ndarray] | None = None,
         ends: bool = True,
+        fill: Callable[[str], str] = str,
     ) -> None:
         self._workers = {
             int(ranks[stage, replica]): Worker(stage, replica)
@@ -83,7 +85,7 @@ class Liveness:
         self._rank = dist.get_rank()
         self._heartbeat_timeout = heartbeat_timeout
         self._timeouts = timeouts
-        self._ends = ends
+        self._ends, self._fill = ends, fill
         self.progress = Progress(step)
         own = identity(mesh)
         self._standstill = Standstill(
@@ -117,23 +119,25 @@ class Liveness:
     def watch(self) -> Iterator[None]:
         """Turn a communication error inside into LostWorker, and tell the other ranks of any error but a halt.
 
+        Errors of Sentinel's leave it with workers named in full.
+
         Raises:
             LostWorker: also at once, where another rank has told that it failed.
         """
         if self._failure and self._ends:
-            raise LostWorker(self._failure)
+            raise LostWorker(self._fill(self._failure))
         self._busy = True
         self.progress.enter()
         try:
             yield
-        except SentinelHalt:
-            raise
         except SentinelError as error:
-            self._post(f"{self.name(self._rank)} stopped: {error}")
+            error.args = (self._fill(str(error)),)
+            if not isinstance(error, SentinelHalt):
+                self._post(f"{self.name(self._rank)} stopped: {error}")
             raise
         except Exception as error:
             if is_communication(error):
-                raise LostWorker(self._diagnose(error)) from error
+                raise LostWorker(self._fill(self._diagnose(error))) from error
             self._post(f"{self.name(self._rank)} failed: {type(error).__name__}: {error}")
             raise
         finally:
@@ -212,7 +216,11 @@ class Liveness:
         """The heart has seen why the run stands still; ``alone``: there is no way to tell the others."""
         if not self._ends:
             if not self._said:
-                print(f'[sentinel] {text} (nothing is ended: "action" is "observe")', file=sys.stderr, flush=True)
+                print(
+                    f'[sentinel] {self._fill(text)} (nothing is ended: "action" is "observe")',
+                    file=sys.stderr,
+                    flush=True,
+                )
             self._said = True
         elif alone:
             self._end(text)
@@ -222,7 +230,8 @@ class Liveness:
 
     def _end(self, text: str) -> None:
         if self._ends:
-            print(f"[sentinel] {self.name(self._rank)} ends because {text}", file=sys.stderr, flush=True)
+            said = self._fill(f"{self.name(self._rank)} ends because {text}")
+            print(f"[sentinel] {said}", file=sys.stderr, flush=True)
             os._exit(EXIT_CODE)
 
     def _patience(self, place: Place) -> float:
@@ -245,7 +254,8 @@ class Liveness:
             self._board.post(text)
             self._stopped.wait(2 * BEAT_SECONDS)
         except RuntimeError as error:
-            print(f"[sentinel] could not tell the other ranks ({error}): {text}", file=sys.stderr, flush=True)
+            said = self._fill(f"could not tell the other ranks ({error}): {text}")
+            print(f"[sentinel] {said}", file=sys.stderr, flush=True)
 
     def _told(self) -> str | None:
         if self._failure is None and (post := self._board.read_post(self._workers)):

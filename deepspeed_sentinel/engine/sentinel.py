@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -18,7 +17,9 @@ from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import access, checkpoint
 from deepspeed_sentinel.engine.comparison import WeightComparison
-from deepspeed_sentinel.engine.devices import DeviceRecord
+from deepspeed_sentinel.engine.convictions import Convictions
+from deepspeed_sentinel.engine.devices import DeviceRecord, gather_devices
+from deepspeed_sentinel.engine.ending import HALTED_EXIT_CODE, ends_with
 from deepspeed_sentinel.engine.gate import Gate
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
@@ -31,17 +32,10 @@ from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import Comparison
 from deepspeed_sentinel.judgement.verdict import Verdict
-from deepspeed_sentinel.mesh import Worker
-from deepspeed_sentinel.telemetry.devices import NOBODY
-from deepspeed_sentinel.telemetry.exclusion import (
-    FILE,
-    Convict,
-    exclusions,
-    read_saved,
-    reason,
-    saved,
-    write_exclusions,
-)
+from deepspeed_sentinel.telemetry.eventlog import EVENTS_FILE
+from deepspeed_sentinel.telemetry.exclusion import FILE, Convict
+from deepspeed_sentinel.telemetry.findings import workers_of
+from deepspeed_sentinel.telemetry.who import Who
 
 # Whole, not their schedules alone: they communicate before and after. Checkpoints are not watched, since a script may
 # go on after an error in one, and what a watched method fails with ends all ranks.
@@ -62,6 +56,7 @@ class Sentinel:
         gate: judges each step, and lets into it what is not in alarm.
         comparison: compares weights when it is due, or when it is asked to.
         devices: what is known of the devices that the workers run on.
+        who: names workers: ``str(sentinel.who(worker))`` has its rank, host and device.
     """
 
     def __init__(self, engine: PipelineEngine, config: SentinelConfig) -> None:
@@ -78,11 +73,11 @@ class Sentinel:
             injection.check_mesh(self.mesh)
         ranks, device = access.ranks_of(engine), torch.device(engine.device)
         self._control = Control(ranks)
-        self._telling = Telling(config, self.mesh, self._control)
-        self._ranks = ranks
-        self.devices = DeviceRecord(
-            config, ranks, self._control, self._telling, device=device, step=lambda: engine.global_steps
-        )
+        devices, told = gather_devices(self._control, ranks, device)
+        self.who = Who(ranks, devices)
+        self._telling = Telling(config, self.mesh, self._control, self.who)
+        self._telling.ledger(told)
+        self.devices = DeviceRecord(config, devices, self._control, self._telling, step=lambda: engine.global_steps)
         self.comparison = WeightComparison(
             engine,
             self.worker,
@@ -130,10 +125,12 @@ class Sentinel:
             timeouts=access.timeouts(engine),
             step=lambda: engine.global_steps,
             wiring=self.gate.columns.of,
+            fill=self.who.fill,
             ends=not self._lenient,
         )
-        self._rank = dist.get_rank()
-        self._convictions: dict[Worker, Convict] = {}
+        self._convictions = Convictions(
+            config.output_dir, self.who, lambda: self.gate.judge.record.convicted, step=lambda: engine.global_steps
+        )
         self._wrap()
         self._telling.start(engine.global_steps)
         self.devices.begin()
@@ -186,7 +183,7 @@ class Sentinel:
             "shape": self.state_shape(),
             "judge": checkpoint.to_tensors(self.gate.judge.state_dict()),
             "columns": checkpoint.to_tensors(self.gate.columns.state_dict()),
-            "convicts": saved(self.convicts),
+            "convicts": self._convictions.state_dict(),
             "evidence": self._collector.state_dict(),
         }
 
@@ -206,7 +203,7 @@ class Sentinel:
         self.gate.judge = self.gate.new_judge(state["shape"].get("parts", 1))
         self.gate.judge.load_state_dict(checkpoint.to_arrays(state["judge"]))
         self.gate.columns.load_state_dict(checkpoint.to_arrays(state["columns"]))
-        self._convictions = read_saved(state.get("convicts"))
+        self._convictions.load_state_dict(state.get("convicts"))
         self._collector.load_state_dict(state["evidence"], without)
 
     def problem(self, state: dict[str, Any], parts: int) -> str | None:
@@ -257,42 +254,27 @@ class Sentinel:
         assert verdict is not None, "every training step passes the gate"
         unequal = self.comparison.unequal_in(verdict.step)
         self.devices.step(verdict, self.gate.columns.wiring, self.last_poisoned, unequal)
-        for worker in verdict.newly_convicted:
-            device, rank = self.devices.where[worker.stage][worker.replica], int(self._ranks[worker])
-            self._convictions[worker] = Convict(worker, rank, device, verdict.step, reason(verdict, worker))
+        if verdict.newly_convicted:
+            self._convictions.take(verdict)
+            # Now, since nobody knows how the run will end.
+            self._telling.exclusions(self.write_exclusions)
         if verdict.halt:
-            self._halt(verdict.halt)
+            self._halt(verdict)
 
     @property
     def convicts(self) -> tuple[Convict, ...]:
         """Who is convicted, and where it ran then."""
-        workers = [Worker(*place) for place in np.argwhere(self.gate.judge.record.convicted).tolist()]
-        unknown = "convicted before this run, and where it ran is not known"
-        return tuple(
-            self._convictions.get(worker) or Convict(worker, int(self._ranks[worker]), NOBODY, None, unknown)
-            for worker in workers
-        )
+        return self._convictions.convicts
 
     def write_exclusions(self) -> Path | None:
-        """Write ``exclude.json``: who is convicted, on which machines, and lines for launchers. On rank 0.
-
-        Returns:
-            the file; None on other ranks, and where nobody is convicted.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        convicts = self.convicts
-        if not convicts or self._rank != 0:
-            return None
-        path = Path(self.config.output_dir) / FILE
-        write_exclusions(path, exclusions(convicts, self.devices.where, self.engine.global_steps))
-        return path
+        """Write ``exclude.json``, see ``Convictions.write``."""
+        return self._convictions.write()
 
     def _end(self) -> None:
         """The end of a run: what is told once."""
-        self._telling.summary()
+        self.devices.write()
         self._telling.exclusions(self.write_exclusions)
+        self._telling.end(self.engine.global_steps, self.counts, workers_of(self.gate.judge.record.convicted))
 
     def gather_words(self, *words: int) -> torch.Tensor:
         """int64 [ranks, W]: what every rank says in W whole numbers. Collective."""
@@ -323,13 +305,15 @@ class Sentinel:
             self._telling.left_out_of_evaluation(out_C)
         return mean_without(out_C, self.gate.columns.own, outputs, original)
 
-    def _halt(self, reason: str) -> None:
+    def _halt(self, verdict: Verdict) -> None:
         folder = f"{self.config.output_dir}/halt_checkpoint"
         self.engine.save_checkpoint(folder)
         self._telling.exclusions(self.write_exclusions)
         machines = "; ".join(map(str, self.convicts))
         without = f" Start again without {machines}: see {FILE} there." if machines else ""
+        if machines:
+            ends_with(HALTED_EXIT_CODE)
         raise SentinelHalt(
-            f"training stopped after step {self.engine.global_steps}: {reason}. Checkpoint without the excluded "
-            f"contributions: {folder}. See {self.config.output_dir}/events.jsonl.{without}"
+            f"training stopped in step {verdict.step}: {verdict.halt}. Checkpoint without the excluded contributions: "
+            f"{folder}. See {self.config.output_dir}/{EVENTS_FILE}.{without}"
         )

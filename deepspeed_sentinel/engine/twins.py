@@ -32,7 +32,6 @@ import torch
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.utils import logger
 from torch import backends
 
 from deepspeed_sentinel.config import SentinelConfig
@@ -43,6 +42,7 @@ from deepspeed_sentinel.evidence.keys import PairSecret
 from deepspeed_sentinel.evidence.table import Twins
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.response.twins import Draw, chance, draw
+from deepspeed_sentinel.telemetry import console
 
 _DRIVERS = tuple(Path(f"/sys/module/{name}/version") for name in ("nvidia", "amdgpu"))
 _PRECISIONS = attrgetter(
@@ -210,8 +210,8 @@ class TwinSteps:
     def _tell_of(self, hindrance: str) -> None:
         self._hindered += 1
         if self._worker == Worker(0, 0) and self._hindered == 10 ** (len(str(self._hindered)) - 1):
-            logger.warning(
-                f"[sentinel] {self._hindered} of {self._wanted} twin steps so far could not be made: {hindrance}. What "
+            console.say(
+                f"{self._hindered} of {self._wanted} twin steps so far could not be made: {hindrance}. What "
                 "only a twin step proves goes unseen meanwhile. Told of the 1st, 10th, 100th, ..."
             )
 

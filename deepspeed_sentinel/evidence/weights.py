@@ -57,11 +57,17 @@ class Division:
 
     def __str__(self) -> str:
         told = [
-            f"{'replica' if len(group) == 1 else 'replicas'} {', '.join(map(str, group))} "
-            f"{'holds' if len(group) == 1 else 'hold'} the digest {digest & 0xFFFFFFFFFFFFFFFF:016x}"
+            f"{self._names(group)} {'holds' if len(group) == 1 else 'hold'} the digest "
+            f"{digest & 0xFFFFFFFFFFFFFFFF:016x}"
             for group, digest in zip(self.groups, self.digests, strict=True)
         ]
         return f"stage {self.stage}: {'; '.join(told)}"
+
+    def _names(self, group: tuple[int, ...]) -> str:
+        """A majority in short; of all others people want to know who it is."""
+        if group == self.majority:
+            return f"{'replica' if len(group) == 1 else 'replicas'} {', '.join(map(str, group))}"
+        return ", ".join(str(Worker(self.stage, replica)) for replica in group)
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,21 @@ from transformers.trainer_callback import CallbackHandler
 
 from deepspeed_sentinel.engine.sentinel import Sentinel
 from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.telemetry.who import Who
 
 
 class SentinelCallback(TrainerCallback):
     """A TrainerCallback with one event more. Any callback that has a method of this name is told."""
 
     def on_sentinel_verdict(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, verdict: Verdict, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        verdict: Verdict,
+        who: Who,
+        **kwargs: Any,
     ) -> TrainerControl | None:
         """Called on every rank after a step in which there is something to tell, before ``on_step_end``.
 
@@ -25,6 +33,7 @@ class SentinelCallback(TrainerCallback):
         Args:
             args, state, control: as of every event. ``state.global_step`` does not count this step yet.
             verdict: findings, disputes, proofs, excluded columns, convictions.
+            who: names the workers of a verdict: ``who(worker)`` has rank, host and device, ``str`` of it is for people.
             kwargs: ``model``, ``optimizer`` and what else events are given.
         """
         return None
@@ -37,7 +46,12 @@ def has_news(verdict: Verdict) -> bool:
 
 
 def tell(
-    handler: CallbackHandler, args: TrainingArguments, state: TrainerState, control: TrainerControl, verdict: Verdict
+    handler: CallbackHandler,
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+    verdict: Verdict,
+    who: Who,
 ) -> TrainerControl:
     """Call ``on_sentinel_verdict`` of every callback that has it, as the handler calls its own events."""
     for callback in handler.callbacks:
@@ -49,6 +63,7 @@ def tell(
             state,
             control,
             verdict=verdict,
+            who=who,
             model=handler.model,
             processing_class=handler.processing_class,
             optimizer=handler.optimizer,

@@ -241,8 +241,9 @@ class SentinelTrainer(Trainer):
         batches = training_batches(self, self._loss, held, self.mesh.replicas)
         announce_shapes(engine, batches)
         loss = engine.train_batch(iter(batches))
-        if self.sentinel is not None and has_news(self.sentinel.last_verdict):
-            self.control = tell(self.callback_handler, self.args, self.state, self.control, self.sentinel.last_verdict)
+        if self.sentinel is not None and has_news(verdict := self.sentinel.last_verdict):
+            told = (self.callback_handler, self.args, self.state, self.control)
+            self.control = tell(*told, verdict, self.sentinel.who)
         return loss.detach().to(self.args.device)
 
     def _get_learning_rate(self) -> float:

@@ -420,7 +420,7 @@ class Judge:
         if self.settings.action == "quarantine" and clean < self.settings.min_clean_columns:
             return (
                 f"only {clean} columns can be formed without the convicted workers "
-                f"{', '.join(str(tuple(worker)) for worker in _workers(self.record.convicted))}, as (stage, replica) "
+                f"{', '.join(map(str, _workers(self.record.convicted)))} "
                 f'("min_clean_columns": {self.settings.min_clean_columns})'
             )
         if self.settings.action != "halt":

@@ -8,7 +8,6 @@ micro-batch, computed anew, is the one that was reported.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -26,13 +25,13 @@ from deepspeed_sentinel.evidence.transfer import PAIR_ROWS, Known, Sketches, pai
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
 from deepspeed_sentinel.kernels.token_sketch import sketch_rows
 from deepspeed_sentinel.mesh import FORWARD, Worker
+from deepspeed_sentinel.telemetry import console
 
 # float32 rounding, which differs from device to device; a row may also differ by its floor in the compared unit.
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 # The neighbours solve for the map on devices of their own. In shares of its largest entry.
 MAP_TOLERANCE = 1e-2
 _NO_ROOM = (MemoryError, torch.OutOfMemoryError)  # the auditor's own want
-_logger = logging.getLogger("DeepSpeed")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -115,7 +114,13 @@ def audits_due(verdict: Verdict, evidence: Evidence) -> tuple[Audit, ...]:
 
 
 def examine(
-    audit: Audit, evidence: Evidence, first: Statement, second: Statement, layout: Layout, device: torch.device
+    audit: Audit,
+    evidence: Evidence,
+    first: Statement,
+    second: Statement,
+    layout: Layout,
+    device: torch.device,
+    say: Callable[[str], None] = console.say,
 ) -> Outcome:
     """Hold what the two neighbours kept against what they reported in the evidence.
 
@@ -128,6 +133,8 @@ def examine(
         evidence: of the step.
         first, second: statements of the neighbours, tensors on ``device``.
         layout: what messages are made of.
+        device: of this worker.
+        say: gets a line about what cannot be looked at.
     """
     finding, mesh = audit.finding, evidence.mesh
     for index, statement in enumerate((first, second)):
@@ -146,19 +153,21 @@ def examine(
         if (sent != received).any():
             # A dispute of its own, which leaves nothing to hold the kept message against.
             return Outcome.OPEN
-        look = _of_strangers(f"{worker}", look_again, statement, end, worker.stage, mesh, layout, device)
+        look = _of_strangers(f"{worker}", say, look_again, statement, end, worker.stage, mesh, layout, device)
         if isinstance(look, _NO_ROOM):
             return Outcome.of_witness(index, false=False)
         if not isinstance(look, SecondLook) or (look.digests != sent).any():
             return Outcome.of_witness(index, false=True)
         looks.append(look)
     both = f"{audit.first} and {audit.second}"
-    if _of_strangers(both, _rows_are_true, audit, evidence, (first, second), looks) is not True:
+    if _of_strangers(both, say, _rows_are_true, audit, evidence, (first, second), looks) is not True:
         return Outcome.REFUTED
     return Outcome.CONFIRMED if first.micro_batch in finding.telling else Outcome.OPEN
 
 
-def _of_strangers(whose: str, look: Callable[P, T], *given: P.args, **more: P.kwargs) -> T | Exception:
+def _of_strangers(
+    whose: str, say: Callable[[str], None], look: Callable[P, T], *given: P.args, **more: P.kwargs
+) -> T | Exception:
     """What is found in values that others handed in, or why nothing can be, which is logged.
 
     Whatever is wrong with them is a fault of who handed them in and must not end the auditor, and with it the run. So
@@ -167,9 +176,7 @@ def _of_strangers(whose: str, look: Callable[P, T], *given: P.args, **more: P.kw
     try:
         return look(*given, **more)
     except Exception as error:
-        _logger.warning(
-            f"[sentinel] what {whose} handed in for an audit cannot be looked at: {type(error).__name__}: {error}"
-        )
+        say(f"what {whose} handed in for an audit cannot be looked at: {type(error).__name__}: {error}")
         return error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from collections.abc import Callable, Sequence
 from hashlib import sha256
@@ -20,13 +19,13 @@ from deepspeed_sentinel.evidence.table import Evidence
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.response.audit import Audit, Outcome, examine
 from deepspeed_sentinel.response.desk import Desk, Unheard, frame_of, hand_in, own_addresses
+from deepspeed_sentinel.telemetry import console
 
 PATIENCE_SECONDS = 120.0
 # For a witness that once sent nothing: whoever is silent at every step must not cost two minutes at every step.
 SHORT_PATIENCE_SECONDS = 10.0
 _OUTCOMES = tuple(Outcome)
 _NOTICE_BYTES, _NONCE_BYTES, _PORT_BYTES = 256, 16, 2
-_logger = logging.getLogger("DeepSpeed")
 Place = tuple[int, int]  # which audit, which of its two witnesses
 
 
@@ -42,6 +41,7 @@ class Hearing:
         most_bytes: how large a message may be, as far as this worker can tell.
         secret_with: what this worker shares with another rank.
         towards: a host that all workers can reach, such as that of the rendezvous.
+        say: gets a line about what goes wrong here.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Hearing:
         most_bytes: Callable[[], int],
         secret_with: Callable[[int], PairSecret],
         towards: str,
+        say: Callable[[str], None] = console.say,
     ) -> None:
         self._worker = worker
         self._ranks = ranks
@@ -64,6 +65,7 @@ class Hearing:
         self._most_bytes = most_bytes
         self._secret_with = secret_with
         self._towards = towards
+        self._say = say
         self._once_silent: set[Worker] = set()
 
     def hold(self, audits: Sequence[Audit], evidence: Evidence, layout: Layout) -> tuple[Outcome, ...]:
@@ -114,7 +116,7 @@ class Hearing:
         try:
             return Desk(keys, self._most_bytes(), self._device, patience)
         except OSError as error:
-            _logger.warning(f"[sentinel] {self._worker} cannot open a port for an audit, which stays open: {error}")
+            self._say(f"{self._worker} cannot open a port for an audit, which stays open: {error}")
             return None
 
     def _hand_in(self, audits: Sequence[Audit], notices: torch.Tensor) -> None:
@@ -127,8 +129,8 @@ class Hearing:
                 key = self._key(audit.auditor, nonce, (index, side))
                 problem = hand_in(frame_of(self._testify(end), key), addresses, port, PATIENCE_SECONDS)
                 if problem:
-                    _logger.warning(
-                        f"[sentinel] {self._worker} could not hand {audit.auditor} what it kept for an audit: "
+                    self._say(
+                        f"{self._worker} could not hand {audit.auditor} what it kept for an audit: "
                         f"{problem}. Name the network interface that workers reach each other by in GLOO_SOCKET_IFNAME."
                     )
 
@@ -144,10 +146,10 @@ class Hearing:
             if said is None:
                 return Outcome.OPEN  # no fault of the witness: this worker has no desk
             if isinstance(said, Unheard):
-                _logger.warning(f"[sentinel] audit of {audit.finding.worker}: of {witness}, {said.why}")
+                self._say(f"audit of {audit.finding.worker}: of {witness}, {said.why}")
                 return Outcome.of_witness(side, said.false)
             statements.append(said)
-        return examine(audit, evidence, statements[0], statements[1], layout, self._device)
+        return examine(audit, evidence, statements[0], statements[1], layout, self._device, self._say)
 
     def _gather(self, mine_B: torch.Tensor) -> torch.Tensor:
         """uint8 [B] of each rank -> [ranks, B]."""

@@ -1,8 +1,8 @@
 """Which piece of hardware a worker runs on: what it says of itself, how that travels, and by which name it is kept.
 
 A rank is a number of one launch; what fails is a device. Of each worker its host, its slot (the local rank), its GPU's
-uuid and PCI address are gathered when a run starts, as ``BYTES`` bytes of a fixed layout. A device is kept by the most
-lasting name that it has:
+uuid and PCI address, and what torch calls it there, are gathered when a run starts, as ``BYTES`` bytes of a fixed
+layout. A device is kept by the most lasting name that it has:
 
     gpu:<uuid>            a GPU, in whichever host and under whichever rank
     pci:<host>/<address>  a GPU of which torch tells no uuid
@@ -27,10 +27,10 @@ import torch
 from deepspeed_sentinel.mesh import Worker
 
 UNNAMED = "unnamed"
-_LAYOUT = struct.Struct("<4sI128s64s32s")
-_MAGIC = b"dev1"
+_LAYOUT = struct.Struct("<4sI128s64s32s32s")
+_MAGIC = b"dev2"
 BYTES = _LAYOUT.size
-_HOST, _UUID, _ADDRESS = 128, 64, 32
+_HOST, _UUID, _ADDRESS, _NAME = 128, 64, 32, 32
 _MOST_SLOTS = 65536
 _TEXT = re.compile(r"[A-Za-z0-9._:-]*")
 _NO_UUID = re.compile(r"[0-]*")  # what some drivers tell in place of one
@@ -45,6 +45,7 @@ class Device:
         slot: its place among the processes of that host, from 0.
         uuid: of its GPU, as nvidia-smi has it without "GPU-"; at most 64 characters, empty without one.
         pci: address of its GPU, "domain:bus:device" in hexadecimal digits; at most 32 characters, empty without one.
+        name: what torch calls the device there, such as "cuda:3" or "cpu"; at most 32 characters.
 
     Raises:
         ValueError: a text is too long or has other characters, or the slot is none.
@@ -54,9 +55,12 @@ class Device:
     slot: int
     uuid: str = ""
     pci: str = ""
+    name: str = ""
 
     def __post_init__(self) -> None:
-        for name, text, most in (("host", self.host, _HOST), ("uuid", self.uuid, _UUID), ("pci", self.pci, _ADDRESS)):
+        texts = (self.host, self.uuid, self.pci, self.name)
+        limits = (_HOST, _UUID, _ADDRESS, _NAME)
+        for name, text, most in zip(("host", "uuid", "pci", "name"), texts, limits, strict=True):
             if len(text) > most or not _TEXT.fullmatch(text):
                 raise ValueError(
                     f"{name} of a device is {text!r:.160}; allowed are at most {most} of the characters A-Z, a-z, "
@@ -94,12 +98,13 @@ def own_device(device: torch.device, slot: int | None = None) -> Device:
         said = os.environ.get("LOCAL_RANK", "0")
         slot = int(said) if said.isdecimal() else 0
     uuid, pci = _gpu(device) if device.type == "cuda" else ("", "")
-    return Device(_fit(socket.gethostname(), _HOST) or "host", min(slot, _MOST_SLOTS - 1), uuid, pci)
+    host, name = _fit(socket.gethostname(), _HOST) or "host", _fit(str(device), _NAME)
+    return Device(host, min(slot, _MOST_SLOTS - 1), uuid, pci, name)
 
 
 def to_bytes(device: Device) -> np.ndarray:
     """uint8 [BYTES]: a device as it is sent to all ranks."""
-    texts = (device.host, device.uuid, device.pci)
+    texts = (device.host, device.uuid, device.pci, device.name)
     packed = _LAYOUT.pack(_MAGIC, device.slot, *(text.encode("ascii") for text in texts))
     return np.frombuffer(packed, np.uint8).copy()
 

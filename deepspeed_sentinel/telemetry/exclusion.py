@@ -26,6 +26,7 @@ from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.devices import Device
+from deepspeed_sentinel.telemetry.who import Place, place_of
 
 FILE = "exclude.json"
 
@@ -35,27 +36,34 @@ class Convict:
     """A convicted worker and where it runs.
 
     Attributes:
-        worker: who.
-        rank: its global rank.
-        device: where it ran when it was convicted, in its own words: a run that goes on from a checkpoint may have
-            another machine in its place.
+        place: who, and where it ran when it was convicted, in its own words: a run that goes on from a checkpoint may
+            have another machine in its place.
+        device: on which.
         step: at which it was convicted; None where that is not known.
         why: in words.
     """
 
-    worker: Worker
-    rank: int
+    place: Place
     device: Device
     step: int | None
     why: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} = {self.worker} on {self.device}"
+        return str(self.place)
 
 
 def saved(convicts: Sequence[Convict]) -> list[dict[str, Any]]:
     """For a checkpoint: plain values alone."""
-    return [{**vars(one), "worker": list(one.worker), "device": vars(one.device).copy()} for one in convicts]
+    return [
+        {
+            "worker": [one.place.stage, one.place.replica],
+            "rank": one.place.rank,
+            "device": vars(one.device).copy(),
+            "step": one.step,
+            "why": one.why,
+        }
+        for one in convicts
+    ]
 
 
 def read_saved(said: Any) -> dict[Worker, Convict]:
@@ -65,39 +73,81 @@ def read_saved(said: Any) -> dict[Worker, Convict]:
         try:
             worker, step = Worker(*map(int, one["worker"])), one["step"]
             step = None if step is None else int(step)
-            found[worker] = Convict(worker, int(one["rank"]), Device(**one["device"]), step, str(one["why"]))
+            device = Device(**one["device"])
+            found[worker] = Convict(place_of(worker, int(one["rank"]), device), device, step, str(one["why"]))
         except (TypeError, ValueError, KeyError):
             continue
     return found
 
 
+def read_earlier(path: Path) -> list[dict[str, Any]]:
+    """The entries of ``workers`` in a file that an earlier run left, whose machines that run's successors do without.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+        ValueError: it is not what ``write_exclusions`` writes.
+    """
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["workers"]
+        for one in entries:
+            Device(str(one["host"]), int(one["slot"]))
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is none of ours ({error!r}): move it away") from error
+    return list(entries)
+
+
 def reason(verdict: Verdict, worker: Worker) -> str:
     """Why a worker is convicted in the step of a verdict, in words: the first that was told against it."""
+    first = _against(verdict, worker)
+    return str(first) if first else "its weights, a reduction or a step computed twice were others than they must be"
+
+
+def proved(verdict: Verdict, worker: Worker) -> bool:
+    """Whether a worker that is convicted in the step of a verdict is so by more than statistics."""
+    return not isinstance(_against(verdict, worker), Finding)
+
+
+def _against(verdict: Verdict, worker: Worker) -> Proof | Contradicted | Finding | None:
     told: tuple[Proof | Contradicted | Finding, ...] = (*verdict.proofs, *verdict.contradicted, *verdict.findings)
-    against = [str(one) for one in told if one.worker == worker]
-    return against[0] if against else "its weights, a reduction or a step computed twice were others than they must be"
+    return next((one for one in told if one.worker == worker), None)
 
 
-def exclusions(convicts: Sequence[Convict], devices: Sequence[Sequence[Device]], step: int) -> dict[str, Any]:
+def exclusions(
+    convicts: Sequence[Convict],
+    devices: Sequence[Sequence[Device]],
+    step: int,
+    earlier: Sequence[dict[str, Any]] = (),
+) -> dict[str, Any]:
     """What ``exclude.json`` holds.
 
     Args:
         convicts: who.
         devices: [S][R], of all workers.
         step: the global step at which this is said.
+        earlier: entries of runs before, see ``read_earlier``. They are kept, or the start after next would take back
+            the machines that this one does without; but for those that are convicted again.
     """
+    again = {one.device.key for one in convicts}
+    kept = [{**one, "earlier": True} for one in earlier if one["device"] not in again]
     everywhere = Counter(device.host for of_stage in devices for device in of_stage if device.host)
     bad: dict[str, list[int]] = {}
-    for host, slot in sorted({(one.device.host, one.device.slot) for one in convicts if one.device.host}):
+    for host, slot in sorted(
+        {
+            *((one.device.host, one.device.slot) for one in convicts if one.device.host),
+            *((one["host"], one["slot"]) for one in kept if one["host"]),
+        }
+    ):
         bad.setdefault(host, []).append(slot)
     stages, replicas = len(devices), len(devices[0])
     return {
         "step": step,
         "workers": [
             {
-                "stage": one.worker.stage,
-                "replica": one.worker.replica,
-                "rank": one.rank,
+                "stage": one.place.stage,
+                "replica": one.place.replica,
+                "rank": one.place.rank,
                 "host": one.device.host,
                 "slot": one.device.slot,
                 "device": one.device.key,
@@ -105,7 +155,8 @@ def exclusions(convicts: Sequence[Convict], devices: Sequence[Sequence[Device]],
                 "why": one.why,
             }
             for one in convicts
-        ],
+        ]
+        + kept,
         "hosts": list(bad),
         "deepspeed": f"--exclude={'@'.join(f'{host}:{_list(slots)}' for host, slots in bad.items())}" if bad else "",
         "hostfile": [f"{host} slots={slots}" for host, slots in everywhere.items() if host not in bad],

@@ -108,7 +108,7 @@ def test_report_writes_all_files(lines, tmp_path, capsys):
     for name in ("summary.json", "events.jsonl", "loss.png", "evidence.png"):
         assert (tmp_path / name).stat().st_size > 100
     shown = capsys.readouterr().out
-    assert "not finite" in shown
+    assert "not finite" in shown and "\x1b" not in shown, "no colours where there is no terminal"
     assert "found in step 41, convicted in step 43" in shown and "found in step 46, convicted in step 50" in shown
     assert "for steps 44, 52" in shown and "1 of 3" in shown
 

@@ -150,7 +150,7 @@ def test_buffers_that_do_not_move_are_copied_once(monkeypatch):
 def test_large_buffers_are_not_held_twice_until_they_move(monkeypatch, caplog):
     monkeypatch.setattr(buffers, "_LARGE", 8)
     warned = []
-    monkeypatch.setattr(buffers.logger, "warning", warned.append)
+    monkeypatch.setattr(buffers.console, "say", warned.append)
     module = Running("still")
     kept = ForwardState(module)
     step(kept, module, 2.0)

@@ -137,7 +137,7 @@ def test_without_a_majority_all_ranks_stop_and_nobody_is_accused(world):
     with pytest.raises(WeightsDiffer) as raised:
         world.comparison.compare()
     assert isinstance(raised.value, SentinelError) and not world.heals
-    for part in ("step 10", "stage 0", "replica 1 holds", f"{OTHER:016x}", "no checkpoint", "last checkpoint"):
+    for part in ("step 10", "stage 0", "replica 1) holds", f"{OTHER:016x}", "no checkpoint", "last checkpoint"):
         assert part in str(raised.value)
     assert world.comparison.last == Comparison(10, (Worker(1, 2),), False, undecided=(0,))
     assert len(world.told) == 1

@@ -19,13 +19,14 @@ from synthetic import World
 
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import devices as module
-from deepspeed_sentinel.engine.devices import WRITE_SECONDS, DeviceRecord
+from deepspeed_sentinel.engine.devices import WRITE_SECONDS, DeviceRecord, gather_devices
 from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.proof import Proof
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.telemetry.devices import Device, to_bytes
+from deepspeed_sentinel.telemetry.who import Who
 
 MESH = Mesh(4, 3)
 RANKS = np.arange(12).reshape(4, 3)
@@ -42,10 +43,10 @@ class Run:
         config = SentinelConfig.parse({"enabled": True, "output_dir": str(folder), **block})
         said = torch.stack([torch.from_numpy(to_bytes(Device("host", at, f"uuid-{at}"))) for at in places])
         control = SimpleNamespace(all_gather=lambda mine: said, of_first=lambda text: text)
-        self.telling = Telling(config, MESH, control)
-        self.record = DeviceRecord(
-            config, RANKS, control, self.telling, device=CPU, step=lambda: self.at, clock=lambda: self.now
-        )
+        devices, told = gather_devices(control, RANKS, CPU)
+        self.telling = Telling(config, MESH, control, Who(RANKS, devices))
+        self.telling.ledger(told)
+        self.record = DeviceRecord(config, devices, control, self.telling, step=lambda: self.at, clock=lambda: self.now)
         self.record.begin()
 
     def step(self, verdict, poisoned=None, unequal=(), seconds=1.0):

@@ -10,9 +10,11 @@ import torch.distributed as dist
 from deepspeed_sentinel.engine import liveness as module
 from deepspeed_sentinel.engine.board import Board
 from deepspeed_sentinel.engine.liveness import Liveness
-from deepspeed_sentinel.errors import LostWorker
+from deepspeed_sentinel.errors import LostWorker, SentinelError
 from deepspeed_sentinel.evidence.control import Control
-from deepspeed_sentinel.mesh import Mesh
+from deepspeed_sentinel.mesh import Mesh, Worker
+from deepspeed_sentinel.telemetry.devices import Device
+from deepspeed_sentinel.telemetry.who import Who
 
 ALONE, RANKS = np.array([[0]]), np.array([[0], [0]])
 
@@ -89,3 +91,21 @@ def test_a_users_error_stays_what_it_is_and_is_told(heart):
     with pytest.raises(RuntimeError, match=r"^cannot store"):
         heart.watched(fail)()
     assert until(lambda: heart._failure) and " failed: RuntimeError: cannot store" in heart._failure
+
+
+def test_what_people_read_names_workers_in_full(one_rank, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.02)
+    who = Who(np.array([[0], [1]]), [[Device("node-a", 0, name="cpu")], [Device("node-b", 1, name="cpu")]])
+    heart = Liveness(Mesh(2, 1), RANKS, Control(ALONE), fill=who.fill)
+
+    def fail():
+        raise SentinelError(f"what {Worker(1, 0)} said came in two versions")
+
+    try:
+        with pytest.raises(SentinelError, match=r"^what stage 1, replica 0 \(rank 1, node-b, cpu\) said"):
+            heart.watched(fail)()
+        assert until(lambda: heart._failure)
+        with pytest.raises(LostWorker, match=r"stopped: what stage 1, replica 0 \(rank 1, node-b, cpu\) said"):
+            heart.watched(lambda: None)()
+    finally:
+        heart.stop()

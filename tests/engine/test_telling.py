@@ -1,8 +1,10 @@
-"""What the log is told of convicted workers."""
+"""What the log is told, step by step, and what of convicted workers."""
 
+import json
 import logging
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,16 +19,29 @@ from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.proof import Proof
+from deepspeed_sentinel.judgement.verdict import Dispute
 from deepspeed_sentinel.mesh import FORWARD, Mesh, Worker
+from deepspeed_sentinel.telemetry.devices import Device
+from deepspeed_sentinel.telemetry.who import Who
 
+MESH = Mesh(4, 3)
 CULPRIT = Worker(1, 2)
+UUID = "1a2b3c4d-64d7-4f0a-a1c9-b2570c9d8e44"
+NAME = "stage 1, replica 2 (rank 5, node-03, cuda:2, GPU-1a2b3c4d)"
 PROOF = Proof(CULPRIT, 2, FORWARD, (0,), 2, 3, trusted=False)
+DEVICES = [[Device(f"node-{stage}", slot, name="cpu") for slot in range(3)] for stage in range(4)]
+DEVICES[1][2] = Device("node-03", 2, UUID, "", "cuda:2")
+WHO = Who(np.arange(12).reshape(4, 3), DEVICES)
+
+
+def telling_of(folder, **block):
+    config = SentinelConfig.parse({"enabled": True, "output_dir": str(folder), **block}).of_mesh(MESH)
+    return Telling(config, MESH, SimpleNamespace(of_first=lambda text: text), WHO)
 
 
 @pytest.fixture
 def telling(tmp_path, one_rank):
-    config = SentinelConfig.parse({"enabled": True, "output_dir": str(tmp_path)})
-    return Telling(config, Mesh(4, 3), SimpleNamespace(of_first=lambda text: text))
+    return telling_of(tmp_path)
 
 
 @pytest.fixture
@@ -37,37 +52,149 @@ def log(caplog):
     logger.removeHandler(caplog.handler)
 
 
-def attacked(convicted, newly=()):
-    """A step in which one worker is blamed and proved."""
+def words(log):
+    """The word in capitals that each line of a step begins with, or the line's first words."""
+    lines = [record.getMessage().removeprefix("[sentinel] ").partition(": ")[2] for record in log.records]
+    return [line.split(":")[0] if line.split(":")[0].isupper() else " ".join(line.split()[:2]) for line in lines]
+
+
+@cache
+def blamed():
+    """A step in which one worker is blamed."""
     world = World()
     world.warm_up()
 
     def change(values):
         values[:, 0, 1, 2, :, NAMES.index("energy")] *= 50
 
-    marked = np.zeros((4, 3), bool)
-    for worker in convicted:
-        marked[worker] = True
-    return replace(world.step(change), convicted=marked, newly_convicted=tuple(newly), proofs=(PROOF,))
+    return world.step(change)
 
 
-def test_what_a_convicted_worker_goes_on_doing_is_counted_and_told_at_the_end(telling, log, tmp_path):
+def marked(*workers):
+    mask = np.zeros((4, 3), bool)
+    for worker in workers:
+        mask[worker] = True
+    return mask
+
+
+def attacked(convicted, newly=(), **more):
+    """A step in which one worker is blamed and proved."""
+    return replace(
+        blamed(), convicted=marked(*convicted), newly_convicted=tuple(newly), proofs=(PROOF,), twins=True, **more
+    )
+
+
+def quiet(convicted=()):
+    empty = {"findings": (), "disputed": (), "suspects": marked(), "excluded": np.zeros(3, bool)}
+    return replace(blamed(), convicted=marked(*convicted), **empty)
+
+
+def test_a_story_is_told_in_the_order_in_which_it_happens(telling, log):
+    assert blamed().suspects[CULPRIT] and blamed().excluded.tolist() == [False, False, True]
+    telling.verdict(attacked([CULPRIT], newly=[CULPRIT]))
+    assert words(log) == ["ALARM", "LEFT OUT", "SUSPECT", "PROVED", "CONVICTED", "NOW"]
+    assert all(record.getMessage().startswith(f"[sentinel] step {blamed().step}: ") for record in log.records)
+    assert all(record.levelno == logging.WARNING for record in log.records), "DeepSpeed hides what is less"
+
+
+def test_every_line_names_rank_host_and_device(telling, log):
+    telling.verdict(attacked([CULPRIT], newly=[CULPRIT]))
+    alarm, _, suspect, proof, conviction, _ = log.messages
+    assert all(NAME in line for line in (alarm, suspect, proof, conviction))
+    assert "worker (stage" not in log.text
+
+
+def test_a_conviction_has_its_evidence_and_what_to_do_now(telling, log, tmp_path):
+    telling.verdict(attacked([CULPRIT], newly=[CULPRIT]))
+    conviction, now = log.messages[-2:]
+    assert f"{NAME}. PROVED: given the same micro-batches" in conviction and "2 of 3 workers of its" in conviction
+    assert "training goes on without it. Take node-03, slot 2 out of service" in now
+    assert f"and test GPU-{UUID}; {tmp_path}/exclude.json says how" in now
+
+
+@pytest.mark.parametrize(
+    ("action", "said"), [("observe", "Nothing is done"), ("halt", "NOW: Training stops"), ("exclude", "of no other")]
+)
+def test_what_follows_a_conviction_is_what_the_action_says(tmp_path, one_rank, log, action, said):
+    telling_of(tmp_path, action=action).verdict(attacked([CULPRIT], newly=[CULPRIT]))
+    assert said in log.records[-1].getMessage()
+
+
+def test_a_column_that_stays_out_is_told_when_that_changes(telling, log):
+    for verdict in (blamed(), blamed(), quiet(), quiet()):
+        telling.verdict(verdict)
+    told = [line for line in log.messages if "LEFT OUT" in line or "count again" in line]
+    step = blamed().step
+    assert told == [
+        f"[sentinel] step {step}: LEFT OUT of the weights: column 2 of 3",
+        f"[sentinel] step {step}: all columns count again",
+    ]
+
+
+def test_a_suspect_is_told_once_and_what_will_become_of_it(telling, log, tmp_path, one_rank):
+    for _ in range(3):
+        telling.verdict(blamed())
+    (told,) = [line for line in log.messages if "SUSPECT" in line]
+    assert told.endswith("the next twin step tries it, which comes soon")
+    log.clear()
+    telling_of(tmp_path, conviction="statistics").verdict(blamed())
+    (told,) = [line for line in log.messages if "SUSPECT" in line]
+    assert told.endswith("3 strikes within 20 steps convict")
+
+
+def test_a_suspect_that_is_trusted_is_no_candidate(telling, log):
+    telling.verdict(replace(quiet(), suspects=marked(Worker(0, 1))))
+    (told,) = log.messages
+    assert "stage 0, replica 1 (rank 1, node-0, cpu); first and last stage are trusted" in told
+
+
+def test_what_a_convicted_worker_goes_on_doing_is_told_once_then_counted(telling, log, tmp_path):
     first = attacked([CULPRIT], newly=[CULPRIT])
     assert first.findings and all(finding.worker == CULPRIT for finding in first.findings)
     telling.verdict(first)
-    assert f"{CULPRIT} CONVICTED" in log.text and log.text.count(str(CULPRIT)) > 2, "why is told once"
     log.clear()
     for _ in range(3):
         telling.verdict(attacked([CULPRIT]))
-    assert str(CULPRIT) not in log.text
-    telling.close()
+    (line,) = log.messages
+    assert f"{NAME} goes on after its conviction; from here on that is counted" in line
     number = 3 * (len(first.findings) + 1)
-    assert f"{CULPRIT}: {number} alarms, disputes and proofs since it was convicted" in log.text
-    assert (tmp_path / "events.jsonl").read_text().count('"kind": "proof"') == 4, "events have them all"
+    names = ("judged_messages", "alarms", "disputes", "excluded_column_steps", "skipped_steps")
+    telling.end(34, dict.fromkeys(names, 7), [CULPRIT])
+    assert f"{NAME}: {number} alarms, disputes and proofs since it was convicted" in log.messages[1]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert sum(event["kind"] == "proof" for event in events) == 4, "events have them all"
+    assert events[-1]["kind"] == "end" and events[-1]["since_conviction"] == [[1, 2, number]]
+
+
+def test_a_run_ends_with_a_summary(telling, log, tmp_path):
+    counts = {"judged_messages": 480, "alarms": 2, "disputes": 1, "excluded_column_steps": 3, "skipped_steps": 0}
+    telling.end(0, counts, [])
+    assert not log.messages, "nothing was judged"
+    for _ in range(4):
+        telling.verdict(quiet())
+    telling.end(4, counts, [])
+    telling.end(4, counts, [CULPRIT])
+    nobody, somebody = log.messages
+    assert nobody.startswith(
+        "[sentinel] END at step 4: 4 steps and 480 messages judged, 2 alarms, 1 disputes, 3 column-steps left out, "
+        "0 steps skipped. Convicted: nobody. "
+    )
+    assert f"Convicted: {NAME}; to start without them: {tmp_path}/exclude.json" in somebody
+    end = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()][-1]
+    assert end["counts"] == {"steps": 4, **counts} and end["convicted"] == [[1, 2]] and end["who"][0]["rank"] == 5
 
 
 def test_of_others_everything_is_told(telling, log):
-    telling.verdict(attacked([Worker(2, 0)]))
-    assert str(CULPRIT) in log.text
-    telling.close()
-    assert "since it was convicted" not in log.text
+    for _ in range(2):
+        telling.verdict(attacked([Worker(2, 0)]))
+    assert sum("ALARM" in line for line in log.messages) == 2 * len(blamed().findings)
+    assert "after its conviction" not in log.text
+
+
+def test_a_dispute_of_a_convicted_worker_counts_as_its(telling, log):
+    dispute = Dispute(FORWARD, 1, 2, CULPRIT, Worker(2, 2), None, (0,))
+    telling.verdict(replace(quiet(), disputed=(dispute,)))
+    assert words(log) == ["DISPUTE"]
+    log.clear()
+    telling.verdict(replace(quiet([CULPRIT]), disputed=(dispute,)))
+    assert words(log) == ["stage 1,"] and "goes on after its conviction" in log.text

@@ -285,7 +285,7 @@ def test_an_end_is_forgotten_with_the_loader_that_ended():
 
 def warned(monkeypatch):
     said = []
-    monkeypatch.setattr(module.logger, "warning", said.append)
+    monkeypatch.setattr(module.console, "say", said.append)
     return said
 
 
@@ -296,7 +296,7 @@ def test_other_shapes_make_no_twin_step_and_that_is_said(monkeypatch):
         given = world.step(step)
         assert all(world.word(*place) == module._REFUSED for place in world.places)
         assert all(number(batch, s) // 1000 == r for (s, r), batches in given.items() for batch in batches)
-    assert [text.split(" twin steps")[0] for text in said] == ["[sentinel] 1 of 1", "[sentinel] 10 of 10"]
+    assert [text.split(" twin steps")[0] for text in said] == ["1 of 1", "10 of 10"]
     assert "shapes" in said[0] and "fixed length" in said[0]
 
 

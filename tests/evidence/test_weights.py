@@ -114,5 +114,8 @@ def test_it_says_who_holds_what():
     (one,) = divisions(np.array([[255, -1, 255]]))
     assert isinstance(one, Division)
     assert str(one) == (
-        "stage 0: replicas 0, 2 hold the digest 00000000000000ff; replica 1 holds the digest ffffffffffffffff"
+        "stage 0: replicas 0, 2 hold the digest 00000000000000ff; worker (stage 0, replica 1) holds the digest "
+        "ffffffffffffffff"
     )
+    (one,) = divisions(np.array([[1, 2]]))
+    assert str(one).startswith("stage 0: worker (stage 0, replica 0) holds"), "where nobody is right, all are named"

@@ -1,10 +1,12 @@
 import json
 
+import numpy as np
 from deepspeed.launcher.runner import _parse_hostfile, parse_resource_filter
 
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.devices import NOBODY, Device
 from deepspeed_sentinel.telemetry.exclusion import FILE, Convict, exclusions, write_exclusions
+from deepspeed_sentinel.telemetry.who import Who
 
 # 3 stages x 4 replicas on three nodes of four slots; worker (stage, replica) = slot ``replica`` of node ``stage``.
 DEVICES = tuple(tuple(Device(f"node-{stage}", slot, f"uuid-{stage}{slot}") for slot in range(4)) for stage in range(3))
@@ -12,7 +14,8 @@ DEVICES = tuple(tuple(Device(f"node-{stage}", slot, f"uuid-{stage}{slot}") for s
 
 def convict(stage, replica, device=None):
     where = DEVICES[stage][replica] if device is None else device
-    return Convict(Worker(stage, replica), 4 * stage + replica, where, 31, "PROVED")
+    who = Who(np.arange(12).reshape(3, 4), [[where] * 4] * 3)
+    return Convict(who(Worker(stage, replica)), where, 31, "PROVED")
 
 
 def test_every_convicted_worker_is_named_with_its_machine(tmp_path):

@@ -20,7 +20,7 @@ from deepspeed_sentinel.telemetry.devices import (
 words = st.text("AZaz09._:-", max_size=32)
 
 
-@given(st.builds(Device, words.filter(bool), st.integers(0, 65535), words, words))
+@given(st.builds(Device, words.filter(bool), st.integers(0, 65535), words, words, words))
 @settings(max_examples=100, deadline=None)
 def test_a_device_travels_whole(device):
     said = to_bytes(device)
@@ -30,7 +30,7 @@ def test_a_device_travels_whole(device):
 @given(st.binary(min_size=BYTES, max_size=BYTES), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_a_strangers_bytes_are_a_device_or_a_value_error(said, begins_well):
-    said = np.frombuffer(b"dev1\0\0\0\0" + said[8:] if begins_well else said, np.uint8)
+    said = np.frombuffer(b"dev2\0\0\0\0" + said[8:] if begins_well else said, np.uint8)
     try:
         device = from_bytes(said)
     except ValueError as error:
@@ -54,6 +54,7 @@ def test_bytes_of_another_size_are_none(said):
         ({"host": "x" * 129}, "host"),
         ({"uuid": "\x1b[31m"}, "uuid"),
         ({"pci": "a\nb"}, "pci"),
+        ({"name": "cuda 0"}, "name"),
         ({"slot": -1}, "slot"),
         ({"slot": 65536}, "slot"),
     ],
@@ -73,8 +74,8 @@ def test_a_device_is_kept_by_the_most_lasting_name_it_has():
 def test_this_process_without_a_gpu(monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "nöde one")
     monkeypatch.setenv("LOCAL_RANK", "5")
-    assert own_device(torch.device("cpu")) == Device("n_de_one", 5)
-    assert own_device(torch.device("cpu"), slot=2) == Device("n_de_one", 2)
+    assert own_device(torch.device("cpu")) == Device("n_de_one", 5, name="cpu")
+    assert own_device(torch.device("cpu"), slot=2) == Device("n_de_one", 2, name="cpu")
     monkeypatch.setenv("LOCAL_RANK", "none")
     assert own_device(torch.device("cpu")).slot == 0
 
@@ -95,7 +96,7 @@ def test_this_process_without_a_gpu(monkeypatch):
 def test_this_process_with_a_gpu(monkeypatch, properties, uuid, pci):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(**properties))
     device = own_device(torch.device("cuda", 0), slot=1)
-    assert (device.uuid, device.pci, device.slot) == (uuid, pci, 1)
+    assert (device.uuid, device.pci, device.slot, device.name) == (uuid, pci, 1, "cuda:0")
 
 
 @pytest.mark.gpu

@@ -1,0 +1,126 @@
+"""What the steps of a run come to, as lines of the log, in the order in which things happen.
+
+    ALARM or DISPUTE -> LEFT OUT -> SUSPECT -> PROVED -> CONVICTED, with its evidence -> NOW, what to do
+
+A column that stays left out is not told again before that changes. What a convicted worker goes on doing is told once,
+then counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.judgement.proof import Difference, Proof
+from deepspeed_sentinel.judgement.unsettled import Contradicted
+from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
+from deepspeed_sentinel.mesh import Mesh, Worker
+from deepspeed_sentinel.telemetry.exclusion import FILE, reason
+from deepspeed_sentinel.telemetry.findings import workers_of
+from deepspeed_sentinel.telemetry.who import Who
+
+_Told = Proof | Contradicted | Difference | Finding | Dispute
+_NEXT = {
+    "observe": 'Nothing is done about it ("action": "observe").',
+    "exclude": "Its column is left out of steps in which it is in alarm, and of no other.",
+    "quarantine": "Its column is left out from here on, and training goes on without it.",
+    "halt": "Training stops with a checkpoint.",
+}
+
+
+class Story:
+    """Tells verdicts, one after the other.
+
+    Attributes:
+        suspects: bool [S, R], as of the last one.
+        steps: how many there were.
+        since: alarms, disputes and proofs of each convicted worker that were not told.
+
+    Args:
+        config: the settings.
+        mesh: the mesh.
+        who: names the workers.
+        say: gets a step and a line.
+    """
+
+    def __init__(self, config: SentinelConfig, mesh: Mesh, who: Who, say: Callable[[int, str], None]) -> None:
+        self._config, self._mesh, self._who, self._say = config, mesh, who, say
+        self._by_proof = config.convicts_by(mesh) == "proof"
+        self.suspects = np.zeros((mesh.stages, mesh.replicas), bool)
+        self._out: tuple[int, ...] = ()
+        self.steps = 0
+        self.since: Counter[Worker] = Counter()
+
+    def step(self, verdict: Verdict) -> None:
+        """Tell what one step came to."""
+        for line in self._lines(verdict):
+            self._say(verdict.step, line)
+        self.suspects = verdict.suspects.copy()
+        self.steps += 1
+
+    def _lines(self, verdict: Verdict) -> Iterator[str]:
+        for finding in verdict.findings:
+            yield from self._unless_convicted(finding, f"ALARM: {finding}", verdict)
+        for dispute in verdict.disputed:
+            yield from self._unless_convicted(dispute, f"DISPUTE: {dispute}", verdict)
+        yield from self._left_out(verdict)
+        for worker in workers_of(verdict.suspects & ~self.suspects):
+            yield f"SUSPECT: {worker}; {self._trial(worker)}"
+        shown: tuple[_Told, ...] = (*verdict.proofs, *verdict.contradicted, *verdict.differences)
+        for one in shown:
+            yield from self._unless_convicted(one, str(one), verdict)
+        for worker in verdict.cleared:
+            yield f"CLEARED: {worker}; given the same, it does what its stage does"
+        for worker in verdict.newly_convicted:
+            yield f"CONVICTED: {worker}. {reason(verdict, worker)}"
+            yield f"NOW: {self._what_now(worker)}"
+        for worker in verdict.released:
+            yield f"RELEASED: {worker}, on probation"
+        if verdict.excluded.all():
+            yield "every column excluded, step skipped"
+        elif verdict.skip:
+            yield "gradients overflow in most replicas of a stage, step skipped"
+
+    def _left_out(self, verdict: Verdict) -> Iterator[str]:
+        out = tuple(np.flatnonzero(verdict.excluded).tolist())
+        if out == self._out:
+            return
+        self._out = out
+        columns = f"column{'s'[: len(out) > 1]} {', '.join(map(str, out))}"
+        yield f"LEFT OUT of the weights: {columns} of {self._mesh.replicas}" if out else "all columns count again"
+
+    def _trial(self, worker: Worker) -> str:
+        if self._mesh.is_trusted(worker.stage):
+            return "first and last stage are trusted and never convicted: look at its data and its hardware"
+        if not self._by_proof:
+            return f"{self._config.strikes} strikes within {self._config.strike_window} steps convict"
+        return f"the next twin step tries it{', which comes soon' if self._config.tries_suspects else ''}"
+
+    def _what_now(self, worker: Worker) -> str:
+        place = self._who(worker)
+        machine = f"{place.host}, slot {place.local_rank}" if place.host else "its machine"
+        return (
+            f"{_NEXT.get(self._config.action or '', '')} Take {machine} out of service and test "
+            f"{place.gpu or 'its processor and memory'}; {self._config.output_dir}/{FILE} says how to start without it"
+        ).lstrip()
+
+    def _unless_convicted(self, told: _Told, line: str, verdict: Verdict) -> Iterator[str]:
+        known = _convicted_before(told, verdict)
+        if known is None:
+            yield line
+            return
+        if not self.since[known]:
+            yield f"{known} goes on after its conviction; from here on that is counted and not told"
+        self.since[known] += 1
+
+
+def _convicted_before(told: _Told, verdict: Verdict) -> Worker | None:
+    """The worker that something is told of, if it was convicted before this step."""
+    if isinstance(told, Difference):
+        return None
+    named = (told.sender, told.receiver) if isinstance(told, Dispute) else (told.worker,)
+    known = [one for one in named if verdict.convicted[one] and one not in verdict.newly_convicted]
+    return known[0] if known else None

@@ -1,0 +1,105 @@
+"""The file that says how to start without the convicted."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from deepspeed_sentinel.engine.convictions import Convictions
+from deepspeed_sentinel.judgement.proof import Proof
+from deepspeed_sentinel.mesh import FORWARD, Worker
+from deepspeed_sentinel.telemetry.devices import Device
+from deepspeed_sentinel.telemetry.exclusion import read_saved, write_exclusions
+from deepspeed_sentinel.telemetry.who import Who
+
+CULPRIT = Worker(1, 0)
+PROOF = Proof(CULPRIT, 0, FORWARD, (0,), 2, 3, trusted=False)
+DEVICES = [[Device(f"node-{stage}", replica, name="cpu") for replica in range(2)] for stage in range(3)]
+
+
+@pytest.fixture
+def run(tmp_path, one_rank):
+    """A run whose record can be set."""
+    run = SimpleNamespace(convicted=np.zeros((3, 2), bool), step=7, file=tmp_path / "exclude.json")
+    run.convictions = of(run, DEVICES)
+    return run
+
+
+def of(run, devices):
+    who = Who(np.arange(6).reshape(3, 2), devices)
+    return Convictions(str(run.file.parent), who, lambda: run.convicted, step=lambda: run.step)
+
+
+def convict(run):
+    run.convicted[CULPRIT] = True
+    verdict = SimpleNamespace(newly_convicted=(CULPRIT,), step=6, proofs=(PROOF,), contradicted=(), findings=())
+    run.convictions.take(verdict)
+
+
+def test_a_conviction_is_written_with_its_reason_and_taken_back_with_it(run):
+    convict(run)
+    assert run.convictions.write() == run.file
+    (worker,) = json.loads(run.file.read_text())["workers"]
+    assert (worker["rank"], worker["step"]) == (2, 6) and "stage 1, replica 0 (rank 2, node-1, cpu) sent" in worker[
+        "why"
+    ]
+    assert str(run.convictions.convicts[0]) == "stage 1, replica 0 (rank 2, node-1, cpu)"
+    run.convicted[CULPRIT] = False
+    run.convictions.write()
+    assert json.loads(run.file.read_text())["workers"] == [], "it was released"
+
+
+def test_what_an_earlier_run_left_stays_beside_what_this_one_adds(run, tmp_path):
+    """Else the start after next would take back the machine that this run did without."""
+    entry = {"stage": 2, "replica": 1, "rank": 5, "host": "node-3", "slot": 0, "device": "cpu:node-3/0", "why": "it"}
+    write_exclusions(run.file, {"workers": [entry], "hosts": ["node-3"]})
+    assert run.convictions.write() is None and json.loads(run.file.read_text())["hosts"] == ["node-3"]
+    convict(run)
+    run.convictions.write()
+    run.convictions.write()
+    written = json.loads(run.file.read_text())
+    assert written["hosts"] == ["node-1", "node-3"] and written["deepspeed"] == "--exclude=node-1:0@node-3:0"
+    assert [worker.get("earlier", False) for worker in written["workers"]] == [False, True]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"workers": 3}', '{"workers": [{"host": "two words", "slot": 0}]}'])
+def test_a_file_that_is_none_of_ours_is_refused_and_left(run, text):
+    run.file.write_text(text)
+    convict(run)
+    with pytest.raises(ValueError, match="none of ours"):
+        run.convictions.write()
+    assert run.file.read_text() == text
+
+
+def test_a_run_that_goes_on_elsewhere_names_the_machine_of_then(run):
+    convict(run)
+    elsewhere = [[Device(f"other-{stage}", replica) for replica in range(2)] for stage in range(3)]
+    resumed = of(run, elsewhere)
+    resumed.load_state_dict(run.convictions.state_dict())
+    assert resumed.convicts == run.convictions.convicts and resumed.convicts[0].device.host == "node-1"
+
+
+def test_no_machine_is_named_where_it_is_not_known_which_it_was(run):
+    run.convicted[CULPRIT] = True
+    run.convictions.write()
+    written = json.loads(run.file.read_text())
+    (worker,) = written["workers"]
+    assert worker["step"] is None and "not known" in worker["why"] and worker["rank"] == 2
+    assert written["hosts"] == [] and written["deepspeed"] == ""
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        None,
+        3,
+        [3, None],
+        [{}],
+        [{"worker": [[1], 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}],
+        [{"worker": [1], "rank": 1, "device": {}, "step": 1, "why": ""}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "two hosts", "slot": 0}, "step": 1, "why": ""}],
+    ],
+)
+def test_what_is_none_in_a_checkpoint_is_left_out(said):
+    assert read_saved(said) == {}
