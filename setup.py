@@ -46,6 +46,8 @@ setup(
     packages=PACKAGES,
     package_dir={"deepspeed_sentinel": "deepspeed_sentinel", "deepspeed_sentinel.kernels": "kernels"},
     package_data={"deepspeed_sentinel": ["py.typed"]},
+    # torch calls these at the end of its import; see flag.py.
+    entry_points={"torch.backends": ["deepspeed_sentinel = deepspeed_sentinel.flag:begin"]},
     # Lower bounds are what has been run. The upper one is there because deepspeed_sentinel.engine reaches into
     # the pipeline engine's internals, which DeepSpeed may change in any minor release.
     install_requires=[

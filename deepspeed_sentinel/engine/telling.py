@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.utils import logger
 
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine.opening import JUDGING, guarding
 from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import Comparison, Division
@@ -30,12 +31,6 @@ from deepspeed_sentinel.telemetry.standing import Above, Standing
 
 _Opened = TypeVar("_Opened")
 _Told = Proof | Contradicted | Difference | Finding | Dispute
-_FEW_REPLICAS = {
-    1: "1 replica: there is nothing to compare with, so statistics are reported and exclude nothing; what is not "
-    "finite, disputed, or should have been passed on unchanged still does",
-    2: "2 replicas: there is no majority, so only a replica that changes while the other does not is left out, and "
-    "slow drift by one cannot be seen",
-}
 _UNEQUAL = {
     "healed": "it was given theirs, and training goes on",
     "unhealed": "what it was given did not stay, or it holds tensors of other shapes. Its memory is unsound, or it "
@@ -43,24 +38,6 @@ _UNEQUAL = {
     "reported": "reported only",
     "stopped": "nothing was healed, since another stage has no majority",
 }
-
-
-def _twins(config: SentinelConfig, mesh: Mesh) -> str:
-    """What twin steps there will be, what goes unseen without them, and what they cost."""
-    if mesh.replicas < 2:
-        return "no twin steps: one replica has no twins"
-    lost = 1.0 - 1.0 / mesh.replicas
-    unseen = (
-        "what no statistic sees (rounding, a small bias, wrong gradients of weights) goes unseen without them: "
-        f'"twins": {{"every": 100}} finds it for {lost:.2g} % of the data'
-    )
-    on_suspicion = "on suspicion alone" if config.tries_suspects else "never"
-    if not config.twins.every:
-        return f"twin steps {on_suspicion}; {unseen}"
-    price = 100 * lost / config.twins.every
-    return f"twin steps one in {config.twins.every} at random, which costs {price:.2g} % of the data" + (
-        ", and on suspicion" if config.tries_suspects else ""
-    )
 
 
 def _convicted_before(told: _Told, verdict: Verdict) -> Worker | None:
@@ -103,6 +80,7 @@ class Telling:
         self._config, self._mesh = config, mesh
         self._first = dist.get_rank() == 0
         self._said: set[str] = set()
+        self._warming_up = True
         self._untold: Counter[Worker] = Counter()
         self._log = self._open_log(control)
 
@@ -131,13 +109,7 @@ class Telling:
         )
         if not self._first:
             return
-        logger.info(
-            f"[sentinel] watching {mesh.stages} stages x {mesh.replicas} replicas, action {config.action!r}, wiring "
-            f"{config.wiring!r}"
-        )
-        logger.info(f"[sentinel] {_twins(config, mesh)}")
-        if mesh.replicas < 3:
-            logger.warning(f"[sentinel] {_FEW_REPLICAS[mesh.replicas]}")
+        logger.warning(f"[sentinel] {guarding(config, mesh)}")
         for injection in config.inject:
             logger.warning(
                 f"[sentinel] !!! FAULT INJECTION IS ON !!! stage {injection.stage}, replica {injection.replica}: "
@@ -151,6 +123,9 @@ class Telling:
             return
         for event in verdict_events(verdict, every_step=self._config.events == "steps"):
             self._event(verdict.step, event)
+        if self._warming_up and not verdict.warming_up:
+            self._warn(verdict.step, JUDGING)
+        self._warming_up = verdict.warming_up
         for worker in verdict.newly_convicted:
             self._warn(verdict.step, f"{worker} CONVICTED")
         for worker in verdict.released:
