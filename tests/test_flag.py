@@ -36,7 +36,8 @@ import sys, types, deepspeed
 assert type(deepspeed) is types.ModuleType, type(deepspeed)
 assert not [finder for finder in sys.meta_path if type(finder).__module__ == "deepspeed_sentinel.flag"]
 assert deepspeed.early is False
-assert not [name for name in sys.modules if name.startswith("deepspeed_sentinel.") and name != "deepspeed_sentinel.flag"]
+ours = {name for name in sys.modules if name.startswith("deepspeed_sentinel.")}
+assert ours <= {"deepspeed_sentinel.flag"}, ours
 """
 
 
@@ -91,7 +92,6 @@ def test_whatever_is_imported_first(run, imports, function):
 
 def test_it_can_be_switched_off(run):
     script = f"from deepspeed import initialize\nassert not {WRAPPED.format('initialize')}\n{NOTHING_LEFT}"
-    script += "assert not [name for name in sys.modules if name == 'deepspeed_sentinel.engine']\n"
     assert run(script, DEEPSPEED_SENTINEL="0") == ""
 
 
@@ -141,5 +141,6 @@ print(type(sys.modules["deepspeed"]).__name__)
 
 @pytest.mark.parametrize("config", ['{"train_batch_size": 8}', "{}", '{"sentinel": None}'])
 def test_without_a_block_nothing_is_said_and_nothing_imported(run, config):
-    script = f"import deepspeed\n(engine,) = deepspeed.initialize(1, 2, config={config})\nassert engine.args == (1, 2)\n"
+    script = f"import deepspeed\n(engine,) = deepspeed.initialize(1, 2, config={config})\n"
+    script += "assert engine.args == (1, 2)\n"
     assert run(script + NOTHING_LEFT) == ""
