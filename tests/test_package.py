@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,14 +19,16 @@ FOLDERS = ("benchmarks", "deepspeed_sentinel", "docs", "examples", "integration_
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """Wheel and sdist, made without leaving anything in the repository."""
+    """Wheel and sdist, made in a copy: setuptools leaves things behind."""
     folder = tmp_path_factory.mktemp("packed")
-    common = ["egg_info", f"--egg-base={folder}", "build", f"--build-base={folder / 'build'}"]
-    targets = ["bdist_wheel", f"--dist-dir={folder}", "sdist", f"--dist-dir={folder}"]
-    subprocess.run(
-        [sys.executable, "setup.py", "--quiet", *common, *targets], cwd=ROOT, check=True, capture_output=True
-    )
-    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    for path in ROOT.iterdir():
+        if path.name in FOLDERS:
+            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif path.is_file():
+            shutil.copy(path, folder)
+    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "sdist"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    (wheel,), (sdist,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
     return wheel, sdist
 
 
