@@ -35,7 +35,7 @@ def muster(store: Store, rank: int, size: int, *, limit: float, patience: float 
     """
     turn, started = next(_turns), time.monotonic()
     keys = [f"sentinel/{turn}/{other}" for other in range(size)]
-    store.set(keys[rank], b"here")
+    store.set(keys[rank], "here")
     while True:
         left = limit - (time.monotonic() - started)
         try:

@@ -47,6 +47,6 @@ def test_all_who_come_go_on(same_turn):
 def test_a_later_sentinel_waits_anew():
     store = dist.HashStore()
     muster(store, 0, 1, limit=1)
-    store.set("sentinel/0/1", b"here")
+    store.set("sentinel/0/1", "here")
     with pytest.raises(SentinelError, match="ranks 1 do not guard"):
         muster(store, 0, 2, limit=0.1)
