@@ -1,5 +1,6 @@
 """Metadata and extras of deepspeed-sentinel; the tools are configured in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -20,9 +21,23 @@ DEV = [
 ]
 
 
+# Address of the public repository, such as https://github.com/someone/deepspeed-sentinel; "" while it has none.
+HOME = ""
+
+
 def readme() -> str:
+    """README for an index page, where a relative link leads nowhere: absolute, or the text alone without a HOME."""
     path = ROOT / "README.md"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    relative = r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)"
+
+    def link(found: re.Match[str]) -> str:
+        image, words, target = found.groups()
+        if HOME:
+            return f"{image}[{words}]({HOME}/{'raw' if image else 'blob'}/main/{target})"
+        return "" if image else words
+
+    return re.sub(relative, link, text)
 
 
 # kernels/ stands at the top of the repository but is installed below the package only: a top-level module named
@@ -46,6 +61,8 @@ setup(
     packages=PACKAGES,
     package_dir={"deepspeed_sentinel": "deepspeed_sentinel", "deepspeed_sentinel.kernels": "kernels"},
     package_data={"deepspeed_sentinel": ["py.typed"]},
+    # torch calls these at the end of its import; see flag.py.
+    entry_points={"torch.backends": ["deepspeed_sentinel = deepspeed_sentinel.flag:begin"]},
     # Lower bounds are what has been run. The upper one is there because deepspeed_sentinel.engine reaches into
     # the pipeline engine's internals, which DeepSpeed may change in any minor release.
     install_requires=[
@@ -64,11 +81,22 @@ setup(
         "sweep": SWEEP,
         "dev": [*DEV, *TRANSFORMERS, *PEFT, *REPORT, *SWEEP],
     },
+    keywords=["deepspeed", "pipeline parallelism", "silent data corruption", "byzantine", "fault detection"],
+    project_urls=(
+        {"Source": HOME, "Documentation": f"{HOME}/tree/main/docs", "Issues": f"{HOME}/issues"} if HOME else {}
+    ),
     classifiers=[
         "Development Status :: 3 - Alpha",
+        "Environment :: GPU",
+        "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
+        "Intended Audience :: System Administrators",
         "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+        "Topic :: System :: Monitoring",
+        "Typing :: Typed",
     ],
 )

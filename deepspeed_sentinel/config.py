@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -311,9 +310,14 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def load_block(config: Any) -> dict[str, Any] | None:
-    """The ``"sentinel"`` block of a DeepSpeed config given as a dict or as a path to a JSON file; None if absent."""
+    """The ``"sentinel"`` block of a DeepSpeed config given as a dict or as a path; None if absent.
+
+    Files are read as DeepSpeed reads them: JSON that may have comments and trailing commas.
+    """
     if config is None:
         return None
     if isinstance(config, (str, Path)):
-        config = json.loads(Path(config).read_text(encoding="utf-8"))
+        import hjson  # comes with DeepSpeed
+
+        config = hjson.loads(Path(config).read_text(encoding="utf-8"))
     return config.get(BLOCK)

@@ -1,8 +1,9 @@
-"""A transformers model in a plain DeepSpeed loop, guarded by Sentinel.
+"""A transformers model in a plain DeepSpeed loop, guarded by Sentinel: the "sentinel" block of the config does it.
 
-2 stages x 2 replicas, on CPUs or, with one GPU a process, on GPUs:
+3 stages x 3 replicas, on CPUs or, with one GPU a process, on GPUs. With fewer than three stages nobody but trusted
+workers is there, with fewer than three replicas no majority that proves anything:
 
-    torchrun --nproc_per_node 4 examples/deepspeed_native.py [OUTPUT_FOLDER]
+    torchrun --nproc_per_node 9 examples/deepspeed_native.py [OUTPUT_FOLDER]
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import deepspeed
 import torch
 from transformers import LlamaConfig
 
-import deepspeed_sentinel
 from deepspeed_sentinel import hf
 
-STAGES, MICRO_BATCHES, ROWS, TOKENS, STEPS = 2, 4, 4, 64, 40
+STAGES, MICRO_BATCHES, ROWS, TOKENS, STEPS = 3, 4, 4, 64, 40
 OUTPUT = sys.argv[1] if len(sys.argv) > 1 else "native_out"
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": ROWS,
@@ -50,7 +50,7 @@ def main() -> None:
     )
     pipeline = hf.to_pipeline(config, STAGES)
     optimizer = torch.optim.AdamW(pipeline.parameters(), lr=3e-3)
-    engine, *_ = deepspeed_sentinel.initialize(model=pipeline, optimizer=optimizer, config=DEEPSPEED)
+    engine, *_ = deepspeed.initialize(model=pipeline, optimizer=optimizer, config=DEEPSPEED)
     replica = engine.grid.get_data_parallel_id()
     for step in range(STEPS):
         loss = engine.train_batch(hf.step_batches(engine, micro_batches(step, replica)))

@@ -1,13 +1,14 @@
 """Train a causal LM in pipeline stages with the Trainer API, guarded by Sentinel.
 
-A small Llama on this machine's own Python sources, 2 stages x 2 replicas:
+A small Llama on this machine's own Python sources, 3 stages x 3 replicas. With fewer than three stages nobody but
+trusted workers is there, with fewer than three replicas no majority that proves anything:
 
-    torchrun --nproc_per_node 4 examples/hf_trainer.py
-    accelerate launch --multi_gpu --num_processes 4 examples/hf_trainer.py
+    torchrun --nproc_per_node 9 examples/hf_trainer.py
+    accelerate launch --multi_gpu --num_processes 9 examples/hf_trainer.py
 
 On GPUs the same lines use one GPU a process. A pretrained model and a data set of the hub:
 
-    torchrun --nproc_per_node 8 examples/hf_trainer.py --stages 4 --model Qwen/Qwen3-0.6B \
+    torchrun --nproc_per_node 12 examples/hf_trainer.py --stages 4 --model Qwen/Qwen3-0.6B \
         --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 --bf16 True
 
 Any argument of transformers.TrainingArguments can be added, e.g. --max_steps 200 --save_steps 50.
@@ -43,7 +44,7 @@ FILES = 60
 class ScriptArguments:
     """What this script adds to TrainingArguments."""
 
-    stages: int = field(default=2, metadata={"help": "pipeline stages; must divide the number of processes"})
+    stages: int = field(default=3, metadata={"help": "pipeline stages; must divide the number of processes"})
     model: str | None = field(default=None, metadata={"help": "name or folder of a pretrained model"})
     model_config: str | None = field(default=None, metadata={"help": "a config for random weights in its place"})
     tokenizer: str | None = field(default=None, metadata={"help": "name or folder; by default the model's"})

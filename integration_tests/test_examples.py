@@ -15,15 +15,15 @@ from integration_tests.harness import run_job, start_job
     ("launcher", "replicas"),
     [
         ("torchrun", 1),
-        pytest.param("torchrun", 2, marks=pytest.mark.long),
-        pytest.param("accelerate", 2, marks=pytest.mark.long),
+        pytest.param("torchrun", 3, marks=pytest.mark.long),
+        pytest.param("accelerate", 3, marks=pytest.mark.long),
     ],
 )
 def test_the_trainer_example_trains_and_saves(tmp_path, launcher, replicas):
     quick = ["--max_steps=3", "--logging_steps=1", "--eval_steps=3", "--disable_tqdm=True"]
     job = run_job(
         "examples/hf_trainer.py",
-        stages=2,
+        stages=3,
         replicas=replicas,
         folder=tmp_path / "job",
         args=[f"--output_dir={tmp_path / 'out'}", *quick],
@@ -44,7 +44,7 @@ def losses(text):
 def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happened(tmp_path):
     script, out = "examples/hf_trainer.py", tmp_path / "out"
     args = [f"--output_dir={out}", "--max_steps=9", "--logging_steps=1", "--eval_strategy=no", "--disable_tqdm=True"]
-    args += ["--save_strategy=steps", "--save_steps=3", "--save_total_limit=1"]
+    args += ["--save_strategy=steps", "--save_steps=3", "--save_total_limit=1", "--stages=2"]
     with start_job(script, 2, 1, folder=tmp_path / "killed", args=args) as job:
         deadline = time.monotonic() + 300
         while len(losses(job.log(0))) < 5:  # the checkpoint of step 3 is written, that of step 6 is not
@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happene
 
 def test_the_native_example_learns(tmp_path):
     args = [tmp_path / "out"]
-    job = run_job("examples/deepspeed_native.py", 2, 1, folder=tmp_path / "job", args=args, timeout=300).check()
+    job = run_job("examples/deepspeed_native.py", 3, 1, folder=tmp_path / "job", args=args, timeout=300).check()
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in job.stdout[0].splitlines() if "loss " in line]
     assert losses[0] > 3 > 1 > losses[-1]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")

@@ -1,9 +1,8 @@
-"""The three ways in, the way out, and what is refused: on every rank, with a text that says what to do."""
+"""Ways in besides the flag, the way out, and what is refused: on every rank, with a text that says what to do."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
@@ -30,15 +29,20 @@ def test_disabled_means_absent(cases):
 
 def test_a_detached_engine_is_as_it_was(cases):
     for case in cases:
-        assert case["attached_is_handle"]
+        assert case["attached_is_handle"] and case["attached_once"]
         assert case["attached_observed"] == case["detached_observed"] == 2 * 2 * Scenario(name="").micro_batches
         assert case["detached_attributes"] == ["save_checkpoint"] and case["set_meanwhile"] == "set while attached"
         assert case["still_the_scripts"] and case["own_instruction_runs"]
         assert case["detached"] == case["plain"]
 
 
+def test_the_flag_and_the_script_together_attach_once(cases):
+    for case in cases:
+        assert case["flag"]
+
+
 REFUSED = {
-    "twice": "already has a sentinel attached; detach it first",
+    "twice": "already has a sentinel attached, with other settings; detach it first",
     "no_settings": 'put "sentinel": {"enabled": true} into the DeepSpeed config',
     "unknown_key": "sentinel.warmup: unknown key (value 3); allowed: enabled, action, ",
     "outside_mesh": "stage 7, replica 0 is not in the mesh; allowed are stages 0 to 1 and replicas 0 to 1",
@@ -67,22 +71,6 @@ def test_further_axes_of_size_one_change_nothing(cases):
 def test_dualpipev_is_refused():
     with pytest.raises(ValueError, match="does not support DualPipeV yet"):
         deepspeed_sentinel.attach(DualPipeVEngine.__new__(DualPipeVEngine), {"enabled": True})
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.long)])
-def test_the_config_alone_switches_it_on(jobs, tmp_path, launcher):
-    fault = {"stage": 0, "replica": 1, "attack": "nan"}
-    block = {"enabled": True, "output_dir": str(tmp_path / "logs"), "inject": [fault]}
-    config = tmp_path / "ds_config.json"
-    config.write_text(json.dumps(Scenario(name="train", sentinel=block).deepspeed_config()), encoding="utf-8")
-    arguments = ["run", "integration_tests/jobs/train.py", "--deepspeed_config", str(config)]
-    with jobs("deepspeed_sentinel", 2, 2, args=arguments, launcher=launcher, module=True) as job:
-        result = job.wait(timeout=150).check()
-    for rank in RANKS:
-        assert result.results[rank]["instructions_wrapped"] and result.results[rank]["finite"]
-        assert all(math.isfinite(loss) for loss in result.results[rank]["losses"])
-    events = [json.loads(line) for line in (tmp_path / "logs" / "events.jsonl").read_text().splitlines()]
-    assert [event["columns"] for event in events if event["kind"] == "excluded"] == [[1], [1], [1]]
 
 
 def test_a_mistake_in_the_config_ends_every_rank_before_training(jobs, tmp_path):

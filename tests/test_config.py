@@ -121,9 +121,18 @@ def test_check_prints_effective_settings(tmp_path, capsys):
     assert load_block(str(path)) == {"enabled": True, "strikes": 5}
 
 
+def test_check_reads_what_deepspeed_reads(tmp_path, capsys):
+    path = tmp_path / "ds.json"
+    path.write_text(
+        '{\n  // a drill\n  "sentinel": {"enabled": true, "inject": [{"stage": 1, "replica": 0, "attack": "nan"},]},\n}'
+    )
+    assert main(["check", str(path)]) == 0
+    assert "'attack': 'nan'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
-    [('{"sentinel": {"strikes": 0}}', "sentinel.strikes"), ("{", "Expecting"), (None, "No such file")],
+    [('{"sentinel": {"strikes": 0}}', "sentinel.strikes"), ("{", "Bad key name"), (None, "No such file")],
 )
 def test_check_fails_with_the_reason(tmp_path, capsys, content, said):
     path = tmp_path / "ds.json"
@@ -179,7 +188,7 @@ def test_run_gives_the_script_its_arguments(tmp_path, capsys):
         assert main(["--local_rank=0", "run", str(script), "--lr", "3"]) == 0
     finally:
         deepspeed.initialize = before
-    assert "['--local_rank=0', '--lr', '3'] deepspeed_sentinel.engine.launch True" in capsys.readouterr().out
+    assert "['--local_rank=0', '--lr', '3'] deepspeed_sentinel.flag True" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

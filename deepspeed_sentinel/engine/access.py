@@ -71,6 +71,11 @@ def timeouts(engine: PipelineEngine) -> tuple[timedelta, timedelta]:
     return every, between_stages
 
 
+def store() -> dist.Store:
+    """By which all ranks found each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def stage_module(engine: PipelineEngine) -> torch.nn.Module:
     """All that this stage runs: the root of its modules."""
     return engine.module

@@ -1,18 +1,19 @@
-"""Ways in: attach to an engine, initialize in place of DeepSpeed's, or install for code that stays as it is."""
+"""Ways in: the flag, attach to an engine, initialize in place of DeepSpeed's, or install where the flag is not seen."""
 
 from __future__ import annotations
 
 import functools
-import inspect
+import sys
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from deepspeed_sentinel.config import SentinelConfig, load_block
+from deepspeed_sentinel import flag
+from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.sentinel import Sentinel
-
-_deepspeed_initialize = deepspeed.initialize
 
 
 def attach(engine: Any, config: SentinelConfig | Mapping[str, Any] | None = None) -> Sentinel:
@@ -24,47 +25,70 @@ def attach(engine: Any, config: SentinelConfig | Mapping[str, Any] | None = None
             settings count as enabled.
 
     Returns:
-        The handle; ``handle.detach()`` gives the engine back as it was.
+        The handle; ``handle.detach()`` gives the engine back as it was. Where the flag has attached one with these
+        settings already, that one.
 
     Raises:
-        ValueError: invalid settings, an engine that is not supported, or no settings at all.
+        ValueError: invalid settings, an engine that is not supported, one attached with other settings, or no settings
+            at all.
     """
     if config is None:
-        config = load_block(engine.config)
+        config = flag.block_of(engine)
         if config is None:
             raise ValueError(
                 'no settings: pass config, or put "sentinel": {"enabled": true} into the DeepSpeed config.'
             )
-    return Sentinel(engine, SentinelConfig.parse(config))
+    parsed = SentinelConfig.parse(config)
+    there = getattr(engine, "sentinel", None)
+    return there if isinstance(there, Sentinel) and there.has(parsed) else Sentinel(engine, parsed)
 
 
-@functools.wraps(_deepspeed_initialize)
+@functools.wraps(deepspeed.initialize)
 def initialize(*args: Any, **kwargs: Any) -> Any:
-    """``deepspeed.initialize``, with a Sentinel attached if the DeepSpeed config's ``"sentinel"`` block says so."""
-    block = _block_of_call(args, kwargs)
-    config = SentinelConfig.parse(block) if block is not None else None
-    result = _deepspeed_initialize(*args, **kwargs)
-    if config is not None and config.enabled:
-        Sentinel(result[0], config)
+    """``deepspeed.initialize``, with a Sentinel attached if the DeepSpeed config's ``"sentinel"`` block says so.
+
+    Where the flag would say in one line why it does not guard, this raises ValueError.
+    """
+    result = deepspeed.initialize(*args, **kwargs)
+    block = flag.block_of(result[0])
+    if block is not None and SentinelConfig.parse(block).enabled:
+        attach(result[0], block)
     return result
 
 
+def follow(engine: Any, block: Any) -> None:
+    """Do what a block in the config of a script that knows nothing of Sentinel says, or say why not."""
+    config = SentinelConfig.parse(block)
+    if not config.enabled:
+        if "enabled" not in block:
+            flag.say('not guarding: the "sentinel" block has no "enabled": true')
+    elif not isinstance(engine, PipelineEngine):
+        flag.say(
+            f"NOT guarding this {type(engine).__name__}: Sentinel watches what passes between pipeline stages, so it "
+            "needs a deepspeed.PipelineModule (with ZeRO stage 1 at most)"
+        )
+    else:
+        attach(engine, config)
+
+
 def install() -> Callable[[], None]:
-    """Make ``deepspeed.initialize`` attach Sentinels from now on; returns a function that undoes it."""
-    deepspeed.initialize = initialize
+    """Make ``deepspeed.initialize`` see the flag from now on, where torch has not had it do so.
 
-    def uninstall() -> None:
-        deepspeed.initialize = _deepspeed_initialize
+    A module that has imported the function by name gets the new one too.
 
-    return uninstall
+    Returns:
+        A function that undoes it.
+    """
+    original = deepspeed.initialize
+    if hasattr(original, "guarded_by_sentinel"):
+        return lambda: None
+    wrapped = flag.guarded(original)
 
+    def put(new: Any, old: Any) -> None:
+        for module in list(sys.modules.values()):
+            if isinstance(module, ModuleType):
+                for name in [name for name, value in vars(module).items() if value is old]:
+                    setattr(module, name, new)
 
-def _block_of_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The block in the config of a call, found before any engine is built so that mistakes end at once."""
-    call = inspect.signature(_deepspeed_initialize).bind(*args, **kwargs).arguments
-    config = call.get("config")
-    if config is None:
-        config = call.get("config_params")
-    if config is None:
-        config = getattr(call.get("args"), "deepspeed_config", None)
-    return load_block(config)
+    put(wrapped, original)
+    return lambda: put(original, wrapped)

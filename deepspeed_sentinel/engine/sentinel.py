@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
@@ -24,6 +25,7 @@ from deepspeed_sentinel.engine.gate import Gate
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.engine.loss import mean_of_included, mean_without
+from deepspeed_sentinel.engine.muster import muster
 from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.twins import TwinSteps
@@ -62,7 +64,10 @@ class Sentinel:
     def __init__(self, engine: PipelineEngine, config: SentinelConfig) -> None:
         access.check_supported(engine)
         if hasattr(engine, "sentinel"):
-            raise ValueError("this engine already has a sentinel attached; detach it first: engine.sentinel.detach()")
+            raise ValueError(
+                "this engine already has a sentinel attached, with other settings; detach it first: "
+                "engine.sentinel.detach()"
+            )
         self.mesh = access.mesh_of(engine)
         config = config.of_mesh(self.mesh)
         self.engine, self.config = engine, config
@@ -72,6 +77,7 @@ class Sentinel:
             injection.check_attack()
             injection.check_mesh(self.mesh)
         ranks, device = access.ranks_of(engine), torch.device(engine.device)
+        muster(access.store(), dist.get_rank(), ranks.size, limit=access.timeouts(engine)[0].total_seconds())
         self._control = Control(ranks)
         devices, told = gather_devices(self._control, ranks, device)
         self.who = Who(ranks, devices)
@@ -152,6 +158,11 @@ class Sentinel:
         self.devices.close()
         self._liveness.stop()
         self._telling.close()
+
+    def has(self, config: SentinelConfig) -> bool:
+        """Whether these are the settings in effect; attached settings are enabled ones."""
+        effective = config.of_mesh(self.mesh)
+        return effective.model_copy(update={"enabled": self.config.enabled}) == self.config
 
     @property
     def last_verdict(self) -> Verdict | None:

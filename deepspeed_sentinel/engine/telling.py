@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch.distributed as dist
-from deepspeed.utils import logger
 
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine.opening import JUDGING, guarding
 from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.engine.story import Story
 from deepspeed_sentinel.engine.voice import Voice
@@ -23,12 +23,6 @@ from deepspeed_sentinel.telemetry.findings import device_event, verdict_events, 
 from deepspeed_sentinel.telemetry.standing import Above, Standing
 from deepspeed_sentinel.telemetry.who import Who
 
-_FEW_REPLICAS = {
-    1: "1 replica: there is nothing to compare with, so statistics are reported and exclude nothing; what is not "
-    "finite, disputed, or should have been passed on unchanged still does",
-    2: "2 replicas: there is no majority, so only a replica that changes while the other does not is left out, and "
-    "slow drift by one cannot be seen",
-}
 _UNEQUAL = {
     "healed": "it was given theirs, and training goes on",
     "unhealed": "what it was given did not stay, or it holds tensors of other shapes. Its memory is unsound, or it "
@@ -36,24 +30,6 @@ _UNEQUAL = {
     "reported": "reported only",
     "stopped": "nothing was healed, since another stage has no majority",
 }
-
-
-def _twins(config: SentinelConfig, mesh: Mesh) -> str:
-    """What twin steps there will be, what goes unseen without them, and what they cost."""
-    if mesh.replicas < 2:
-        return "no twin steps: one replica has no twins"
-    lost = 1.0 - 1.0 / mesh.replicas
-    unseen = (
-        "what no statistic sees (rounding, a small bias, wrong gradients of weights) goes unseen without them: "
-        f'"twins": {{"every": 100}} finds it for {lost:.2g} % of the data'
-    )
-    on_suspicion = "on suspicion alone" if config.tries_suspects else "never"
-    if not config.twins.every:
-        return f"twin steps {on_suspicion}; {unseen}"
-    price = 100 * lost / config.twins.every
-    return f"twin steps one in {config.twins.every} at random, which costs {price:.2g} % of the data" + (
-        ", and on suspicion" if config.tries_suspects else ""
-    )
 
 
 class Telling:
@@ -74,6 +50,7 @@ class Telling:
         self._first = dist.get_rank() == 0
         self._voice = Voice(config, control, who)
         self._story = Story(config, mesh, who, self._voice.of_step)
+        self._warming_up = True
 
     def close(self) -> None:
         self._voice.close()
@@ -114,13 +91,7 @@ class Telling:
         self._voice.event(step, events.Start(shape, config.model_dump(mode="json"), bool(config.inject)))
         if not self._first:
             return
-        logger.info(
-            f"[sentinel] watching {mesh.stages} stages x {mesh.replicas} replicas, action {config.action!r}, wiring "
-            f"{config.wiring!r}"
-        )
-        logger.info(f"[sentinel] {_twins(config, mesh)}")
-        if mesh.replicas < 3:
-            logger.warning(f"[sentinel] {_FEW_REPLICAS[mesh.replicas]}")
+        self._voice.note(guarding(config, mesh))
         for injection in config.inject:
             self._voice.note(
                 f"!!! FAULT INJECTION IS ON !!! {Worker(injection.stage, injection.replica)}: "
@@ -135,6 +106,9 @@ class Telling:
         every_step = self._config.events == "steps"
         for event in verdict_events(verdict, every_step, self._story.suspects, self._who):
             self._voice.event(verdict.step, event)
+        if self._warming_up and not verdict.warming_up:
+            self._voice.of_step(verdict.step, JUDGING)
+        self._warming_up = verdict.warming_up
         self._story.step(verdict)
 
     def wiring(self, step: int, before: np.ndarray, wiring: np.ndarray) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from deepspeed_sentinel.hf.saving import save_pretrained
     from deepspeed_sentinel.hf.trainer import SentinelTrainer
 
+_NEEDED = ("transformers", "accelerate", "tokenizers", "safetensors")
 # Resolved on first use: transformers takes seconds to import.
 _HOMES = {
     "CausalLMPipeline": "pipeline",
@@ -42,4 +43,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        home = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ModuleNotFoundError as error:
+        if error.name not in _NEEDED:
+            raise
+        raise ImportError(f'{name} needs {error.name}: pip install "deepspeed-sentinel[transformers]"') from error
+    return getattr(home, name)

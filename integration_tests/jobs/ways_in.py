@@ -91,7 +91,8 @@ def cases() -> dict[str, Any]:
     before = dict(vars(engine))
     handle = deepspeed_sentinel.attach(engine, block())
     result["attached_is_handle"] = engine.sentinel is handle
-    result["twice"] = refusal(lambda: deepspeed_sentinel.attach(engine, block()))
+    result["attached_once"] = deepspeed_sentinel.attach(engine, block()) is handle
+    result["twice"] = refusal(lambda: deepspeed_sentinel.attach(engine, block(strikes=4)))
     losses += train(engine, range(1, 3))
     result["attached_observed"] = observed
     result["own_instruction_runs"] = len(passes) == 2 * SCENARIO.micro_batches
@@ -107,6 +108,9 @@ def cases() -> dict[str, Any]:
     result["detached_observed"] = observed
 
     result["no_settings"] = refusal(lambda: deepspeed_sentinel.attach(engine))
+    guarded = initialize(block(), of=deepspeed.initialize)[0]  # the flag, then the script's own
+    result["flag"] = deepspeed_sentinel.attach(guarded) is guarded.sentinel
+    guarded.sentinel.detach()
     result["unknown_key"] = refusal(lambda: initialize(block(warmup=3)))
     result["outside_mesh"] = refusal(
         lambda: initialize(block(inject=[{"stage": 7, "replica": 0, "attack": "constant"}]))

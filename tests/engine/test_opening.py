@@ -1,0 +1,65 @@
+"""A guarded run says so in one line that DeepSpeed shows, and says once when judging begins."""
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from deepspeed.utils import logger
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
+from synthetic import World
+
+from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine.opening import guarding
+from deepspeed_sentinel.engine.telling import Telling
+from deepspeed_sentinel.mesh import Mesh
+
+
+@pytest.fixture
+def log(caplog):
+    assert logger.level == logging.WARNING, "what DeepSpeed shows"
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def line(mesh, **block):
+    return guarding(SentinelConfig.parse({"enabled": True, **block}).of_mesh(mesh), mesh)
+
+
+def test_the_line_has_what_is_guarded_and_what_is_not_seen():
+    told = line(Mesh(4, 3), warmup_steps=7)
+    assert told.startswith("guarding 4 stages x 3 replicas, action 'quarantine', wiring 'heal', conviction by proof; ")
+    assert "judging begins after 7 clean steps" in told
+    assert 'goes unseen without them: "twins": {"every": 100} finds it for 0.67 % of the data' in told
+
+
+@pytest.mark.parametrize(
+    ("replicas", "said"),
+    [(1, "there is nothing to compare with"), (2, "there is no majority, so only a replica that changes")],
+)
+def test_the_line_says_what_few_replicas_cannot_do(replicas, said):
+    assert said in line(Mesh(4, replicas)) and said not in line(Mesh(4, 3))
+    assert "conviction by statistics" in line(Mesh(4, replicas))
+
+
+def test_with_twin_steps_the_line_has_their_price():
+    told = line(Mesh(4, 4), twins={"every": 50})
+    assert "twin steps one in 50 at random, which costs 1.5 % of the data, and on suspicion" in told
+
+
+def test_a_run_begins_with_one_line_and_tells_once_when_judging_begins(log, tmp_path, one_rank):
+    config = SentinelConfig.parse({"enabled": True, "output_dir": str(tmp_path)}).of_mesh(Mesh(4, 3))
+    telling = Telling(config, Mesh(4, 3), SimpleNamespace(of_first=lambda text: text))
+    telling.start(0)
+    assert [record.getMessage()[:19] for record in log.records] == ["[sentinel] guarding"]
+    log.clear()
+    quiet = World().step()
+    for step, warming_up in enumerate([True, True, False, False]):
+        telling.verdict(replace(quiet, step=step, warming_up=warming_up))
+    assert [record.getMessage() for record in log.records] == [
+        "[sentinel] step 2: judging begins: what leaves the fences is an alarm from here on"
+    ]
