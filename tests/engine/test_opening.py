@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from deepspeed.utils import logger
 
@@ -16,6 +17,8 @@ from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.opening import guarding
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.mesh import Mesh
+from deepspeed_sentinel.telemetry.devices import NOBODY
+from deepspeed_sentinel.telemetry.who import Who
 
 
 @pytest.fixture
@@ -53,7 +56,8 @@ def test_with_twin_steps_the_line_has_their_price():
 
 def test_a_run_begins_with_one_line_and_tells_once_when_judging_begins(log, tmp_path, one_rank):
     config = SentinelConfig.parse({"enabled": True, "output_dir": str(tmp_path)}).of_mesh(Mesh(4, 3))
-    telling = Telling(config, Mesh(4, 3), SimpleNamespace(of_first=lambda text: text))
+    who = Who(np.arange(12).reshape(4, 3), [[NOBODY] * 3] * 4)
+    telling = Telling(config, Mesh(4, 3), SimpleNamespace(of_first=lambda text: text), who)
     telling.start(0)
     assert [record.getMessage()[:19] for record in log.records] == ["[sentinel] guarding"]
     log.clear()
