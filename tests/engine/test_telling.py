@@ -34,9 +34,16 @@ DEVICES[1][2] = Device("node-03", 2, UUID, "", "cuda:2")
 WHO = Who(np.arange(12).reshape(4, 3), DEVICES)
 
 
-def telling_of(folder, **block):
+def begun(folder, **block):
     config = SentinelConfig.parse({"enabled": True, "output_dir": str(folder), **block}).of_mesh(MESH)
     return Telling(config, MESH, SimpleNamespace(of_first=lambda text: text), WHO)
+
+
+def telling_of(folder, **block):
+    """Of a run in which judging has begun."""
+    telling = begun(folder, **block)
+    telling.verdict(quiet())
+    return telling
 
 
 @pytest.fixture
@@ -168,9 +175,9 @@ def test_what_a_convicted_worker_goes_on_doing_is_told_once_then_counted(telling
 
 def test_a_run_ends_with_a_summary(telling, log, tmp_path):
     counts = {"judged_messages": 480, "alarms": 2, "disputes": 1, "excluded_column_steps": 3, "skipped_steps": 0}
-    telling.end(0, counts, [])
+    begun(tmp_path / "none").end(0, counts, [])
     assert not log.messages, "nothing was judged"
-    for _ in range(4):
+    for _ in range(3):
         telling.verdict(quiet())
     telling.end(4, counts, [])
     telling.end(4, counts, [CULPRIT])
