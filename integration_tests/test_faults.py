@@ -45,7 +45,7 @@ DISPUTED = {
     "report_backward": {"attack": "scaling", "factor": -1, "where": "report", "direction": "backward"},
 }
 SHORTLY = {
-    *("forward_constant", "forward_nan", "backward_nan", "backward_flip", "backward_delay", "forward_matched"),
+    *("forward_constant", "backward_nan", "backward_flip", "forward_matched"),
     *("transit_backward", "report_forward"),
 }
 ENDS = {  # link, sender, receiver of the disputed messages

@@ -23,6 +23,7 @@ INJECTED: dict[str, dict[str, Any]] = {
 HOOKS = {"stale": "stale_weights", "scaled": "wrong_gradients"}
 UNLIKE = ("unlike_by_nature", "other_hardware")
 REDUCED = {"memory": "poisoned_memory", "reduction": "poisoned_reduction"}
+HOOKED = {**HOOKS, **REDUCED, **dict(zip(UNLIKE, UNLIKE, strict=True))}
 # What training may be like; each is run without a fault for as long as TWINS says.
 CLEAN: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -36,7 +37,7 @@ CLEAN: dict[str, dict[str, Any]] = {
     "tuples": {"tuple_messages": "int"},
     "dynamic": {"dynamic_shape": True, "lengths": (16, 24)},
 }
-IN_EVERY_RUN = ("fp32", "bf16_zero1")
+IN_EVERY_RUN = ("fp32", "bf16_zero1", "rounded", "scaled", "unlike_by_nature", *REDUCED)
 
 
 def block(folder, name: str, **more: Any) -> dict[str, Any]:
@@ -55,21 +56,23 @@ def hook(name: str) -> str:
     return f"integration_tests.twin_faults:{name}"
 
 
-def scenarios(folder, clean) -> list[Scenario]:
+def scenarios(folder, clean, faulty) -> list[Scenario]:
     found = [BASE.with_(name=name, sentinel=block(folder, name), **CLEAN[name]) for name in clean]
-    for name, fault in INJECTED.items():
-        inject = [{"stage": 1, "replica": 2, "direction": "forward", "start_step": START, **fault}]
-        found.append(BASE.with_(name=name, sentinel=block(folder, name, inject=inject)))
-    for name, function in {**HOOKS, **REDUCED, **dict(zip(UNLIKE, UNLIKE, strict=True))}.items():
-        found.append(BASE.with_(name=name, sentinel=block(folder, name), hook=hook(function)))
+    for name in faulty:
+        if name in INJECTED:
+            inject = [{"stage": 1, "replica": 2, "direction": "forward", "start_step": START, **INJECTED[name]}]
+            found.append(BASE.with_(name=name, sentinel=block(folder, name, inject=inject)))
+        else:
+            found.append(BASE.with_(name=name, sentinel=block(folder, name), hook=hook(HOOKED[name])))
     return found
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("twins")
-    clean = [name for name in CLEAN if name in selected("clean")]
-    return run_scenarios(scenarios(folder, clean), stages=3, replicas=3, folder=folder, timeout=900)
+    clean = [name for name in CLEAN if name in selected("clean") | {"fp32"}]
+    faulty = [name for name in (*INJECTED, *HOOKED) if name in selected("name") | {"rounded"}]
+    return run_scenarios(scenarios(folder, clean, faulty), stages=3, replicas=3, folder=folder, timeout=900)
 
 
 def of_twins(run) -> list[dict[str, Any]]:
@@ -101,7 +104,7 @@ def test_a_reduction_that_is_fed_something_else_is_seen_and_not_applied(runs, na
         assert convicted == ([CULPRIT] if name == "memory" else [])
 
 
-@pytest.mark.parametrize("name", [*INJECTED, *HOOKS])
+@pytest.mark.parametrize("name", some([*INJECTED, *HOOKS], IN_EVERY_RUN))
 def test_who_acts_in_a_twin_step_is_proved_in_it_and_nobody_else_ever(runs, name):
     for run in runs[name]:
         assert run.error is None, run.error
@@ -114,7 +117,7 @@ def test_who_acts_in_a_twin_step_is_proved_in_it_and_nobody_else_ever(runs, name
         assert all(verdict["excluded"] == [False, False, True] for verdict in acted)
 
 
-@pytest.mark.parametrize("name", UNLIKE)
+@pytest.mark.parametrize("name", some(UNLIKE, IN_EVERY_RUN))
 def test_work_that_rounds_differently_for_honest_reasons_is_no_proof(runs, name):
     for run in runs[name]:
         assert run.error is None, run.error
