@@ -1,0 +1,119 @@
+"""What people read: links lead somewhere, examples parse, the drawn picture is the one in the repository."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deepspeed_sentinel import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
+LANGUAGES = {"bash", "cfg", "ini", "json", "python", "text", "toml", "yaml"}
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```[ ]*$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of every fenced block."""
+    return [(language.strip(), body) for _, language, body in FENCE.findall(page.read_text(encoding="utf-8"))]
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks and what stands between backticks."""
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    headings = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def parse(language: str, body: str) -> None:
+    if language == "json":  # an entry of an object is shown without the object
+        json.loads(body if body.lstrip().startswith(("{", "[")) else f"{{{body}}}", strict=False)
+    elif language == "toml":
+        tomllib.loads(body)
+    elif language == "python":
+        ast.parse(body)
+
+
+def problems_of_links(page: Path) -> list[str]:
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        if not there.exists():
+            found.append(f"{target}: no such file")
+        elif anchor and anchor not in anchors(there):
+            found.append(f"{target}: no such heading")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[a](there.md) [b](there.md#a-heading-twice) [c](#here) `[d](no.md)`\n# Here", None),
+        ("[a](gone.md)", "gone.md: no such file"),
+        ("[a](there.md#b)", "there.md#b: no such heading"),
+        ("```text\n# Here\n```\n[a](#here)", "#here: no such heading"),
+    ],
+)
+def test_the_check_of_links_sees_what_is_broken(tmp_path, text, problem):
+    (tmp_path / "there.md").write_text("# A heading, `twice`")
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    assert problems_of_links(page) == ([problem] if problem else [])
+
+
+@pages
+def test_relative_links_lead_somewhere(page):
+    assert problems_of_links(page) == []
+
+
+@pages
+def test_fenced_blocks_name_their_language_and_parse(page):
+    for language, body in blocks(page):
+        assert language in LANGUAGES, f"a block without a language, or with an unknown one: {language!r}\n{body}"
+        try:
+            parse(language, body)
+        except ValueError as error:
+            raise AssertionError(f"{language} that does not parse: {error}\n{body}") from error
+        except SyntaxError as error:
+            raise AssertionError(f"python that does not parse: {error}\n{body}") from error
+
+
+def test_every_page_of_the_docs_is_linked_from_the_readme():
+    linked = re.findall(r"\]\((docs/[\w-]+\.md)[^)]*\)", prose(ROOT / "README.md"))
+    assert {f"docs/{page.name}" for page in ROOT.glob("docs/*.md")} - set(linked) == set()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 210
+
+
+def test_the_picture_is_what_its_script_draws():
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "docs/picture.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.FILE.read_text(encoding="utf-8") == script.picture()
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == __version__
+    assert any("2603.03592" in str(reference) for reference in citation["references"])
