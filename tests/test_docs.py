@@ -10,9 +10,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from deepspeed_sentinel import __version__
+from deepspeed_sentinel.attacks.base import apply_attack, build_attack
+from deepspeed_sentinel.attacks.context import AttackContext
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -101,7 +104,7 @@ def test_every_page_of_the_docs_is_linked_from_the_readme():
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 210
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def test_the_picture_is_what_its_script_draws():
@@ -117,3 +120,16 @@ def test_the_citation_names_this_version():
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["version"] == __version__
     assert any("2603.03592" in str(reference) for reference in citation["references"])
+
+
+def test_the_attack_of_the_page_on_extending_is_one(tmp_path):
+    (source,) = (
+        body for language, body in blocks(ROOT / "docs/extending.md") if language == "python" and "class" in body
+    )
+    (tmp_path / "mine.py").write_text(source)
+    attack = build_attack(f"{tmp_path}/mine.py:Dimmed", {"share": 0.25})
+    where = AttackContext(
+        direction="forward", stage=1, replica=2, step=30, micro_batch=0, start=30, generator=torch.Generator()
+    )
+    tampered = apply_attack(attack, torch.ones(2, 8), where)
+    assert tampered.tolist() == [[0.5, 0.5, 1, 1, 1, 1, 1, 1]] * 2

@@ -63,3 +63,4 @@ def test_the_sdist_has_all_that_the_repository_has(packed):
     assert len(wanted) > 300
     assert wanted - packed_files == set()
     assert {"LICENSE", "Makefile", "README.md", "pyproject.toml", "requirements-dev.txt"} <= packed_files
+    assert {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"} <= packed_files
