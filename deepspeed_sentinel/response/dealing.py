@@ -98,7 +98,7 @@ class Dealer:
 
 
 def _about_anybody(doubts: Doubts) -> bool:
-    marked = doubts.convicted | doubts.suspects | doubts.untried
+    marked = doubts.packed | doubts.suspects | doubts.untried
     return bool(marked.any() or doubts.apart)
 
 
@@ -128,9 +128,9 @@ class _Healing:
         for worker in sorted(self._apart):
             self._at_odds[worker.stage].append(worker)
         replicas = mesh.replicas
-        lost = int(np.count_nonzero(doubts.convicted, axis=1).max())
+        lost = int(np.count_nonzero(doubts.packed, axis=1).max())
         tried = min(max(1, replicas - lost - (replicas - 1) // 2 - 1), replicas - 1 - lost)
-        convicted, suspects = (np.take_along_axis(which, before, 1) for which in (doubts.convicted, doubts.suspects))
+        convicted, suspects = (np.take_along_axis(which, before, 1) for which in (doubts.packed, doubts.suspects))
         # Where most of them stand already, and of equals the first.
         self._lost = _largest(np.count_nonzero(convicted, axis=0), lost)
         self._tried = _largest(np.where(self._lost, -1, np.count_nonzero(suspects, axis=0)), max(tried, 0))
@@ -138,7 +138,7 @@ class _Healing:
         self._first = np.where(self._tried & suspects.any(0), np.argmax(suspects, axis=0), -1)
         self._suspects_in = np.zeros(replicas, np.int64)
         self.wiring = before.copy()
-        concerned = (doubts.convicted | doubts.suspects | doubts.untried).any(1)
+        concerned = (doubts.packed | doubts.suspects | doubts.untried).any(1)
         for stage in range(1, mesh.stages - 1):
             if concerned[stage] or self._at_odds[stage]:
                 self.wiring[stage] = self._row(stage)
@@ -148,7 +148,7 @@ class _Healing:
         row = np.full(self._mesh.replicas, -1)
         # Suspects leave the lost columns anyway, so convicted workers take their places there first.
         leaving = self._doubts.suspects[stage, self._before[stage]]
-        self._put_aside(row, stage, np.flatnonzero(self._doubts.convicted[stage]), leaving)
+        self._put_aside(row, stage, np.flatnonzero(self._doubts.packed[stage]), leaving)
         aside = self._waiting(stage, int(np.count_nonzero(self._lost & (row < 0)))) if self._at_odds[stage] else []
         self._put_aside(row, stage, np.array(aside, np.int64), leaving)
         for replica in self._in_turn(stage, aside):
