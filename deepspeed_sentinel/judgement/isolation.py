@@ -38,7 +38,7 @@ from deepspeed_sentinel.mesh import Mesh, Worker, columns_of
 _LEAST_REPLICAS = 3
 _MOST_EVENTS = 512  # remembered; the oldest give way
 _MOST_TRIES = 400  # of one search; beyond, one more of a stage is allowed
-_NOBODY, _CLEARED = -1, -2
+_NOBODY, _DISPUTE, _ALARM = -1, -1, -2
 
 Event = tuple[Worker, ...]
 
@@ -49,8 +49,7 @@ class Isolation:
     Args:
         mesh: stages and replicas.
         memory: steps for which a dispute is remembered.
-        patience: steps for which an accusation is remembered, and again from when who was accused is cleared. It is
-            short, since honest workers are accused at times.
+        patience: steps for which an alarm is, which honest workers have at times.
         acts: columns are dealt anew. Otherwise, and with fewer than three replicas, nobody is ever isolated.
 
     Attributes:
@@ -62,8 +61,8 @@ class Isolation:
         self._mesh = mesh
         self._memory, self._patience = memory, patience
         self._acts = acts and mesh.replicas >= _LEAST_REPLICAS
-        # A row an event: the replica of each stage that is involved or _NOBODY; the stage of who has to be cleared for
-        # it to be one, _CLEARED if it is, or _NOBODY; steps to remember it.
+        # A row an event: the replica of each stage that is involved or _NOBODY; its kind, or the stage of who has to be
+        # cleared for it to be one; steps to remember it.
         self._events = np.zeros((0, mesh.stages + 2), np.int64)
         self._unexplained = 0  # steps for which nothing is news
         self.isolated = np.zeros((mesh.stages, mesh.replicas), bool)
@@ -73,6 +72,7 @@ class Isolation:
         self,
         served: np.ndarray,
         involved: np.ndarray,
+        unblamed: np.ndarray,
         accused: Iterable[tuple[Worker, int]],
         cleared: np.ndarray,
         convicted: np.ndarray,
@@ -83,6 +83,7 @@ class Isolation:
         Args:
             served: int [S, C], who served each column.
             involved: bool [events, S, C], who is involved in each, by column; none where nothing is marked.
+            unblamed: bool [C], columns in alarm for which nobody can be blamed.
             accused: workers accused by their neighbours' sketches alone, and the columns that they served.
             cleared: bool [S, R], suspects that a twin step has cleared.
             convicted: bool [S, R], after this step.
@@ -93,15 +94,17 @@ class Isolation:
             return
         self._unexplained = max(self._unexplained - 1, 0)
         self._events[:, -1] -= 1
-        kept = self._events[:, -1] > 0
-        changed |= not kept.all()
-        self._events = self._events[kept]
         for event, column in np.argwhere(involved[:, 1:-1].any(1)).tolist():
-            changed |= self._enter(involved[event, :, column], served[:, column], _NOBODY, convicted)
+            changed |= self._enter(involved[event, :, column], served[:, column], _DISPUTE, convicted)
+        for column in np.flatnonzero(unblamed).tolist():
+            changed |= self._enter(np.ones(self._mesh.stages, bool), served[:, column], _ALARM, convicted)
         for worker, column in accused:
             beside = np.abs(np.arange(self._mesh.stages) - worker.stage) <= 1
             self._enter(beside, served[:, column], worker.stage, convicted)
-        if self._clear(cleared) or changed:
+        changed |= self._clear(cleared)
+        kept = self._events[:, -1] > 0
+        self._events = self._events[kept]
+        if changed or not kept.all():
             self._explain(convicted)
 
     def beside(self, served: np.ndarray) -> np.ndarray:
@@ -130,7 +133,7 @@ class Isolation:
     def limits(self) -> dict[str, tuple[float, float]]:
         """Least and largest value of what may be negative in a state."""
         largest = max(self._mesh.stages, self._mesh.replicas, self._memory)
-        return {"events": (float(_CLEARED), float(largest)), "unexplained": (0.0, float(self._memory))}
+        return {"events": (float(_ALARM), float(largest)), "unexplained": (0.0, float(self._memory))}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         events = np.array(state["events"])
@@ -139,34 +142,37 @@ class Isolation:
         self._events = events[possible]
         self._unexplained, self.isolated = int(state["unexplained"]), np.array(state["isolated"])
 
-    def _enter(self, involved: np.ndarray, served: np.ndarray, to_clear: int, convicted: np.ndarray) -> bool:
+    def _enter(self, involved: np.ndarray, served: np.ndarray, kind: int, convicted: np.ndarray) -> bool:
         """Whether an event (bool [S], int [S]) has to be explained anew."""
         middle = involved.copy()
         middle[[0, -1]] = False
         stages = np.flatnonzero(middle)
         replicas = served[stages]
-        if convicted[stages, replicas].any():
+        if not stages.size or convicted[stages, replicas].any():
             return False
         known = self.isolated[stages, replicas]
         if known.any():
             again = (self._events[:, stages[known]] == replicas[known]).any(1)
-            for kind, steps in ((_NOBODY, self._memory), (_CLEARED, self._patience)):
-                self._events[again & (self._events[:, -2] == kind), -1] = steps
+            for of_kind in (_DISPUTE, _ALARM):
+                self._events[again & (self._events[:, -2] == of_kind), -1] = self._steps(of_kind)
             return False
         row = np.full(self._mesh.stages + 2, _NOBODY, np.int64)
         row[stages] = replicas
-        row[-2:] = to_clear, (self._memory if to_clear == _NOBODY else self._patience)
+        row[-2:] = kind, self._steps(kind)
         same = (self._events[:, :-1] == row[:-1]).all(1)
         self._events = np.concatenate([self._events[~same], row[None]])[-_MOST_EVENTS:]
-        return to_clear == _NOBODY
+        return kind < 0
 
     def _clear(self, cleared: np.ndarray) -> bool:
         """What stands for whether somebody (bool [S, R]) is cleared becomes an event."""
         stages = self._events[:, -2]
         found = np.flatnonzero(stages >= 0)
         found = found[cleared[stages[found], self._events[found, stages[found]]]]
-        self._events[found, -2:] = _CLEARED, self._patience
+        self._events[found, -2:] = _ALARM, self._steps(_ALARM)
         return bool(found.size)
+
+    def _steps(self, kind: int) -> int:
+        return self._memory if kind == _DISPUTE else self._patience
 
     def _explain(self, convicted: np.ndarray) -> None:
         rows = self._events
@@ -181,7 +187,9 @@ class Isolation:
             ]
             found = self._smallest(events, np.count_nonzero(convicted, axis=1))
             if found is None:
-                self._events = np.delete(self._events, open_rows[: (len(events) + 1) // 2], axis=0)
+                kept = np.ones(len(self._events), bool)
+                kept[open_rows[: (len(events) + 1) // 2]] = False
+                self._events = self._events[kept]
                 self._unexplained = self._memory
         before = self.isolated
         self.isolated = np.zeros_like(convicted)

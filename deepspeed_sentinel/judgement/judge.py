@@ -41,6 +41,7 @@ from deepspeed_sentinel.judgement.verdict import NOBODY, Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, columns_of, identity
 
 _MAX_ABS = Rows.all_of("max_abs")
+_PATIENCE = 4  # of the time for which a strike makes a suspect: who it was is found out in that
 _PASSED_ON, _FROM_NOTHING = NAMES.index("passed_on"), NAMES.index("from_nothing")
 
 
@@ -96,7 +97,7 @@ class Judge:
         self.standing = Standing((len(self.table), 2, mesh.links, mesh.replicas), settings.strike_window)
         self.unsettled = Unsettled(mesh, settings.probation_steps)
         heals = settings.wiring == "heal" and settings.action != "observe"
-        self.isolation = Isolation(mesh, settings.probation_steps, settings.strike_window, heals)
+        self.isolation = Isolation(mesh, settings.probation_steps, _PATIENCE * settings.strike_window, heals)
         self.record = Record(
             mesh,
             settings.strikes,
@@ -262,6 +263,7 @@ class Judge:
         self.isolation.step(
             served,
             _involved(np.asarray(unproved), leaving(silent.any(-1)).any(0)),
+            np.asarray((alarms & ~excused).any((0, 1, 3)) & ~(blame.strikes | disputes).any((0, 1, 3)) & (twins is None)),
             [(one.worker, one.column) for one in findings if one.strikes and one.rests_on_pair],
             changes.cleared,
             self.record.convicted,
