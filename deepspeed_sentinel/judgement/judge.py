@@ -263,7 +263,9 @@ class Judge:
         self.isolation.step(
             served,
             _involved(np.asarray(unproved), leaving(silent.any(-1)).any(0)),
-            np.asarray((alarms & ~excused).any((0, 1, 3)) & ~(blame.strikes | disputes).any((0, 1, 3)) & (twins is None)),
+            np.asarray(
+                (alarms & ~excused).any((0, 1, 3)) & ~(blame.strikes | disputes).any((0, 1, 3)) & (twins is None)
+            ),
             [(one.worker, one.column) for one in findings if one.strikes and one.rests_on_pair],
             changes.cleared,
             self.record.convicted,
