@@ -28,7 +28,6 @@ all three in column 0, and two columns without any.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -37,10 +36,8 @@ from deepspeed_sentinel.mesh import Mesh, Worker, columns_of
 
 _LEAST_REPLICAS = 3
 _MOST_EVENTS = 512  # remembered; the oldest give way
-_MOST_TRIES = 400  # of one search; beyond, one more of a stage is allowed
+_MOST_TRIES = 500  # of one search; beyond, one more of a stage is allowed, and at last what explains most is taken
 _NOBODY, _DISPUTE, _ALARM = -1, -1, -2
-
-Event = tuple[Worker, ...]
 
 
 class Isolation:
@@ -92,20 +89,22 @@ class Isolation:
         self.news = False
         if not self._acts:
             return
+        more, fewer = False, changed
         self._unexplained = max(self._unexplained - 1, 0)
         self._events[:, -1] -= 1
         for event, column in np.argwhere(involved[:, 1:-1].any(1)).tolist():
-            changed |= self._enter(involved[event, :, column], served[:, column], _DISPUTE, convicted)
+            more |= self._enter(involved[event, :, column], served[:, column], _DISPUTE, convicted)
         for column in np.flatnonzero(unblamed).tolist():
-            changed |= self._enter(np.ones(self._mesh.stages, bool), served[:, column], _ALARM, convicted)
+            more |= self._enter(np.ones(self._mesh.stages, bool), served[:, column], _ALARM, convicted)
         for worker, column in accused:
             beside = np.abs(np.arange(self._mesh.stages) - worker.stage) <= 1
             self._enter(beside, served[:, column], worker.stage, convicted)
-        changed |= self._clear(cleared)
+        more |= self._clear(cleared)
         kept = self._events[:, -1] > 0
         self._events = self._events[kept]
-        if changed or not kept.all():
-            self._explain(convicted)
+        fewer |= not bool(kept.all())
+        if more or fewer:
+            self._explain(convicted, fewer)
 
     def beside(self, served: np.ndarray) -> np.ndarray:
         """bool [S, R], who is isolated or serves (int [S, C]) a column next to one who is."""
@@ -120,7 +119,7 @@ class Isolation:
         cleared = np.zeros_like(self.isolated)
         cleared[worker] = True
         if self._acts and self._clear(cleared):
-            self._explain(convicted)
+            self._explain(convicted, fewer=False)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
@@ -160,7 +159,10 @@ class Isolation:
         row[stages] = replicas
         row[-2:] = kind, self._steps(kind)
         same = (self._events[:, :-1] == row[:-1]).all(1)
-        self._events = np.concatenate([self._events[~same], row[None]])[-_MOST_EVENTS:]
+        self._events = np.concatenate([self._events[~same], row[None]])
+        if len(self._events) > _MOST_EVENTS:
+            self._forget(np.arange(1))
+        self.news |= kind < 0 and not same.any()
         return kind < 0
 
     def _clear(self, cleared: np.ndarray) -> bool:
@@ -169,68 +171,85 @@ class Isolation:
         found = np.flatnonzero(stages >= 0)
         found = found[cleared[stages[found], self._events[found, stages[found]]]]
         self._events[found, -2:] = _ALARM, self._steps(_ALARM)
+        self.news |= bool(found.size)
         return bool(found.size)
 
     def _steps(self, kind: int) -> int:
         return self._memory if kind == _DISPUTE else self._patience
 
-    def _explain(self, convicted: np.ndarray) -> None:
-        rows = self._events
-        stages, replicas = np.arange(self._mesh.stages), rows[:, :-2]
-        self._events = rows[~((replicas != _NOBODY) & convicted[stages, replicas]).any(1)]
+    def _forget(self, rows: np.ndarray) -> None:
+        """Some events could not all be true, or are too many."""
+        kept = np.ones(len(self._events), bool)
+        kept[rows] = False
+        self._events = self._events[kept]
+        self._unexplained = self._memory
+
+    def _explain(self, convicted: np.ndarray, fewer: bool) -> None:
+        """``fewer`` events, or others convicted, may be explained by fewer of a stage."""
+        stages, replicas = np.arange(self._mesh.stages), self._events[:, :-2]
+        self._events = self._events[~((replicas != _NOBODY) & convicted[stages, replicas]).any(1)]
+        packed = np.count_nonzero(self.isolated | convicted, axis=1)
         found = None
         while found is None:
-            open_rows = np.flatnonzero(self._events[:, -2] < 0)
-            events = [
-                tuple(Worker(stage, int(row[stage])) for stage in np.flatnonzero(row != _NOBODY).tolist())
-                for row in self._events[open_rows, :-2]
-            ]
-            found = self._smallest(events, np.count_nonzero(convicted, axis=1))
+            rows = np.flatnonzero(self._events[:, -2] < 0)
+            found = self._smallest(self._members(rows), convicted, 0 if fewer else int(packed.max()))
             if found is None:
-                kept = np.ones(len(self._events), bool)
-                kept[open_rows[: (len(events) + 1) // 2]] = False
-                self._events = self._events[kept]
-                self._unexplained = self._memory
-        before = self.isolated
-        self.isolated = np.zeros_like(convicted)
-        for worker in found:
-            self.isolated[worker] = True
-        self.news = not self._unexplained and bool((self.isolated & ~before).any())
+                self._forget(rows[: (len(rows) + 1) // 2])
+        self.isolated = found
+        self.news &= not self._unexplained
 
-    def _smallest(self, events: list[Event], convicted: np.ndarray) -> frozenset[Worker] | None:
-        """Workers of which each event has one, with those convicted (int [S]) as few of any stage as possible."""
-        least, most = int(convicted.max()), (self._mesh.replicas - 1) // 2
-        for number in range(max(least, bool(events)), max(least, most) + 1):
-            found = self._search(events, (number - convicted).tolist())
-            if found is not None:
-                return found
-        return None
+    def _members(self, rows: np.ndarray) -> np.ndarray:
+        """int [N, most involved in one], of events the workers involved as s R + r, and S R where there are fewer."""
+        replicas = self._events[rows, :-2]
+        workers = np.arange(self._mesh.stages) * self._mesh.replicas + replicas
+        workers = np.where(replicas == _NOBODY, self._mesh.stages * self._mesh.replicas, workers)
+        most = int(np.count_nonzero(replicas != _NOBODY, axis=1).max(initial=0))
+        return np.sort(workers, axis=1)[:, :most]
 
-    def _search(self, events: list[Event], room: list[int]) -> frozenset[Worker] | None:
-        """Depth first, who is involved in most events first; ``room`` is how many of each stage there may be."""
-        tries: list[tuple[frozenset[Worker], frozenset[Worker]]] = [(frozenset(), frozenset())]
+    def _smallest(self, events: np.ndarray, convicted: np.ndarray, least: int) -> np.ndarray | None:
+        """bool [S, R], of which each event has one, with those convicted as few of a stage as possible, or None."""
+        number = np.count_nonzero(convicted, axis=1)
+        least, most = max(int(number.max()), least, bool(len(events))), (self._mesh.replicas - 1) // 2
+        found = None
+        for allowed in range(least, max(least, most) + 1):
+            found, left = self._search(events, allowed - number)
+            if not left:
+                break
+        return found
+
+    def _search(self, events: np.ndarray, room: np.ndarray) -> tuple[np.ndarray | None, int]:
+        """Depth first, who is involved in most events first; ``room``, int [S], is how many of each there may be.
+
+        Returns:
+            who explains most, or None if nobody can explain all, and how many events it leaves.
+        """
+        nobody = self.isolated.size
+        known = self.isolated.ravel()
+        # Who is in it, and who is not. The last place is for who is missing in an event.
+        tries = [(np.zeros(nobody + 1, bool), np.arange(nobody + 1) == nobody)]
+        best, left = None, len(events) + 1
         for _ in range(_MOST_TRIES):
             if not tries:
-                return None
+                return None, left
             inside, outside = tries.pop()
-            while True:
-                unexplained = [event for event in events if not inside.intersection(event)]
-                if not unexplained:
-                    return inside
-                taken = Counter(worker.stage for worker in inside)
-                options = min(
-                    (
-                        [one for one in event if one not in outside and taken[one.stage] < room[one.stage]]
-                        for event in unexplained
-                    ),
-                    key=len,
-                )
-                if len(options) != 1:
-                    break
-                inside = inside.union(options)
-            involved = Counter(worker for event in unexplained for worker in event)
-            options.sort(key=lambda one: (-involved[one], not self.isolated[one], one))
+            unexplained = events[~inside[events].any(1)]
+            if len(unexplained) < left:
+                best, left = inside[:-1].reshape(self.isolated.shape), len(unexplained)
+            if not left:
+                break
+            full = np.count_nonzero(inside[:-1].reshape(self.isolated.shape), axis=1) >= room
+            barred = outside.copy()
+            barred[:-1] |= np.broadcast_to(full[:, None], self.isolated.shape).ravel()
+            free = ~barred[unexplained]
+            hardest = int(np.argmin(np.count_nonzero(free, axis=1)))
+            involved = [
+                (-int(np.count_nonzero(unexplained == one)), not known[one], one)
+                for one in unexplained[hardest][free[hardest]].tolist()
+            ]
+            options = [one for _, _, one in sorted(involved)]
             # Of the first option that holds, those before it are not in it.
             for number in reversed(range(len(options))):
-                tries.append((inside.union([options[number]]), outside.union(options[:number])))
-        return None
+                more, less = inside.copy(), outside.copy()
+                more[options[number]] = less[options[:number]] = True
+                tries.append((more, less))
+        return best, left
