@@ -16,6 +16,8 @@ more than K of one stage, since each of those would be inside. So with both ends
 all keep no more than n (2 f + 1) columns out beyond the K, ever, as long as all is remembered. Where three are involved
 it is n (6 f R + 1).
 
+An alarm for which nobody can be blamed is such an event too, with all of its column involved.
+
 An event is remembered for some steps, and anew whenever somebody isolated for it is involved in another. Events that
 cannot be explained by f a stage come of something else (a broken first stage, more bad workers); the older half of
 them is forgotten then, and for as many steps none is news.
