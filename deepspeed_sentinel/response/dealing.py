@@ -181,12 +181,14 @@ class _Healing:
     def _waiting(self, stage: int, places: int) -> list[int]:
         """Of each two of a stage that differed one, as far as there are places: who differed from most first."""
         accused, suspected = self._doubts.accused[stage], (self._doubts.suspects | self._doubts.untried)[stage]
-        lost = self._lost[self._stood[stage]]
+        packed, lost = self._doubts.packed[stage], self._lost[self._stood[stage]]
+        # Who is packed waits already.
         pairs = [
             (one.replica, other.replica)
             for one in self._at_odds[stage]
             for other in self._apart[one]
-            if other.stage == stage and one < other and (suspected[one.replica] or suspected[other.replica])
+            if other.stage == stage and one < other and not (packed[one.replica] or packed[other.replica])
+            if suspected[one.replica] or suspected[other.replica]
         ]
         waiting: list[int] = []
         while pairs and len(waiting) < places:

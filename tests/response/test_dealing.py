@@ -47,7 +47,7 @@ def situations(draw, apart=True):
             continue
         one, other = (Worker(at, int(generator.integers(mesh.replicas))) for at in (stage, stage + distance))
         trusted = mesh.is_trusted(one.stage) and mesh.is_trusted(other.stage)
-        if one < other and not (convicted[one] or convicted[other] or trusted):
+        if one < other and not trusted:
             pairs.append((one, other))
     accused = suspects & (generator.random(shape) < 0.5)
     untried = (generator.random(shape) < draw(st.sampled_from([0.0, 0.3]))) & ~(convicted | suspects)
