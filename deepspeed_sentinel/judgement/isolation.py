@@ -255,3 +255,22 @@ class Isolation:
                 more[options[number]] = less[options[:number]] = True
                 tries.append((more, less))
         return best, left
+
+
+def involved(by_ends: np.ndarray, silent: np.ndarray) -> np.ndarray:
+    """Who is involved in disputes that prove nothing.
+
+    Args:
+        by_ends: bool [L, C], links whose ends differ.
+        silent: bool [S - 2, C], middle stages of which a neighbour has nothing to say.
+
+    Returns:
+        bool [events, S, C]: both ends of such a link, and such a stage with its neighbours.
+    """
+    links, columns = by_ends.shape
+    workers = np.zeros((links + len(silent), links + 1, columns), bool)
+    for link in range(links):
+        workers[link, link : link + 2] = by_ends[link]
+    for before in range(len(silent)):
+        workers[links + before, before : before + 3] = silent[before]
+    return workers

@@ -26,7 +26,7 @@ from deepspeed_sentinel.judgement.contradiction import Contradictions, contradic
 from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.fences import Fences
-from deepspeed_sentinel.judgement.isolation import Isolation
+from deepspeed_sentinel.judgement.isolation import Isolation, involved
 from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Overflow
 from deepspeed_sentinel.judgement.passing import Passing, leaving
@@ -262,7 +262,7 @@ class Judge:
         unproved = ((said.by_ends | (alarms & doubted)) & ~facts).any((0, 3))
         self.isolation.step(
             served,
-            _involved(np.asarray(unproved), leaving(silent.any(-1)).any(0)),
+            involved(np.asarray(unproved), leaving(silent.any(-1)).any(0)),
             np.asarray(
                 (alarms & ~excused).any((0, 1, 3)) & ~(blame.strikes | disputes).any((0, 1, 3)) & (twins is None)
             ),
@@ -460,18 +460,6 @@ class Judge:
             links = [f"link {link}, column {column}" for link, column in np.argwhere(self.record.lasting_disputes)]
             return f'lasting dispute over {"; ".join(links)} ("action": "halt")'
         return None
-
-
-def _involved(by_ends: np.ndarray, silent: np.ndarray) -> np.ndarray:
-    """bool [events, S, C]: both ends of each link (bool [L, C]), and each middle stage that nobody speaks of (bool
-    [S - 2, C]) with its neighbours."""
-    links, columns = by_ends.shape
-    involved = np.zeros((links + len(silent), links + 1, columns), bool)
-    for link in range(links):
-        involved[link, link : link + 2] = by_ends[link]
-    for before in range(len(silent)):
-        involved[links + before, before : before + 3] = silent[before]
-    return involved
 
 
 def _serving(workers: np.ndarray, served: np.ndarray) -> np.ndarray:

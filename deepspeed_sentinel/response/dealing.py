@@ -5,7 +5,8 @@ be trusted with it. ``docs/wiring.md`` has the rules and what they cost. With ``
 workers a stage at most:
 
 * Nothing moves, not even back, as long as nobody is convicted, isolated, suspected or at odds with another.
-* Convicted and isolated workers are packed into K columns, K the largest number of them in any stage: fewer cannot hold them.
+* Convicted and isolated workers are packed into K columns, K the largest number of them in any stage: fewer cannot
+  hold them.
 * Suspects are spread over T = R - K - (f + 1) other columns (at least one, and such that one without any is left), each
   into one of its own as far as there are so many. A twin step proves the first in each column, while f + 1 columns
   agree. Of one stage no more than T can be tried at once: the others wait where convicted workers stand, taking turns.
