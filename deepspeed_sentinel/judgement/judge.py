@@ -262,7 +262,7 @@ class Judge:
         unproved = ((said.by_ends | (alarms & doubted)) & ~facts).any((0, 3))
         self.isolation.step(
             served,
-            involved(np.asarray(unproved), leaving(silent.any(-1)).any(0)),
+            involved(np.asarray(unproved), np.asarray(leaving(np.asarray(silent.any(-1))).any(0))),
             np.asarray(
                 (alarms & ~excused).any((0, 1, 3)) & ~(blame.strikes | disputes).any((0, 1, 3)) & (twins is None)
             ),
