@@ -14,8 +14,8 @@ class Doubts:
     """Who is to be kept where.
 
     Attributes:
-        convicted: bool [S, R].
-        suspects: bool [S, R], workers of middle stages to be tried in a twin step, none of them convicted.
+        packed: bool [S, R], convicted or isolated: to stand in as few columns as can hold them.
+        suspects: bool [S, R], workers of middle stages to be tried in a twin step, none of them packed.
         accused: bool [S, R], those of them that are suspected for what they sent.
         untried: bool [S, R], workers of middle stages that nobody suspects and that were not compared when somebody
             was convicted, nor since.
@@ -24,7 +24,7 @@ class Doubts:
             with each other alone.
     """
 
-    convicted: np.ndarray
+    packed: np.ndarray
     suspects: np.ndarray
     accused: np.ndarray
     untried: np.ndarray

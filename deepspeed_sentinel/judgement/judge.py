@@ -26,9 +26,10 @@ from deepspeed_sentinel.judgement.contradiction import Contradictions, contradic
 from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.fences import Fences
+from deepspeed_sentinel.judgement.isolation import Isolation, involved
 from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Overflow
-from deepspeed_sentinel.judgement.passing import Passing
+from deepspeed_sentinel.judgement.passing import Passing, leaving
 from deepspeed_sentinel.judgement.proof import tried, try_twins
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.replay import Replayed
@@ -40,6 +41,7 @@ from deepspeed_sentinel.judgement.verdict import NOBODY, Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, columns_of, identity
 
 _MAX_ABS = Rows.all_of("max_abs")
+_PATIENCE = 4  # of the time for which a strike makes a suspect: who it was is found out in that
 _PASSED_ON, _FROM_NOTHING = NAMES.index("passed_on"), NAMES.index("from_nothing")
 
 
@@ -94,13 +96,15 @@ class Judge:
         self.content = Content(mesh.replicas, self.table)
         self.standing = Standing((len(self.table), 2, mesh.links, mesh.replicas), settings.strike_window)
         self.unsettled = Unsettled(mesh, settings.probation_steps)
+        heals = settings.wiring == "heal" and settings.action != "observe"
+        self.isolation = Isolation(mesh, settings.probation_steps, _PATIENCE * settings.strike_window, heals)
         self.record = Record(
             mesh,
             settings.strikes,
             settings.strike_window,
             settings.probation_steps,
             by_proof=settings.conviction == "proof",
-            heals=settings.wiring == "heal" and settings.action != "observe",
+            heals=heals,
         )
         self.overflow = Overflow(mesh)
         self.skipped_in_a_row = 0
@@ -115,10 +119,12 @@ class Judge:
     @property
     def doubts(self) -> Doubts:
         """What the next wiring is made of, after the last step."""
-        suspects, convicted = self.record.suspects, self.record.convicted.copy()
+        convicted, isolated = self.record.convicted, self.isolation.isolated
+        # Who is isolated stays so while it is suspected: else a liar would be brought out by one strike.
+        suspects, untried = self.record.suspects & ~isolated, self.record.untried & ~isolated
         suspects[[0, -1]] = False
         accused = self.record.accused & suspects
-        return Doubts(convicted, suspects, accused, self.record.untried, self.unsettled.pairs(convicted))
+        return Doubts(convicted | isolated, suspects, accused, untried, self.unsettled.pairs(convicted))
 
     def step(
         self,
@@ -152,7 +158,8 @@ class Judge:
             values[said.neither] = compared[said.neither] = np.nan
         contradicted = differ | said.by_ends
         contradicted[BACKWARD] |= nothing.disputed
-        contested = said.by_neighbours | self.silence.step(evidence.statistics[RECEIVED], void, served, warming_up)
+        silent = self.silence.step(evidence.statistics[RECEIVED], void, served, warming_up)
+        contested = said.by_neighbours | silent
         disputes = contradicted | contested
         values[self.table.by_judge] = 0.0
         values[_PASSED_ON] = self.passing.step(evidence.digests[RECEIVED], ~differ, served)
@@ -246,10 +253,27 @@ class Judge:
         proved = (*proved, *(replayed.inconsistent if replayed else ()), *(one.worker for one in by_several))
         shown = tried(self.mesh, trial, proved) if trial or proved else None
         changes = self.record.update(
-            *entries(self.mesh, findings, disputed), shown, evidence.refused, self.unsettled.doubted
+            *entries(self.mesh, findings, disputed),
+            shown,
+            evidence.refused,
+            self.unsettled.doubted,
+            self.isolation.beside(served),
+        )
+        unproved = ((said.by_ends | (alarms & doubted)) & ~facts).any((0, 3))
+        self.isolation.step(
+            served,
+            involved(np.asarray(unproved), np.asarray(leaving(np.asarray(silent.any(-1))).any(0))),
+            np.asarray(
+                (alarms & ~excused).any((0, 1, 3)) & ~(blame.strikes | disputes).any((0, 1, 3)) & (twins is None)
+            ),
+            [(one.worker, one.column) for one in findings if one.strikes and one.rests_on_pair],
+            changes.cleared,
+            self.record.convicted,
+            bool((changes.convicted | changes.released).any()),
         )
         suspects = self.record.suspects
-        taught = bool(changes.convicted.any() or self.unsettled.news or (suspects & ~self._known).any())
+        new = suspects & ~self._known
+        taught = bool(changes.convicted.any() or self.unsettled.news or self.isolation.news or new.any())
         self._take_for_usual(residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None)
 
         events = (alarms & ~reported_only) | disputes | differing
@@ -327,6 +351,8 @@ class Judge:
         changes = self.record.update_again(*entries(self.mesh, strikes, verdict.disputed))
         for finding in (*opened, *refuted):
             self.cusum.retract(finding.direction, finding.link, finding.worker.replica, to_zero=finding in refuted)
+        for finding in refuted:
+            self.isolation.clear(finding.worker, self.record.convicted)
         return replace(
             verdict,
             convicted=self.record.convicted.copy(),
@@ -344,6 +370,7 @@ class Judge:
             "standing": self.standing.state_dict(),
             "record": self.record.state_dict(),
             "unsettled": self.unsettled.state_dict(),
+            "isolation": self.isolation.state_dict(),
             "passing": self.passing.state_dict(),
             "nothing": self.nothing.state_dict(),
             "silence": self.silence.state_dict(),
@@ -355,7 +382,8 @@ class Judge:
 
     def problem(self, state: object) -> str | None:
         """Why a state cannot be taken up, in words that follow "checkpoint ..."; None if it can."""
-        limits = {name: getattr(self, name).limits for name in ("fences", "cusum", "nothing", "standing", "unsettled")}
+        bounded = ("fences", "cusum", "nothing", "standing", "unsettled", "isolation")
+        limits = {name: getattr(self, name).limits for name in bounded}
         return problem(state, self.state_dict(), limits)
 
     def load_state_dict(self, state: dict) -> None:
@@ -372,6 +400,7 @@ class Judge:
         self.standing.load_state_dict(state["standing"])
         self.record.load_state_dict(state["record"])
         self.unsettled.load_state_dict(state["unsettled"])
+        self.isolation.load_state_dict(state["isolation"])
         self.passing.load_state_dict(state["passing"])
         self.nothing.load_state_dict(state["nothing"])
         self.silence.load_state_dict(state["silence"])

@@ -80,10 +80,11 @@ class Record:
         self._quiet_steps = np.zeros(shape, np.int64)
         self._unlike = np.zeros(mesh.stages, bool)
         self._more_to_find = False
-        self._refused_trials = self._fruitless = 0
+        self._refused_trials = self._fruitless = self._in_vain = 0
+        self._explained = np.zeros(shape, bool)
         self._position = 0
         self._before: dict[str, np.ndarray] | None = None
-        self._shown: tuple[Tried | None, bool, np.ndarray | None] = (None, False, None)
+        self._shown: tuple[Tried | None, bool, np.ndarray | None, np.ndarray | None] = (None, False, None, None)
         self._trusted = np.zeros(shape, bool)
         self._trusted[[0, -1]] = True
 
@@ -123,11 +124,15 @@ class Record:
 
         That is a suspect, or whoever may stand behind a worker that the last trial convicted: what follows a difference
         is not tested. It is a half, and half as much after each four trials in a row that have settled nothing, such as
-        where a suspect stands behind bad work in a column that stays what it is.
+        where a suspect stands behind bad work in a column that stays what it is. Where all suspects stood beside an
+        isolated worker when they were struck, clearing one of them settles nothing either: it will be accused again.
         """
-        if not (self._more_to_find or self.suspects.any() or self.untried.any()):
+        suspects = self.suspects
+        if not (self._more_to_find or suspects.any() or self.untried.any()):
             return 0.0
-        return float(max(_TRIED_AT_FIRST / (1 << min(self._fruitless // _PATIENCE, _LONG)), _TRIED_AT_LEAST))
+        others = self._more_to_find or (suspects & ~self._explained).any() or self.untried.any()
+        trials = self._fruitless if others else self._in_vain
+        return float(max(_TRIED_AT_FIRST / (1 << min(trials // _PATIENCE, _LONG)), _TRIED_AT_LEAST))
 
     @property
     def lasting_disputes(self) -> np.ndarray:
@@ -141,6 +146,7 @@ class Record:
         tried: Tried | None = None,
         refused: bool = False,
         doubted: np.ndarray | None = None,
+        explained: np.ndarray | None = None,
     ) -> Changes:
         """Enter one step.
 
@@ -150,8 +156,10 @@ class Record:
             tried: what a twin step has shown.
             refused: it was to be a twin step and could not be one.
             doubted: bool [S, R], workers to be tried without a strike; None is nobody.
+            explained: bool [S, R], workers that are isolated (``isolation.py``) or stand beside one who is; None is
+                nobody.
         """
-        self._before, self._shown = self.state_dict(), (tried, refused, doubted)
+        self._before, self._shown = self.state_dict(), (tried, refused, doubted, explained)
         slot = self._position % len(self._struck)
         self._struck[slot], self._disputed[slot] = struck, disputed
         self._doubted[slot] = False if doubted is None else doubted & ~self._trusted
@@ -177,6 +185,9 @@ class Record:
             if self._heals and newly.any() and trial.sound.any():
                 self._untried[slot] = ~(trial.sound | trial.proved | self._trusted)
             self._fruitless = 0 if newly.any() or cleared.any() else self._fruitless + 1
+            self._in_vain = 0 if newly.any() or (cleared & ~self._explained).any() else self._in_vain + 1
+        named = struck if doubted is None else struck | doubted
+        self._explained = np.where(named, False if explained is None else explained, self._explained)
         self.convicted = self.convicted | newly
         self.on_probation = self.on_probation & ~newly
         quiet = self._quiet_steps >= self.probation
@@ -212,6 +223,8 @@ class Record:
             "more_to_find": np.array(self._more_to_find),
             "refused_trials": np.array(self._refused_trials),
             "fruitless": np.array(self._fruitless),
+            "in_vain": np.array(self._in_vain),
+            "explained": self._explained.copy(),
             "position": np.array(self._position),
         }
 
@@ -226,5 +239,6 @@ class Record:
         self._unlike = np.array(state["unlike"])
         self._more_to_find = bool(state["more_to_find"])
         self._refused_trials = int(state["refused_trials"])
-        self._fruitless = int(state["fruitless"])
+        self._fruitless, self._in_vain = int(state["fruitless"]), int(state["in_vain"])
+        self._explained = np.array(state["explained"])
         self._position = int(state["position"])

@@ -20,6 +20,7 @@ Worked example, three replicas, f = 1, in column 0 the workers (1, 0) and (2, 0)
 
 Numbers that rest on a baseline count for nothing here: each end has a copy of its own, and bad workers of a stage can
 move it. Nor does a neighbour that has nothing to say (``silence.py``): the worker between may have brought it about.
+Both go to ``isolation.py``, which convicts nobody.
 What is unsettled within a stage counts only where two of its workers have made the very same of the same before:
 replicas whose work is not the same bit for bit differ and are honest.
 """

@@ -4,8 +4,9 @@ Replicas of a stage hold the same weights, so who serves a column changes nothin
 be trusted with it. ``docs/wiring.md`` has the rules and what they cost. With ``"heal"``, and f = (R - 1) // 2 bad
 workers a stage at most:
 
-* Nothing moves, not even back, as long as nobody is convicted, suspected or at odds with another.
-* Convicted workers are packed into K columns, K the largest number of them in any stage: fewer cannot hold them.
+* Nothing moves, not even back, as long as nobody is convicted, isolated, suspected or at odds with another.
+* Convicted and isolated workers are packed into K columns, K the largest number of them in any stage: fewer cannot
+  hold them.
 * Suspects are spread over T = R - K - (f + 1) other columns (at least one, and such that one without any is left), each
   into one of its own as far as there are so many. A twin step proves the first in each column, while f + 1 columns
   agree. Of one stage no more than T can be tried at once: the others wait where convicted workers stand, taking turns.
@@ -98,7 +99,7 @@ class Dealer:
 
 
 def _about_anybody(doubts: Doubts) -> bool:
-    marked = doubts.convicted | doubts.suspects | doubts.untried
+    marked = doubts.packed | doubts.suspects | doubts.untried
     return bool(marked.any() or doubts.apart)
 
 
@@ -128,17 +129,17 @@ class _Healing:
         for worker in sorted(self._apart):
             self._at_odds[worker.stage].append(worker)
         replicas = mesh.replicas
-        lost = int(np.count_nonzero(doubts.convicted, axis=1).max())
+        lost = int(np.count_nonzero(doubts.packed, axis=1).max())
         tried = min(max(1, replicas - lost - (replicas - 1) // 2 - 1), replicas - 1 - lost)
-        convicted, suspects = (np.take_along_axis(which, before, 1) for which in (doubts.convicted, doubts.suspects))
+        packed, suspects = (np.take_along_axis(which, before, 1) for which in (doubts.packed, doubts.suspects))
         # Where most of them stand already, and of equals the first.
-        self._lost = _largest(np.count_nonzero(convicted, axis=0), lost)
+        self._lost = _largest(np.count_nonzero(packed, axis=0), lost)
         self._tried = _largest(np.where(self._lost, -1, np.count_nonzero(suspects, axis=0)), max(tried, 0))
         # Who is the first to be tried there stays, and others make room: the stage of that suspect, by column.
         self._first = np.where(self._tried & suspects.any(0), np.argmax(suspects, axis=0), -1)
         self._suspects_in = np.zeros(replicas, np.int64)
         self.wiring = before.copy()
-        concerned = (doubts.convicted | doubts.suspects | doubts.untried).any(1)
+        concerned = (doubts.packed | doubts.suspects | doubts.untried).any(1)
         for stage in range(1, mesh.stages - 1):
             if concerned[stage] or self._at_odds[stage]:
                 self.wiring[stage] = self._row(stage)
@@ -146,9 +147,9 @@ class _Healing:
     def _row(self, stage: int) -> np.ndarray:
         """int64 [C], who of a stage serves which column."""
         row = np.full(self._mesh.replicas, -1)
-        # Suspects leave the lost columns anyway, so convicted workers take their places there first.
+        # Suspects leave the lost columns anyway, so those packed take their places there first.
         leaving = self._doubts.suspects[stage, self._before[stage]]
-        self._put_aside(row, stage, np.flatnonzero(self._doubts.convicted[stage]), leaving)
+        self._put_aside(row, stage, np.flatnonzero(self._doubts.packed[stage]), leaving)
         aside = self._waiting(stage, int(np.count_nonzero(self._lost & (row < 0)))) if self._at_odds[stage] else []
         self._put_aside(row, stage, np.array(aside, np.int64), leaving)
         for replica in self._in_turn(stage, aside):
@@ -181,12 +182,14 @@ class _Healing:
     def _waiting(self, stage: int, places: int) -> list[int]:
         """Of each two of a stage that differed one, as far as there are places: who differed from most first."""
         accused, suspected = self._doubts.accused[stage], (self._doubts.suspects | self._doubts.untried)[stage]
-        lost = self._lost[self._stood[stage]]
+        packed, lost = self._doubts.packed[stage], self._lost[self._stood[stage]]
+        # Who is packed waits already.
         pairs = [
             (one.replica, other.replica)
             for one in self._at_odds[stage]
             for other in self._apart[one]
-            if other.stage == stage and one < other and (suspected[one.replica] or suspected[other.replica])
+            if other.stage == stage and one < other and not (packed[one.replica] or packed[other.replica])
+            if suspected[one.replica] or suspected[other.replica]
         ]
         waiting: list[int] = []
         while pairs and len(waiting) < places:

@@ -47,7 +47,7 @@ def situations(draw, apart=True):
             continue
         one, other = (Worker(at, int(generator.integers(mesh.replicas))) for at in (stage, stage + distance))
         trusted = mesh.is_trusted(one.stage) and mesh.is_trusted(other.stage)
-        if one < other and not (convicted[one] or convicted[other] or trusted):
+        if one < other and not trusted:
             pairs.append((one, other))
     accused = suspects & (generator.random(shape) < 0.5)
     untried = (generator.random(shape) < draw(st.sampled_from([0.0, 0.3]))) & ~(convicted | suspects)
@@ -78,8 +78,8 @@ def test_no_dealing_leaves_more_columns_without_convicted_workers(situation):
     """A stage's convicted workers stand in as many columns as there are of them, so none can leave more."""
     dealer, about, step = situation
     wiring = dealer.next(step, about)
-    most = np.count_nonzero(about.convicted, axis=1).max()
-    clean = ~by_column(about.convicted, wiring).any(0)
+    most = np.count_nonzero(about.packed, axis=1).max()
+    clean = ~by_column(about.packed, wiring).any(0)
     assert np.count_nonzero(clean) == dealer._mesh.replicas - most
 
 
@@ -109,13 +109,13 @@ def test_nothing_moves_without_suspicion_not_even_back():
 def test_only_who_must_moves(situation):
     """Without suspects: the convicted outside of the lost columns, and one for each whose place it takes."""
     dealer, about, step = situation
-    about = doubts(dealer._mesh, convicted=list(map(tuple, np.argwhere(about.convicted))))
+    about = doubts(dealer._mesh, convicted=list(map(tuple, np.argwhere(about.packed))))
     before = dealer.wiring.copy()
     after = dealer.next(step, about)
-    lost = by_column(about.convicted, after).any(0)
-    outside = np.count_nonzero(by_column(about.convicted, before)[:, ~lost])
+    lost = by_column(about.packed, after).any(0)
+    outside = np.count_nonzero(by_column(about.packed, before)[:, ~lost])
     assert np.count_nonzero(before != after) <= 2 * outside
-    best = np.sort(np.count_nonzero(by_column(about.convicted, before), axis=0))[::-1]
+    best = np.sort(np.count_nonzero(by_column(about.packed, before), axis=0))[::-1]
     assert outside == best[np.count_nonzero(lost) :].sum(), "no other choice of columns moves fewer"
 
 
@@ -130,9 +130,9 @@ def test_suspects_get_columns_of_their_own_as_far_as_there_are_some(situation):
     dealer, about, step = situation
     mesh = dealer._mesh
     wiring = dealer.next(step, about)
-    lost, tried = places_to_try(mesh, about.convicted)
+    lost, tried = places_to_try(mesh, about.packed)
     a_stage = np.count_nonzero(about.suspects, axis=1)
-    suspects, with_convicted = by_column(about.suspects, wiring), by_column(about.convicted, wiring).any(0)
+    suspects, with_convicted = by_column(about.suspects, wiring), by_column(about.packed, wiring).any(0)
     used = suspects.any(0) & ~with_convicted
     if tried < 1:
         return
@@ -141,7 +141,7 @@ def test_suspects_get_columns_of_their_own_as_far_as_there_are_some(situation):
         assert np.count_nonzero(used) == min(tried, a_stage.sum())
     else:
         assert np.count_nonzero(used) >= tried
-    free = lost - np.count_nonzero(about.convicted, axis=1)
+    free = lost - np.count_nonzero(about.packed, axis=1)
     if (a_stage <= tried + free).all():
         assert np.count_nonzero(used) <= tried
         assert (~(used | with_convicted)).any(), "a column is left without any"
@@ -168,7 +168,7 @@ def test_suspects_that_are_too_many_take_turns():
     tried = set()
     for step in range(64):
         wiring = dealer.next(step, about)
-        lost = by_column(about.convicted, wiring).any(0)
+        lost = by_column(about.packed, wiring).any(0)
         here = wiring[1][~lost & by_column(about.suspects, wiring)[1]]
         assert len(here) == 1, "five less two lost less three that have to agree, at least one"
         tried |= set(here.tolist())
@@ -216,7 +216,7 @@ def test_of_two_that_differed_one_is_compared_with_another(accused, suspects, wa
     mesh = Mesh(5, 3)
     dealer = Dealer(mesh)
     about = doubts(mesh, [(1, 2)], suspects, [((2, 0), (2, 1))], accused)
-    lost = by_column(about.convicted, dealer.next(0, about)).any(0)
+    lost = by_column(about.packed, dealer.next(0, about)).any(0)
     assert dealer.wiring[2][lost].tolist() == [waits]
 
 
@@ -225,7 +225,7 @@ def test_who_differed_from_two_lets_them_be_compared():
     dealer = Dealer(mesh)
     everybody = [(2, replica) for replica in range(3)]
     about = doubts(mesh, convicted=[(1, 2)], suspects=everybody, apart=[((2, 0), (2, 1)), ((2, 1), (2, 2))])
-    lost = by_column(about.convicted, dealer.next(0, about)).any(0)
+    lost = by_column(about.packed, dealer.next(0, about)).any(0)
     assert dealer.wiring[2][lost].tolist() == [1]
 
 
