@@ -36,6 +36,8 @@ class Statistic:
         hard: no fence; any value above zero is an alarm.
         of_pair: of what entered the sender and what left it, so the sender's two neighbours report it, not the
             two ends of the link. Messages of the first and last stage have none.
+        adds_up: small deviations of it are summed over steps (``judgement/cusum.py``): what lasts between honest
+            workers in it stays as it is, or changes no faster than what is usual is learnt.
         to_baseline: measured from the baseline, of which the two ends of a link hold a copy each.
         learnt: measured against what was learnt of the stage in a projection that is renewed now and then.
         by_judge: the judge finds it in the reports of both ends of two links; nobody reports it.
@@ -49,6 +51,7 @@ class Statistic:
     floor: float = 1e-3
     hard: bool = False
     of_pair: bool = False
+    adds_up: bool = False
     to_baseline: bool = False
     learnt: bool = False
     by_judge: bool = False
@@ -60,7 +63,7 @@ _PAPER, _OURS = "arXiv 2603.03592", "ours, see docs/statistics.md"
 def _of_pair(
     name: str, formula: str, scale: Literal["log", "arcsine", "fisher", "plain"], learnt: bool = False
 ) -> Statistic:
-    return Statistic(name, formula, _OURS, scale, of_pair=True, learnt=learnt)
+    return Statistic(name, formula, _OURS, scale, of_pair=True, adds_up=True, learnt=learnt)
 
 
 TABLE: tuple[Statistic, ...] = (
@@ -76,7 +79,8 @@ TABLE: tuple[Statistic, ...] = (
     _of_pair("transfer_cosine", "mean_t cos(e_t, l_t): token entering, same token leaving", "fisher"),
     _of_pair("transfer_gain", "mean_t log(|l_t| / |e_t|)", "plain"),
     _of_pair("transfer_step", "||L - E|| / ||E||", "log"),
-    # A difference between correlations has a size of its own: a few thousandths are neither harm nor evidence.
+    # A difference between correlations has a size of its own: a few thousandths are neither harm nor evidence. It does
+    # not add up: measured in a projection that a column keeps, it goes its own way while training moves the stage.
     Statistic(
         "cross_moment",
         "mean_k |corr_k(E, L) - EMA of it|, uncentred, per sketch dimension",
@@ -111,6 +115,7 @@ TABLE: tuple[Statistic, ...] = (
 NAMES = tuple(row.name for row in TABLE)
 HARD = np.array([row.hard for row in TABLE])
 OF_PAIR = np.array([row.of_pair for row in TABLE])
+ADDS_UP = np.array([row.adds_up for row in TABLE])
 TO_BASELINE = np.array([row.to_baseline for row in TABLE])
 LEARNT = np.array([row.learnt for row in TABLE])
 BY_JUDGE = np.array([row.by_judge for row in TABLE])
@@ -128,7 +133,7 @@ class Rows:
         parts: how many, P.
 
     Attributes:
-        hard, of_pair, to_baseline, learnt, by_judge: bool [P * K], as of ``Statistic``.
+        hard, of_pair, adds_up, to_baseline, learnt, by_judge: bool [P * K], as of ``Statistic``.
         floors: float64 [P * K].
     """
 
@@ -144,6 +149,10 @@ class Rows:
     @property
     def of_pair(self) -> np.ndarray:
         return np.tile(OF_PAIR, self.parts)
+
+    @property
+    def adds_up(self) -> np.ndarray:
+        return np.tile(ADDS_UP, self.parts)
 
     @property
     def to_baseline(self) -> np.ndarray:

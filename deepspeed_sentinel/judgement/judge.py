@@ -190,6 +190,7 @@ class Judge:
                 self.cusum.forget_usual(columns_of(served) != columns_of(self._served))
             # With what is usual of a column: sums have a usual of their own, which stands still where they grow.
             offsets = residuals[of_pair] + self.fences.usual.level[of_pair][..., None]
+            offsets[~self.table.adds_up[of_pair]] = np.nan
             sums = self.cusum.step(
                 offsets,
                 counted,
