@@ -10,6 +10,10 @@ held against the others of its stage that were given the same as it was:
   may be honest by now. Who sent another message is proved. What follows a difference is cascade and tells nothing about
   anybody.
 * Both ends of a link must report the same digest. Else it is a dispute, and from there on that column is out.
+* Digests that both ends report have public weights, so a sender can make up a message that shares the honest one's. Who
+  receives it reports another one beside it, under a key that no sender knows. Among those that say the same, most of
+  these decide, and ``quorum`` of them; where another one is reported the sender has made the message up, or the receiver
+  lies. That is a dispute between the two as well: nobody is proved by it, and who is given such a message is not tested.
 * Accumulated gradients of weights never cross a link. They are compared in the same way, among the workers whose
   columns have agreed on every message that enters their stage, forward and backward.
 * Workers on unlike hardware round differently. A worker that says it runs on another kind than most of its stage, and
@@ -119,6 +123,7 @@ class Trial:
         unlike: bool [S], stages whose honest replicas differ: nothing of them is proved bit for bit.
         spoilt: bool [C], columns that must not count: something in them is wrong or undecided, or it is not exact and
             that of others is.
+        forged: bool [2, L, C, M], messages that their senders say are the truth and their receivers that they are not.
         differ: bool [S, R, R], which two workers of a stage made other things of the very same without a truth.
     """
 
@@ -131,6 +136,7 @@ class Trial:
     same: np.ndarray
     unlike: np.ndarray
     spoilt: np.ndarray
+    forged: np.ndarray
     differ: np.ndarray
 
 
@@ -144,6 +150,7 @@ def try_twins(
     convicted: np.ndarray,
     suspects: np.ndarray,
     unlike: np.ndarray,
+    keyed: np.ndarray | None = None,
 ) -> Trial:
     """Hold the workers of each stage against each other.
 
@@ -158,9 +165,11 @@ def try_twins(
         convicted: bool [S, R], whose word does not count.
         suspects: bool [S, R], before this step.
         unlike: bool [S], stages that are known not to make the same of the same.
+        keyed: int64 [2, L, C, M], of every message as received, as in ``Evidence``; None where nobody has keys.
     """
     links, columns, messages = digests.shape[1:4]
     digests_PCMT, disputed_PCM = chain_order(digests), chain_order(disputed)
+    keyed_PCM = np.zeros(disputed_PCM.shape, np.int64) if keyed is None else chain_order(keyed)
     measures_PECMN = np.stack([chain_order(of_end) for of_end in measures], axis=1)
     stages = [
         Voters.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage], bool(unlike[stage]))
@@ -175,23 +184,23 @@ def try_twins(
         link = position if direction == FORWARD else 2 * links - 1 - position
         stage, receiver = mesh.sender_stage(direction, link), mesh.receiver_stage(direction, link)
         asked = agreed & ~disputed_PCM[position]
-        vote = stages[stage].vote(digests_PCMT[position], measures_PECMN[position], asked, exact)
-        agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike)
+        vote = stages[stage].vote(digests_PCMT[position], keyed_PCM[position], measures_PECMN[position], asked, exact)
+        agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike | vote.forged | vote.unclear)
         exact = agreed & vote.exact
         found.append((stage, direction, vote))
         if direction == BACKWARD or link == links - 1:
             entered[receiver], entered_exact[receiver] = agreed.all(-1), exact.all(-1)
-    right, wrong, undecided, cascade = (
+    right, wrong, undecided, cascade, forged, unclear = (
         by_link(np.stack([getattr(vote, name) for _, _, vote in found]))
-        for name in ("right", "wrong", "undecided", "cascade")
+        for name in ("right", "wrong", "undecided", "cascade", "forged", "unclear")
     )
-    undecided = undecided | cascade
+    undecided = undecided | cascade | unclear
     proofs: list[Proof] = []
     differences: list[Difference] = []
     found_unlike = np.zeros(mesh.stages, bool)
     differ = np.zeros((mesh.stages, mesh.replicas, mesh.replicas), bool)
     sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
-    spoilt = np.asarray((wrong | undecided).any(axis=(0, 1, 3)))
+    spoilt = np.asarray((wrong | undecided | forged).any(axis=(0, 1, 3)))
     inexact = np.zeros(columns, bool)
     for stage, workers in enumerate(served):
         told: list[tuple[int | None, Vote]] = [(direction, vote) for at, direction, vote in found if at == stage]
@@ -199,7 +208,11 @@ def try_twins(
         asked = entered[stage]
         if asked.any():
             vote = stages[stage].vote(
-                gradients[:, None, None], norms[None, :, None, None], asked[:, None], entered_exact[stage][:, None]
+                gradients[:, None, None],
+                np.zeros((columns, 1), np.int64),  # they reach nobody
+                norms[None, :, None, None],
+                asked[:, None],
+                entered_exact[stage][:, None],
             )
             spoilt |= (vote.wrong | vote.undecided | vote.cascade)[:, 0]
             same[stage, workers] = (vote.right & vote.exact)[:, 0]
@@ -216,7 +229,9 @@ def try_twins(
     lost = spoilt | disputed.any(axis=(0, 1, 3)) | ~twins.given
     if np.count_nonzero(~lost & ~inexact) >= LEAST:
         spoilt = spoilt | inexact
-    return Trial(right, wrong, undecided, tuple(proofs), tuple(differences), sound, same, found_unlike, spoilt, differ)
+    return Trial(
+        right, wrong, undecided, tuple(proofs), tuple(differences), sound, same, found_unlike, spoilt, forged, differ
+    )
 
 
 def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tried:
