@@ -1,6 +1,7 @@
 """A digest of a tensor's bits under a secret key: who does not know the key cannot make two tensors that share it.
 
-    keyed = sum_gn P_g W_n (sum_r Q_r H_(8g+r)n)  (mod 2^64)      H [T, N]: the bits as signed integers of 16 bits, or bytes
+    keyed = sum_gn P_g W_n (sum_r Q_r H_(8g+r)n)  (mod 2^64)
+    H [T, N]: the bits as signed integers of 16 bits, or as bytes
     P, W: 64 bits, Q [8]: signed integers of 32 bits, all of them hashes of their index under the key
 
 The weights of ``tensor_digest`` are public and its sums linear, so messages with equal digests can be made up: to turn

@@ -3,10 +3,10 @@
 A program reads a strip of columns of a group of tokens: 16 bytes a thread and token, eight
 tokens at once, so 128 bytes a thread are in flight. A thread keeps its columns to itself: sums of a strip are additions
 in registers, and threads meet once, at the end. An element costs about nine instructions (bf16: two to widen it, five
-for column sum, energy and magnitude, two multiply-adds for the digest; counted in the machine code for sm_90; a keyed digest adds to it), which
-leaves an H200 below two thirds of its issue rate at full memory bandwidth. Non-finite elements cost nothing as long
-as there are none: they make the energy non-finite, and only then does a program read its part again, masked.
-Programs number about a thousand by the message's size alone, whatever the GPU, so sums have the same bits on all of
+for column sum, energy and magnitude, two multiply-adds for the digest; counted in the machine code for sm_90), which
+leaves an H200 below two thirds of its issue rate at full memory bandwidth. What a keyed digest adds was
+not counted. Non-finite elements cost nothing as long as there are none: they make the energy non-finite, and only then
+does a program read its part again, masked. Programs number about a thousand by the message's size alone, whatever the GPU, so sums have the same bits on all of
 them. What they leave is added up by a second launch, or by the sketch's launch in ``observe_message``.
 """
 

@@ -5,7 +5,7 @@ that is given one of them taken for wrong. So the sender of a message must not k
 which is trusted not to lie, draws one a stage when Sentinel attaches, and hands each worker its own stage's, sealed with
 what the two share (``keys.py``):
 
-    sealed_r = ChaCha20-Poly1305(key = what the dealer and rank r share, for this alone; nonce 0).encrypt(secret of r's stage)
+    sealed_r = ChaCha20-Poly1305(what the dealer and rank r share, for this alone; nonce 0).encrypt(secret of r's stage)
 
 A key seals one message, so the nonce can be fixed. No secret is ever written anywhere; who attaches again draws others.
 From it follow the keys of each step (``digest_keys``).

@@ -239,8 +239,8 @@ class Evidence:
             are measured in another projection than in the step before; None is nowhere.
         twins: of a twin step; None of any other.
         refused: it was to be a twin step, and the data could not be dealt so.
-        keyed: int64 [2 directions, links, columns, micro-batches], a digest of each message by its receiver, under a key
-            that the stage of its sender does not know; None where there are no keys.
+        keyed: int64 [2 directions, links, columns, micro-batches], a digest of each message by its receiver, under a
+            key that the stage of its sender does not know; None where there are no keys.
     """
 
     mesh: Mesh

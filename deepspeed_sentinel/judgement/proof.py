@@ -10,10 +10,10 @@ held against the others of its stage that were given the same as it was:
   may be honest by now. Who sent another message is proved. What follows a difference is cascade and tells nothing about
   anybody.
 * Both ends of a link must report the same digest. Else it is a dispute, and from there on that column is out.
-* Digests that both ends report have public weights, so a sender can make up a message that shares the honest one's. Who
-  receives it reports another one beside it, under a key that no sender knows. Among those that say the same, most of
-  these decide, and ``quorum`` of them; where another one is reported the sender has made the message up, or the receiver
-  lies. That is a dispute between the two as well: nobody is proved by it, and who is given such a message is not tested.
+* What both ends report has public weights, so a sender can make up a message with the honest one's digest. Receivers
+  report another digest beside it, under a key that no sender knows. Among columns that say the same, what most of these
+  say is believed, and ``quorum`` of them; where one says otherwise the sender has made the message up, or the receiver
+  lies. That is a dispute between the two as well: nobody is proved by it, and who is given the message is not tested.
 * Accumulated gradients of weights never cross a link. They are compared in the same way, among the workers whose
   columns have agreed on every message that enters their stage, forward and backward.
 * Workers on unlike hardware round differently. A worker that says it runs on another kind than most of its stage, and
@@ -95,17 +95,22 @@ class Difference:
         workers: who differ.
         columns: which they served.
         direction: of their messages; None where the accumulated gradients of their weights differ.
+        as_received: they say the same, and the workers behind them say that they received different messages.
     """
 
     workers: tuple[Worker, ...]
     columns: tuple[int, ...]
     direction: int | None
+    as_received: bool = False
 
     def __str__(self) -> str:
         what = "gradients of their weights" if self.direction is None else f"{DIRECTIONS[self.direction]} messages"
-        return (
-            f"given the same micro-batches, {', '.join(map(str, self.workers))} made different {what}, and no majority "
-            "tells who is wrong"
+        workers = ", ".join(map(str, self.workers))
+        return "given the same micro-batches, " + (
+            f"{workers} say that they made the same {what}, those behind them that they received different ones, and "
+            "no majority tells who is wrong"
+            if self.as_received
+            else f"{workers} made different {what}, and no majority tells who is wrong"
         )
 
 
@@ -265,7 +270,10 @@ def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: Vote, served: n
 
 
 def _differences(stage: int, direction: int | None, vote: Vote, served: np.ndarray) -> list[Difference]:
-    columns = np.flatnonzero(vote.undecided.any(-1)).tolist()
-    if not columns:
-        return []
-    return [Difference(tuple(Worker(stage, int(served[column])) for column in columns), tuple(columns), direction)]
+    found = []
+    for differ, as_received in ((vote.undecided, False), (vote.unclear, True)):
+        columns = np.flatnonzero(differ.any(-1)).tolist()
+        if columns:
+            workers = tuple(Worker(stage, int(served[column])) for column in columns)
+            found.append(Difference(workers, tuple(columns), direction, as_received))
+    return found

@@ -84,6 +84,7 @@ def verdict_events(verdict: Verdict, every_step: bool) -> Iterator[dict[str, Any
         yield {
             "kind": "difference",
             "workers": [list(worker) for worker in difference.workers],
+            "as_received": difference.as_received,
             "of": "gradients" if difference.direction is None else DIRECTIONS[difference.direction],
         }
     for worker in verdict.cleared:

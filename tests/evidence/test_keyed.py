@@ -1,4 +1,4 @@
-"""Keyed digests of messages: taken by receivers, of all that a message is made of, and what a twin step makes of them."""
+"""Keyed digests: taken by receivers, of all that a message is made of, and what a twin step makes of them."""
 
 import numpy as np
 import pytest

@@ -457,7 +457,9 @@ def test_one_that_makes_up_a_message_and_one_that_lies_leave_no_majority_and_acc
     step.forges(1, 2, FORWARD, lie=3)
     step.misreports(FORWARD, 1, 0, lie=1)
     trial = step.trial()
-    assert not trial.proofs and not trial.differences and not trial.forged.any() and not trial.differ.any()
+    assert not trial.proofs and not trial.forged.any() and not trial.differ.any()
+    (told,) = trial.differences
+    assert "say that they made the same forward messages, those behind them that they received different" in str(told)
     assert trial.spoilt.all() and trial.undecided[FORWARD, 1].all()
 
 
