@@ -34,7 +34,7 @@ from deepspeed_sentinel.kernels.dispatch import check_contiguous, check_output, 
 from deepspeed_sentinel.kernels.hashing import hash_counters, hash_reference, seed_keys
 
 GROUP = 8  # rows of an inner sum
-_BLOCK = 1 << 18  # integers that the reference takes at once
+_BLOCK = 1 << 16  # integers that the reference takes at once: as float64 they stay in a processor's own memory
 _P, _W, _Q = (0xDAA66D2B, 0x78DDE6E4), (0x1715609D, 0xB54CDA56), 0x53845414  # streams of low and high halves
 
 
@@ -77,16 +77,16 @@ def keyed_digest_reference(bits_XRC: torch.Tensor, key: DigestKey) -> torch.Tens
     count, rows, columns = halves_YRN.shape
     groups = -(-rows // GROUP)
     p_G, q_8, w_N = key.weights(groups, columns)
-    keyed_Y = torch.zeros(count, dtype=torch.int64, device=bits_XRC.device)
+    by_column_YN = torch.zeros(count, columns, dtype=torch.int64, device=bits_XRC.device)
     at_once = max(1, _BLOCK // max(1, count * columns * GROUP))
     for first in range(0, groups, at_once):
         block_YBN = halves_YRN[:, first * GROUP : (first + at_once) * GROUP].double()
-        block_YBN = torch.nn.functional.pad(block_YBN, (0, 0, 0, -block_YBN.shape[1] % GROUP))
+        if missing := -block_YBN.shape[1] % GROUP:
+            block_YBN = torch.nn.functional.pad(block_YBN, (0, 0, 0, missing))
         of_groups = block_YBN.reshape(-1, GROUP, columns)
         inner_YGN = torch.bmm(q_8.expand(len(of_groups), 1, GROUP), of_groups).long().view(count, -1, columns)
-        by_column_YN = (inner_YGN * p_G[first : first + at_once, None]).sum(1)
-        keyed_Y += (by_column_YN * w_N).sum(1)
-    return keyed_Y.view(bits_XRC.shape[:-2])
+        by_column_YN += inner_YGN.mul_(p_G[first : first + at_once, None]).sum(1)
+    return by_column_YN.mul_(w_N).sum(1).view(bits_XRC.shape[:-2])
 
 
 @triton.jit

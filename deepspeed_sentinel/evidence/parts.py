@@ -47,7 +47,7 @@ def as_tokens(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def digest_of(tensor: torch.Tensor, key: DigestKey | None = None, keyed_1: torch.Tensor | None = None) -> torch.Tensor:
-    """The digest of any tensor of a message, int32 [2], and the keyed one: of a part as ``observe_message`` gives them."""
+    """The digest of any tensor of a message, int32 [2], and the keyed one: as ``observe_message`` gives a part's."""
     return tensor_digest(as_tokens(tensor) if tensor.is_floating_point() else tensor, key, keyed_1)
 
 

@@ -1,9 +1,9 @@
 """The secret of a stage, under which its workers digest what they receive: all of them share it, and no other stage.
 
-A worker that knew it could make up two messages with one digest (``kernels/keyed_digest.py``), and have the honest worker
-that is given one of them taken for wrong. So the sender of a message must not know it. Replica 0 of the first stage,
-which is trusted not to lie, draws one a stage when Sentinel attaches, and hands each worker its own stage's, sealed with
-what the two share (``keys.py``):
+A worker that knew it could make up two messages with one digest (``kernels/keyed_digest.py``), and have the honest
+worker that is given one of them taken for wrong. So the sender of a message must not know it. Replica 0 of the first
+stage, which is trusted not to lie, draws one a stage when Sentinel attaches, and hands each worker its own stage's,
+sealed with what the two share (``keys.py``):
 
     sealed_r = ChaCha20-Poly1305(what the dealer and rank r share, for this alone; nonce 0).encrypt(secret of r's stage)
 
