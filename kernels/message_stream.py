@@ -7,7 +7,7 @@ for column sum, energy and magnitude, two multiply-adds for the digest; counted 
 leaves an H200 below two thirds of its issue rate at full memory bandwidth. What a keyed digest adds was
 not counted. Non-finite elements cost nothing as long as there are none: they make the energy non-finite, and only then
 does a program read its part again, masked. Programs number about a thousand by the message's size alone, whatever the
-GPU, so sums have the same bits on all of them. What they leave is added up by a second launch, or by the sketch's one in
+GPU, so sums have the same bits on all of them. What they leave is added up by a second launch, or by a sketch's one in
 ``observe_message``.
 """
 

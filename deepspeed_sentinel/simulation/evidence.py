@@ -103,8 +103,7 @@ class Verifiers:
                 own = torch.cat([self._baselines[link].distances((direction, end), rows), rows.scalars_M3], dim=1)
                 statistics[end, direction, link][..., _OWN] = self._numbers(own)
                 digests[end, direction, link] = self._numbers(observation.digests[end]).view(np.int64)
-            if observation.keyed is not None:
-                keyed[direction, link] = self._numbers(observation.keyed[:, None])[..., 0]
+            keyed[direction, link] = self._numbers(observation.keyed[:, None])[..., 0]
             lesson = ahead = None
             entered = observed.get((direction, link + (-1 if direction == FORWARD else 1)))
             if observation.leaving is not None and entered is not None:

@@ -47,14 +47,14 @@ class Observation:
     Attributes:
         of_end: statistics as reported by the senders and by the receivers; rows are messages.
         digests: int32 [N, 2], likewise.
-        keyed: int64 [N], the receivers' keyed digests, of a step in which they take any.
+        keyed: int64 [N], the receivers' keyed digests, zeros in a step in which they take none.
         leaving: the receivers' sketches for the pair around the senders' stage; None for first and last stage.
         entering: the senders' sketches for the pair around the receivers' stage; None for first and last stage.
     """
 
     of_end: tuple[EndStatistics, EndStatistics]
     digests: tuple[torch.Tensor, torch.Tensor]
-    keyed: torch.Tensor | None
+    keyed: torch.Tensor
     leaving: Looks | None
     entering: Looks | None
 
@@ -99,10 +99,10 @@ class Observer:
             entering=self._look(direction, self._mesh.receiver_stage(direction, link), sent),
         )
 
-    def _under_key(self, direction: int, stage: int, x_NTD: torch.Tensor) -> torch.Tensor | None:
+    def _under_key(self, direction: int, stage: int, x_NTD: torch.Tensor) -> torch.Tensor:
         """Digests by the workers of a stage, under a key that attackers do not know."""
         if not self._keyed:
-            return None
+            return torch.zeros(len(x_NTD), dtype=torch.int64, device=x_NTD.device)
         seed_1 = torch.from_numpy(_secrets(1, self._seed, _KEY, stage, direction, self._step)).to(x_NTD.device)
         return keyed_digest_reference(x_NTD, DigestKey(seed_1))
 
@@ -172,8 +172,7 @@ def join(parts: list[Observation], columns: int) -> Observation:
 
     leaving, entering = (_join_looks([getattr(part, name) for part in parts]) for name in ("leaving", "entering"))
     digests = (rows(lambda part: part.digests[0]), rows(lambda part: part.digests[1]))
-    keyed = None if parts[0].keyed is None else rows(lambda part: part.keyed)
-    return Observation((end(0), end(1)), digests, keyed, leaving, entering)
+    return Observation((end(0), end(1)), digests, rows(lambda part: part.keyed), leaving, entering)
 
 
 def _join_looks(parts: list[Looks | None]) -> Looks | None:
