@@ -26,6 +26,7 @@ from deepspeed_sentinel.kernels.baseline_distances import (  # noqa: E402
     baseline_update,
     baseline_update_reference,
 )
+from deepspeed_sentinel.kernels.keyed_digest import DigestKey  # noqa: E402
 from deepspeed_sentinel.kernels.message_statistics import (  # noqa: E402
     message_statistics,
     message_statistics_reference,
@@ -68,6 +69,7 @@ def buffers(tokens: int, hidden: int) -> dict[str, torch.Tensor]:
         "sums": torch.empty(hidden, device=DEVICE),
         "scalars": torch.empty(3, device=DEVICE),
         "digest": torch.empty(2, dtype=torch.int32, device=DEVICE),
+        "keyed": torch.empty(1, dtype=torch.int64, device=DEVICE),
         "sketch": torch.empty(3, rows, 64, device=DEVICE),
         "norms": torch.empty(3, rows, device=DEVICE),
     }
@@ -90,7 +92,7 @@ def message_operations(
 ) -> dict[str, list[Callable[[], Any]]]:
     """What is timed on a message; every operation has one call for each input."""
     statistics, sketches = (out["sums"], out["scalars"], out["digest"]), (out["sketch"], out["norms"])
-    copy = torch.empty_like(xs[0])
+    copy, key = torch.empty_like(xs[0]), DigestKey(torch.tensor([12345], device=DEVICE))
     operations: dict[str, Callable[[torch.Tensor], Any]] = {
         "copy": lambda x: copy.copy_(x),
         "message_statistics": lambda x: message_statistics(x, *statistics),
@@ -99,6 +101,9 @@ def message_operations(
         "token_sketch, 3 jobs": lambda x: token_sketch(x, out["seeds"], *sketches),
         "observe_message, 1 job": lambda x: observe_message(
             x, out["seeds"][:1], *statistics, sketches[0][:1], sketches[1][:1]
+        ),
+        "observe_message, 1 job, keyed": lambda x: observe_message(
+            x, out["seeds"][:1], *statistics, sketches[0][:1], sketches[1][:1], None, key, out["keyed"]
         ),
         "observe_message, 3 jobs": lambda x: observe_message(x, out["seeds"], *statistics, *sketches),
     }

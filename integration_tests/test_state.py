@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from deepspeed_sentinel.evidence.keys import Keys, private_key
 from deepspeed_sentinel.evidence.renewal import READY
+from deepspeed_sentinel.evidence.stage_secret import digest_keys, seal, unseal
 from integration_tests.harness import named
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
@@ -98,6 +101,14 @@ def test_a_checkpoint_holds_no_secret_and_nothing_that_is_known_of_pairs(runs, f
         for of_part in state["evidence"]["baselines"].values():
             assert all(name.startswith(("average_", "count_")) for name in of_part)
         assert not _seeds(state)
+    # With a seed the secrets are known here: of the pairs, and of the stages, and the keys that follow from those.
+    keys = Keys(0, private_key(0, 0), [private_key(0, rank).public_key().public_bytes_raw() for rank in range(9)])
+    sealed = seal(np.arange(9).reshape(3, 3), keys, seed=0)
+    secrets = [unseal(sealed, rank, keys.secret_with(rank)) for rank in range(0, 9, 3)]
+    held = [secret._key for secret in (*secrets, *map(keys.secret_with, range(9)))]
+    held += [digest_keys(secret, way, 26, 26).numpy().tobytes()[:16] for secret in secrets for way in (0, 1)]
+    every = [path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()]
+    assert len(every) > 9 and not any(key in content for key in held for content in every)
 
 
 def _seeds(state):

@@ -4,7 +4,7 @@ With F the finite part of X (non-finite elements replaced by zero):
 
     column_sums_d = sum_t F_td            energy = sum_td F_td^2
     max_abs       = max_td |F_td|         non_finite = number of NaN and infinite elements
-    digest        = of the bits of X, see ``tensor_digest``
+    digest        = of the bits of X, see ``tensor_digest``; under a key, see ``keyed_digest``
 
 How it is done on a GPU: see ``message_stream``.
 
@@ -20,8 +20,9 @@ from __future__ import annotations
 import torch
 
 from deepspeed_sentinel.kernels.dispatch import LAUNCH, check_contiguous, check_output, runs_on_triton, tl, triton
+from deepspeed_sentinel.kernels.keyed_digest import GROUP, DigestKey, check_keyed, keyed_digest_reference
 from deepspeed_sentinel.kernels.message_stream import REDUCED, launch_stream, plan_stream, reduce_partials
-from deepspeed_sentinel.kernels.tensor_digest import DIGEST_WORDS, GROUP, INTEGER_VIEW, digest_weights, weighted_sum
+from deepspeed_sentinel.kernels.tensor_digest import DIGEST_WORDS, INTEGER_VIEW, digest_weights, weighted_sum
 
 SCALARS = ("energy", "max_abs", "non_finite")
 _BLOCK = 1 << 18  # elements that the reference takes at once on a CPU
@@ -33,6 +34,8 @@ def message_statistics(
     scalars_3: torch.Tensor,
     digest_2: torch.Tensor,
     copy_TD: torch.Tensor | None = None,
+    key: DigestKey | None = None,
+    keyed_1: torch.Tensor | None = None,
 ) -> None:
     """Write the statistics of one message into rows of the step's buffers.
 
@@ -42,23 +45,28 @@ def message_statistics(
         scalars_3: float32 [3], out: energy, max_abs, non_finite.
         digest_2: int32 [2], out.
         copy_TD: optional, like ``x_TD``, out: its copy, made while it is read.
+        key: optional, of the keyed digest.
+        keyed_1: int64 [1], out: the digest under the key, if there is one.
 
     Raises:
         ValueError: ``x_TD`` is not two-dimensional floating point, or an output does not fit it.
     """
     check_statistics(x_TD, column_sums_D, scalars_3, digest_2, copy_TD)
+    check_keyed(x_TD, key, keyed_1)
     if runs_on_triton(x_TD):
         plan = plan_stream(x_TD)
-        launch_stream(x_TD, plan, copy_TD)
+        launch_stream(x_TD, plan, copy_TD, key)
         _reduce_kernel[(plan.reducers,)](
             plan.floats,
             plan.words,
             column_sums_D,
             scalars_3,
             digest_2,
+            keyed_1,
             plan.hidden,
             plan.groups,
             plan.programs,
+            KEYED=key is not None,
             BLOCK=REDUCED,
             num_warps=4,
             **LAUNCH,
@@ -68,6 +76,8 @@ def message_statistics(
         (column_sums_D, scalars_3, digest_2), message_statistics_reference(x_TD.detach()), strict=True
     ):
         out.copy_(value)
+    if key is not None and keyed_1 is not None:
+        keyed_1.copy_(keyed_digest_reference(x_TD.detach(), key))
     if copy_TD is not None:
         copy_TD.copy_(x_TD)
 
@@ -91,13 +101,34 @@ def check_statistics(
 
 @triton.jit(
     do_not_specialize=["groups", "programs"],
-    do_not_specialize_on_alignment=["sums_ptr", "scalars_ptr", "digest_ptr"],
+    do_not_specialize_on_alignment=["sums_ptr", "scalars_ptr", "digest_ptr", "keyed_ptr"],
 )  # rows of buffers: any alignment
 def _reduce_kernel(
-    floats_ptr, words_ptr, sums_ptr, scalars_ptr, digest_ptr, hidden, groups, programs, BLOCK: tl.constexpr
+    floats_ptr,
+    words_ptr,
+    sums_ptr,
+    scalars_ptr,
+    digest_ptr,
+    keyed_ptr,
+    hidden,
+    groups,
+    programs,
+    KEYED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     reduce_partials(
-        tl.program_id(0), floats_ptr, words_ptr, sums_ptr, scalars_ptr, digest_ptr, hidden, groups, programs, BLOCK
+        tl.program_id(0),
+        floats_ptr,
+        words_ptr,
+        sums_ptr,
+        scalars_ptr,
+        digest_ptr,
+        keyed_ptr,
+        hidden,
+        groups,
+        programs,
+        KEYED,
+        BLOCK,
     )
 
 

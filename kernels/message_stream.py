@@ -4,10 +4,11 @@ A program reads a strip of columns of a group of tokens: 16 bytes a thread and t
 tokens at once, so 128 bytes a thread are in flight. A thread keeps its columns to itself: sums of a strip are additions
 in registers, and threads meet once, at the end. An element costs about nine instructions (bf16: two to widen it, five
 for column sum, energy and magnitude, two multiply-adds for the digest; counted in the machine code for sm_90), which
-leaves an H200 below two thirds of its issue rate at full memory bandwidth. Non-finite elements cost nothing as long
-as there are none: they make the energy non-finite, and only then does a program read its part again, masked.
-Programs number about a thousand by the message's size alone, whatever the GPU, so sums have the same bits on all of
-them. What they leave is added up by a second launch, or by the sketch's launch in ``observe_message``.
+leaves an H200 below two thirds of its issue rate at full memory bandwidth. What a keyed digest adds was
+not counted. Non-finite elements cost nothing as long as there are none: they make the energy non-finite, and only then
+does a program read its part again, masked. Programs number about a thousand by the message's size alone, whatever the
+GPU, so sums have the same bits on all of them. What they leave is added up by a second launch, or by a sketch's one in
+``observe_message``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ import torch
 
 from deepspeed_sentinel.kernels.dispatch import KINDS, LAUNCH, integer_view, tl, triton
 from deepspeed_sentinel.kernels.hashing import float_of_bits
-from deepspeed_sentinel.kernels.tensor_digest import GROUP, odd_weights, spread
+from deepspeed_sentinel.kernels.keyed_digest import (
+    GROUP,
+    DigestKey,
+    add_columns,
+    add_rows,
+    group_weight,
+    row_weights,
+)
+from deepspeed_sentinel.kernels.tensor_digest import odd_weights, spread
 
 REDUCED = 128  # columns that one reducing program adds up
 _WARPS, _LANE_BYTES = 4, 16
@@ -34,7 +43,7 @@ class StreamPlan(NamedTuple):
     columns: int  # BD
     hidden: int
     floats: torch.Tensor  # [groups, D] column sums, then energies and largest magnitudes, one a program
-    words: torch.Tensor  # the same memory as integers: at its end counts and digests
+    words: torch.Tensor  # the same memory as integers: at its end counts, digests and halves of keyed ones
 
     @property
     def programs(self) -> int:
@@ -51,11 +60,11 @@ def plan_stream(x_TD: torch.Tensor) -> StreamPlan:
     strips = max(1, -(-hidden // columns))
     rows = max(_LEAST_ROWS, 1 << max(0, tokens * strips // _PROGRAMS - 1).bit_length())
     groups = max(1, -(-tokens // rows))
-    floats = torch.empty(groups * hidden + 5 * strips * groups, dtype=torch.float32, device=x_TD.device)
+    floats = torch.empty(groups * hidden + 7 * strips * groups, dtype=torch.float32, device=x_TD.device)
     return StreamPlan(strips, groups, rows, columns, hidden, floats, floats.view(torch.int32))
 
 
-def launch_stream(x_TD: torch.Tensor, plan: StreamPlan, copy_TD: torch.Tensor | None) -> None:
+def launch_stream(x_TD: torch.Tensor, plan: StreamPlan, copy_TD: torch.Tensor | None, key: DigestKey | None) -> None:
     """The one read of a message: partial results of each program into ``plan.floats``."""
     bits_TD = integer_view(x_TD.detach())
     copy_bits_TD = bits_TD if copy_TD is None else integer_view(copy_TD)
@@ -63,6 +72,7 @@ def launch_stream(x_TD: torch.Tensor, plan: StreamPlan, copy_TD: torch.Tensor | 
     _stream_kernel[(plan.strips, plan.groups)](
         bits_TD,
         copy_bits_TD,
+        key.seed_1 if key else None,
         plan.floats,
         plan.words,
         tokens,
@@ -72,6 +82,7 @@ def launch_stream(x_TD: torch.Tensor, plan: StreamPlan, copy_TD: torch.Tensor | 
         plan.rows,
         KIND=KINDS[x_TD.dtype],
         COPY=copy_TD is not None,
+        KEYED=key is not None,
         FULL=hidden > 0 and hidden % plan.columns == 0,
         BT=GROUP,
         BD=plan.columns,
@@ -81,10 +92,11 @@ def launch_stream(x_TD: torch.Tensor, plan: StreamPlan, copy_TD: torch.Tensor | 
 
 
 # The number of tokens is a number like any other, so that messages of all lengths share one compilation.
-@triton.jit(do_not_specialize=["tokens", "rows"])
+@triton.jit(do_not_specialize=["tokens", "rows"], do_not_specialize_on_alignment=["key_ptr"])
 def _stream_kernel(
     x_ptr,
     copy_ptr,
+    key_ptr,
     floats_ptr,
     words_ptr,
     tokens,
@@ -96,6 +108,7 @@ def _stream_kernel(
     rows,
     KIND: tl.constexpr,
     COPY: tl.constexpr,
+    KEYED: tl.constexpr,
     FULL: tl.constexpr,
     BT: tl.constexpr,
     BD: tl.constexpr,
@@ -114,6 +127,11 @@ def _stream_kernel(
     largest = tl.zeros([BD], tl.float32)
     word0 = tl.zeros([BD], tl.int32)
     word1 = tl.zeros([BD], tl.int32)
+    WIDE: tl.constexpr = KIND == "fp32"
+    low = tl.zeros([BD], tl.int64)
+    high = tl.zeros([BD], tl.int64)
+    seed = tl.load(key_ptr) if KEYED else 0
+    q = row_weights(seed, r) if KEYED else r
     masked = first
     if FULL:
         masked = end - (end - first) % BT
@@ -122,12 +140,16 @@ def _stream_kernel(
             if COPY:
                 tl.store(copy_ptr + t * copy_stride_t + copy_offsets, bits)
             sums, squares, largest, word0, word1 = _add(bits, t, q0, q1, sums, squares, largest, word0, word1, KIND, BT)
+            if KEYED:
+                low, high = add_rows(bits.to(tl.int32), q, group_weight(seed, t // BT), low, high, WIDE)
     for t in range(masked, end, BT):
         inside = (t + r < end)[:, None] & (columns < hidden)[None, :]
         bits = tl.load(x_ptr + t * stride_t + offsets, mask=inside, other=0)
         if COPY:
             tl.store(copy_ptr + t * copy_stride_t + copy_offsets, bits, mask=inside)
         sums, squares, largest, word0, word1 = _add(bits, t, q0, q1, sums, squares, largest, word0, word1, KIND, BT)
+        if KEYED:
+            low, high = add_rows(bits.to(tl.int32), q, group_weight(seed, t // BT), low, high, WIDE)
 
     energy = tl.sum(squares, 0)
     non_finite = 0
@@ -157,6 +179,10 @@ def _stream_kernel(
     tl.store(words_ptr + place + 2 * programs, non_finite)
     tl.store(words_ptr + place + 3 * programs, tl.sum(word0 * w0, 0))
     tl.store(words_ptr + place + 4 * programs, tl.sum(word1 * w1, 0))
+    if KEYED:
+        keyed = add_columns(seed, columns, low, high, WIDE)
+        tl.store(words_ptr + place + 5 * programs, keyed.to(tl.int32))
+        tl.store(words_ptr + place + 6 * programs, (keyed >> 32).to(tl.int32))
 
 
 @triton.jit
@@ -175,7 +201,18 @@ def _add(bits, t, q0, q1, sums, squares, largest, word0, word1, KIND: tl.constex
 
 @triton.jit
 def reduce_partials(
-    reducer, floats_ptr, words_ptr, sums_ptr, scalars_ptr, digest_ptr, hidden, groups, programs, BLOCK: tl.constexpr
+    reducer,
+    floats_ptr,
+    words_ptr,
+    sums_ptr,
+    scalars_ptr,
+    digest_ptr,
+    keyed_ptr,
+    hidden,
+    groups,
+    programs,
+    KEYED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Add up what the streaming programs left: one reducer a block of columns, and the last one for the scalars."""
     if reducer < tl.cdiv(hidden, BLOCK):
@@ -194,6 +231,7 @@ def reduce_partials(
         non_finite = tl.zeros([PROGRAMS], tl.int64)
         word0 = tl.zeros([PROGRAMS], tl.int32)
         word1 = tl.zeros([PROGRAMS], tl.int32)
+        keyed = tl.zeros([PROGRAMS], tl.int64)
         start = groups * hidden
         for first in range(0, programs, PROGRAMS):
             p = first + tl.arange(0, PROGRAMS)
@@ -203,8 +241,14 @@ def reduce_partials(
             non_finite += tl.load(words_ptr + start + 2 * programs + p, mask=inside, other=0)
             word0 += tl.load(words_ptr + start + 3 * programs + p, mask=inside, other=0)
             word1 += tl.load(words_ptr + start + 4 * programs + p, mask=inside, other=0)
+            if KEYED:
+                low = tl.load(words_ptr + start + 5 * programs + p, mask=inside, other=0).to(tl.uint32, bitcast=True)
+                high = tl.load(words_ptr + start + 6 * programs + p, mask=inside, other=0)
+                keyed += (high.to(tl.int64) << 32) + low.to(tl.int64)
         tl.store(scalars_ptr, tl.sum(energy, 0))
         tl.store(scalars_ptr + 1, tl.max(largest, 0))
         tl.store(scalars_ptr + 2, tl.sum(non_finite, 0).to(tl.float32))
         tl.store(digest_ptr, tl.sum(word0, 0))
         tl.store(digest_ptr + 1, tl.sum(word1, 0))
+        if KEYED:
+            tl.store(keyed_ptr, tl.sum(keyed, 0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from deepspeed_sentinel.kernels.dispatch import KINDS, LAUNCH, runs_on_triton, tl, triton
+from deepspeed_sentinel.kernels.keyed_digest import DigestKey, check_keyed
 from deepspeed_sentinel.kernels.message_statistics import check_statistics, message_statistics
 from deepspeed_sentinel.kernels.message_stream import REDUCED, launch_stream, plan_stream, reduce_partials
 from deepspeed_sentinel.kernels.token_sketch import (
@@ -31,16 +32,19 @@ def observe_message(
     sketch_JmK: torch.Tensor,
     norms_Jm: torch.Tensor,
     copy_TD: torch.Tensor | None = None,
+    key: DigestKey | None = None,
+    keyed_1: torch.Tensor | None = None,
 ) -> None:
     """``message_statistics`` and ``token_sketch`` of one message; arguments and errors are theirs."""
     if not runs_on_triton(x_TD):
-        message_statistics(x_TD, column_sums_D, scalars_3, digest_2, copy_TD)
+        message_statistics(x_TD, column_sums_D, scalars_3, digest_2, copy_TD, key, keyed_1)
         token_sketch(x_TD, seeds_J2, sketch_JmK, norms_Jm)
         return
     check_statistics(x_TD, column_sums_D, scalars_3, digest_2, copy_TD)
+    check_keyed(x_TD, key, keyed_1)
     check_sketch(x_TD, seeds_J2, sketch_JmK, norms_Jm)
     plan = plan_stream(x_TD)
-    launch_stream(x_TD, plan, copy_TD)
+    launch_stream(x_TD, plan, copy_TD, key)
     sketchers = sketch_programs(x_TD, seeds_J2)
     _observe_kernel[(sketchers + plan.reducers,)](
         *sketch_arguments(x_TD, seeds_J2, sketch_JmK, norms_Jm),
@@ -50,9 +54,11 @@ def observe_message(
         column_sums_D,
         scalars_3,
         digest_2,
+        keyed_1,
         plan.groups,
         plan.programs,
         KIND=KINDS[x_TD.dtype],
+        KEYED=key is not None,
         BLOCK=REDUCED,
         **SHAPE,
         num_warps=4,
@@ -62,7 +68,7 @@ def observe_message(
 
 @triton.jit(
     do_not_specialize=["tokens", "rows", "sketchers", "groups", "programs"],
-    do_not_specialize_on_alignment=["sums_ptr", "scalars_ptr", "digest_ptr"],
+    do_not_specialize_on_alignment=["sums_ptr", "scalars_ptr", "digest_ptr", "keyed_ptr"],
 )  # rows of buffers: any alignment
 def _observe_kernel(
     x_ptr,
@@ -85,9 +91,11 @@ def _observe_kernel(
     sums_ptr,
     scalars_ptr,
     digest_ptr,
+    keyed_ptr,
     groups,
     programs,
     KIND: tl.constexpr,
+    KEYED: tl.constexpr,
     BLOCK: tl.constexpr,
     BM: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -124,8 +132,10 @@ def _observe_kernel(
             sums_ptr,
             scalars_ptr,
             digest_ptr,
+            keyed_ptr,
             hidden,
             groups,
             programs,
+            KEYED,
             BLOCK,
         )

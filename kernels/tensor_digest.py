@@ -7,7 +7,8 @@
 Partial sums of any shape add up to it, and since f is a bijection and the weights are odd no single changed element is
 lost. Without f, what changes only the highest bit of an even number of elements, such as the sign of a whole message,
 would cancel; with it that has a chance of about 2^-32, any other change one of 2^-64. A kernel hashes weights once in
-eight rows. It guards against corruption and against two reports that differ; its weights are no secret.
+eight rows. It guards against corruption and against two reports that differ; its weights are no secret, so tensors that
+share it can be made up. Where that matters, the digest under a key is taken in the same read (``keyed_digest.py``).
 """
 
 from __future__ import annotations
@@ -18,23 +19,58 @@ import torch
 
 from deepspeed_sentinel.kernels.dispatch import LAUNCH, runs_on_gpu, tl, triton
 from deepspeed_sentinel.kernels.hashing import mix, mix_reference
+from deepspeed_sentinel.kernels.keyed_digest import (
+    GROUP,
+    DigestKey,
+    add_columns,
+    add_rows,
+    check_keyed,
+    group_weight,
+    keyed_digest_reference,
+    row_weights,
+)
 
 DIGEST_WORDS = 2
-GROUP = 8  # rows that share one weight P
 INTEGER_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 _BR, _BC = 128, 1024  # a program's rows and columns
 _COLUMNS, _GROUPS, _ROWS = 0x9E3779B9, 0x3C6EF372, 0xDAA66D2B  # counters of the three kinds of weights start here
 
 
-def tensor_digest(x: torch.Tensor) -> torch.Tensor:
-    """The digest of a tensor of any dtype and shape, int32 [2]; see the head of this file."""
+def tensor_digest(x: torch.Tensor, key: DigestKey | None = None, keyed_1: torch.Tensor | None = None) -> torch.Tensor:
+    """The digest of a tensor of any dtype and shape, int32 [2]; see the head of this file.
+
+    Args:
+        x: the tensor.
+        key: optional, of the keyed digest.
+        keyed_1: int64 [1], out: the digest under the key, if there is one.
+
+    Raises:
+        ValueError: ``keyed_1`` does not fit, or there is one without a key.
+    """
+    check_keyed(x, key, keyed_1)
     bits_RC = _bits(x.detach())
     if not runs_on_gpu(bits_RC):
+        if key is not None and keyed_1 is not None:
+            keyed_1.copy_(keyed_digest_reference(bits_RC, key))
         return tensor_digest_reference(bits_RC)
     rows, columns = bits_RC.shape
     digest_2 = torch.zeros(DIGEST_WORDS, dtype=torch.int32, device=bits_RC.device)
+    if keyed_1 is not None:
+        keyed_1.zero_()
     _digest_kernel[(-(-columns // _BC), -(-rows // _BR))](
-        bits_RC, digest_2, rows, columns, BR=_BR, BC=_BC, GROUP=GROUP, num_warps=4, **LAUNCH
+        bits_RC,
+        digest_2,
+        key.seed_1 if key else None,
+        keyed_1,
+        rows,
+        columns,
+        KEYED=key is not None,
+        WIDE=bits_RC.dtype == torch.int32,
+        BR=_BR,
+        BC=_BC,
+        GROUP=GROUP,
+        num_warps=4,
+        **LAUNCH,
     )
     return digest_2
 
@@ -101,22 +137,43 @@ def spread(bits):
     return (unsigned ^ (unsigned >> 16)).to(tl.int32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
-def _digest_kernel(bits_ptr, digest_ptr, rows, columns, BR: tl.constexpr, BC: tl.constexpr, GROUP: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "columns"], do_not_specialize_on_alignment=["key_ptr", "keyed_ptr"])
+def _digest_kernel(
+    bits_ptr,
+    digest_ptr,
+    key_ptr,
+    keyed_ptr,
+    rows,
+    columns,
+    KEYED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     r = tl.arange(0, GROUP)
     first = tl.program_id(1).to(tl.int64) * BR
     q0, q1 = odd_weights(r, 0xDAA66D2B)
     word0 = tl.zeros([BC], tl.int32)
     word1 = tl.zeros([BC], tl.int32)
+    low = tl.zeros([BC], tl.int64)
+    high = tl.zeros([BC], tl.int64)
+    seed = tl.load(key_ptr) if KEYED else 0
+    q = row_weights(seed, r) if KEYED else r
     for t in range(first, tl.minimum(first + BR, rows), GROUP):
         inside = (t + r < rows)[:, None] & (c < columns)[None, :]
         places = (t + r)[:, None] * columns + c[None, :]
-        wide = spread(tl.load(bits_ptr + places, mask=inside, other=0).to(tl.int32))
+        bits = tl.load(bits_ptr + places, mask=inside, other=0).to(tl.int32)
+        wide = spread(bits)
         p0, p1 = odd_weights(t // GROUP, 0x3C6EF372)
         word0 += p0 * tl.sum(wide * q0[:, None], 0)
         word1 += p1 * tl.sum(wide * q1[:, None], 0)
+        if KEYED:
+            low, high = add_rows(bits, q, group_weight(seed, t // GROUP), low, high, WIDE)
     w0, w1 = odd_weights(c, 0x9E3779B9)
     # Sums of integers have the same bits in any order.
     tl.atomic_add(digest_ptr, tl.sum(word0 * w0, 0), sem="relaxed")
     tl.atomic_add(digest_ptr + 1, tl.sum(word1 * w1, 0), sem="relaxed")
+    if KEYED:
+        tl.atomic_add(keyed_ptr, add_columns(seed, c, low, high, WIDE), sem="relaxed")

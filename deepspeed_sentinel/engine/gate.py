@@ -165,7 +165,8 @@ class Gate:
         self._replay.rehearse(run, put_back)
 
     def _begin_messages(self, step: int) -> None:
-        self._collector.begin_step(step, self._engine.micro_batches)
+        keyed = self._twins.possible(self._suspicion) or self._replay.due(step)
+        self._collector.begin_step(step, self._engine.micro_batches, keyed)
         self._forward_state.begin_step()
 
     def _reduce_tied_gradients(self, engine: PipelineEngine) -> None:

@@ -33,6 +33,7 @@ _BITS = 32  # micro-batches told in one word
 @dataclass(frozen=True)
 class _Rehearsed:
     digests: dict[End, torch.Tensor]
+    keyed: dict[End, torch.Tensor]
     gradients: torch.Tensor
 
 
@@ -85,7 +86,9 @@ class Replay:
         finally:
             engine._INSTRUCTION_MAP = instructions
         self._rehearsed = _Rehearsed(
-            {end: self._probe.digests(end).clone() for end in self._probe.ends}, self._of_gradients()
+            {end: self._probe.digests(end).clone() for end in self._probe.ends},
+            {end: self._probe.keyed(end) for end in self._probe.ends},
+            self._of_gradients(),
         )
         access.clear_gradients(engine)
         engine.total_loss = engine.total_additional_losses = None
@@ -110,8 +113,10 @@ class Replay:
         count = self._probe.micro_batches
         differs = np.zeros((len(ENDS), count), bool)
         for end, digests in before.digests.items():
-            now = self._probe.digests(end)
-            differs[ENDS.index(end)] = (digests != now).flatten(1).any(1).cpu().numpy()
+            other_M = (digests != self._probe.digests(end)).flatten(1).any(1)
+            # Two versions of a message that were made up to have one digest are told apart by who receives them.
+            other_M |= before.keyed[end] != self._probe.keyed(end)
+            differs[ENDS.index(end)] = other_M.cpu().numpy()
         gradients = int((before.gradients != self._of_gradients()).any())
         padded = np.pad(differs, ((0, 0), (0, -count % _BITS))).reshape(len(ENDS), -1, _BITS)
         words = (padded * (1 << np.arange(_BITS, dtype=np.int64))).sum(-1)

@@ -38,7 +38,7 @@ from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.parcel import can_be_sent, checksums, from_bytes, to_bytes
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.control import Control
-from deepspeed_sentinel.evidence.keys import PairSecret
+from deepspeed_sentinel.evidence.keys import Secret
 from deepspeed_sentinel.evidence.table import Twins
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.response.twins import Draw, chance, draw
@@ -89,7 +89,7 @@ class TwinSteps:
         self._wanted = self._hindered = 0
         self._drawn: Draw | None = None
         self._refused = False
-        self._secret = PairSecret(self._agree_on_key(config.seed)) if self._at_end and mesh.replicas > 1 else None
+        self._secret = Secret(self._agree_on_key(config.seed)) if self._at_end and mesh.replicas > 1 else None
 
     def possible(self, suspicion: float) -> bool:
         """Whether the step may be a twin step, as all ranks know."""

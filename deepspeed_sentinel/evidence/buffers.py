@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deepspeed_sentinel.evidence.table import NAMES
+from deepspeed_sentinel.kernels.keyed_digest import DigestKey
 from deepspeed_sentinel.kernels.observe_message import observe_message
 from deepspeed_sentinel.kernels.sliced_wasserstein import DIRECTIONS, QUANTILES, sliced_wasserstein
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS, sketch_rows, token_sketch
@@ -59,7 +60,15 @@ class Buffers:
         self._column_sums_MD = blank(micro_batches, hidden)
         self._scalars_M3 = blank(micro_batches, 3)
 
-    def read(self, micro_batch: int, x_TD: torch.Tensor, seeds_J2: torch.Tensor, digest_2: torch.Tensor) -> None:
+    def read(
+        self,
+        micro_batch: int,
+        x_TD: torch.Tensor,
+        seeds_J2: torch.Tensor,
+        digest_2: torch.Tensor,
+        key: DigestKey | None,
+        keyed_1: torch.Tensor | None,
+    ) -> None:
         """Read a message. Nothing waits for the device.
 
         Args:
@@ -67,6 +76,7 @@ class Buffers:
             x_TD: the message, T >= 1.
             seeds_J2: int64, sample and projection seed of each sketch.
             digest_2: int32, out: its digest.
+            key, keyed_1: of the keyed digest, int64, out; both or neither.
         """
         self.tokens[micro_batch] = x_TD.shape[0]
         rows = sketch_rows(x_TD.shape[0])
@@ -78,6 +88,8 @@ class Buffers:
             digest_2,
             self.sketch_JMmK[:, micro_batch, :rows],
             self.norms_JMm[:, micro_batch, :rows],
+            key=key,
+            keyed_1=keyed_1,
         )
 
     def read_sketches(self, micro_batch: int, x_TD: torch.Tensor, seeds_J2: torch.Tensor, jobs: slice) -> None:

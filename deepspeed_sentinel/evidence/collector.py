@@ -20,6 +20,7 @@ from deepspeed_sentinel.evidence.keys import Keys
 from deepspeed_sentinel.evidence.parts import Layout, agree
 from deepspeed_sentinel.evidence.probe import ENDS, End, Probe
 from deepspeed_sentinel.evidence.sketch import PairSketches
+from deepspeed_sentinel.evidence.stage_secret import digest_keys, stage_secret
 from deepspeed_sentinel.evidence.statement import Statement
 from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, TABLE, Evidence
 from deepspeed_sentinel.evidence.transfer import LASTING, Known, Sketches, Transfers, pair_rows
@@ -74,6 +75,8 @@ class Collector:
         self.keeping = Keeping()
         self._step = 0
         self.keys = Keys.exchange(seed, control)
+        self._secret = stage_secret(worker, ranks, self.keys, control, seed)
+        self._collected = 0
         # NCCL wants all ranks in the first operation of a group, and a step's first is between neighbours.
         dist.all_reduce(torch.zeros(1, device=device))
         self._pairs = PairSketches(mesh, worker, ranks, device, self.keys)
@@ -101,9 +104,21 @@ class Collector:
         self._transfers: dict[int, Transfers] = defaultdict(lambda: Transfers(*self._decays))
         self._pairs.forget()
 
-    def begin_step(self, step: int, micro_batches: int) -> None:
+    def begin_step(self, step: int, micro_batches: int, keyed: bool) -> None:
+        """Before a step's first message; again before the same step's, if it is run twice.
+
+        Args:
+            step: the engine's global step.
+            micro_batches: messages at each end.
+            keyed: take keyed digests of what is received, since replicas may be held against each other.
+        """
         self._step = step
-        self.probe.begin_step(micro_batches, self._pairs.seeds(step, PUBLIC_SEED))
+        ends = [end for end in self.probe.ends if keyed and end[1] == RECEIVED]
+        keys = {
+            end: digest_keys(self._secret, end[0], step, self._collected).to(self._device, non_blocking=True)
+            for end in ends
+        }
+        self.probe.begin_step(micro_batches, self._pairs.seeds(step, PUBLIC_SEED), keys)
         self.keeping.begin_step(self._pairs.to_keep(step, micro_batches))
 
     def collect(self, step: int, gradient_scale: float) -> Evidence:
@@ -127,7 +142,9 @@ class Collector:
                 place = (end, part)
                 rows_of_pairs[place], self._lessons_JV[place] = self._transfer(place, entering, leaving)
         digests = {end: self.probe.digests(end) for end in self.probe.ends}
-        report = build_report(self.probe.micro_batches, self.layout, own_rows, rows_of_pairs, digests)
+        keyed = {end: self.probe.keyed(end) for end in self.probe.ends if end[1] == RECEIVED}
+        report = build_report(self.probe.micro_batches, self.layout, own_rows, rows_of_pairs, digests, keyed)
+        self._collected += 1
         gathered = self._exchange.gather_reports(report, step, self.layout, self._wiring)
         self._evidence = replace(gathered, renewed=self._pairs.renewal.new_X)
         # The copy that ``learn`` began in the step before was over before that of the reports began.

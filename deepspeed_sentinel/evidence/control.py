@@ -87,6 +87,14 @@ class Control:
         """
         return self._broadcast(mine, int(self._ranks[0, self._replica]), self._column)
 
+    def of_dealer(self, mine: torch.Tensor) -> torch.Tensor:
+        """What replica 0 of the first stage says, uint8 [N] of any size, on all ranks. Collective.
+
+        Args:
+            mine: this rank's; only that worker's counts.
+        """
+        return self.of_first_stage(self.of_replica(mine, 0) if self._stage == 0 else mine)
+
     def _broadcast(self, mine: torch.Tensor, source: int, group: dist.ProcessGroup | None) -> torch.Tensor:
         if group is None:
             return mine

@@ -27,8 +27,12 @@ def build_report(
     own_rows: Mapping[Place, torch.Tensor],
     pair_rows: Mapping[Place, torch.Tensor],
     digests: Mapping[End, torch.Tensor],
+    keyed: Mapping[End, torch.Tensor],
 ) -> torch.Tensor:
-    """int32 [4 ends, M, P * statistics + T * digest words]: float32 statistics by their bits, then the digests.
+    """int32 [4 ends, M, P * statistics + T * digest words + 1]: float32 statistics by their bits, the digests, and half
+    of a keyed digest.
+
+    What was received alone has a keyed digest: its low word stands at the sending end of that direction.
 
     Ends that this worker does not have (first and last stage) stay zero, statistics that it does not have NaN.
 
@@ -38,6 +42,7 @@ def build_report(
         own_rows: float32 [M, OWN] of each judged part.
         pair_rows: float32 [M, PAIR_ROWS], where there are any.
         digests: int32 [M, T, words] of each end.
+        keyed: int64 [M] of each end at which messages are received.
     """
     device = next(iter(digests.values())).device
     values = torch.zeros(len(ENDS), micro_batches, layout.parts, REPORTED, device=device)
@@ -50,7 +55,12 @@ def build_report(
         values[ENDS.index(end), :, part, :OWN] = rows
     for (end, part), rows in pair_rows.items():
         values[ENDS.index(end), :, part, OWN:] = rows
-    return torch.cat([values.view(torch.int32).flatten(2), words.flatten(2)], dim=-1)
+    halves = torch.zeros(len(ENDS), micro_batches, 1, dtype=torch.int32, device=device)
+    for (direction, role), keyed_M in keyed.items():
+        assert role == RECEIVED, role
+        low, high = (ENDS.index((direction, one)) for one in (SENT, RECEIVED))
+        halves[low, :, 0], halves[high, :, 0] = keyed_M.view(torch.int32).view(-1, 2).unbind(1)
+    return torch.cat([values.view(torch.int32).flatten(2), words.flatten(2), halves], dim=-1)
 
 
 class Exchange:
@@ -83,7 +93,7 @@ class Exchange:
         return gathered.view(self._mesh.replicas, -1)
 
     def assemble(self, reports: np.ndarray, step: int, layout: Layout) -> Evidence:
-        """int32 [S, C, 4 ends, M, P * statistics + T * digest words] -> Evidence."""
+        """int32 [S, C, 4 ends, M, P * statistics + T * digest words + 1] -> Evidence."""
 
         def ends(direction: int, role: int) -> np.ndarray:
             of_all_stages = reports[:, :, ENDS.index((direction, role))]
@@ -93,14 +103,19 @@ class Exchange:
         shape, split = (2, self._mesh.links, self._mesh.replicas, reports.shape[3]), layout.parts * REPORTED
         # Statistic by statistic in memory, which is how they are judged.
         statistics = np.zeros((2, layout.parts, len(TABLE), *shape), np.float32)
-        words = np.empty((2, *shape, reports.shape[-1] - split), reports.dtype)
+        words = np.empty((2, *shape, reports.shape[-1] - 1 - split), reports.dtype)
         for role in (SENT, RECEIVED):
             for direction in (FORWARD, BACKWARD):
                 rows_LRMV = ends(direction, role)
-                words[role, direction] = rows_LRMV[..., split:]
+                words[role, direction] = rows_LRMV[..., split:-1]
                 reported = rows_LRMV[..., :split].view(np.float32).reshape(*shape[1:], layout.parts, REPORTED)
                 for link, of_link in enumerate(reported):  # one at a time stays in the processor's own memory
                     statistics[role, :, :REPORTED, direction, link] = np.moveaxis(of_link, (-2, -1), (0, 1))
+        keyed = np.zeros(shape, np.int64)
+        for direction in (FORWARD, BACKWARD):
+            of_receivers = reports[1:] if direction == FORWARD else reports[:-1]
+            halves = [of_receivers[:, :, ENDS.index((direction, role)), :, -1] for role in (SENT, RECEIVED)]
+            keyed[direction] = np.stack(halves, axis=-1).view(np.int64)[..., 0]
         # The stage that sends cannot be asked about its pair: its neighbour on the other side reports it, one stage
         # before the sender, at the end over which the micro-batch entered it.
         pair = statistics[SENT, :, OWN:REPORTED]
@@ -108,11 +123,12 @@ class Exchange:
         forward[:, :, 1:], forward[:, :, :1] = forward[:, :, :-1].copy(), np.nan
         backward[:, :, :-1], backward[:, :, -1:] = backward[:, :, 1:].copy(), np.nan
         # Nor has it one in what the receiver reports, if it is the first stage or the last.
-        of_receivers = statistics[RECEIVED, :, OWN:REPORTED]
-        of_receivers[:, :, FORWARD, 0] = of_receivers[:, :, BACKWARD, -1] = np.nan
+        received = statistics[RECEIVED, :, OWN:REPORTED]
+        received[:, :, FORWARD, 0] = received[:, :, BACKWARD, -1] = np.nan
         return Evidence(
             self._mesh,
             step,
             np.moveaxis(statistics.reshape(2, -1, *shape), 1, -1),
             layout.mark_all(words.view(np.int64)),
+            keyed=keyed,
         )

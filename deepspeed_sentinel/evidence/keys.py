@@ -26,12 +26,12 @@ from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.control import Control
 
 BITS = 62  # of a number: what fits an int64 seed, with room
-_BYTES = 32
+KEY_BYTES = 32
 _DOMAIN = b"deepspeed_sentinel/sketches/1"
 
 
-class PairSecret:
-    """What two workers share.
+class Secret:
+    """What some workers share, most often two.
 
     Args:
         key: 32 bytes.
@@ -48,9 +48,12 @@ class PairSecret:
         Args:
             purpose: words without a slash, and whole numbers.
         """
+        return int.from_bytes(self.key(*purpose, size=8), "big") >> (64 - BITS)
+
+    def key(self, *purpose: str | int, size: int = KEY_BYTES) -> bytes:
+        """Up to 8,160 bytes for one purpose, likewise."""
         info = b"/".join([_DOMAIN, *(str(part).encode() for part in purpose)])
-        derived = HKDFExpand(algorithm=SHA256(), length=8, info=info).derive(self._key)
-        return int.from_bytes(derived, "big") >> (64 - BITS)
+        return HKDFExpand(algorithm=SHA256(), length=size, info=info).derive(self._key)
 
 
 class Keys:
@@ -87,14 +90,14 @@ class Keys:
             keys._shared(other)  # so that a useless key ends all ranks here, and not two of them later
         return keys
 
-    def secret_with(self, rank: int) -> PairSecret:
+    def secret_with(self, rank: int) -> Secret:
         """The secret that this worker and another one share; agreed when it is first asked for."""
         return self._with(rank)
 
-    def _agree(self, rank: int) -> PairSecret:
+    def _agree(self, rank: int) -> Secret:
         lower, upper = sorted((self._rank, rank))
         salt = self._public[lower] + self._public[upper]
-        return PairSecret(HKDF(algorithm=SHA256(), length=_BYTES, salt=salt, info=_DOMAIN).derive(self._shared(rank)))
+        return Secret(HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=_DOMAIN).derive(self._shared(rank)))
 
     def _shared(self, rank: int) -> bytes:
         try:
@@ -112,5 +115,5 @@ def private_key(seed: int | None, rank: int) -> X25519PrivateKey:
         return X25519PrivateKey.generate()
     info = b"/".join([_DOMAIN, b"private key", str(rank).encode()])
     return X25519PrivateKey.from_private_bytes(
-        HKDF(algorithm=SHA256(), length=_BYTES, salt=None, info=info).derive(str(seed).encode())
+        HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(str(seed).encode())
     )

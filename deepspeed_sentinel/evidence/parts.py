@@ -23,11 +23,12 @@ import torch
 
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.table import SENT, ZEROS
+from deepspeed_sentinel.kernels.keyed_digest import DigestKey
 from deepspeed_sentinel.kernels.tensor_digest import tensor_digest
 from deepspeed_sentinel.mesh import FORWARD, Mesh
 
 # DeepSpeed describes a message in 256 integers, two and its dimensions for each tensor: more than these cannot cross.
-_MOST = 96
+MOST_TENSORS = 96
 
 
 def parts_of(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -45,9 +46,9 @@ def as_tokens(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
-def digest_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The digest of any tensor of a message, int32 [2]: of a part as ``observe_message`` gives it."""
-    return tensor_digest(as_tokens(tensor) if tensor.is_floating_point() else tensor)
+def digest_of(tensor: torch.Tensor, key: DigestKey | None = None, keyed_1: torch.Tensor | None = None) -> torch.Tensor:
+    """The digest of any tensor of a message, int32 [2], and the keyed one: as ``observe_message`` gives a part's."""
+    return tensor_digest(as_tokens(tensor) if tensor.is_floating_point() else tensor, key, keyed_1)
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -127,20 +128,20 @@ def agree(
 
 
 def report(seen: Sequence[Seen | None]) -> np.ndarray:
-    """int64 [ends, 1 + _MOST]: number of tensors and widths, -1 where there is no such end."""
-    rows = np.full((len(seen), 1 + _MOST), -1, np.int64)
+    """int64 [ends, 1 + MOST_TENSORS]: number of tensors and widths, -1 where there is no such end."""
+    rows = np.full((len(seen), 1 + MOST_TENSORS), -1, np.int64)
     for row, one in zip(rows, seen, strict=True):
         if one is not None:
-            row[0], row[1:] = min(one.tensors, _MOST), 0
-            widths = one.widths[:_MOST]
+            row[0], row[1:] = min(one.tensors, MOST_TENSORS), 0
+            widths = one.widths[:MOST_TENSORS]
             row[1 : 1 + len(widths)] = widths
     return rows
 
 
 def combine(reports: np.ndarray, mesh: Mesh, ends: Sequence[tuple[int, int]]) -> Layout:
-    """Every worker's ``report``, [S, R, ends, 1 + _MOST] -> Layout."""
+    """Every worker's ``report``, [S, R, ends, 1 + MOST_TENSORS] -> Layout."""
     tensors = np.zeros((2, mesh.links), np.int64)
-    widths = np.zeros((mesh.links, _MOST), np.int64)
+    widths = np.zeros((mesh.links, MOST_TENSORS), np.int64)
     for link in range(mesh.links):
         of_link: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for index, (direction, role) in enumerate(ends):
@@ -153,7 +154,7 @@ def combine(reports: np.ndarray, mesh: Mesh, ends: Sequence[tuple[int, int]]) ->
         widths[link] = [_majority(column) for column in both.T]
     used = np.flatnonzero(widths.any(0))
     parts = int(used[-1]) + 1 if len(used) else 1
-    return Layout(np.clip(widths[:, :parts], 0, None), np.clip(tensors, 1, _MOST))
+    return Layout(np.clip(widths[:, :parts], 0, None), np.clip(tensors, 1, MOST_TENSORS))
 
 
 def _most_common(values: np.ndarray) -> int:

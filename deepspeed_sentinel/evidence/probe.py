@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from hashlib import sha256
 
 import torch
 
 from deepspeed_sentinel.evidence.buffers import Buffers, EndStatistics
 from deepspeed_sentinel.evidence.parts import Layout, Seen, as_tokens, describe, digest_of, parts_of
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
+from deepspeed_sentinel.kernels.keyed_digest import DigestKey
 from deepspeed_sentinel.kernels.tensor_digest import DIGEST_WORDS
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, TOKENS
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
@@ -17,6 +20,7 @@ from deepspeed_sentinel.mesh import DIRECTIONS as DIRECTION_NAMES
 SECRET = 1  # from here on the sketches whose samples and projections the neighbours of a stage share, and nobody else
 ENDS = ((FORWARD, SENT), (FORWARD, RECEIVED), (BACKWARD, SENT), (BACKWARD, RECEIVED))
 End = tuple[int, int]
+_ToKey = tuple[DigestKey | None, torch.Tensor | None]
 
 
 class Probe:
@@ -51,6 +55,9 @@ class Probe:
         self._changed: set[tuple[End, int]] = set()
         self._buffers: dict[tuple[End, int], Buffers] = {}
         self._digests: dict[End, torch.Tensor] = {}
+        self._keys: dict[End, list[DigestKey]] = {}
+        self._keyed: dict[End, torch.Tensor] = {}
+        self._shapes: dict[End, list[int]] = {}
         self._positions: dict[End, list[int]] = {}
         self.kinds: dict[End, tuple[str, ...]] = {}
         self.micro_batches = 0
@@ -90,13 +97,20 @@ class Probe:
             if part < layout.parts and self._expected[end][part] == buffers.hidden
         }
 
-    def begin_step(self, micro_batches: int, seeds: Mapping[End, torch.Tensor] | None = None) -> None:
+    def begin_step(
+        self,
+        micro_batches: int,
+        seeds: Mapping[End, torch.Tensor] | None = None,
+        keys: Mapping[End, torch.Tensor] | None = None,
+    ) -> None:
         """Start a step of so many micro-batches; rows of the step before are forgotten.
 
         Args:
             micro_batches: number of messages at each end.
             seeds: per end, int64 [J, 2] on the device, sample and projection seed of each sketch that is taken of
                 its messages; row PUBLIC must be equal on all ranks. Ends left out take the public sketch alone.
+            keys: per end, int64 [MOST_TENSORS] on the device, of the keyed digests of its messages' tensors. Ends left
+                out take none.
         """
         self._seeds = {end: (seeds or {}).get(end, self._public_J2) for end in self.ends}
         jobs_changed = any(len(self._seeds[end]) != len(one.sketch_JMmK) for (end, _), one in self._buffers.items())
@@ -106,6 +120,12 @@ class Probe:
             self.micro_batches = micro_batches
         for buffers in self._buffers.values():
             buffers.tokens = [0] * micro_batches
+        self._keys = {end: [DigestKey(key_1) for key_1 in keys_K.split(1)] for end, keys_K in (keys or {}).items()}
+        self._keyed = {
+            end: torch.zeros(micro_batches, len(of_end), dtype=torch.int64, device=self._device)
+            for end, of_end in self._keys.items()
+        }
+        self._shapes = {end: [0] * micro_batches for end in self._keys}
         self._next = dict.fromkeys(ENDS, 0)
 
     def next_micro_batch(self, end: End) -> int:
@@ -145,10 +165,13 @@ class Probe:
         digest_T2 = self._digests[end][micro_batch]
         if len(tensors) < len(digest_T2):
             digest_T2[len(tensors) :].zero_()
+        if end in self._keys:
+            self._shapes[end][micro_batch] = _number(tuple(map(describe, tensors)))
         for index, tensor in enumerate(tensors):
+            keyed = self._to_key(end, micro_batch, index)
             into_2 = digest_T2[index] if index < len(digest_T2) else torch.empty_like(digest_T2[-1])
-            if index not in judged or not self._read(end, judged.index(index), micro_batch, tensor, into_2):
-                into_2.copy_(digest_of(tensor)) if tensor.numel() else into_2.zero_()
+            if index not in judged or not self._read(end, judged.index(index), micro_batch, tensor, into_2, keyed):
+                into_2.copy_(digest_of(tensor, *keyed)) if tensor.numel() else into_2.zero_()
             if index >= len(digest_T2):
                 digest_T2[-1].mul_(31).add_(into_2)
 
@@ -190,6 +213,16 @@ class Probe:
         """int32 [M, T, 2], of the bits of each tensor as they were sent."""
         return self._digests[end]
 
+    def keyed(self, end: End) -> torch.Tensor:
+        """int64 [M], one digest a message, under the step's keys: of all its tensors' bits, shapes and dtypes.
+
+        0 where there are no keys. No sender knows it of its own messages.
+        """
+        if end not in self._keyed:
+            return torch.zeros(self.micro_batches, dtype=torch.int64, device=self._device)
+        shapes_M = torch.tensor(self._shapes[end], dtype=torch.int64).to(self._device, non_blocking=True)
+        return self._keyed[end].sum(1) + shapes_M
+
     def sketches(self, end: End, jobs: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Sketches float32 [J, P * M, 256, K] and norms float32 [J, P * M, 256] of one end, part by part."""
         if self._layout is None or self._layout.parts == 1:
@@ -229,8 +262,16 @@ class Probe:
             )
         return None
 
-    def _read(self, end: End, part: int, micro_batch: int, tensor: torch.Tensor, digest_2: torch.Tensor) -> bool:
-        """Read a part, its digest included; False if it is not one that is judged."""
+    def _to_key(self, end: End, micro_batch: int, index: int) -> _ToKey:
+        """Key and place of a tensor's keyed digest."""
+        if end not in self._keys:
+            return None, None
+        return self._keys[end][index], self._keyed[end][micro_batch, index : index + 1]
+
+    def _read(
+        self, end: End, part: int, micro_batch: int, tensor: torch.Tensor, digest_2: torch.Tensor, keyed: _ToKey
+    ) -> bool:
+        """Read a part, its digests included; False if it is not one that is judged."""
         x_TD = as_tokens(tensor)
         expected = self._expected[end]
         if part >= len(expected) or expected[part] != x_TD.shape[1]:
@@ -239,7 +280,7 @@ class Probe:
             return False
         if x_TD.numel() == 0:
             return False
-        self._buffers_of(end, part, expected[part]).read(micro_batch, x_TD, self._seeds[end], digest_2)
+        self._buffers_of(end, part, expected[part]).read(micro_batch, x_TD, self._seeds[end], digest_2, *keyed)
         return True
 
     def _buffers_of(self, end: End, part: int, hidden: int) -> Buffers:
@@ -261,3 +302,9 @@ def _with_slots(digests_MT2: torch.Tensor, slots: int) -> torch.Tensor:
     for index in range(slots, tensors):
         kept_MT2[:, -1].mul_(31).add_(digests_MT2[:, index])
     return kept_MT2
+
+
+@lru_cache(maxsize=1024)
+def _number(described: tuple[str, ...]) -> int:
+    """63 bits of what a message is made of: zeros added to it would change no sum of its elements."""
+    return int.from_bytes(sha256(";".join(described).encode()).digest()[:8], "big") >> 1

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from deepspeed_sentinel.evidence.keys import Keys, PairSecret
+from deepspeed_sentinel.evidence.keys import Keys, Secret
 from deepspeed_sentinel.evidence.probe import ENDS, SECRET, End, Probe
 from deepspeed_sentinel.evidence.renewal import Renewal, of_senders
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
@@ -42,7 +42,7 @@ class _Pair:
     """
 
     partner: int
-    secret: PairSecret
+    secret: Secret
     names: tuple[int, int, int, int]
 
     def number(self, purpose: str, *more: int) -> int:

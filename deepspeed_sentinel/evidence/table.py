@@ -248,6 +248,8 @@ class Evidence:
             are measured in another projection than in the step before; None is nowhere.
         twins: of a twin step; None of any other.
         refused: it was to be a twin step, and the data could not be dealt so.
+        keyed: int64 [2 directions, links, columns, micro-batches], a digest of each message by its receiver, under a
+            key that the stage of its sender does not know; None where there are no keys.
     """
 
     mesh: Mesh
@@ -258,6 +260,7 @@ class Evidence:
     renewed: np.ndarray | None = None
     twins: Twins | None = None
     refused: bool = False
+    keyed: np.ndarray | None = None
 
     @property
     def served(self) -> np.ndarray:
@@ -272,6 +275,7 @@ class Evidence:
         assert self.statistics.shape[:4] == shape, (self.statistics.shape, shape)
         assert self.statistics.shape[5] in range(len(TABLE), 1 << 20, len(TABLE)), self.statistics.shape
         assert self.digests.ndim == 6 and self.digests.shape[:5] == self.statistics.shape[:5], self.digests.shape
+        assert self.keyed is None or self.keyed.shape == self.statistics.shape[1:5], self.keyed
         of_pair = Rows(self.statistics.shape[5] // len(TABLE)).of_pair
         for direction, link in ((FORWARD, 0), (BACKWARD, -1)):
             if not np.isnan(self.statistics[:, direction, link][..., of_pair]).all():

@@ -224,7 +224,9 @@ class Judge:
                 self.record.convicted,
                 self.record.accused,
                 self.record.unlike,
+                evidence.keyed,
             )
+            differ, contradicted, disputes = (which | trial.forged for which in (differ, contradicted, disputes))
             differing, right = trial.wrong | trial.undecided, trial.right
             alarms = alarms & ~differing & (hard.any(0) | ~right)
             scores = np.where(alarms, scores, 0.0)

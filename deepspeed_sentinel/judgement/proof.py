@@ -10,6 +10,10 @@ held against the others of its stage that were given the same as it was:
   may be honest by now. Who sent another message is proved. What follows a difference is cascade and tells nothing about
   anybody.
 * Both ends of a link must report the same digest. Else it is a dispute, and from there on that column is out.
+* What both ends report has public weights, so a sender can make up a message with the honest one's digest. Receivers
+  report another digest beside it, under a key that no sender knows. Among columns that say the same, what most of these
+  say is believed, and ``quorum`` of them; where one says otherwise the sender has made the message up, or the receiver
+  lies. That is a dispute between the two as well: nobody is proved by it, and who is given the message is not tested.
 * Accumulated gradients of weights never cross a link. They are compared in the same way, among the workers whose
   columns have agreed on every message that enters their stage, forward and backward.
 * Workers on unlike hardware round differently. A worker that says it runs on another kind than most of its stage, and
@@ -91,17 +95,22 @@ class Difference:
         workers: who differ.
         columns: which they served.
         direction: of their messages; None where the accumulated gradients of their weights differ.
+        as_received: they say the same, and the workers behind them say that they received different messages.
     """
 
     workers: tuple[Worker, ...]
     columns: tuple[int, ...]
     direction: int | None
+    as_received: bool = False
 
     def __str__(self) -> str:
         what = "gradients of their weights" if self.direction is None else f"{DIRECTIONS[self.direction]} messages"
-        return (
-            f"given the same micro-batches, {', '.join(map(str, self.workers))} made different {what}, and no majority "
-            "tells who is wrong"
+        workers = ", ".join(map(str, self.workers))
+        return "given the same micro-batches, " + (
+            f"{workers} say that they made the same {what}, those behind them that they received different ones, and "
+            "no majority tells who is wrong"
+            if self.as_received
+            else f"{workers} made different {what}, and no majority tells who is wrong"
         )
 
 
@@ -119,6 +128,7 @@ class Trial:
         unlike: bool [S], stages whose honest replicas differ: nothing of them is proved bit for bit.
         spoilt: bool [C], columns that must not count: something in them is wrong or undecided, or it is not exact and
             that of others is.
+        forged: bool [2, L, C, M], messages that their senders say are the truth and their receivers that they are not.
         differ: bool [S, R, R], which two workers of a stage made other things of the very same without a truth.
     """
 
@@ -131,6 +141,7 @@ class Trial:
     same: np.ndarray
     unlike: np.ndarray
     spoilt: np.ndarray
+    forged: np.ndarray
     differ: np.ndarray
 
 
@@ -144,6 +155,7 @@ def try_twins(
     convicted: np.ndarray,
     suspects: np.ndarray,
     unlike: np.ndarray,
+    keyed: np.ndarray | None = None,
 ) -> Trial:
     """Hold the workers of each stage against each other.
 
@@ -158,9 +170,11 @@ def try_twins(
         convicted: bool [S, R], whose word does not count.
         suspects: bool [S, R], before this step.
         unlike: bool [S], stages that are known not to make the same of the same.
+        keyed: int64 [2, L, C, M], of every message as received, as in ``Evidence``; None where nobody has keys.
     """
     links, columns, messages = digests.shape[1:4]
     digests_PCMT, disputed_PCM = chain_order(digests), chain_order(disputed)
+    keyed_PCM = np.zeros(disputed_PCM.shape, np.int64) if keyed is None else chain_order(keyed)
     measures_PECMN = np.stack([chain_order(of_end) for of_end in measures], axis=1)
     stages = [
         Voters.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage], bool(unlike[stage]))
@@ -175,23 +189,23 @@ def try_twins(
         link = position if direction == FORWARD else 2 * links - 1 - position
         stage, receiver = mesh.sender_stage(direction, link), mesh.receiver_stage(direction, link)
         asked = agreed & ~disputed_PCM[position]
-        vote = stages[stage].vote(digests_PCMT[position], measures_PECMN[position], asked, exact)
-        agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike)
+        vote = stages[stage].vote(digests_PCMT[position], keyed_PCM[position], measures_PECMN[position], asked, exact)
+        agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike | vote.forged | vote.unclear)
         exact = agreed & vote.exact
         found.append((stage, direction, vote))
         if direction == BACKWARD or link == links - 1:
             entered[receiver], entered_exact[receiver] = agreed.all(-1), exact.all(-1)
-    right, wrong, undecided, cascade = (
+    right, wrong, undecided, cascade, forged, unclear = (
         by_link(np.stack([getattr(vote, name) for _, _, vote in found]))
-        for name in ("right", "wrong", "undecided", "cascade")
+        for name in ("right", "wrong", "undecided", "cascade", "forged", "unclear")
     )
-    undecided = undecided | cascade
+    undecided = undecided | cascade | unclear
     proofs: list[Proof] = []
     differences: list[Difference] = []
     found_unlike = np.zeros(mesh.stages, bool)
     differ = np.zeros((mesh.stages, mesh.replicas, mesh.replicas), bool)
     sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
-    spoilt = np.asarray((wrong | undecided).any(axis=(0, 1, 3)))
+    spoilt = np.asarray((wrong | undecided | forged).any(axis=(0, 1, 3)))
     inexact = np.zeros(columns, bool)
     for stage, workers in enumerate(served):
         told: list[tuple[int | None, Vote]] = [(direction, vote) for at, direction, vote in found if at == stage]
@@ -199,7 +213,11 @@ def try_twins(
         asked = entered[stage]
         if asked.any():
             vote = stages[stage].vote(
-                gradients[:, None, None], norms[None, :, None, None], asked[:, None], entered_exact[stage][:, None]
+                gradients[:, None, None],
+                np.zeros((columns, 1), np.int64),  # they reach nobody
+                norms[None, :, None, None],
+                asked[:, None],
+                entered_exact[stage][:, None],
             )
             spoilt |= (vote.wrong | vote.undecided | vote.cascade)[:, 0]
             same[stage, workers] = (vote.right & vote.exact)[:, 0]
@@ -216,7 +234,9 @@ def try_twins(
     lost = spoilt | disputed.any(axis=(0, 1, 3)) | ~twins.given
     if np.count_nonzero(~lost & ~inexact) >= LEAST:
         spoilt = spoilt | inexact
-    return Trial(right, wrong, undecided, tuple(proofs), tuple(differences), sound, same, found_unlike, spoilt, differ)
+    return Trial(
+        right, wrong, undecided, tuple(proofs), tuple(differences), sound, same, found_unlike, spoilt, forged, differ
+    )
 
 
 def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tried:
@@ -250,7 +270,10 @@ def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: Vote, served: n
 
 
 def _differences(stage: int, direction: int | None, vote: Vote, served: np.ndarray) -> list[Difference]:
-    columns = np.flatnonzero(vote.undecided.any(-1)).tolist()
-    if not columns:
-        return []
-    return [Difference(tuple(Worker(stage, int(served[column])) for column in columns), tuple(columns), direction)]
+    found = []
+    for differ, as_received in ((vote.undecided, False), (vote.unclear, True)):
+        columns = np.flatnonzero(differ.any(-1)).tolist()
+        if columns:
+            workers = tuple(Worker(stage, int(served[column])) for column in columns)
+            found.append(Difference(workers, tuple(columns), direction, as_received))
+    return found

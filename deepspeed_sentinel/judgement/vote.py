@@ -26,6 +26,9 @@ class Vote:
         near: bool [C, M], those that could be held to the truth by statistics alone.
         agreeing, compared: int [M], workers behind the truth, and all that were asked.
         unlike: bool [M], more differ than can be bad.
+        forged: bool [C, M], those that say the same as the truth, and by whom it reached is something else: the sender
+            has made it up or the receiver lies, and of these two one is bad.
+        unclear: bool [C, M], those that say the same, while those whom it reached do not, without a majority.
         differ: bool [C, C], which two made other things of the very same without a truth.
     """
 
@@ -38,6 +41,8 @@ class Vote:
     agreeing: np.ndarray
     compared: np.ndarray
     unlike: np.ndarray
+    forged: np.ndarray
+    unclear: np.ndarray
     differ: np.ndarray
 
 
@@ -84,11 +89,24 @@ class Voters:
         counts = np.bincount(answers[of_CM & self.heard[:, None]], minlength=questions * most)
         return counts.reshape(questions, most)
 
-    def vote(self, what_CMT: np.ndarray, measures_ECMN: np.ndarray, asked: np.ndarray, exact: np.ndarray) -> Vote:
+    def _count(self, version: np.ndarray, of_CM: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of versions [C, M]: the one that most say, how many say it, and how many say anything; int [M] each."""
+        votes_MC = self._voices(of_CM, version, len(version))
+        return np.argmax(votes_MC, axis=1), votes_MC.max(1), self._voices(of_CM)[:, 0]
+
+    def vote(
+        self,
+        what_CMT: np.ndarray,
+        keyed_CM: np.ndarray,
+        measures_ECMN: np.ndarray,
+        asked: np.ndarray,
+        exact: np.ndarray,
+    ) -> Vote:
         """The truth on each question, if there is one.
 
         Args:
             what_CMT: int64 [C, M, T], what each says.
+            keyed_CM: int64 [C, M], what they say whom it reached, which nobody who says the same could have made up.
             measures_ECMN: float [ends, C, M, N], statistics of it, as each end reports them: one alone accuses nobody.
             asked: bool [C, M], who is asked.
             exact: bool [C, M], who was given the same as most to the last bit.
@@ -96,9 +114,8 @@ class Voters:
         columns, quorum = len(asked), max(LEAST, self.bad + 1)
         compared = asked & exact & self.alike[:, None]
         same = (what_CMT[:, None] == what_CMT[None]).all(-1) & asked[:, None] & compared[None]
-        version = np.where(same.any(1), np.argmax(same, axis=1), -1)  # the first column compared that says the same
-        votes_MC = self._voices(compared, version, columns)
-        best, agreeing, voters = np.argmax(votes_MC, axis=1), votes_MC.max(1), self._voices(compared)[:, 0]
+        version = _version(same)
+        best, agreeing, voters = self._count(version, compared)
         known = (agreeing >= quorum) & (2 * agreeing > voters)
         true = asked & known & (version == best)
         near = asked & ~compared & ~true
@@ -117,20 +134,35 @@ class Voters:
         fits, asking = self._voices(asked & together)[:, 0], self._voices(asked)[:, 0]
         believed = together & (fits >= quorum) & (2 * fits > asking)
         torn = asked & ~known & ~unlike & near.any(0) & ~believed & (asked & ~together).any(0)
+        # Those that say the same must have reached others as the same, too.
+        one_thing = true | (compared & ~known & (versions == 1)) | innocent
+        reached = _version((keyed_CM[:, None] == keyed_CM[None]) & one_thing[:, None] & one_thing[None])
+        most, behind, receivers = self._count(reached, one_thing)
+        settled = (behind >= quorum) & (2 * behind > receivers)
+        odd = one_thing & (reached != most)
+        forged, unclear = odd & settled, one_thing & odd.any(0) & ~settled
+        one_thing &= ~(forged | unclear)
         return Vote(
-            right=true | (near & known & together) | (innocent & self.of_two),
+            right=(true & one_thing) | (near & known & together) | (innocent & one_thing & self.of_two),
             wrong=(compared & known & ~true) | (near & known & exact & apart) | (guilty & self.of_two),
             undecided=(differ & ~innocent & ~(guilty & self.of_two))
             | (near & known & exact & ~apart & ~together)
             | torn,
             cascade=near & known & ~exact & ~together,
-            exact=true | (compared & ~known & (versions == 1)) | innocent,
+            exact=one_thing,
             near=near,
             agreeing=agreeing,
             compared=voters,
             unlike=unlike,
+            forged=forged,
+            unclear=unclear,
             differ=(differ[:, None] & differ[None] & ~same).any(-1),
         )
+
+
+def _version(same: np.ndarray) -> np.ndarray:
+    """Of who says the same as whom (bool [C, C, M]) the first column that says the same as each, -1 for none."""
+    return np.where(same.any(1), np.argmax(same, axis=1), -1)
 
 
 def _apart(measures_ECMN: np.ndarray, true: np.ndarray, asked: np.ndarray) -> np.ndarray:

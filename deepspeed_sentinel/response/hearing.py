@@ -11,7 +11,7 @@ import torch
 
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.control import Control
-from deepspeed_sentinel.evidence.keys import PairSecret
+from deepspeed_sentinel.evidence.keys import Secret
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import End
 from deepspeed_sentinel.evidence.statement import Statement
@@ -53,7 +53,7 @@ class Hearing:
         *,
         testify: Callable[[End], Statement],
         most_bytes: Callable[[], int],
-        secret_with: Callable[[int], PairSecret],
+        secret_with: Callable[[int], Secret],
         towards: str,
         say: Callable[[str], None] = console.say,
     ) -> None:

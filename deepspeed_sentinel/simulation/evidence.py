@@ -60,15 +60,16 @@ class Verifiers:
         self._observed: dict[tuple[int, int], list[Observation]] = {}
         self._lessons: dict[tuple[int, int], _Lesson] = {}
 
-    def begin_step(self, step: int, met: np.ndarray | None = None) -> None:
+    def begin_step(self, step: int, met: np.ndarray | None = None, twins: bool = False) -> None:
         """Forget the messages of the step before.
 
         Args:
             step: the engine's global step.
             met: bool [S, C], pairs whose two workers beside the stage share no secret yet; None is none.
+            twins: it is a twin step, so messages are digested under keys.
         """
         self._observed, self._lessons = {}, {}
-        self._observer.begin_step(step)
+        self._observer.begin_step(step, keyed=twins)
         if met is not None and met.any():
             self._observer.renewal.forget(met)
             for stage, transfers in enumerate(self._transfers):
@@ -95,13 +96,14 @@ class Verifiers:
         messages = observed[FORWARD, 0].of_end[RECEIVED].means_MD.shape[0]
         shape = (2, 2, self._mesh.links, self._mesh.replicas, messages // self._mesh.replicas)
         statistics = np.full((*shape, len(TABLE)), np.nan)
-        digests = np.zeros((*shape, 1), np.int64)
+        digests, keyed = np.zeros((*shape, 1), np.int64), np.zeros(shape[1:], np.int64)
         for (direction, link), observation in observed.items():
             for end in (SENT, RECEIVED):
                 rows = observation.of_end[end]
                 own = torch.cat([self._baselines[link].distances((direction, end), rows), rows.scalars_M3], dim=1)
                 statistics[end, direction, link][..., _OWN] = self._numbers(own)
                 digests[end, direction, link] = self._numbers(observation.digests[end]).view(np.int64)
+            keyed[direction, link] = self._numbers(observation.keyed[:, None])[..., 0]
             lesson = ahead = None
             entered = observed.get((direction, link + (-1 if direction == FORWARD else 1)))
             if observation.leaving is not None and entered is not None:
@@ -114,7 +116,8 @@ class Verifiers:
             self._lessons[direction, link] = _Lesson(summaries, lesson, ahead)
         if self._paper_only:
             statistics[..., ~_PAPER] = np.nan
-        return Evidence(self._mesh, step, statistics, digests, served, self._observer.renewal.new_X, twins)
+        renewed = self._observer.renewal.new_X
+        return Evidence(self._mesh, step, statistics, digests, served, renewed, twins, keyed=keyed)
 
     def learn(self, clean: np.ndarray) -> None:
         """Learn from the clean messages of the step whose evidence was taken last, bool [2, L, C]."""

@@ -17,13 +17,14 @@ from deepspeed_sentinel.evidence.buffers import EndStatistics
 from deepspeed_sentinel.evidence.collector import PUBLIC_SEED
 from deepspeed_sentinel.evidence.renewal import Renewal
 from deepspeed_sentinel.evidence.transfer import Sketches
+from deepspeed_sentinel.kernels.keyed_digest import DigestKey, keyed_digest_reference
 from deepspeed_sentinel.kernels.message_statistics import message_statistics_reference
 from deepspeed_sentinel.kernels.sliced_wasserstein import sliced_wasserstein_reference
 from deepspeed_sentinel.kernels.token_sketch import TOKENS, sampled_rows, sketch_of_rows, token_sketch_reference
 from deepspeed_sentinel.mesh import Mesh
 
 _BITS = 62
-_STEP, _LASTING = range(2)  # what secrets are for
+_STEP, _LASTING, _KEY = range(3)  # what secrets are for
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class Observation:
     Attributes:
         of_end: statistics as reported by the senders and by the receivers; rows are messages.
         digests: int32 [N, 2], likewise.
+        keyed: int64 [N], the receivers' keyed digests, zeros in a step in which they take none.
         leaving: the receivers' sketches for the pair around the senders' stage; None for first and last stage.
         entering: the senders' sketches for the pair around the receivers' stage; None for first and last stage.
     """
 
     of_end: tuple[EndStatistics, EndStatistics]
     digests: tuple[torch.Tensor, torch.Tensor]
+    keyed: torch.Tensor
     leaving: Looks | None
     entering: Looks | None
 
@@ -74,10 +77,12 @@ class Observer:
         self._seed = seed
         self._pairs = pairs
         self._step = 0
+        self._keyed = False
         self.renewal = Renewal.of(mesh)
 
-    def begin_step(self, step: int) -> None:
-        self._step = step
+    def begin_step(self, step: int, keyed: bool = False) -> None:
+        """``keyed``: receivers take keyed digests, too."""
+        self._step, self._keyed = step, keyed
 
     @torch.no_grad()
     def observe(self, direction: int, link: int, sent_CMBTD: torch.Tensor, received_CMBTD: torch.Tensor) -> Observation:
@@ -89,9 +94,17 @@ class Observer:
         return Observation(
             (at_sender[0], at_receiver[0]),
             (at_sender[1], at_receiver[1]),
+            self._under_key(direction, self._mesh.receiver_stage(direction, link), received.flatten(0, 1)),
             leaving=self._look(direction, self._mesh.sender_stage(direction, link), received),
             entering=self._look(direction, self._mesh.receiver_stage(direction, link), sent),
         )
+
+    def _under_key(self, direction: int, stage: int, x_NTD: torch.Tensor) -> torch.Tensor:
+        """Digests by the workers of a stage, under a key that attackers do not know."""
+        if not self._keyed:
+            return torch.zeros(len(x_NTD), dtype=torch.int64, device=x_NTD.device)
+        seed_1 = torch.from_numpy(_secrets(1, self._seed, _KEY, stage, direction, self._step)).to(x_NTD.device)
+        return keyed_digest_reference(x_NTD, DigestKey(seed_1))
 
     def _look(self, direction: int, stage: int, x_CMTD: torch.Tensor) -> Looks | None:
         """Sketches for the pair around ``stage``."""
@@ -159,7 +172,7 @@ def join(parts: list[Observation], columns: int) -> Observation:
 
     leaving, entering = (_join_looks([getattr(part, name) for part in parts]) for name in ("leaving", "entering"))
     digests = (rows(lambda part: part.digests[0]), rows(lambda part: part.digests[1]))
-    return Observation((end(0), end(1)), digests, leaving, entering)
+    return Observation((end(0), end(1)), digests, rows(lambda part: part.keyed), leaving, entering)
 
 
 def _join_looks(parts: list[Looks | None]) -> Looks | None:

@@ -113,7 +113,7 @@ class Simulation:
         if self._twins is not None:
             ids, labels = self._given(ids), self._given(labels)
         everybody = np.zeros(self.mesh.replicas, bool)
-        self.verifiers.begin_step(self.step_index, self._met(before))
+        self.verifiers.begin_step(self.step_index, self._met(before), twins=self._twins is not None)
         if self.attackers is not None:
             self.attackers.begin_step(self.judge.record.suspicion > 0)
         passed = self._compute(ids, labels, everybody, again=False)

@@ -210,10 +210,12 @@ class Differing(Event, kind="difference"):
     Attributes:
         workers: who.
         of: "forward", "backward" or "gradients": what differs.
+        as_received: they say the same of it, and the workers behind them received different messages.
     """
 
     workers: tuple[Worker, ...]
     of: str
+    as_received: bool
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def verdict_events(verdict: Verdict, every_step: bool, suspected: np.ndarray, wh
     for one in verdict.contradicted:
         yield events.Contradiction(*one.worker, partners=one.partners)
     for difference in verdict.differences:
-        yield events.Differing(difference.workers, _of(difference.direction))
+        yield events.Differing(difference.workers, _of(difference.direction), difference.as_received)
     for worker in verdict.cleared:
         yield events.Cleared(*worker)
     for worker in verdict.newly_convicted:

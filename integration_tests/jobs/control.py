@@ -3,7 +3,7 @@
     control.py STAGES [--liar]
 
 Writes JOB_FOLDER/<rank>.json: seconds to connect and to exchange keys, seconds of a gather, open sockets, and what the
-gathers gave. With --liar the second rank alters what it hands on.
+gathers gave. With --liar the second rank alters what it hands on, with --altering what is dealt to its column.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.keys import Keys
+from deepspeed_sentinel.evidence.stage_secret import stage_secret
+from deepspeed_sentinel.mesh import Worker
 
 GATHERS = 10
 
@@ -41,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("stages", type=int)
     parser.add_argument("--liar", action="store_true")
+    parser.add_argument("--altering", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(minutes=10))
@@ -48,10 +52,26 @@ def main() -> None:
     dist.new_group([0, 1])  # ranks are in unlike numbers of groups
     before = open_sockets()
     begin = time.monotonic()
-    control = Control(np.arange(world).reshape(arguments.stages, -1))
+    ranks = np.arange(world).reshape(arguments.stages, -1)
+    worker = Worker(*divmod(rank, ranks.shape[1]))
+    control = Control(ranks)
     connected = time.monotonic()
     keys = Keys.exchange(None, control)
+    honest_row = control._broadcast
+    if arguments.altering and rank == 1:  # a worker of the first stage hands on something else to its column
+
+        def altered(mine, source, group):  # type: ignore[no-untyped-def]
+            return honest_row(mine ^ 1 if source == rank else mine, source, group)
+
+        control._broadcast = altered  # type: ignore[method-assign]
+    refused, of_stage = None, None
+    try:
+        of_stage = stage_secret(worker, ranks, keys, control, None).number("test")
+    except SentinelError as error:
+        refused = str(error)
     result = {
+        "of_stage": of_stage,
+        "refused": refused,
         "connect_seconds": connected - begin,
         "keys_seconds": time.monotonic() - connected,
         "sockets": open_sockets() - before,

@@ -22,7 +22,7 @@ def test_random_numbers_of_all_three_kinds_are_the_same_the_second_time():
         fp16_enabled=lambda: False,
         zero_grad=module.zero_grad,
     )
-    probe = SimpleNamespace(ends=ENDS, digests=lambda end: torch.zeros(1))
+    probe = SimpleNamespace(ends=ENDS, digests=lambda end: torch.zeros(1), keyed=lambda end: torch.zeros(1))
     replay = Replay(engine, Mesh(3, 2), np.arange(6).reshape(3, 2), None, probe, every=1, seed=0)
     drawn = []
 

@@ -21,7 +21,7 @@ def test_both_neighbours_of_a_sender_report_on_its_pair():
                 values[stage, column, index, 0, ENERGY] = 100 * stage + column
                 if 0 < about < 4:
                     values[stage, column, index, 0, COSINE] = 1000 * about + 100 * stage + 10 * column + index
-    reports = np.concatenate([values.view(np.int32), np.zeros((*values.shape[:-1], 2), np.int32)], axis=-1)
+    reports = np.concatenate([values.view(np.int32), np.zeros((*values.shape[:-1], 2 + 1), np.int32)], axis=-1)
     layout = Layout(np.full((4, 1), 6), np.ones((2, 4), np.int64))
     statistics = Exchange(mesh, np.arange(10).reshape(5, 2), None).assemble(reports, 0, layout).statistics
     for link in range(4):
@@ -42,7 +42,7 @@ def test_both_neighbours_of_a_sender_report_on_its_pair():
 def test_of_pairs_that_the_ends_of_the_pipeline_have_not_nobody_can_say_anything():
     mesh = Mesh(4, 2)
     values = np.zeros((4, 2, len(ENDS), 1, REPORTED), np.float32)  # everybody gives a number for everything
-    reports = np.concatenate([values.view(np.int32), np.zeros((*values.shape[:-1], 2), np.int32)], axis=-1)
+    reports = np.concatenate([values.view(np.int32), np.zeros((*values.shape[:-1], 2 + 1), np.int32)], axis=-1)
     layout = Layout(np.full((3, 1), 6), np.ones((2, 3), np.int64))
     evidence = Exchange(mesh, np.arange(8).reshape(4, 2), None).assemble(reports, 0, layout)
     made_up = Evidence(mesh, 0, np.zeros_like(evidence.statistics), evidence.digests)

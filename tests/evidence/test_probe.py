@@ -96,14 +96,16 @@ def test_zero_tokens_and_integer_only_messages_are_refused():
 
 def test_reports_become_evidence_of_the_right_workers():
     mesh = Mesh(3, 2)
-    reports = np.zeros((3, 2, 4, 2, REPORTED + 2), np.int32)
+    reports = np.zeros((3, 2, 4, 2, REPORTED + 2 + 1), np.int32)
     for stage in range(3):
         for replica in range(2):
             for index, _ in enumerate(ENDS):
-                reports[stage, replica, index, :, -2] = 100 * stage + 10 * replica + index
+                reports[stage, replica, index, :, -3] = 100 * stage + 10 * replica + index
+                reports[stage, replica, index, :, -1] = 100 * stage + 10 * replica + index
     exchange = Exchange(mesh, np.arange(6).reshape(3, 2), replica_group=None)
     layout = Layout(np.full((2, 1), 6), np.ones((2, 2), np.int64))
-    marked = exchange.assemble(reports, 5, layout).digests
+    evidence = exchange.assemble(reports, 5, layout)
+    marked = evidence.digests
     digests = layout.mark_all(marked)[..., 0] & 0xFFFFFFFF  # twice is as before
     assert (marked != 0).all()
     for link in range(2):
@@ -112,6 +114,9 @@ def test_reports_become_evidence_of_the_right_workers():
             assert digests[RECEIVED, FORWARD, link, column, 1] == 100 * (link + 1) + 10 * column + 1
             assert digests[SENT, BACKWARD, link, column, 0] == 100 * (link + 1) + 10 * column + 2
             assert digests[RECEIVED, BACKWARD, link, column, 0] == 100 * link + 10 * column + 3
+            above, below = 100 * (link + 1) + 10 * column, 100 * link + 10 * column
+            assert (evidence.keyed[FORWARD, link, column] == above + (above + 1 << 32)).all()
+            assert (evidence.keyed[BACKWARD, link, column] == below + 2 + (below + 3 << 32)).all()
 
 
 def test_baseline_is_the_bias_corrected_ema_of_the_clean_median():
@@ -139,11 +144,13 @@ def test_report_packs_statistics_by_their_bits():
     rows = {end: one.end_statistics(end, 1.0) for end in one.ends}
     own = {(end, 1): torch.cat([torch.ones(1, 4), row.scalars_M3], dim=1) for end, row in rows.items()}
     layout = Layout(np.array([[0, 3], [0, 3]]), np.ones((2, 2), np.int64))
-    report = build_report(1, layout, own, {}, {end: one.digests(end) for end in one.ends})
+    keyed = {(BACKWARD, RECEIVED): torch.tensor([5 + (-7 << 32)])}
+    report = build_report(1, layout, own, {}, {end: one.digests(end) for end in one.ends}, keyed)
     values_PK = report[:, 0, : 2 * REPORTED].view(torch.float32).unflatten(-1, (2, REPORTED))
     of_message, of_pair = np.flatnonzero(~(OF_PAIR | BY_JUDGE)), np.flatnonzero(OF_PAIR)
     assert values_PK[0, 1, NAMES.index("energy")] == 4.0 and values_PK[0, 1, NAMES.index("max_abs")] == 2.0
     assert torch.isnan(values_PK[0, 0]).all(), "a part that is not there"
     assert (values_PK[1][:, of_message] == 0).all(), "an end that is not there"
     assert torch.isnan(values_PK[..., of_pair]).all()
-    assert torch.equal(report[0, 0, -2:], one.digests((FORWARD, SENT))[0, 0])
+    assert torch.equal(report[0, 0, -3:-1], one.digests((FORWARD, SENT))[0, 0])
+    assert report[:, 0, -1].tolist() == [0, 0, 5, -7]

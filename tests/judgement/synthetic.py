@@ -60,16 +60,28 @@ class World:
         values = np.concatenate([values, np.zeros((*shape[:-1], len(NAMES) - reported))], axis=-1)
         return np.stack([values, values])
 
-    def step(self, change=None, digests=None, overflow_limit=np.inf, served=None, tensors=1, twins=None, refused=False):
+    def step(
+        self,
+        change=None,
+        digests=None,
+        overflow_limit=np.inf,
+        served=None,
+        tensors=1,
+        twins=None,
+        refused=False,
+        keyed=None,
+    ):
         values = self.statistics()
         marks = np.zeros((*values.shape[:5], tensors), np.int64)
         if change:
             change(values)
         if digests:
             digests(marks)
-        verdict = self.judge.step(
-            Evidence(self.mesh, self.time, values, marks, served, twins=twins, refused=refused), overflow_limit
-        )
+        reached = np.zeros(values.shape[1:5], np.int64)
+        if keyed:
+            keyed(reached)
+        evidence = Evidence(self.mesh, self.time, values, marks, served, twins=twins, refused=refused, keyed=reached)
+        verdict = self.judge.step(evidence, overflow_limit)
         self.time += 1
         return verdict
 

@@ -19,6 +19,7 @@ class Step:
         # what a stage makes of the same is the same: one number for each link and micro-batch
         numbers = 1 + np.arange(2 * (stages - 1) * micro_batches).reshape(2, stages - 1, 1, micro_batches, 1)
         self.digests = np.broadcast_to(numbers, shape).copy()
+        self.keyed = 10 * self.digests[..., 0]
         self.disputed = np.zeros(shape[:4], bool)
         self.gradients = np.broadcast_to(100 + np.arange(stages)[:, None], (stages, replicas)).copy()
         self.served = np.tile(np.arange(replicas), (stages, 1)) if served is None else served
@@ -35,9 +36,20 @@ class Step:
         for position in range(start, 2 * links):
             way, link = (FORWARD, position) if position < links else (BACKWARD, 2 * links - 1 - position)
             self.digests[way, link, column, micro_batches] += lie * 1000
+            self.keyed[way, link, column, micro_batches] += lie * 1000
         for below in range(self.mesh.stages):
             if direction == FORWARD or below < stage:
                 self.gradients[below, self.served[below, column]] += lie * 1000
+
+    def forges(self, stage, column, direction, lie, micro_batches=slice(None)):
+        """A wrong message with the public digest of the right one, and what honest work makes of it."""
+        link = stage if direction == FORWARD else stage - 1
+        self.sends(stage, column, direction, lie, micro_batches)
+        self.digests[direction, link, column, micro_batches] -= lie * 1000
+
+    def misreports(self, direction, link, column, lie):
+        """Its receiver reports another keyed digest of an honest message."""
+        self.keyed[direction, link, column] += lie * 100_000
 
     def trial(self):
         twins = Twins(0, self.given, self.gradients, self.norms, self.kinds)
@@ -51,6 +63,7 @@ class Step:
             self.convicted,
             self.suspects,
             self.unlike,
+            self.keyed,
         )
 
 
@@ -395,6 +408,16 @@ def test_no_honest_worker_is_ever_proved_as_long_as_fewer_than_half_of_each_stag
             step.sends(stage, replica, BACKWARD, data.draw(st.integers(1, 3)), [data.draw(st.integers(0, 1))])
         if data.draw(st.booleans()):
             step.gradients[stage, replica] += data.draw(st.integers(1, 3))
+        # They may make up messages that have the digest of the right one, and lie about what they receive, each for
+        # itself: what a receiver and the sender before it agree on is another matter.
+        if stage < stages - 1 and data.draw(st.booleans()):
+            step.forges(stage, replica, FORWARD, data.draw(st.integers(4, 6)), [data.draw(st.integers(0, 1))])
+        if stage and data.draw(st.booleans()):
+            step.forges(stage, replica, BACKWARD, data.draw(st.integers(4, 6)))
+        if stage and data.draw(st.booleans()):
+            step.misreports(FORWARD, stage - 1, replica, lie=1 + replica)
+        if stage < stages - 1 and data.draw(st.booleans()):
+            step.misreports(BACKWARD, stage, replica, lie=1 + replica)
         if stage and data.draw(st.booleans()):
             step.disputed[FORWARD, stage - 1, replica, data.draw(st.integers(0, 1))] = True
         # They claim any kind, and what follows from what they sent may be anything.
@@ -405,6 +428,62 @@ def test_no_honest_worker_is_ever_proved_as_long_as_fewer_than_half_of_each_stag
             step.measures[:, BACKWARD, :, replica] *= 1.3
     trial = step.trial()
     assert {tuple(proof.worker) for proof in trial.proofs} <= bad
+    for _, link, column, _ in np.argwhere(trial.forged).tolist():
+        assert {(link, column), (link + 1, column)} & bad, "at odds are no two honest workers"
+
+
+def test_behind_a_message_that_was_made_up_to_look_right_nobody_is_proved():
+    step = Step(stages=5)
+    step.forges(1, 2, FORWARD, lie=3)
+    trial = step.trial()
+    assert not trial.proofs and not trial.differences and trial.spoilt.tolist() == OTHER
+    assert np.argwhere(trial.forged[..., 0]).tolist() == [[FORWARD, 1, 2]] and not trial.right[FORWARD, 1, 2].any()
+    assert trial.sound[:, :2].all() and not trial.sound[1:, 2].any() and trial.same[:, :2].all()
+    step.keyed = None
+    assert proved(step.trial()) == {(Worker(2, 2), FORWARD)}, "by public digests alone an honest worker would be"
+
+
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+def test_a_receiver_that_lies_has_nobody_proved_either(direction):
+    step = Step()
+    step.misreports(direction, 1, 2, lie=1)
+    trial = step.trial()
+    assert not trial.proofs and not trial.differences and trial.spoilt.tolist() == OTHER
+    assert np.argwhere(trial.forged[..., 0]).tolist() == [[direction, 1, 2]]
+
+
+def test_one_that_makes_up_a_message_and_one_that_lies_leave_no_majority_and_accuse_nobody():
+    step = Step()
+    step.forges(1, 2, FORWARD, lie=3)
+    step.misreports(FORWARD, 1, 0, lie=1)
+    trial = step.trial()
+    assert not trial.proofs and not trial.forged.any() and not trial.differ.any()
+    (told,) = trial.differences
+    assert "say that they made the same forward messages, those behind them that they received different" in str(told)
+    assert trial.spoilt.all() and trial.undecided[FORWARD, 1].all()
+
+
+def test_of_two_replicas_that_look_alike_and_are_not_both_are_out_whoever_is_suspected():
+    step = Step(replicas=2)
+    step.suspects[1, 0] = True
+    step.forges(1, 1, FORWARD, lie=3)
+    trial = step.trial()
+    assert not trial.proofs and not trial.forged.any() and trial.spoilt.all()
+
+
+def test_colluding_senders_that_make_up_the_same_are_no_majority():
+    step = Step(replicas=5)
+    for column in (3, 4):
+        step.forges(2, column, FORWARD, lie=3)
+    trial = step.trial()
+    assert not trial.proofs and trial.spoilt.tolist() == [False, False, False, True, True]
+
+
+def test_only_the_micro_batches_that_were_made_up_are_lost():
+    step = Step()
+    step.forges(1, 2, FORWARD, lie=3, micro_batches=[1])
+    step.sends(2, 0, FORWARD, lie=4, micro_batches=[0])
+    assert proved(step.trial()) == {(Worker(2, 0), FORWARD)}
 
 
 def test_without_a_truth_it_says_which_two_differ():

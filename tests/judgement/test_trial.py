@@ -275,3 +275,54 @@ def test_what_lasts_is_usual_of_the_column_in_which_it_was_seen_wherever_the_wor
     assert world.step(twins=twins(world), served=moved).cleared == (Worker(1, 2),)
     after = [world.step(loud(1, 2), served=moved) for _ in range(12)]
     assert not any(verdict.excluded.any() for verdict in after)
+
+
+def made_up(stage, column):
+    """A message with the digest of the right one, and the work of honest workers behind it."""
+
+    def mark(digests):
+        odd(stage, column)(digests)
+        digests[:, FORWARD, stage, column] = 0
+
+    def received(keyed):
+        keyed[FORWARD, stage:, column] = keyed[1, :, column] = 9
+
+    return {"digests": mark, "keyed": received}
+
+
+def test_who_makes_up_messages_that_look_right_is_convicted_and_not_the_worker_behind_it():
+    world = by_proof(stages=5)
+    verdict = world.step(**made_up(1, 2), twins=twins(world))
+    assert not verdict.proofs and not verdict.newly_convicted and verdict.excluded.tolist() == [False, False, True]
+    (dispute,) = verdict.disputed
+    assert (dispute.sender, dispute.receiver) == (Worker(1, 2), Worker(2, 2))
+    assert world.judge.doubts.apart == ((Worker(1, 2), Worker(2, 2)),), "the two are dealt other partners"
+    wiring = np.tile(np.arange(3), (5, 1))
+    wiring[1] = [0, 2, 1]
+    verdict = world.step(**made_up(1, 1), twins=twins(world), served=wiring)
+    assert verdict.newly_convicted == (Worker(1, 2),) and not verdict.proofs
+    assert np.argwhere(world.judge.record.convicted).tolist() == [[1, 2]]
+
+
+def test_a_receiver_that_lies_about_what_it_got_takes_out_itself():
+    def lie(column):
+        def received(keyed):
+            keyed[FORWARD, 1, column] = 5
+
+        return received
+
+    world = by_proof(stages=5)
+    verdict = world.step(keyed=lie(2), twins=twins(world))
+    assert not verdict.proofs and verdict.excluded.tolist() == [False, False, True]
+    wiring = np.tile(np.arange(3), (5, 1))
+    wiring[1] = [0, 2, 1]
+    assert world.step(keyed=lie(2), twins=twins(world), served=wiring).newly_convicted == (Worker(2, 2),)
+
+
+def test_outside_twin_steps_keyed_digests_differ_and_mean_nothing():
+    def received(keyed):
+        keyed[:] = np.arange(keyed.size).reshape(keyed.shape)
+
+    world = by_proof()
+    verdict = world.step(keyed=received)
+    assert not verdict.excluded.any() and not verdict.disputed

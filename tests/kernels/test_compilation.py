@@ -28,6 +28,7 @@ from deepspeed_sentinel.kernels import (
     transfer_statistics,
 )
 from deepspeed_sentinel.kernels.dispatch import INTERPRETED, LAUNCH
+from deepspeed_sentinel.kernels.keyed_digest import DigestKey
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no compiler")
 
@@ -37,22 +38,34 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-POINTERS = {"seeds_ptr": "*i64", "words_ptr": "*i32", "digest_ptr": "*i32", "clean_ptr": "*i1"}
+POINTERS = {
+    "seeds_ptr": "*i64",
+    "words_ptr": "*i32",
+    "digest_ptr": "*i32",
+    "key_ptr": "*i64",
+    "keyed_ptr": "*i64",
+    "clean_ptr": "*i1",
+}
 FLOATS = ("correction", "decay", "rest", "unit")
 # Arguments that are 1 in practice, which Triton compiles in; the other integers are multiples of 16.
 ONES = ("stride_d", "copy_stride_d", "stride_k", "sketch_k", "norms_m", "e_k", "l_k", "en_m", "ln_m", "stride_v")
 LANES = {"bf16": 1024, "fp16": 1024, "fp32": 512}
 KINDS = tuple(LANES)
 
-STREAM = {kind: {"KIND": kind, "COPY": False, "FULL": True, "BT": 8, "BD": lanes} for kind, lanes in LANES.items()}
+KEYLESS = {"KEYED": False, "key_ptr": None, "keyed_ptr": None}
+STREAM = {
+    kind: {"KIND": kind, "COPY": False, "FULL": True, "BT": 8, "BD": lanes, "KEYED": True}
+    for kind, lanes in LANES.items()
+}
 KERNELS = {
     **{f"stream-{kind}": (message_stream._stream_kernel, STREAM[kind], 4) for kind in KINDS},
-    "reduce": (message_statistics._reduce_kernel, {"BLOCK": message_stream.REDUCED}, 4),
+    **{f"stream-{kind}-keyless": (message_stream._stream_kernel, {**STREAM[kind], **KEYLESS}, 4) for kind in KINDS},
+    "reduce": (message_statistics._reduce_kernel, {"BLOCK": message_stream.REDUCED, "KEYED": True}, 4),
     **{f"sketch-{kind}": (token_sketch._sketch_kernel, {"KIND": kind, **token_sketch.SHAPE}, 4) for kind in KINDS},
     **{
         f"observe-{kind}": (
             observe_message._observe_kernel,
-            {"KIND": kind, "BLOCK": message_stream.REDUCED, **token_sketch.SHAPE},
+            {"KIND": kind, "KEYED": True, "BLOCK": message_stream.REDUCED, **token_sketch.SHAPE},
             4,
         )
         for kind in KINDS
@@ -66,7 +79,11 @@ KERNELS = {
     "update": (baseline_distances._update_kernel, {"BV": 256, "BR": 8}, 4),
     "transfer": (transfer_kernel.transfer_kernel, transfer_kernel.SHAPE, transfer_kernel.WARPS),
     **{
-        f"digest-{kind}": (tensor_digest._digest_kernel, {"BR": 128, "BC": 1024, "GROUP": 8}, 4)
+        f"digest-{kind}": (
+            tensor_digest._digest_kernel,
+            {"BR": 128, "BC": 1024, "GROUP": 8, "KEYED": True, "WIDE": kind == "i32"},
+            4,
+        )
         for kind in ("u8", "i16", "i32")
     },
 }
@@ -182,7 +199,7 @@ def compilations(monkeypatch, launch):
 
 
 def test_messages_of_all_lengths_share_one_compilation(monkeypatch):
-    seeds_J2 = torch.zeros(3, 2, dtype=torch.int64)
+    seeds_J2, keys_K = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
 
     def launch():
         for tokens in (1, 2, 5, 16, 33, 200, 256, 300, 512, 1000, 1024, 4096, 8192, 8200):
@@ -190,11 +207,13 @@ def test_messages_of_all_lengths_share_one_compilation(monkeypatch):
             x_TD = torch.zeros(tokens, 1024, dtype=torch.bfloat16)
             sums, scalars, digest = torch.zeros(1024), torch.zeros(3), torch.zeros(2, dtype=torch.int32)
             sketches, norms = torch.zeros(3, 4, 256, 64), torch.zeros(3, 4, 256)
-            message_statistics.message_statistics(x_TD, sums, scalars, digest)
+            # Keys and digests are rows of the step's: of any alignment.
+            keyed = DigestKey(keys_K[tokens % 4 :][:1]), torch.zeros(9, dtype=torch.int64)[tokens % 5 :][:1]
+            message_statistics.message_statistics(x_TD, sums, scalars, digest, None, *keyed)
             observe_message.observe_message(
-                x_TD, seeds_J2, sums, scalars, digest, sketches[:, 1, :rows], norms[:, 1, :rows]
+                x_TD, seeds_J2, sums, scalars, digest, sketches[:, 1, :rows], norms[:, 1, :rows], None, *keyed
             )
-            tensor_digest.tensor_digest(torch.zeros(2, tokens, dtype=torch.bool))
+            tensor_digest.tensor_digest(torch.zeros(2, tokens, dtype=torch.bool), *keyed)
             sliced_wasserstein.sliced_wasserstein(sketches[0][:, :rows], 1024)
             pair = sketches[1:, :, :rows].flatten(0, -3), norms[0, :, :rows].expand(2, 4, -1).flatten(0, -2)
             transfer_statistics.transfer_statistics(pair[0], pair[0], pair[1], pair[1], torch.zeros(64, 64))

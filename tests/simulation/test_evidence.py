@@ -227,3 +227,26 @@ def test_a_senders_lie_changes_what_entered_the_next_stage():
     flipped = told.statistics[:, FORWARD, 1, ..., cosine], truth.statistics[:, FORWARD, 1, ..., cosine]
     np.testing.assert_allclose(flipped[0], -flipped[1], rtol=1e-4)
     np.testing.assert_array_equal(told.statistics[:, FORWARD, 2], truth.statistics[:, FORWARD, 2])
+
+
+def test_in_a_twin_step_receivers_digest_under_keys_of_their_stage_and_tell_what_was_made_up():
+    verifiers = Verifiers(MESH, DECAYS, seed=0, paper_only=False)
+    message = torch.randn(1, 2, 1, 9, 32, generator=torch.Generator().manual_seed(0)).expand(5, -1, -1, -1, -1)
+    forged = message.clone()
+    for token, place in ((0, 3), (2, 5)):  # the same public digest, see tests/kernels/test_keyed_digest.py
+        forged.view(torch.int32)[3, 1, 0, token, place] ^= -(1 << 31) | 1 << 15
+    told = []
+    for step, twins in ((0, True), (1, True), (2, False)):
+        verifiers.begin_step(step, twins=twins)
+        for link in range(3):
+            verifiers.observe(FORWARD, link, forged if link == 1 else message)
+            verifiers.observe(BACKWARD, 2 - link, message)
+        evidence = verifiers.evidence(step, SERVED)
+        assert len(np.unique(evidence.digests)) == 2, "one a micro-batch, the forged one included"
+        told.append(evidence.keyed)
+    honest = told[0].copy()
+    honest[FORWARD, 1, 3, 1] = honest[FORWARD, 1, 0, 1]
+    assert np.argwhere(honest != told[0]).tolist() == [[FORWARD, 1, 3, 1]]
+    assert (honest == honest[:, :, :1]).all(), "of all columns"
+    of_keys = [keyed[direction, link, 0, 0] for keyed in told[:2] for direction in (0, 1) for link in range(3)]
+    assert len(set(of_keys)) == 12 and not told[2].any()
