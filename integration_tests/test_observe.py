@@ -33,7 +33,7 @@ def test_what_cannot_be_judged_is_said_once_and_passes(tmp_path):
     taken = socket.create_server(("127.0.0.1", free_port()))
     port = taken.getsockname()[1]
     block = {**observe, "prometheus": {"port": port}}
-    scenarios += [asked(tmp_path), base.with_(name="taken", sentinel=block, expect_error=True)]
+    scenarios += [asked(tmp_path), resumed(tmp_path), base.with_(name="taken", sentinel=block, expect_error=True)]
     with taken:
         runs = run_scenarios(scenarios, 3, 2, folder=tmp_path / "job", timeout=180)
     for run in runs["taken"]:
@@ -65,7 +65,16 @@ def asked(folder):
     }
     monitor = {"csv_monitor": {"enabled": True, "output_path": str(folder / "csv"), "job_name": "job"}}
     hook = "integration_tests.asking:ask"
-    return Scenario(name="asked", sentinel=block, steps=STEPS, micro_batches=2, hook=hook, config=monitor)
+    save = {"directory": str(folder / "saved"), "after_step": 4}  # while it only observes
+    return Scenario(name="asked", sentinel=block, steps=STEPS, micro_batches=2, hook=hook, config=monitor, save=save)
+
+
+def resumed(folder):
+    """A run that goes on from there, with the action of its config."""
+    before = asked(folder)
+    block = {name: value for name, value in before.sentinel.items() if name != "prometheus"}
+    load = {"directory": str(folder / "saved")}
+    return before.with_(name="resumed", sentinel=block, hook=None, config={}, save=None, load=load, steps=5)
 
 
 def check_asked(runs, folder):
@@ -75,6 +84,9 @@ def check_asked(runs, folder):
         assert [any(verdict["excluded"]) for verdict in run.verdicts] == acts
         digests = [verdict["digest"] for verdict in run.verdicts]
         assert digests == [verdict["digest"] for verdict in runs["asked"][0].verdicts]
+    for run in runs["resumed"]:
+        (verdict,) = run.verdicts
+        assert verdict["step"] == 4 and any(verdict["excluded"])
     first, last, middle = (named(rank, replicas=2) for rank in (0, 5, 2))
     assert said.count("SETTINGS: ") == 2
     assert (

@@ -168,7 +168,6 @@ class Sentinel:
         atexit.unregister(self._end)
         self.devices.close()
         self._liveness.stop()
-        self._sinks.close()
         self._telling.close()
 
     def has(self, config: SentinelConfig) -> bool:
@@ -334,6 +333,7 @@ class Sentinel:
 
     def _end(self) -> None:
         """The end of a run: what is told once."""
+        self._sinks.close()
         self.devices.write()
         self._telling.exclusions(self.write_exclusions)
         self._telling.end(self.engine.global_steps, self.counts, workers_of(self.gate.judge.record.convicted))
