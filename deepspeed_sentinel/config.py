@@ -289,7 +289,9 @@ class SentinelConfig(BaseModel):
         """
         if action not in ACTIONS:
             raise ValueError(f"{BLOCK}.action: got {action!r}, allowed are {', '.join(map(repr, ACTIONS))}.")
-        return SentinelConfig.parse({**self.model_dump(), "action": action}).of_mesh(mesh)
+        # Files of attacks are not looked at again: a script may stand in another folder by now.
+        block = {**self.model_dump(exclude={"inject"}), "action": action}
+        return SentinelConfig.parse(block).model_copy(update={"inject": self.inject}).of_mesh(mesh)
 
     @property
     def tries_suspects(self) -> bool:

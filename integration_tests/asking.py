@@ -21,6 +21,9 @@ def ask(engine: Any, step: int) -> None:
     """Before each step, on each rank."""
     sentinel, rank = engine.sentinel, dist.get_rank()
     assert sentinel.action == ACTIONS[step], (step, sentinel.action)
+    of_messages = (sentinel.comparison.lenient, sentinel._interception.lenient, sentinel._collector.probe.lenient)
+    lenient = (*of_messages, not sentinel._liveness.ends, not sentinel._twins._config.tries_suspects)
+    assert set(lenient) == {ACTIONS[step] == "observe"}, (step, lenient)
     if step == 2:
         wanted = {0: "observe", 2: "halt", 5: "halt"}.get(rank)
         if wanted:
