@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent
 TRANSFORMERS = ["transformers>=5.23", "accelerate>=1.15", "tokenizers>=0.23", "safetensors>=0.8"]
 PEFT = ["peft>=0.21.2"]
 SWEEP = ["pyarrow>=26.0"]
+PROMETHEUS = ["prometheus-client>=0.26"]
 REPORT = ["rich>=15.0", "matplotlib>=3.11"]
 DEV = [
     "pytest>=9.0",
@@ -77,9 +78,10 @@ setup(
     extras_require={
         "transformers": TRANSFORMERS,
         "peft": [*TRANSFORMERS, *PEFT],
+        "prometheus": PROMETHEUS,
         "report": REPORT,
         "sweep": SWEEP,
-        "dev": [*DEV, *TRANSFORMERS, *PEFT, *REPORT, *SWEEP],
+        "dev": [*DEV, *TRANSFORMERS, *PEFT, *PROMETHEUS, *REPORT, *SWEEP],
     },
     keywords=["deepspeed", "pipeline parallelism", "silent data corruption", "byzantine", "fault detection"],
     project_urls=(

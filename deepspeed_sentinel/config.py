@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from deepspeed_sentinel.mesh import Mesh
 
 BLOCK = "sentinel"
+Action = Literal["observe", "exclude", "quarantine", "halt"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
 
 
 class Injection(BaseModel):
@@ -126,13 +129,42 @@ class TwinsConfig(BaseModel):
     )
 
 
+class PrometheusConfig(BaseModel):
+    """Numbers for Prometheus, from rank 0 alone; see docs/monitoring.md."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    address: str = Field(
+        "127.0.0.1", min_length=1, description="of rank 0's host, to serve /metrics at; others reach it at 0.0.0.0"
+    )
+    port: int | None = Field(None, ge=1, le=65535, description="to serve /metrics at; null serves nothing")
+    textfile: str | None = Field(
+        None,
+        pattern=r"\.prom$",
+        description="file for the textfile collector of the node exporter, which reads *.prom; null writes none",
+    )
+
+    @property
+    def wanted(self) -> bool:
+        return self.port is not None or self.textfile is not None
+
+    @model_validator(mode="after")
+    def _possible(self) -> PrometheusConfig:
+        if self.wanted and importlib.util.find_spec("prometheus_client") is None:
+            raise ValueError(
+                "port and textfile need the package prometheus_client, which is not installed: "
+                "pip install 'deepspeed-sentinel[prometheus]', or pip install prometheus_client"
+            )
+        return self
+
+
 class SentinelConfig(BaseModel):
     """Everything that can be set in ``"sentinel": {...}``. ``{"enabled": true}`` is enough."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     enabled: bool = Field(False, description="switch; false leaves the engine untouched")
-    action: Literal["observe", "exclude", "quarantine", "halt"] | None = Field(
+    action: Action | None = Field(
         None,
         description="observe: report only; exclude: leave an alarmed column out of this step; quarantine: also "
         "leave a convicted worker's column out until its probation ends; halt: exclude, and stop all ranks with "
@@ -199,6 +231,10 @@ class SentinelConfig(BaseModel):
     events: Literal["none", "alarms", "steps"] = Field(
         "alarms", description="what events.jsonl holds; steps adds one line a step with every worker's score"
     )
+    prometheus: PrometheusConfig = Field(
+        default_factory=lambda: PrometheusConfig.model_validate({}),
+        description="numbers for Prometheus; none without a port or a text file",
+    )
     seed: int | None = Field(
         None,
         ge=0,
@@ -244,6 +280,18 @@ class SentinelConfig(BaseModel):
         wiring = "static" if mesh.replicas == 1 or (self.wiring, self.action) == ("heal", "observe") else self.wiring
         action = self.action or ("quarantine" if wiring == "heal" else "exclude")
         return self.model_copy(update={"action": action, "wiring": wiring})
+
+    def with_action(self, action: str, mesh: Mesh) -> SentinelConfig:
+        """The settings as they take effect in this mesh with another action, as if the block had it.
+
+        Raises:
+            ValueError: there is no such action, or the block could not have it.
+        """
+        if action not in ACTIONS:
+            raise ValueError(f"{BLOCK}.action: got {action!r}, allowed are {', '.join(map(repr, ACTIONS))}.")
+        # Files of attacks are not looked at again: a script may stand in another folder by now.
+        block = {**self.model_dump(exclude={"inject"}), "action": action}
+        return SentinelConfig.parse(block).model_copy(update={"inject": self.inject}).of_mesh(mesh)
 
     @property
     def tries_suspects(self) -> bool:

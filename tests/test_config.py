@@ -71,6 +71,23 @@ def test_mistakes_name_key_value_and_what_is_allowed(block, said):
         assert part in str(error.value)
 
 
+def test_with_another_action_all_that_follows_from_it_is_another(tmp_path):
+    heals = SentinelConfig.parse({"enabled": True, "inject": [FAULT], "twins": {"every": 5}})
+    observes, back = (heals.with_action(action, Mesh(4, 3)) for action in ("observe", "quarantine"))
+    assert (observes.action, observes.wiring, observes.tries_suspects) == ("observe", "static", False)
+    assert (back.action, back.wiring, back.tries_suspects) == ("quarantine", "heal", True)
+    assert back == heals.of_mesh(Mesh(4, 3)), "and nothing else"
+    with pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "mine.py").write_text("class Mine: ...")
+        patch.chdir(tmp_path)
+        drill = SentinelConfig.parse({"enabled": True, "inject": [{**FAULT, "attack": "mine.py:Mine"}]})
+        patch.chdir("/")
+        assert drill.with_action("observe", Mesh(4, 3)).inject == drill.inject, "wherever the script stands by then"
+    for action in ("ban", None):
+        with pytest.raises(ValueError, match=r"sentinel\.action: got .*, allowed are 'observe', 'exclude', "):
+            heals.with_action(action, Mesh(4, 3))
+
+
 def test_every_mistake_is_listed_at_once():
     with pytest.raises(ValueError) as error:
         SentinelConfig.parse({"action": "ban", "strikes": 0, "typo": 1})

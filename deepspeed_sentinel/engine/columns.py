@@ -63,6 +63,14 @@ class Columns:
             self._telling.wiring(self._engine.global_steps, before, self.wiring)
         return neighbours(self._engine, column_ranks(self.wiring, self._ranks, self._worker))
 
+    def go_by(self, config: SentinelConfig) -> None:
+        """Deal by other settings from the next schedule on; where nobody is moved, DeepSpeed's own wiring holds."""
+        before, self._config = self._dealer.state_dict(), config
+        self._dealer = Dealer.of(config, self._mesh)
+        if config.wiring != "static":
+            self._dealer.load_state_dict(before)
+        self._next = self._dealer.wiring
+
     def give_back(self) -> None:
         """Go by DeepSpeed's own wiring, for good."""
         self._go_by(identity(self._mesh))

@@ -25,6 +25,7 @@ class WeightComparison:
 
     Attributes:
         last: the latest comparison, or None.
+        lenient: only tell, neither heal nor stop.
 
     Args:
         engine: whose weights.
@@ -32,7 +33,7 @@ class WeightComparison:
         control: gathers of all ranks.
         telling: says what was found.
         every: steps from one comparison to the next; 0 for none but those that are asked for.
-        lenient: only tell, neither heal nor stop.
+        lenient: see above.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class WeightComparison:
     ) -> None:
         self._engine, self._worker, self._ranks = engine, worker, ranks
         self._control, self._telling = control, telling
-        self._every, self._lenient = every, lenient
+        self._every, self.lenient = every, lenient
         self._device = torch.device(engine.device)
         self._loaded = engine.global_steps > 0
         self.last: Comparison | None = None
@@ -95,12 +96,12 @@ class WeightComparison:
         found = divisions(digests_SR)
         unequal = tuple(Worker(one.stage, replica) for one in found for replica in one.minority)
         undecided = tuple(one.stage for one in found if not one.majority)
-        stops = bool(undecided) and not self._lenient
-        healed = bool(unequal) and not stops and not self._lenient and self._heal(tensors, found, layouts_SR)
+        stops = bool(undecided) and not self.lenient
+        healed = bool(unequal) and not stops and not self.lenient and self._heal(tensors, found, layouts_SR)
         self.last = Comparison(step, unequal, healed, undecided)
         self._unequal = (step, frozenset((*self.unequal_in(step), *unequal)))
         if found:
-            action = "stopped" if stops else "reported" if self._lenient else "healed" if healed else "unhealed"
+            action = "stopped" if stops else "reported" if self.lenient else "healed" if healed else "unhealed"
             self._telling.weights(self.last, found, action)
         if stops:
             raise WeightsDiffer(_without_majority(step, [one for one in found if not one.majority]))

@@ -25,8 +25,10 @@ from deepspeed_sentinel.engine.comparison import WeightComparison
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.reduction import Poisoned, Reduction
 from deepspeed_sentinel.engine.replay import Replay
+from deepspeed_sentinel.engine.requests import Decision, Requests
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.tied import reduce_tied_gradients
+from deepspeed_sentinel.engine.trace import span
 from deepspeed_sentinel.engine.twins import TwinSteps, as_told, kind, norm_bits, was_refused
 from deepspeed_sentinel.errors import VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
@@ -54,6 +56,7 @@ class Gate:
         poisoned: what was wrong with the reduction of the last step, if it was a twin step; or None.
         share: what this worker's column contributes to the step.
         hearing: of witnesses, where an audit is due.
+        decision: what became of the requests for another action that were told in the last step; or None.
         counts: judged_messages, alarms (messages blamed on a worker), disputes, skipped_steps,
             excluded_column_steps.
 
@@ -63,6 +66,7 @@ class Gate:
         control: of the small exchanges.
         telling: says what a step came to.
         collector, comparison, twins, interception: of this engine.
+        requests: for another action, of this rank.
         name: what a rank is called.
     """
 
@@ -77,12 +81,12 @@ class Gate:
         comparison: WeightComparison,
         twins: TwinSteps,
         interception: Interception,
+        requests: Requests,
         name: Callable[[int], str],
     ) -> None:
         self._engine, self._config, self._control, self._telling = engine, config, control, telling
         self._collector, self._comparison, self._twins = collector, comparison, twins
-        self._interception, self._name = interception, name
-        self._lenient = config.action == "observe"
+        self._interception, self._requests, self._name = interception, requests, name
         self._mesh, self._worker = access.mesh_of(engine), access.worker_of(engine)
         self._ranks = access.ranks_of(engine)
         self._reduction = Reduction(engine, self._worker, self._ranks, control)
@@ -108,6 +112,7 @@ class Gate:
             say=telling.note,
         )
         self.verdict: Verdict | None = None
+        self.decision: Decision | None = None
         self.columns = Columns(engine, config, collector, telling)
         self.counts = dict.fromkeys(
             ("judged_messages", "alarms", "disputes", "skipped_steps", "excluded_column_steps"), 0
@@ -131,6 +136,17 @@ class Gate:
         values = {name: getattr(self._config, name) for name in JudgeSettings.__dataclass_fields__}
         chosen = {"seed": self._config.seed or 0, "conviction": self._config.convicts_by(self._mesh)}
         return Judge(self._mesh, JudgeSettings(**{**values, **chosen}), parts)
+
+    def go_by(self, config: SentinelConfig) -> None:
+        """Judge by other settings from the next step on, as a run would that goes on from a checkpoint with them."""
+        self._config, known = config, self.judge.state_dict()
+        self.judge = self.new_judge(self.judge.table.parts)
+        self.judge.load_state_dict(known)
+        self.columns.go_by(config)
+
+    @property
+    def _lenient(self) -> bool:
+        return self._config.action == "observe"
 
     def instructions(self) -> dict[type, Callable[..., Any]]:
         """Entries for an engine's ``_INSTRUCTION_MAP``."""
@@ -200,12 +216,17 @@ class Gate:
         else:
             self._interception.run_original(schedule.OptimizerStep, **kwargs)
 
-    @torch.no_grad()
     def _pass(self) -> None:
+        with span("gate"):
+            self._judge_and_exclude()
+
+    @torch.no_grad()
+    def _judge_and_exclude(self) -> None:
         """Evidence, verdict, exclusion: all that happens between backward and reduction."""
         step = self._engine.global_steps
         first = self._collector.layout is None
-        collected = self._collector.collect(step, access.gradient_scale(self._engine))
+        with span("collect"):
+            collected = self._collector.collect(step, access.gradient_scale(self._engine))
         twins, refused = self._told_of_twins()
         evidence = replace(collected, twins=twins, refused=refused)
         if first:
@@ -216,7 +237,9 @@ class Gate:
         if evidence.twins and self._config.weights_every:
             self._comparison.compare()
         replayed = self._replay.compare(self.columns.wiring)
-        verdict = self.judge.step(evidence, access.overflow_limit(self._engine), self._proved_otherwise(step), replayed)
+        limit, proved = access.overflow_limit(self._engine), self._proved_otherwise(step)
+        with span("judge"):
+            verdict = self.judge.step(evidence, limit, proved, replayed)
         if replayed:
             self._telling.replayed(step, replayed.inconsistent)
         # Before an audit, which may hang: what is dealt is agreed on with the verdict.
@@ -256,7 +279,8 @@ class Gate:
 
     def _agree(self, verdict: Verdict) -> bool:
         """Whether all ranks came to the same verdict; where one may be acted on, all stop unless they did."""
-        said = self._control.gather_words(verdict.digest(), self._collector.complaint)
+        words = (verdict.digest(), self._collector.complaint, self._requests.take_word())
+        said = self._control.gather_words(*words)
         split = disagreement(said[:, 0], verdict.step, self._name)
         if split and not self._lenient:
             raise VerdictMismatch(
@@ -264,6 +288,7 @@ class Gate:
             )
         if split:
             self._telling.split(split)
+        self.decision = self._requests.decide(said[:, 2].numpy())
         for worker in complained_of(said[:, 1].numpy()[self._ranks]):
             self._telling.misfit(verdict.step - 1, worker)
         return split is None

@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.engine.access import as_tuple, floating
+from deepspeed_sentinel.engine.trace import span
 from deepspeed_sentinel.evidence.keeping import Keeping
 from deepspeed_sentinel.evidence.parts import describe
 from deepspeed_sentinel.evidence.probe import End, Probe
@@ -26,11 +27,15 @@ class Interception:
 
     Only training schedules are watched: ``eval_batch`` runs the same instructions, but passes through.
 
+    Attributes:
+        watching: whether messages are read.
+        lenient: leave it to DeepSpeed to raise about messages that it cannot train with.
+
     Args:
         engine: whose messages.
         probe, keeping: which read them.
         faults: to inject.
-        lenient: leave it to DeepSpeed to raise about messages that it cannot train with.
+        lenient: see above.
     """
 
     def __init__(
@@ -40,7 +45,7 @@ class Interception:
         self._probe = probe
         self._keeping = keeping
         self._faults = faults
-        self._lenient = lenient
+        self.lenient = lenient
         self.watching = False
         self._original = dict(engine._INSTRUCTION_MAP)
 
@@ -61,7 +66,7 @@ class Interception:
         if not self.watching:
             return self.run_original(schedule.SendActivation, buffer_id=buffer_id)
         kept = outputs[buffer_id]
-        if not self._lenient:
+        if not self.lenient:
             self._check_differentiable(as_tuple(kept))
         wire = self._observe_sent(FORWARD, as_tuple(kept))
         # The graph keeps the true output; only what crosses the link is tampered with.
@@ -78,7 +83,7 @@ class Interception:
 
     def _send_gradient(self, engine: PipelineEngine, buffer_id: int) -> None:
         inputs = floating(engine.pipe_buffers["inputs"][buffer_id])
-        if self.watching and not (self._lenient and any(tensor.grad is None for tensor in inputs)):
+        if self.watching and not (self.lenient and any(tensor.grad is None for tensor in inputs)):
             gradients = self._gradients(as_tuple(engine.pipe_buffers["inputs"][buffer_id]))
             wire = self._observe_sent(BACKWARD, gradients)
             for tensor, gradient in zip(inputs, wire, strict=True):
@@ -106,8 +111,9 @@ class Interception:
         self._observe(end, micro_batch, self._tamper("report", direction, micro_batch, message))
 
     def _observe(self, end: End, micro_batch: int, message: Tensors) -> None:
-        self._probe.observe(end, micro_batch, message)
-        self._keeping.observe(end, micro_batch, message)
+        with span("observe"):
+            self._probe.observe(end, micro_batch, message)
+            self._keeping.observe(end, micro_batch, message)
         forged = self._tamper("sketch", end[0], micro_batch, message)
         if forged is not message:
             self._probe.forge_sketch(end, micro_batch, forged)

@@ -51,6 +51,7 @@ class Liveness:
 
     Attributes:
         progress: to be told where the main thread is.
+        ends: whether it ends this rank where nothing raises; otherwise it says what it sees, once.
 
     Args:
         mesh: the mesh.
@@ -60,7 +61,7 @@ class Liveness:
         timeouts: of the default group and of the groups between stages.
         step: the global step.
         wiring: int64 [S, C] of a global step; by default DeepSpeed's own in all.
-        ends: whether it ends this rank where nothing raises; otherwise it says what it sees, once.
+        ends: see above.
         fill: names workers in full, in a text that people read.
     """
 
@@ -85,7 +86,7 @@ class Liveness:
         self._rank = dist.get_rank()
         self._heartbeat_timeout = heartbeat_timeout
         self._timeouts = timeouts
-        self._ends, self._fill = ends, fill
+        self.ends, self._fill = ends, fill
         self.progress = Progress(step)
         own = identity(mesh)
         self._standstill = Standstill(
@@ -124,7 +125,7 @@ class Liveness:
         Raises:
             LostWorker: also at once, where another rank has told that it failed.
         """
-        if self._failure and self._ends:
+        if self._failure and self.ends:
             raise LostWorker(self._fill(self._failure))
         self._busy = True
         self.progress.enter()
@@ -214,7 +215,7 @@ class Liveness:
 
     def _found(self, text: str, alone: bool = False) -> None:
         """The heart has seen why the run stands still; ``alone``: there is no way to tell the others."""
-        if not self._ends:
+        if not self.ends:
             if not self._said:
                 print(
                     f'[sentinel] {self._fill(text)} (nothing is ended: "action" is "observe")',
@@ -229,7 +230,7 @@ class Liveness:
             self._told()
 
     def _end(self, text: str) -> None:
-        if self._ends:
+        if self.ends:
             said = self._fill(f"{self.name(self._rank)} ends because {text}")
             print(f"[sentinel] {said}", file=sys.stderr, flush=True)
             os._exit(EXIT_CODE)

@@ -18,6 +18,8 @@ from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import access, checkpoint
 from deepspeed_sentinel.engine.comparison import WeightComparison
+from deepspeed_sentinel.engine.controlfile import FILE as CONTROL_FILE
+from deepspeed_sentinel.engine.controlfile import ControlFile
 from deepspeed_sentinel.engine.convictions import Convictions
 from deepspeed_sentinel.engine.devices import DeviceRecord, gather_devices
 from deepspeed_sentinel.engine.ending import HALTED_EXIT_CODE, ends_with
@@ -27,6 +29,8 @@ from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.engine.loss import mean_of_included, mean_without
 from deepspeed_sentinel.engine.muster import muster
 from deepspeed_sentinel.engine.reduction import Poisoned
+from deepspeed_sentinel.engine.requests import Decision, Requests
+from deepspeed_sentinel.engine.sinks import Sinks
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.twins import TwinSteps
 from deepspeed_sentinel.errors import SentinelHalt
@@ -53,7 +57,7 @@ class Sentinel:
     """Watches one PipelineEngine until ``detach()``.
 
     Attributes:
-        config: the effective settings.
+        config: the effective settings, of which ``action`` may be changed.
         mesh: stages and replicas.
         gate: judges each step, and lets into it what is not in alarm.
         comparison: compares weights when it is due, or when it is asked to.
@@ -69,9 +73,9 @@ class Sentinel:
                 "engine.sentinel.detach()"
             )
         self.mesh = access.mesh_of(engine)
+        self._given = config
         config = config.of_mesh(self.mesh)
         self.engine, self.config = engine, config
-        self._lenient = config.action == "observe"
         self.worker = access.worker_of(engine)
         for injection in config.inject:
             injection.check_attack()
@@ -82,6 +86,8 @@ class Sentinel:
         devices, told = gather_devices(self._control, ranks, device)
         self.who = Who(ranks, devices)
         self._telling = Telling(config, self.mesh, self._control, self.who)
+        labels = {"run_id": self._telling.run_id, "stages": str(self.mesh.stages), "replicas": str(self.mesh.replicas)}
+        self._sinks = Sinks(engine, config, self._control, self.who, labels, self._telling.note)
         self._telling.ledger(told)
         self.devices = DeviceRecord(config, devices, self._control, self._telling, step=lambda: engine.global_steps)
         self.comparison = WeightComparison(
@@ -112,6 +118,10 @@ class Sentinel:
         self._twins = TwinSteps(engine, self.mesh, self.worker, self._control, config, self._originals["_next_batch"])
         # What a script has put over a method of the engine is its own, and there again after ``detach``.
         self._before = {name: vars(engine)[name] for name in _SET if name in vars(engine)}
+        path, first = Path(config.output_dir) / CONTROL_FILE, dist.get_rank() == 0
+        self._requests = Requests(
+            self.mesh, ranks, self._with_action, ControlFile(path, self._telling.note) if first else None
+        )
         self.gate = Gate(
             engine,
             config,
@@ -121,6 +131,7 @@ class Sentinel:
             comparison=self.comparison,
             twins=self._twins,
             interception=self._interception,
+            requests=self._requests,
             name=lambda rank: self._liveness.name(rank),
         )
         self._liveness = Liveness(
@@ -160,9 +171,34 @@ class Sentinel:
         self._telling.close()
 
     def has(self, config: SentinelConfig) -> bool:
-        """Whether these are the settings in effect; attached settings are enabled ones."""
-        effective = config.of_mesh(self.mesh)
-        return effective.model_copy(update={"enabled": self.config.enabled}) == self.config
+        """Whether these are the settings that it was attached with; attached settings are enabled ones."""
+        given = self._given.of_mesh(self.mesh)
+        return config.of_mesh(self.mesh).model_copy(update={"enabled": given.enabled}) == given
+
+    @property
+    def action(self) -> str:
+        """By which steps are judged, see the config.
+
+        Set, it is told to all ranks in the next step, and in effect on all of them from the one after it, as if the
+        config had it. So it may be set on one rank of the first or the last stage, or on any of them; requests of
+        others count for nothing, since those stages alone are trusted, and of several the lowest rank's counts. It is
+        in no checkpoint: a run that starts anew goes by its config.
+
+        Raises:
+            ValueError: where it is set, if there is no such action, or the config could not have it.
+        """
+        return str(self.config.action)
+
+    @action.setter
+    def action(self, action: str) -> None:
+        self._requests.ask(action)
+
+    def _with_action(self, action: str) -> SentinelConfig:
+        return self._given.with_action(action, self.mesh)
+
+    @property
+    def _lenient(self) -> bool:
+        return self.config.action == "observe"
 
     @property
     def last_verdict(self) -> Verdict | None:
@@ -265,12 +301,26 @@ class Sentinel:
         assert verdict is not None, "every training step passes the gate"
         unequal = self.comparison.unequal_in(verdict.step)
         self.devices.step(verdict, self.gate.columns.wiring, self.last_poisoned, unequal)
+        self._sinks.step(verdict, self.counts)
         if verdict.newly_convicted:
             self._convictions.take(verdict)
             # Now, since nobody knows how the run will end.
             self._telling.exclusions(self.write_exclusions)
         if verdict.halt:
             self._halt(verdict)
+        if self.gate.decision:
+            self._decided(verdict.step, self.gate.decision)
+
+    def _decided(self, step: int, what: Decision) -> None:
+        self._telling.decided(step, what)
+        if what.action is None or what.action == self.config.action:
+            return
+        self.config = config = self._with_action(what.action)
+        for one in (self._telling, self.gate, self._twins):
+            one.go_by(config)
+        for of_messages in (self.comparison, self._collector.probe, self._interception):
+            of_messages.lenient = self._lenient
+        self._liveness.ends = not self._lenient
 
     @property
     def convicts(self) -> tuple[Convict, ...]:
@@ -283,6 +333,7 @@ class Sentinel:
 
     def _end(self) -> None:
         """The end of a run: what is told once."""
+        self._sinks.close()
         self.devices.write()
         self._telling.exclusions(self.write_exclusions)
         self._telling.end(self.engine.global_steps, self.counts, workers_of(self.gate.judge.record.convicted))

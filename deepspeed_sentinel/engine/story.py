@@ -47,12 +47,16 @@ class Story:
     """
 
     def __init__(self, config: SentinelConfig, mesh: Mesh, who: Who, say: Callable[[int, str], None]) -> None:
-        self._config, self._mesh, self._who, self._say = config, mesh, who, say
-        self._by_proof = config.convicts_by(mesh) == "proof"
+        self._mesh, self._who, self._say = mesh, who, say
+        self.go_by(config)
         self.suspects = np.zeros((mesh.stages, mesh.replicas), bool)
         self._out: tuple[int, ...] = ()
         self.steps = 0
         self.since: Counter[Worker] = Counter()
+
+    def go_by(self, config: SentinelConfig) -> None:
+        """Tell of settings that are others from the next step on."""
+        self._config, self._by_proof = config, config.convicts_by(self._mesh) == "proof"
 
     def step(self, verdict: Verdict) -> None:
         """Tell what one step came to."""

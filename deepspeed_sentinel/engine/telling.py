@@ -8,8 +8,10 @@ import numpy as np
 import torch.distributed as dist
 
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine.controlfile import FILE as CONTROL_FILE
 from deepspeed_sentinel.engine.opening import JUDGING, guarding
 from deepspeed_sentinel.engine.reduction import Poisoned
+from deepspeed_sentinel.engine.requests import Decision
 from deepspeed_sentinel.engine.story import Story
 from deepspeed_sentinel.engine.voice import Voice
 from deepspeed_sentinel.evidence.control import Control
@@ -35,6 +37,9 @@ _UNEQUAL = {
 class Telling:
     """Says on rank 0 what happens; on other ranks it is silent. Collective to create.
 
+    Attributes:
+        run_id: of this run, the same on all ranks.
+
     Args:
         config: whose ``output_dir`` and ``events`` say where events go, and which.
         mesh: the mesh watched.
@@ -49,6 +54,7 @@ class Telling:
         self._config, self._mesh, self._who = config, mesh, who
         self._first = dist.get_rank() == 0
         self._voice = Voice(config, control, who)
+        self.run_id = self._voice.run_id
         self._story = Story(config, mesh, who, self._voice.of_step)
         self._warming_up = True
 
@@ -98,6 +104,35 @@ class Telling:
                 f"{injection.attack} {injection.arguments or ''} on {injection.direction} messages ({injection.where}) "
                 f"from step {injection.start_step}. Never do this in a run whose weights you need."
             )
+
+    def decided(self, step: int, what: Decision) -> None:
+        """What became of requests for another action."""
+        if not self._first:
+            return
+        for worker, action in what.unheeded:
+            self._voice.once(
+                "unheeded",
+                f"step {step}: {worker} asks for action {action!r}, and that counts for nothing: of the first and the "
+                "last stage alone, which are trusted, it does. Told once",
+            )
+        before = self._config.action
+        if what.action is None or what.by is None or what.action == before:
+            return
+        others = "".join(
+            f"; {worker} asked for {action!r}, and the lowest rank decides" for worker, action in what.others
+        )
+        self._voice.of_step(
+            step,
+            f"SETTINGS: action {what.action!r} in place of {before!r} from the next step on, as {what.by} asked"
+            f"{f' in {CONTROL_FILE}' if what.file else ''}{others}",
+        )
+        source = "file" if what.file else "script"
+        self._voice.event(step, events.Settings(what.action, str(before), what.by, source))
+
+    def go_by(self, config: SentinelConfig) -> None:
+        """Tell of settings that are others from the next step on."""
+        self._config = config
+        self._story.go_by(config)
 
     def verdict(self, verdict: Verdict) -> None:
         """What one step came to."""

@@ -91,6 +91,10 @@ class TwinSteps:
         self._refused = False
         self._secret = Secret(self._agree_on_key(config.seed)) if self._at_end and mesh.replicas > 1 else None
 
+    def go_by(self, config: SentinelConfig) -> None:
+        """Draw by other settings from the next step on."""
+        self._config = config
+
     def possible(self, suspicion: float) -> bool:
         """Whether the step may be a twin step, as all ranks know."""
         return chance(self._config, self._mesh.replicas, suspicion) > 0

@@ -33,18 +33,19 @@ class Probe:
         ends: those that this worker has.
         kinds: per end, dtype and shape of each tensor of the first message.
         unseen: what could not be judged at first, in words; None unless ``lenient``.
+        lenient: leave out what cannot be judged, instead of raising.
 
     Args:
         mesh: the mesh.
         stage: the stage of this worker.
         device: where messages live.
         seed: of the public sketch's sample and projection; the same on all ranks.
-        lenient: leave out what cannot be judged, instead of raising.
+        lenient: see above.
     """
 
     def __init__(self, mesh: Mesh, stage: int, device: torch.device, seed: int, lenient: bool = False) -> None:
         self._device = device
-        self._lenient = lenient
+        self.lenient = lenient
         self.unseen: str | None = None
         self._public_J2 = torch.tensor([[seed, seed]], dtype=torch.int64, device=device)
         self._seeds: dict[End, torch.Tensor] = {}
@@ -149,7 +150,7 @@ class Probe:
         """
         judged = parts_of(tensors)
         problem = self._problem(end, micro_batch, tensors, judged)
-        if problem and not self._lenient:
+        if problem and not self.lenient:
             raise ValueError(problem)
         self.unseen = self.unseen or problem
         if end not in self._digests:

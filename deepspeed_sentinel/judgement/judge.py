@@ -337,6 +337,7 @@ class Judge:
             differences=trial.differences if trial else (),
             contradicted=tuple(one for one in by_several if changes.convicted[one.worker]),
             cleared=_workers(changes.cleared),
+            action=self.settings.action,
         )
 
     def retract(self, verdict: Verdict, opened: tuple[Finding, ...], refuted: tuple[Finding, ...]) -> Verdict:

@@ -205,6 +205,7 @@ class Verdict:
         contradicted: who is convicted because it contradicts too many.
         cleared: suspects that a twin step has cleared.
         wiring: int64 [S, C], of the next step; None where nobody deals.
+        action: by which it was judged, see ``JudgeSettings``.
     """
 
     step: int
@@ -232,6 +233,7 @@ class Verdict:
     contradicted: tuple[Contradicted, ...] = ()
     cleared: tuple[Worker, ...] = ()
     wiring: np.ndarray | None = None
+    action: str = ""
 
     def digest(self) -> int:
         """A checksum of everything that ranks must agree on: all that is decided, and scores on a coarse grid.
@@ -239,7 +241,8 @@ class Verdict:
         Scores decide nothing any more. They are there so that a rank whose state is another one (memory that fails,
         another checkpoint) is found before it decides otherwise.
         """
-        crc = zlib.crc32(f"{self.step} {self.warming_up} {self.twins} {self.skip} {self.overflow} {self.halt}".encode())
+        step = (self.step, self.warming_up, self.twins, self.skip, self.overflow, self.halt, self.action)
+        crc = zlib.crc32(str(step).encode())
         suspects = [
             (
                 one.worker,

@@ -64,6 +64,23 @@ class Start(Event, kind="start"):
 
 
 @dataclass(frozen=True)
+class Settings(Event, kind="settings"):
+    """Settings are others from the next step on, see docs/monitoring.md.
+
+    Attributes:
+        action: that steps are judged by from then on.
+        before: by which this one was.
+        asked_by: whose request it was.
+        source: "script" or "file".
+    """
+
+    action: str
+    before: str
+    asked_by: Worker
+    source: str
+
+
+@dataclass(frozen=True)
 class Step(Event, kind="step"):
     """A step was judged; with "events": "steps" alone.
 

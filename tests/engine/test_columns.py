@@ -134,3 +134,27 @@ def test_what_is_no_wiring_is_told_in_words(told, state, said):
 def test_who_only_observes_moves_nobody(told):
     here = columns(told, action="observe")
     assert (here.deal(7, doubts((1, 1), (2, 0))) == identity(MESH)).all()
+
+
+def test_who_only_observes_from_now_on_goes_by_deepspeeds_own_wiring_until_others_are_moved_again(told):
+    here = columns(told)
+    dealt = here.deal(7, doubts((1, 1), (2, 0)))
+    with here.in_effect():
+        assert (here.wiring == dealt).all()
+    given = SentinelConfig.parse({"enabled": True})
+    here.go_by(given.with_action("observe", MESH))
+    assert (here.wiring == dealt).all(), "the step is not over"
+    with here.in_effect():
+        assert (here.wiring == identity(MESH)).all()
+    assert (here.deal(8, doubts((1, 1), (2, 0))) == identity(MESH)).all()
+    here.go_by(given.with_action("quarantine", MESH))
+    assert (here.deal(9, doubts((1, 1), (2, 0))) != identity(MESH)).any()
+    assert len(told.wired) == 2 and not told.own
+
+
+def test_a_wiring_stays_where_the_new_action_heals_too(told):
+    here = columns(told)
+    dealt = here.deal(7, doubts((1, 1), (2, 0)))
+    here.go_by(SentinelConfig.parse({"enabled": True}).with_action("exclude", MESH))
+    with here.in_effect():
+        assert (here.wiring == dealt).all()

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
 from synthetic import World
 
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine.requests import Decision
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.proof import Proof
@@ -205,3 +206,29 @@ def test_a_dispute_of_a_convicted_worker_counts_as_its(telling, log):
     log.clear()
     telling.verdict(replace(quiet([CULPRIT]), disputed=(dispute,)))
     assert words(log) == ["stage 1,"] and "goes on after its conviction" in log.text
+
+
+def test_a_change_of_the_action_is_a_line_and_an_event_and_what_now_follows_from_it(telling, log, tmp_path):
+    others = ((Worker(3, 1), "halt"),)
+    telling.decided(9, Decision("observe", Worker(0, 0), True, others, ()))
+    (line,) = [record.getMessage() for record in log.records]
+    assert line == (
+        "[sentinel] step 9: SETTINGS: action 'observe' in place of 'quarantine' from the next step on, as stage 0, "
+        "replica 0 (rank 0, node-0, cpu) asked in control.json; stage 3, replica 1 (rank 10, node-3, cpu) asked for "
+        "'halt', and the lowest rank decides"
+    )
+    telling.go_by(SentinelConfig.parse({"enabled": True}).with_action("observe", MESH))
+    telling.decided(10, Decision("observe", Worker(0, 0), False, (), ()))
+    assert len(log.records) == 1, "it is that already"
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    told = {"kind": "settings", "step": 9, "action": "observe", "before": "quarantine", "asked_by": [0, 0]}
+    assert event == {**event, **told, "source": "file"} and [one["rank"] for one in event["who"]] == [0]
+    telling.verdict(replace(attacked([CULPRIT], newly=[CULPRIT]), step=11))
+    assert 'NOW: Nothing is done about it ("action": "observe")' in log.records[-1].getMessage()
+
+
+def test_a_request_that_does_not_count_is_told_of_once(telling, log):
+    for step in (9, 10):
+        telling.decided(step, Decision(None, None, False, (), ((CULPRIT, "observe"),)))
+    (line,) = [record.getMessage() for record in log.records]
+    assert f"step 9: {NAME} asks for action 'observe', and that counts for nothing" in line

@@ -332,6 +332,29 @@ def test_state_round_trip_gives_the_same_verdicts():
         assert first.newly_convicted == second.newly_convicted
 
 
+def test_what_was_learnt_serves_another_action_and_the_digest_tells_them_apart():
+    """As where the action is changed while a run goes on: the same alarms and strikes, and other columns are out."""
+    excludes = World(seed=3)
+    excludes.warm_up()
+    excludes.step(louder(FORWARD, 1, 2))
+    others = [World(seed=3, action=action) for action in ("exclude", "observe", "halt")]
+    for other in others:
+        other.judge.load_state_dict(excludes.judge.state_dict())
+        other.generator.bit_generator.state = excludes.generator.bit_generator.state
+        other.time = excludes.time
+    for step in range(3):
+        verdict = excludes.step(louder(FORWARD, 1, 2))
+        same, observed, halted = (other.step(louder(FORWARD, 1, 2)) for other in others)
+        assert verdict.excluded.tolist() == halted.excluded.tolist() == [False, False, True]
+        assert not observed.excluded.any() and bool(halted.halt) == (step == 1) and not observed.halt
+        for other in (same, observed, halted):
+            assert (other.alarms == verdict.alarms).all() and (other.scores == verdict.scores).all()
+            assert other.newly_convicted == verdict.newly_convicted == (((1, 2),) if step == 1 else ())
+        assert same.digest() == verdict.digest() and len({verdict.digest(), observed.digest(), halted.digest()}) == 3
+    quiet = [one.step().digest() for one in others]
+    assert len(set(quiet)) == 3, "also where nothing follows from it"
+
+
 def test_digest_differs_when_any_verdict_differs():
     one, other = World(seed=3), World(seed=3)
     assert [v.digest() for v in one.warm_up(25)] == [v.digest() for v in other.warm_up(25)]
