@@ -1,0 +1,228 @@
+"""What a run came to: the document that the page, the table and ``--json`` show."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from typing import Any
+
+from deepspeed_sentinel.telemetry.deals import deals
+from deepspeed_sentinel.telemetry.report.happened import timeline
+from deepspeed_sentinel.telemetry.report.reading import RunFiles
+from deepspeed_sentinel.telemetry.report.suspects import name_of, suspects
+
+_PASTED = re.compile(r"--exclude=[A-Za-z0-9._:,@-]+")  # nothing that a shell would act on
+_HOST_LINE = re.compile(r"[A-Za-z0-9._:-]+ slots=\d+")
+_TROUBLE = ("proofs", "unequal_weights", "disputes", "alarmed_steps")
+
+
+def digest(run: RunFiles) -> dict[str, Any]:
+    """All of it as plain data; steps are the engine's, from 0, times seconds since 1970.
+
+    "state" is the gravest of: convicted, halted, suspect, alarmed, clean. "sentences" are three. "cost" is what the
+    columns left out took: as a share of all column-steps, in whole steps' worth of data, and in seconds at this run's
+    pace. A line of "todo" is left out, and a note says so, where a host has a name that no shell should be given.
+    """
+    shown = suspects(run)
+    facts = _facts(run)
+    cost = _cost(run, facts)
+    halted = next((event["reason"] for event in reversed(run.events) if event["kind"] == "halt"), None)
+    states = {one["state"] for one in shown}
+    state = (
+        "convicted" if "convicted" in states else "halted" if halted else "suspect" if "suspect" in states
+        else "alarmed" if states & {"alarmed", "disputed", "released", "noted"} else "clean"
+    )  # fmt: skip
+    start = next((event for event in run.events if event["kind"] == "start"), {})
+    notes = list(run.notes)
+    if not facts["every_step"]:
+        notes.append(
+            'scores of clean steps were not recorded: the heat map has only steps in which something was found. "events":'
+            ' "steps" in the sentinel block records all'
+        )
+    document = {
+        "run": {"folder": str(run.folder), "run_id": run.run_id, "stages": run.mesh.stages,
+                "replicas": run.mesh.replicas, "injecting": start.get("injecting", False), "halted": halted, **facts},
+        "state": state,
+        "workers": shown,
+        "timeline": timeline(run),
+        "disputes": _disputes(run),
+        "deals": _deals(run),
+        "cost": cost,
+        "todo": _todo(run, shown, notes),
+        "devices": _devices(run),
+        "settings": start.get("config", {}),
+        "earlier": run.earlier,
+        "notes": notes,
+    }  # fmt: skip
+    return {"sentences": _sentences(document), **document}
+
+
+def _facts(run: RunFiles) -> dict[str, Any]:
+    steps = [event["step"] for event in run.events if event["kind"] not in ("start", "end", "device")]
+    told = next((event["counts"] for event in reversed(run.events) if event["kind"] == "end"), {})
+    every = {event["step"] for event in run.events if event["kind"] == "step"}
+    end = next((event["step"] - 1 for event in reversed(run.events) if event["kind"] == "end"), 0)
+    first = next((event["step"] for event in run.events if event["kind"] == "start"), min(steps, default=0))
+    last = max([*steps, end, first])
+    times = [(event["step"], event["time"]) for event in run.events if event["time"] is not None]
+    clock = [(step, when) for step, when in times if first <= step <= last]
+    pace = (clock[-1][1] - clock[0][1]) / (clock[-1][0] - clock[0][0]) if clock and clock[-1][0] > clock[0][0] else None
+    return {
+        "first_step": first,
+        "last_step": last,
+        "steps": told.get("steps") or len(every) or last - first + 1,
+        "judged_messages": told.get("judged_messages"),
+        "begun": times[0][1] if times else None,
+        "ended": times[-1][1] if times else None,
+        "finished": bool(told),
+        "seconds_a_step": pace,
+        "every_step": bool(every),
+    }
+
+
+def _cost(run: RunFiles, facts: dict[str, Any]) -> dict[str, Any]:
+    lost = Counter[int]()
+    for event in run.events:
+        if event["kind"] == "excluded":
+            lost.update(set(event["columns"]))
+    total, of = sum(lost.values()), facts["steps"] * run.mesh.replicas
+    worth = total / run.mesh.replicas
+    return {
+        "column_steps": total,
+        "of": of,
+        "share": total / of if of else 0.0,
+        "steps_worth": worth,
+        "seconds": None if facts["seconds_a_step"] is None else worth * facts["seconds_a_step"],
+        "by_column": [lost[column] for column in range(run.mesh.replicas)],
+        "skipped_steps": sum(event["kind"] == "skipped" for event in run.events),
+        "twin_steps": sum(event["kind"] == "twins" for event in run.events),
+    }
+
+
+def _disputes(run: RunFiles) -> list[dict[str, Any]]:
+    found: dict[Any, dict[str, Any]] = {}
+    for event in run.events:
+        if event["kind"] == "dispute":
+            told = tuple(
+                event[name] for name in ("link", "direction", "sender", "receiver", "about", "audit", "at_fault")
+            )
+            link, direction, sender, receiver, about, audit, at_fault = told
+            names = [None if one is None else name_of(run, one) for one in (sender, receiver, about, at_fault)]
+            one = found.setdefault(
+                told,
+                {"link": link, "direction": direction, **dict(zip(("sender", "receiver", "about", "at_fault"), names,
+                 strict=True)), "audit": audit, "messages": 0, "steps": [], "columns": []},
+            )  # fmt: skip
+            one["messages"] += len(event["micro_batches"])
+            one["steps"] += [event["step"]] if event["step"] not in one["steps"][-1:] else []
+            one["columns"] = sorted({*one["columns"], event["column"]})
+    return list(found.values())
+
+
+def _deals(run: RunFiles) -> list[dict[str, Any]]:
+    found = deals(run.events, run.mesh)
+    ends = [*(deal.step - 1 for deal in found[1:]), None]
+    return [
+        {"step": deal.step, "last": end, "wiring": deal.wiring.tolist(), "lost": deal.lost.tolist()}
+        for deal, end in zip(found, ends, strict=True)
+    ]
+
+
+def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
+    """What to do: "advice", sentences, and "lines" to paste, each with what it is for."""
+    advice = []
+    for one in shown:
+        where = f"{one['host']}, slot {one['local_rank']}" if one["host"] else one["name"]
+        if one["state"] == "convicted":
+            advice.append(
+                f"Take {where} out of service and test {one['gpu'] or 'its processor and memory'}: {one['name']}"
+            )
+        elif one["state"] == "suspect":
+            trusted = "first and last stage are trusted and never convicted: look at its data and its hardware"
+            advice.append(
+                f"Watch {one['name']}: {trusted if one['trusted'] else 'suspected, not proved; no reason to act yet'}"
+            )
+    if any(event["kind"] == "dispute" for event in run.events) and not advice:
+        advice.append("Check both ends of the disputed links and what lies between them")
+    if any(event["kind"] == "device" for event in run.events):
+        advice.append("Look into the devices listed below: their record over runs is worse than their peers'")
+    exclude, lines = run.exclude, []
+    for name, form in (("deepspeed", "deepspeed {} ..."), ("slurm", "sbatch {} ...")):
+        said = exclude.get(name)
+        if isinstance(said, str) and said:
+            if _PASTED.fullmatch(said):
+                lines.append(
+                    {"for": "DeepSpeed's launcher" if name == "deepspeed" else "SLURM", "text": form.format(said)}
+                )
+            else:
+                notes.append(
+                    f"the line for {name} in exclude.json is not shown: it has characters that a shell acts on"
+                )
+    hosts = exclude.get("hostfile")
+    hosts = [line for line in hosts if isinstance(line, str)] if isinstance(hosts, list) else []
+    if hosts and lines:
+        fit = [line for line in hosts if _HOST_LINE.fullmatch(line)]
+        lines.append({"for": "a hostfile, without the hosts above", "text": "\n".join(fit)})
+    left = exclude.get("replicas_left")
+    return {"advice": advice, "lines": lines, "replicas_left": left if isinstance(left, int) and lines else None}
+
+
+def _devices(run: RunFiles) -> list[dict[str, Any]]:
+    """Those with trouble, the gravest first."""
+    rows = []
+    for key, one in run.devices.items():
+        counts = {name: one["total"].get(name, 0) for name in (*_TROUBLE, "steps", "alarms")}
+        if any(counts[name] for name in _TROUBLE):
+            places = [place for place in one["places"] if isinstance(place, dict)]
+            where = places[-1] if places else {}
+            rows.append({"device": key, "host": str(where.get("host", "")), "slot": where.get("slot"), **counts,
+                         "trouble": one["total"].get("trouble", 0)})  # fmt: skip
+    return sorted(rows, key=lambda row: [-row[name] for name in _TROUBLE])[:50]
+
+
+def _sentences(document: dict[str, Any]) -> list[str]:
+    run, cost, workers = document["run"], document["cost"], document["workers"]
+    judged = "" if run["judged_messages"] is None else f" and judged {run['judged_messages']:,} messages"
+    when = "" if run["begun"] is None else f" from {utc(run['begun'])} to {utc(run['ended'])}"
+    drill = ", with faults injected on purpose" if run["injecting"] else ""
+    first = (
+        f"Sentinel watched {run['stages']} stages x {run['replicas']} replicas in steps {run['first_step']} to "
+        f"{run['last_step']}{when}{judged}{drill}."
+    )
+    by = {state: [one for one in workers if one["state"] == state] for state in ("convicted", "suspect")}
+    if by["convicted"]:
+        one, more = by["convicted"][0], len(by["convicted"]) - 1
+        since = f"in alarm from step {one['alarm_steps'][0]} on and " if one["alarm_steps"] else ""
+        how = "proved and convicted" if one["convicted"]["proved"] else "convicted by statistics, not proved,"
+        others = f"; {more} more convicted" if more else ""
+        second = f"{one['name']} was {since}{how} in step {one['convicted']['step']}{others}."
+    elif by["suspect"]:
+        others = f" and {len(by['suspect']) - 1} more are" if by["suspect"][1:] else " is"
+        second = f"Nobody was convicted; {by['suspect'][0]['name']}{others} suspected, without proof."
+    elif workers:
+        alarms = sum(one["alarms"] for one in workers)
+        second = (
+            f"Nobody was convicted and nobody is a suspect; {len(workers)} workers were noted, with {alarms} alarms."
+        )
+    else:
+        second = "Nothing was found: no alarm, no dispute, no conviction."
+    out = f"{cost['column_steps']:,} of {cost['of']:,} column-steps ({cost['share']:.1%}) were left out of the weights"
+    lost = document["deals"][-1]["lost"] if document["deals"] else []
+    if run["halted"]:
+        third = f"{out}, and training was stopped: {run['halted']}"
+    elif not run["finished"]:
+        third = f"{out}; no end is told: the run is going on, or was killed."
+    else:
+        on = (
+            f"training went on with {lost.count(False)} of {run['replicas']} columns"
+            if any(lost)
+            else "all columns counted at the end"
+        )
+        third = f"{out}, and {on}." if cost["column_steps"] else f"No column was left out, and {on}."
+    return [first, second, third]
+
+
+def utc(seconds: float | None) -> str:
+    """For people."""
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
