@@ -145,7 +145,8 @@ def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[
             )
     if any(event["kind"] == "dispute" for event in run.events) and not advice:
         advice.append("Check both ends of the disputed links and what lies between them")
-    if any(event["kind"] == "device" for event in run.events):
+    grave = {(one["stage"], one["replica"]) for one in shown if one["state"] == "convicted"}
+    if any(event["kind"] == "device" and not grave.intersection(event["workers"]) for event in run.events):
         advice.append("Look into the devices listed below: their record over runs is worse than their peers'")
     exclude, lines = run.exclude, []
     for name, form in (("deepspeed", "deepspeed {} ..."), ("slurm", "sbatch {} ...")):
@@ -193,8 +194,8 @@ def _sentences(document: dict[str, Any]) -> list[str]:
     by = {state: [one for one in workers if one["state"] == state] for state in ("convicted", "suspect")}
     if by["convicted"]:
         one, more = by["convicted"][0], len(by["convicted"]) - 1
-        since = f"in alarm from step {one['alarm_steps'][0]} on and " if one["alarm_steps"] else ""
-        how = "proved and convicted" if one["convicted"]["proved"] else "convicted by statistics, not proved,"
+        since = f"in alarm from step {one['alarm_steps'][0]} on and was " if one["alarm_steps"] else ""
+        how = "convicted by proof" if one["convicted"]["proved"] else "convicted by statistics, not by proof,"
         others = f"; {more} more convicted" if more else ""
         second = f"{one['name']} was {since}{how} in step {one['convicted']['step']}{others}."
     elif by["suspect"]:
@@ -207,7 +208,7 @@ def _sentences(document: dict[str, Any]) -> list[str]:
         )
     else:
         second = "Nothing was found: no alarm, no dispute, no conviction."
-    out = f"{cost['column_steps']:,} of {cost['of']:,} column-steps ({cost['share']:.1%}) were left out of the weights"
+    out = f"{cost['column_steps']:,} of {cost['of']:,} column-steps ({100 * cost['share']:.1f} %) were left out of the weights"
     lost = document["deals"][-1]["lost"] if document["deals"] else []
     if run["halted"]:
         third = f"{out}, and training was stopped: {run['halted']}"

@@ -56,7 +56,7 @@ def _said(run: RunFiles, event: dict[str, Any]) -> tuple[str, str, Any] | None:
         return WARN, f"LEFT OUT of the weights: column {columns} of {run.mesh.replicas}", (kind, columns)
     if kind == "proof":
         agree = f"{event['agreeing']} of {event['compared']} workers of its stage"
-        return BAD, f"PROVED: {name} made other {event['of']} of the same data than {agree}", (kind, worker)
+        return BAD, f"PROVED: {name} made other {_OF.get(event['of'], '')} of the same data than {agree}", (kind, worker)
     if kind == "difference":
         names = "; ".join(name_of(run, one) for one in event["workers"])
         return WARN, f"DIFFERENT without a majority ({event['of']}): {names}", (kind, names)
@@ -79,6 +79,7 @@ def _said(run: RunFiles, event: dict[str, Any]) -> tuple[str, str, Any] | None:
     return _SIMPLE[kind](name) if kind in _SIMPLE else None
 
 
+_OF = {"forward": "forward messages", "backward": "backward messages", "gradients": "gradients of weights"}
 _WORKER = {"alarm", "proof", "conviction", "suspicion", "contradicted", "cleared", "release", "replay", "misfit"}
 _SIMPLE: dict[str, Any] = {
     "start": lambda name: (PLAIN, "watching begins", None),

@@ -34,7 +34,7 @@ def render(document: dict[str, Any], heat: dict[str, Any], loss: list[list[float
         loader=jinja2.FunctionLoader(_read), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"utc": utc, "number": number, "steps": spans, "worker": lambda one: f"{one[0]}.{one[1]}"}
+    environment.filters |= {"utc": utc, "number": number, "steps": spans, "duration": duration}
     return environment.get_template(_TEMPLATE).render(
         **document,
         # "settings" and "loss" of a file may hold anything; tojson writes <, > and & so that no script ends early.
@@ -51,6 +51,14 @@ def render(document: dict[str, Any], heat: dict[str, Any], loss: list[list[float
 def number(value: Any) -> str:
     """Of four digits."""
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that people would use."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def spans(steps: list[int]) -> str:
