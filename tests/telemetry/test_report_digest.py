@@ -33,7 +33,9 @@ def test_the_evidence_is_of_the_worst_alarm(recorded):
     (one,) = [one for one in digest(read_run(folder))["workers"] if one["state"] == "convicted"]
     worst = max(told, key=lambda event: event["score"])
     assert {name: worst[name] for name in one["worst"]} == one["worst"] and one["worst"]["statistic"] == "energy"
-    assert one["alarm_steps"] == [30, 31, 32, 33] and one["alarms"] == sum(len(event["micro_batches"]) for event in told)
+    assert one["alarm_steps"] == [30, 31, 32, 33] and one["alarms"] == sum(
+        len(event["micro_batches"]) for event in told
+    )
     assert (one["host"], one["device"], one["gpu"][:12]) == ("node-03", "cuda:3", "GPU-1a2b3c4d")
 
 

@@ -113,7 +113,7 @@ def test_the_last_run_is_read_and_those_before_are_listed(tmp_path, recorded):
     assert run.run_id == "second" and [one["run_id"] for one in run.earlier] == ["first"]
     assert run.earlier[0]["convicted"] == [[1, 2]] and run.earlier[0]["mesh"] == [4, 3]
     assert read_run(folder, "first").earlier == []
-    with pytest.raises(ValueError, match="--run third: .* tells of first, second"):
+    with pytest.raises(ValueError, match=r"--run third: .* tells of first, second"):
         read_run(folder, "third")
 
 

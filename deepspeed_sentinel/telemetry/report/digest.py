@@ -37,8 +37,8 @@ def digest(run: RunFiles) -> dict[str, Any]:
     notes = list(run.notes)
     if not facts["every_step"]:
         notes.append(
-            'scores of clean steps were not recorded: the heat map has only steps in which something was found. "events":'
-            ' "steps" in the sentinel block records all'
+            "scores of clean steps were not recorded: the heat map has only steps in which something was found. "
+            '"events": "steps" in the sentinel block records all'
         )
     document = {
         "run": {"folder": str(run.folder), "run_id": run.run_id, "stages": run.mesh.stages,
@@ -185,7 +185,8 @@ def _devices(run: RunFiles) -> list[dict[str, Any]]:
 def _sentences(document: dict[str, Any]) -> list[str]:
     run, cost, workers = document["run"], document["cost"], document["workers"]
     judged = "" if run["judged_messages"] is None else f" and judged {run['judged_messages']:,} messages"
-    when = "" if run["begun"] is None else f" from {utc(run['begun'])} to {utc(run['ended'])}"
+    begun, ended = utc(run["begun"]), utc(run["ended"])
+    when = f" from {begun} to {ended[11:] if ended[:10] == begun[:10] else ended}" if begun else ""
     drill = ", with faults injected on purpose" if run["injecting"] else ""
     first = (
         f"Sentinel watched {run['stages']} stages x {run['replicas']} replicas in steps {run['first_step']} to "
@@ -208,7 +209,8 @@ def _sentences(document: dict[str, Any]) -> list[str]:
         )
     else:
         second = "Nothing was found: no alarm, no dispute, no conviction."
-    out = f"{cost['column_steps']:,} of {cost['of']:,} column-steps ({100 * cost['share']:.1f} %) were left out of the weights"
+    share = f"{cost['column_steps']:,} of {cost['of']:,} column-steps ({100 * cost['share']:.1f} %)"
+    out = f"{share} were left out of the weights"
     lost = document["deals"][-1]["lost"] if document["deals"] else []
     if run["halted"]:
         third = f"{out}, and training was stopped: {run['halted']}"

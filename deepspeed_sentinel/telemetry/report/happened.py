@@ -56,7 +56,11 @@ def _said(run: RunFiles, event: dict[str, Any]) -> tuple[str, str, Any] | None:
         return WARN, f"LEFT OUT of the weights: column {columns} of {run.mesh.replicas}", (kind, columns)
     if kind == "proof":
         agree = f"{event['agreeing']} of {event['compared']} workers of its stage"
-        return BAD, f"PROVED: {name} made other {_OF.get(event['of'], '')} of the same data than {agree}", (kind, worker)
+        return (
+            BAD,
+            f"PROVED: {name} made other {_OF.get(event['of'], '')} of the same data than {agree}",
+            (kind, worker),
+        )
     if kind == "difference":
         names = "; ".join(name_of(run, one) for one in event["workers"])
         return WARN, f"DIFFERENT without a majority ({event['of']}): {names}", (kind, names)

@@ -1,4 +1,4 @@
-"""Reads what a run left in its folder: ``events.jsonl``, ``ledger.json``, ``exclude.json``. Keeps what fits, tells the rest.
+"""Reads what a run left: ``events.jsonl``, ``ledger.json``, ``exclude.json``. Keeps what fits, tells what does not.
 
 A line is kept if it is of a known kind and each field has the type that ``telemetry.events`` gives it, inside the mesh.
 So whoever reads the result need not look again: a field that is missing and may be, or a number that is not finite,

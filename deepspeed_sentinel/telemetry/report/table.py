@@ -36,7 +36,8 @@ def rows_of(document: dict[str, Any]) -> list[tuple[str, ...]]:
         worst = one["worst"]
         alarm = "" if worst is None else (
             f"step {worst['step']}: {worst['statistic']} {number(worst['value'])}, compared "
-            f"{number(worst['residual'])}, fence {number(worst['low'])} to {number(worst['high'])}, score {number(worst['score'])}"
+            f"{number(worst['residual'])}, fence {number(worst['low'])} to {number(worst['high'])}, "
+            f"score {number(worst['score'])}"
         )  # fmt: skip
         proof = "; ".join(f"step {proof['step']}: {proof['of']}" for proof in one["proofs"][:3])
         if one["convicted"]:
