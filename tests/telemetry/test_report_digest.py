@@ -21,7 +21,7 @@ def document(recorded):
 def test_three_sentences_say_what_happened(document):
     first, second, third = document["sentences"]
     assert "4 stages x 3 replicas in steps 0 to 33" in first and "1,200 messages" in first
-    assert "stage 1, replica 2 (rank 5, node-03, cuda:3, GPU-1a2b3c4d) was in alarm from step 30 on" in second
+    assert "Stage 1, replica 2 (rank 5, node-03, cuda:3, GPU-1a2b3c4d) was in alarm from step 30 on" in second
     assert "convicted by statistics, not by proof, in step 32" in second
     assert "4 of 102 column-steps" in third and "training went on with 2 of 3 columns" in third
     assert document["state"] == "convicted"
@@ -58,7 +58,7 @@ def test_the_cost_and_who_served_which_column(document):
 
 def test_what_to_do_has_lines_to_paste(document):
     todo = document["todo"]
-    assert todo["advice"][0].startswith("Take node-03, slot 3 out of service and test GPU-1a2b3c4d-64d7")
+    assert todo["advice"][0].startswith("Take node-03, slot 3, out of service and test GPU-1a2b3c4d-64d7")
     assert [line["text"] for line in todo["lines"]][:2] == [
         "deepspeed --exclude=node-03:3 ...", "sbatch --exclude=node-03 ...",
     ]  # fmt: skip
@@ -144,3 +144,53 @@ def test_a_table_without_a_loss_says_what_to_give(tmp_path):
     (tmp_path / "a.csv").write_text("time,accuracy\n1,2\n")
     with pytest.raises(ValueError, match="columns step and loss"):
         read_loss(tmp_path / "a.csv")
+
+
+def without(folder, *kinds, more=()):
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["kind"] not in kinds]
+    (folder / "events.jsonl").write_text("\n".join([*kept, *map(json.dumps, more)]))
+    return digest(read_run(folder))
+
+
+def test_who_was_convicted_before_this_run_is_convicted(recorded):
+    folder = recorded()
+    document = without(folder, "conviction")
+    (one,) = [one for one in document["workers"] if one["state"] == "convicted"]
+    assert one["convicted"]["step"] == 32 and "energy" in one["convicted"]["why"], "as exclude.json says"
+    (folder / "exclude.json").unlink()
+    document = digest(read_run(folder))
+    (one,) = [one for one in document["workers"] if one["state"] == "convicted"]
+    assert (
+        one["convicted"]["step"] is None
+        and "was in alarm from step 30 on and was convicted before" in (document["sentences"][1])
+    )
+
+
+def test_who_was_proved_and_not_convicted_is_not_passed_over(recorded):
+    folder = recorded()
+    (folder / "exclude.json").unlink()
+    proof = {"kind": "proof", "step": 33, "run_id": "run-1", "stage": 0, "replica": 1, "column": 1, "of": "forward",
+             "micro_batches": [0], "agreeing": 2, "compared": 3, "trusted": True}  # fmt: skip
+    document = without(folder, "alarm", "suspicion", "conviction", "end", more=[proof])
+    assert document["state"] == "proved" and document["workers"][0]["state"] == "proved"
+    assert "as first and last stage never are" in document["todo"]["advice"][0]
+    assert "was proved to compute something else" in document["sentences"][1]
+
+
+def test_machines_that_earlier_runs_found_are_kept_out(recorded):
+    folder = recorded()
+    said = json.loads((folder / "exclude.json").read_text())
+    said["workers"].append({"host": "node-9", "slot": 4, "device": "cpu:node-9/4", "why": "it was", "earlier": True})
+    (folder / "exclude.json").write_text(json.dumps(said))
+    document = digest(read_run(folder))
+    assert "Keep node-9, slot 4 out of service: convicted in an earlier run. it was" in document["todo"]["advice"]
+    assert len([one for one in document["workers"] if one["state"] == "convicted"]) == 1
+
+
+@pytest.mark.parametrize("workers", [3, [3], [{"stage": 99, "replica": 0}], [{"stage": [1]}], [{"earlier": 1}]])
+def test_exclusions_that_are_none_convict_nobody_else(recorded, workers):
+    folder = recorded()
+    said = json.loads((folder / "exclude.json").read_text())
+    (folder / "exclude.json").write_text(json.dumps({**said, "workers": workers}))
+    assert [one["state"] for one in digest(read_run(folder))["workers"]].count("convicted") == 1

@@ -119,7 +119,7 @@ def test_the_last_run_is_read_and_those_before_are_listed(tmp_path, recorded):
 
 def test_lines_of_before_there_were_ids_are_parted_by_their_starts(read):
     old = {name: value for name, value in START.items() if name not in ("run_id", "schema_version")}
-    assert read(old, old).run_id == "run 2"
+    assert read(old, old).run_id == "unnamed-2"
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"devices": 3, "deepspeed": 4, "hostfile": "no"}'])
@@ -134,3 +134,11 @@ def test_a_folder_without_events_says_what_to_give(tmp_path):
     (tmp_path / "events.jsonl").write_text("")
     with pytest.raises(ValueError, match="it is empty"):
         read_run(tmp_path)
+
+
+def test_a_line_that_lacks_a_field_of_today_is_not_lost(read):
+    """Convictions of before ``proved`` was told: who was convicted is what a report is for."""
+    old = {"kind": "conviction", "step": 6, "stage": 1, "replica": 1, "why": "it was", "run_id": "a"}
+    run = read(START, ALARM, old)
+    assert run.events[-1]["kind"] == "conviction" and run.events[-1]["proved"] is None
+    assert digest(run)["state"] == "convicted"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from deepspeed_sentinel.telemetry.deals import deals
@@ -20,19 +21,19 @@ _TROUBLE = ("proofs", "unequal_weights", "disputes", "alarmed_steps")
 def digest(run: RunFiles) -> dict[str, Any]:
     """All of it as plain data; steps are the engine's, from 0, times seconds since 1970.
 
-    "state" is the gravest of: convicted, halted, suspect, alarmed, clean. "sentences" are three. "cost" is what the
-    columns left out took: as a share of all column-steps, in whole steps' worth of data, and in seconds at this run's
-    pace. A line of "todo" is left out, and a note says so, where a host has a name that no shell should be given.
+    "state" is the gravest of: convicted, proved, halted, suspect, alarmed, clean. "sentences" are three. "cost" is what
+    the columns left out took: as a share of all column-steps, in whole steps' worth of data, and in seconds at this
+    run's pace. A line of "todo" is left out, and a note says so, where a host has a name that no shell should be given.
     """
     shown = suspects(run)
     facts = _facts(run)
     cost = _cost(run, facts)
     halted = next((event["reason"] for event in reversed(run.events) if event["kind"] == "halt"), None)
     states = {one["state"] for one in shown}
-    state = (
-        "convicted" if "convicted" in states else "halted" if halted else "suspect" if "suspect" in states
-        else "alarmed" if states & {"alarmed", "disputed", "released", "noted"} else "clean"
-    )  # fmt: skip
+    less = states & {"alarmed", "disputed", "released", "noted"}
+    is_so = {"convicted": "convicted" in states, "proved": "proved" in states, "halted": halted is not None}
+    is_so |= {"suspect": "suspect" in states, "alarmed": bool(less), "clean": True}
+    state = next(name for name, so in is_so.items() if so)
     start = next((event for event in run.events if event["kind"] == "start"), {})
     notes = list(run.notes)
     if not facts["every_step"]:
@@ -131,24 +132,18 @@ def _deals(run: RunFiles) -> list[dict[str, Any]]:
 
 def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
     """What to do: "advice", sentences, and "lines" to paste, each with what it is for."""
-    advice = []
-    for one in shown:
-        where = f"{one['host']}, slot {one['local_rank']}" if one["host"] else one["name"]
-        if one["state"] == "convicted":
-            advice.append(
-                f"Take {where} out of service and test {one['gpu'] or 'its processor and memory'}: {one['name']}"
-            )
-        elif one["state"] == "suspect":
-            trusted = "first and last stage are trusted and never convicted: look at its data and its hardware"
-            advice.append(
-                f"Watch {one['name']}: {trusted if one['trusted'] else 'suspected, not proved; no reason to act yet'}"
-            )
+    advice = [*_out_of_service(shown), *_watched(shown)]
     if any(event["kind"] == "dispute" for event in run.events) and not advice:
         advice.append("Check both ends of the disputed links and what lies between them")
     grave = {(one["stage"], one["replica"]) for one in shown if one["state"] == "convicted"}
     if any(event["kind"] == "device" and not grave.intersection(event["workers"]) for event in run.events):
         advice.append("Look into the devices listed below: their record over runs is worse than their peers'")
     exclude, lines = run.exclude, []
+    workers = exclude.get("workers")
+    for left in workers if isinstance(workers, list) else ():
+        if isinstance(left, dict) and left.get("earlier"):
+            where = f"{left.get('host')}, slot {left.get('slot')}"
+            advice.append(f"Keep {where} out of service: convicted in an earlier run. {left.get('why')}")
     for name, form in (("deepspeed", "deepspeed {} ..."), ("slurm", "sbatch {} ...")):
         said = exclude.get(name)
         if isinstance(said, str) and said:
@@ -167,6 +162,33 @@ def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[
         lines.append({"for": "a hostfile, without the hosts above", "text": "\n".join(fit)})
     left = exclude.get("replicas_left")
     return {"advice": advice, "lines": lines, "replicas_left": left if isinstance(left, int) and lines else None}
+
+
+def _out_of_service(shown: list[dict[str, Any]]) -> Iterator[str]:
+    """One sentence a host, and one for each worker that told none."""
+    by_host: dict[str, list[dict[str, Any]]] = {}
+    for one in shown:
+        if one["state"] == "convicted":
+            by_host.setdefault(one["host"] or one["name"], []).append(one)
+    for host, convicts in by_host.items():
+        slots = sorted(one["local_rank"] for one in convicts if isinstance(one["local_rank"], int))
+        where = f"{host}, slot{'s'[: len(slots) > 1]} {', '.join(map(str, slots))}," if slots else host
+        parts = ", ".join(one["gpu"] for one in convicts if one["gpu"]) or "processor and memory"
+        names = f": {convicts[0]['name']}" if len(convicts) == 1 else ""
+        yield f"Take {where} out of service and test {parts}{names}"
+
+
+def _watched(shown: list[dict[str, Any]]) -> Iterator[str]:
+    for one in shown:
+        if one["state"] == "proved":
+            never = ", as first and last stage never are" if one["trusted"] else ""
+            yield f"Test {one['name']}: proved to compute something else, and not convicted{never}"
+        elif one["state"] == "suspect" and one["trusted"]:
+            yield f"Look at the data and the hardware of {one['name']}: suspected, and its stage is never convicted"
+    waiting = [one for one in shown if one["state"] == "suspect" and not one["trusted"]]
+    if waiting:
+        who = waiting[0]["name"] + (f" and {len(waiting) - 1} more" if waiting[1:] else "")
+        yield f"No reason to act yet: {who}, suspected and not proved. The next twin steps try them"
 
 
 def _devices(run: RunFiles) -> list[dict[str, Any]]:
@@ -192,13 +214,18 @@ def _sentences(document: dict[str, Any]) -> list[str]:
         f"Sentinel watched {run['stages']} stages x {run['replicas']} replicas in steps {run['first_step']} to "
         f"{run['last_step']}{when}{judged}{drill}."
     )
-    by = {state: [one for one in workers if one["state"] == state] for state in ("convicted", "suspect")}
+    by = {state: [one for one in workers if one["state"] == state] for state in ("convicted", "proved", "suspect")}
     if by["convicted"]:
         one, more = by["convicted"][0], len(by["convicted"]) - 1
         since = f"in alarm from step {one['alarm_steps'][0]} on and was " if one["alarm_steps"] else ""
-        how = "convicted by proof" if one["convicted"]["proved"] else "convicted by statistics, not by proof,"
-        others = f"; {more} more convicted" if more else ""
-        second = f"{one['name']} was {since}{how} in step {one['convicted']['step']}{others}."
+        how = {True: "convicted by proof", False: "convicted by statistics, not by proof,", None: "convicted"}
+        step = one["convicted"]["step"]
+        when = "before this run" if step is None else f"in step {step}"
+        others = f"; {more} more are convicted" if more else ""
+        second = f"{one['name']} was {since}{how[one['convicted']['proved']]} {when}{others}."
+    elif by["proved"]:
+        more = f", and {len(by['proved']) - 1} more" if by["proved"][1:] else ""
+        second = f"Nobody was convicted, but {by['proved'][0]['name']} was proved to compute something else{more}."
     elif by["suspect"]:
         others = f" and {len(by['suspect']) - 1} more are" if by["suspect"][1:] else " is"
         second = f"Nobody was convicted; {by['suspect'][0]['name']}{others} suspected, without proof."
@@ -223,7 +250,7 @@ def _sentences(document: dict[str, Any]) -> list[str]:
             else "all columns counted at the end"
         )
         third = f"{out}, and {on}." if cost["column_steps"] else f"No column was left out, and {on}."
-    return [first, second, third]
+    return [first, second[0].upper() + second[1:], third]
 
 
 def utc(seconds: float | None) -> str:

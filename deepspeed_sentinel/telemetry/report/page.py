@@ -9,6 +9,7 @@ from typing import Any
 from deepspeed_sentinel.telemetry.report.digest import utc
 
 _TEMPLATE, _STYLE, _SCRIPT = "report.html.j2", "report.css", "report.js"
+_GRAVE = ("convicted", "proved", "suspect", "released")  # these get a card, others a row
 _MOST_DEALS = 5  # beside the first
 _MOST_ROWS = 400  # of the time line and of steps named: a page is for people, events.jsonl has all
 
@@ -34,12 +35,14 @@ def render(document: dict[str, Any], heat: dict[str, Any], loss: list[list[float
         loader=jinja2.FunctionLoader(_read), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"utc": utc, "number": number, "steps": spans, "duration": duration}
+    environment.filters |= {"utc": utc, "number": number, "steps": spans, "duration": duration, "many": many}
     return environment.get_template(_TEMPLATE).render(
         **document,
         # "settings" and "loss" of a file may hold anything; tojson writes <, > and & so that no script ends early.
         data={"heat": heat, "loss": loss, "names": _names(document, heat), "states": _states(document)},
         grid=_grid(document),
+        grave=[one for one in document["workers"] if one["state"] in _GRAVE],
+        light=[one for one in document["workers"] if one["state"] not in _GRAVE],
         shown_deals=document["deals"][:1] + document["deals"][1:][-_MOST_DEALS:],
         most_rows=_MOST_ROWS,
         style=_read(_STYLE),
@@ -51,6 +54,11 @@ def render(document: dict[str, Any], heat: dict[str, Any], loss: list[list[float
 def number(value: Any) -> str:
     """Of four digits."""
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+
+
+def many(count: int, what: str) -> str:
+    """3, "step" -> "3 steps"."""
+    return f"{count:,} {what}{'s'[: count != 1]}"
 
 
 def duration(seconds: float) -> str:

@@ -25,6 +25,10 @@ _MOST = 1 << 53
 _LARGE = 1e300
 _MOST_WORKERS = 1 << 16
 _UNREADABLE = object()
+# What stands for a field that a line of another version lacks. Without a number, such as a stage, nothing can be told.
+_ABSENT: dict[Any, Any] = {
+    str: "not told", bool: None, float: None, types.UnionType: None, list: [], tuple: [], dict: {},
+}  # fmt: skip
 _SHAPES = {kind: typing.get_type_hints(shape) for kind, shape in EVENTS.items()}
 
 
@@ -39,7 +43,7 @@ class RunFiles:
         events: its lines, in order; see the module's docstring.
         places: where each worker runs, in its own words: fields of ``who.Place``, each a text, a number or None.
         earlier: of the runs before it in the same file, their id, mesh, first and last time, and who was convicted.
-        exclude: what ``exclude.json`` holds, or {}.
+        exclude: what ``exclude.json`` holds, or {}; {} too for a run that others followed.
         devices: of each device in ``ledger.json``, its counts ``total`` and its ``places``.
         notes: what could not be read, in words.
     """
@@ -53,6 +57,10 @@ class RunFiles:
     exclude: dict[str, Any]
     devices: dict[str, dict[str, Any]]
     notes: list[str]
+
+    def has(self, worker: Any) -> bool:
+        """Whether that is (stage, replica) of its mesh; it may be anything."""
+        return _fit(list(worker), Worker, "", self.mesh) is not _UNREADABLE
 
 
 def read_run(folder: Path, run_id: str | None = None) -> RunFiles:
@@ -89,7 +97,7 @@ def read_run(folder: Path, run_id: str | None = None) -> RunFiles:
         events,
         _places(events),
         [_earlier(one, runs[one]) for one in order[: order.index(chosen)]],
-        _json_object(folder / EXCLUDE_FILE, notes),
+        _json_object(folder / EXCLUDE_FILE, notes) if chosen == order[-1] else {},
         _devices(_json_object(folder / LEDGER_FILE, notes)),
         notes,
     )
@@ -141,7 +149,7 @@ def _by_run(objects: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         run = one.get("run_id")
         if not isinstance(run, str):
             unnamed += one["kind"] == "start"
-            run = f"run {max(unnamed, 1)}"
+            run = f"unnamed-{max(unnamed, 1)}"
         runs.setdefault(run, []).append(one)
     return runs
 
@@ -189,7 +197,12 @@ def _fitting(lines: list[dict[str, Any]], mesh: Mesh, notes: list[str]) -> Itera
 
 def _event(one: dict[str, Any], shape: type[Event], mesh: Mesh) -> dict[str, Any] | None:
     hints = _SHAPES[one["kind"]]
-    read = {field.name: _fit(one.get(field.name), hints[field.name], field.name, mesh) for field in fields(shape)}
+    read = {
+        field.name: _fit(one[field.name], hints[field.name], field.name, mesh)
+        if field.name in one
+        else _ABSENT.get(typing.get_origin(hints[field.name]) or hints[field.name], _UNREADABLE)
+        for field in fields(shape)
+    }
     if any(value is _UNREADABLE for value in read.values()):
         return None
     when, who = one.get("time"), one.get("who")

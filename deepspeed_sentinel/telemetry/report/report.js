@@ -67,7 +67,7 @@
     shown.forEach((row) => {
       const at = top_of.get(row), stage = Math.floor(row / heat.replicas), replica = row % heat.replicas;
       strip(levels, row, at, height, (level) => colours[level]);
-      const grave = state.get(row) === "convicted";
+      const grave = ["convicted", "proved"].includes(state.get(row));
       pen.fillStyle = grave ? "#b3261e" : told.has(row) ? "#1c2024" : "#5b6470";
       pen.font = (grave ? "bold " : "") + (narrow ? 10 : 11) + "px system-ui, DejaVu Sans, sans-serif";
       pen.textAlign = "right";
@@ -98,7 +98,7 @@
         pen.fillStyle = "#111";
         pen.beginPath(); pen.arc(px, py, radius, 0, 7); pen.fill();
       } else {
-        pen.font = "bold 20px system-ui, DejaVu Sans, sans-serif";
+        pen.font = `bold ${Math.min(20, height + 5)}px system-ui, DejaVu Sans, sans-serif`;
         pen.textAlign = "center";
         pen.lineWidth = 3.5; pen.strokeStyle = "#111"; pen.strokeText(kind === "conviction" ? "★" : "☆", px, py);
         pen.fillStyle = "#ffd400"; pen.fillText(kind === "conviction" ? "★" : "☆", px, py);

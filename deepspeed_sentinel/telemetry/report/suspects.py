@@ -8,7 +8,7 @@ from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.report.reading import RunFiles
 
 _SHOWN = 8  # characters of a GPU's uuid, as in the log
-STATES = ("convicted", "released", "suspect", "alarmed", "disputed", "cleared", "noted")  # the gravest first
+STATES = ("convicted", "proved", "suspect", "released", "alarmed", "disputed", "cleared", "noted")  # the gravest first
 
 
 def name_of(run: RunFiles, worker: Worker) -> str:
@@ -23,8 +23,9 @@ def name_of(run: RunFiles, worker: Worker) -> str:
 def suspects(run: RunFiles) -> list[dict[str, Any]]:
     """Workers that an event is told of, the gravest first. Steps and counts are of this run alone.
 
-    "state": see ``STATES``. "worst": the alarm with the largest score, as its event has it. "proofs": what differed,
-    in which step, and of how many workers most agreed. "audits": what audits of its alarms said, with counts.
+    "state": see ``STATES``; proved is who was not convicted all the same, such as a worker of the first stage.
+    "shown": whether anything was proved. "worst": the alarm with the largest score, as its event has it. "proofs": what
+    differed, in which step, and of how many workers most agreed. "audits": what audits of its alarms said, with counts.
     """
     found: dict[Worker, dict[str, Any]] = {}
 
@@ -50,6 +51,7 @@ def suspects(run: RunFiles) -> list[dict[str, Any]]:
                 "cleared": [],
                 "convicted": None,
                 "released": None,
+                "shown": False,
                 "other": [],
             },
         )
@@ -68,9 +70,32 @@ def suspects(run: RunFiles) -> list[dict[str, Any]]:
             what = "handed over other sums" if kind == "poisoned" else f"{event['of']} differ, without a majority,"
             for worker in event["workers"]:
                 of(worker)["other"].append(f"{what} in step {step}")
+        elif kind == "end":
+            for worker in event["convicted"]:
+                one = of(worker)
+                one["convicted"] = one["convicted"] or dict(_BEFORE)
+    for said in excluded_now(run):
+        one = of((said["stage"], said["replica"]))
+        if one["host"] is None:
+            one["host"], one["local_rank"] = str(said.get("host") or "") or None, said.get("slot")
+        if one["released"] is None and one["convicted"] in (None, _BEFORE):
+            one["convicted"] = {"step": said.get("step"), "proved": None, "why": str(said.get("why"))}
     for one in found.values():
         one["state"] = _state(one)
     return sorted(found.values(), key=lambda one: (STATES.index(one["state"]), -one["alarms"], one["stage"]))
+
+
+_BEFORE = {"step": None, "proved": None, "why": "before this run, as the checkpoint that it went on from says"}
+
+
+def excluded_now(run: RunFiles) -> list[dict[str, Any]]:
+    """Entries of ``exclude.json`` that are of workers of this run; those of machines left out before are not."""
+    workers = run.exclude.get("workers")
+    return [
+        one
+        for one in (workers if isinstance(workers, list) else ())
+        if isinstance(one, dict) and not one.get("earlier") and run.has((one.get("stage"), one.get("replica")))
+    ]
 
 
 _OF_ONE = {"alarm", "proof", "contradicted", "suspicion", "cleared", "conviction", "release", "replay", "misfit"}
@@ -85,16 +110,20 @@ def _told(one: dict[str, Any], event: dict[str, Any]) -> None:
     if kind == "alarm":
         _alarm(one, event)
     elif kind == "proof":
+        one["shown"] = True
         one["proofs"].append({name: event[name] for name in ("step", "of", "micro_batches", "agreeing", "compared")})
     elif kind == "contradicted":
+        one["shown"] = True
         one["other"].append(f"contradicts {len(event['partners'])} workers of one stage in step {step}: proved")
     elif kind in ("suspicion", "cleared"):
         one["suspected" if kind == "suspicion" else "cleared"].append(step)
     elif kind == "conviction":
-        one["convicted"], one["released"] = {name: event[name] for name in ("step", "proved", "why")}, None
+        by_proof = one["shown"] if event["proved"] is None else event["proved"]
+        one["convicted"], one["released"] = {"step": step, "proved": by_proof, "why": event["why"]}, None
     elif kind == "release":
         one["released"] = step
     else:
+        one["shown"] |= kind == "replay"
         one["other"].append(_OTHER[kind].format(step=step))
 
 
@@ -122,6 +151,8 @@ def _score(event: dict[str, Any]) -> float:
 def _state(one: dict[str, Any]) -> str:
     if one["convicted"]:
         return "convicted" if one["released"] is None else "released"
+    if one["shown"]:
+        return "proved"
     if one["suspected"] and max(one["suspected"]) > max(one["cleared"], default=-1):
         return "suspect"
     if one["cleared"]:

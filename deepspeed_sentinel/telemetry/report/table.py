@@ -8,7 +8,7 @@ from typing import Any
 
 from deepspeed_sentinel.telemetry.report.page import number, spans
 
-_COLOURS = {"convicted": "bold red", "suspect": "yellow", "cleared": "cyan", "released": "cyan"}
+_COLOURS = {"convicted": "bold red", "proved": "bold red", "suspect": "yellow", "cleared": "cyan", "released": "cyan"}
 _MOST = 40
 
 
@@ -41,7 +41,8 @@ def rows_of(document: dict[str, Any]) -> list[tuple[str, ...]]:
         )  # fmt: skip
         proof = "; ".join(f"step {proof['step']}: {proof['of']}" for proof in one["proofs"][:3])
         if one["convicted"]:
-            proof = f"convicted in step {one['convicted']['step']}. {proof}"
+            step = one["convicted"]["step"]
+            proof = f"convicted {'before this run' if step is None else f'in step {step}'}. {proof}"
         alarms = f"{one['alarms']} in steps {spans(one['alarm_steps'])}" if one["alarms"] else ""
         rows.append(tuple(map(printable, (one["state"], one["name"], alarms, alarm, proof))))
     return rows
