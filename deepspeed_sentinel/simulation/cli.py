@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             return sweep.run()
         _set_threads(args.threads, options)
         document = simulate(options, not args.no_clean, args.events)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"simulate: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

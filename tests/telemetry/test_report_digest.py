@@ -194,3 +194,11 @@ def test_exclusions_that_are_none_convict_nobody_else(recorded, workers):
     said = json.loads((folder / "exclude.json").read_text())
     (folder / "exclude.json").write_text(json.dumps({**said, "workers": workers}))
     assert [one["state"] for one in digest(read_run(folder))["workers"]].count("convicted") == 1
+
+
+def test_a_conviction_without_exclusions_says_that_lines_are_missing(recorded):
+    folder = recorded()
+    (folder / "exclude.json").unlink()
+    document = digest(read_run(folder))
+    assert document["todo"]["lines"] == [] and any("exclude.json is not there" in note for note in document["notes"])
+    assert document["todo"]["advice"][0].startswith("Take node-03, slot 3,")

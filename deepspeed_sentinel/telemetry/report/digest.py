@@ -160,6 +160,8 @@ def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[
     if hosts and lines:
         fit = [line for line in hosts if _HOST_LINE.fullmatch(line)]
         lines.append({"for": "a hostfile, without the hosts above", "text": "\n".join(fit)})
+    if not exclude and any(one["state"] == "convicted" for one in shown):
+        notes.append("exclude.json is not there, or is of a later run: there are no lines to start again without them")
     left = exclude.get("replicas_left")
     return {"advice": advice, "lines": lines, "replicas_left": left if isinstance(left, int) and lines else None}
 

@@ -221,6 +221,6 @@
   canvas.addEventListener("pointerleave", () => { tip.style.display = "none"; dragged = null; });
   window.addEventListener("pointerup", () => { dragged = null; });
   window.addEventListener("resize", draw);
-  window.addEventListener("beforeprint", draw);
+  window.addEventListener("beforeprint", () => { document.querySelector("details").open = true; draw(); });
   draw();
 })();
