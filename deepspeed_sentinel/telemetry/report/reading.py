@@ -19,12 +19,10 @@ from typing import Any
 
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.telemetry.events import EVENTS, SCHEMA_VERSION, Event
+from deepspeed_sentinel.telemetry.report.fitting import UNREADABLE, fit, place_in, whole
 
 EVENTS_FILE, LEDGER_FILE, EXCLUDE_FILE = "events.jsonl", "ledger.json", "exclude.json"
-_MOST = 1 << 53
-_LARGE = 1e300
 _MOST_WORKERS = 1 << 16
-_UNREADABLE = object()
 # What stands for a field that a line of another version lacks. Without a number, such as a stage, nothing can be told.
 _ABSENT: dict[Any, Any] = {
     str: "not told", bool: None, float: None, types.UnionType: None, list: [], tuple: [], dict: {},
@@ -60,7 +58,7 @@ class RunFiles:
 
     def has(self, worker: Any) -> bool:
         """Whether that is (stage, replica) of its mesh; it may be anything."""
-        return _fit(list(worker), Worker, "", self.mesh) is not _UNREADABLE
+        return fit(list(worker), Worker, "", self.mesh) is not UNREADABLE
 
 
 def read_run(folder: Path, run_id: str | None = None) -> RunFiles:
@@ -110,7 +108,7 @@ def _objects(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         one = _parsed(line)
-        if not isinstance(one, dict) or not isinstance(one.get("kind"), str) or not _whole(one.get("step")):
+        if not isinstance(one, dict) or not isinstance(one.get("kind"), str) or not whole(one.get("step")):
             broken.append(number)
             continue
         schema = one.get("schema_version")
@@ -164,7 +162,7 @@ def _mesh_of(lines: list[dict[str, Any]], notes: list[str]) -> Mesh:
     for one in lines:
         for worker in (one, *(one["who"] if isinstance(one.get("who"), list) else ())):
             stage, replica = (worker.get(name) if isinstance(worker, dict) else None for name in ("stage", "replica"))
-            if _whole(stage) and _whole(replica) and (stage + 1) * (replica + 1) <= _MOST_WORKERS:
+            if whole(stage) and whole(replica) and (stage + 1) * (replica + 1) <= _MOST_WORKERS:
                 stages, replicas = max(stages, stage + 1), max(replicas, replica + 1)
     notes.append(f"the run's start is not told: its mesh is taken for {stages} stages x {replicas} replicas")
     return Mesh(stages, replicas)
@@ -172,7 +170,7 @@ def _mesh_of(lines: list[dict[str, Any]], notes: list[str]) -> Mesh:
 
 def _mesh(said: Any) -> Mesh | None:
     stages, replicas = (said.get(name) if isinstance(said, dict) else None for name in ("stages", "replicas"))
-    if not _whole(stages) or not _whole(replicas) or not (stages >= 2 and replicas >= 1):
+    if not whole(stages) or not whole(replicas) or not (stages >= 2 and replicas >= 1):
         return None
     return Mesh(stages, replicas) if stages * replicas <= _MOST_WORKERS else None
 
@@ -198,12 +196,12 @@ def _fitting(lines: list[dict[str, Any]], mesh: Mesh, notes: list[str]) -> Itera
 def _event(one: dict[str, Any], shape: type[Event], mesh: Mesh) -> dict[str, Any] | None:
     hints = _SHAPES[one["kind"]]
     read = {
-        field.name: _fit(one[field.name], hints[field.name], field.name, mesh)
+        field.name: fit(one[field.name], hints[field.name], field.name, mesh)
         if field.name in one
-        else _ABSENT.get(typing.get_origin(hints[field.name]) or hints[field.name], _UNREADABLE)
+        else _ABSENT.get(typing.get_origin(hints[field.name]) or hints[field.name], UNREADABLE)
         for field in fields(shape)
     }
-    if any(value is _UNREADABLE for value in read.values()):
+    if any(value is UNREADABLE for value in read.values()):
         return None
     when, who = one.get("time"), one.get("who")
     return {
@@ -211,52 +209,8 @@ def _event(one: dict[str, Any], shape: type[Event], mesh: Mesh) -> dict[str, Any
         "kind": one["kind"],
         "step": one["step"],
         "time": float(when) if isinstance(when, (int, float)) and 0 <= when < 253402300799 else None,
-        "who": [place for said in (who if isinstance(who, list) else ()) if (place := _place(said, mesh))],
+        "who": [place for said in (who if isinstance(who, list) else ()) if (place := place_in(said, mesh))],
     }
-
-
-def _fit(value: Any, hint: Any, name: str, mesh: Mesh) -> Any:
-    """A value of JSON as a field's type has it, or ``_UNREADABLE``."""
-    origin, of = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return None if value is None else _fit(value, of[0], name, mesh)
-    if origin is typing.Literal:
-        return value if isinstance(value, str) and value in of else _UNREADABLE
-    if hint is Worker:
-        inside = _whole_list(value, 2) and value[0] < mesh.stages and value[1] < mesh.replicas
-        return Worker(*value) if inside else _UNREADABLE
-    if origin in (list, tuple):
-        read = [_fit(part, of[0], name, mesh) for part in value] if isinstance(value, list) else [_UNREADABLE]
-        return _UNREADABLE if _UNREADABLE in read or not _right_size(name, read, mesh) else read
-    if origin is dict:
-        fits = isinstance(value, dict) and (of[1] is not int or all(map(_whole, value.values())))
-        return value if fits else _UNREADABLE
-    if hint is float:
-        # Null stands for what is not finite.
-        return value if value is None else float(value) if _number(value) else _UNREADABLE
-    if hint is int:
-        most = {"stage": mesh.stages, "replica": mesh.replicas, "column": mesh.replicas, "columns": mesh.replicas}
-        return value if _whole(value) and value < most.get(name, _MOST) else _UNREADABLE
-    return value if isinstance(value, hint) else _UNREADABLE
-
-
-def _right_size(name: str, read: list[Any], mesh: Mesh) -> bool:
-    if name == "scores" and read and isinstance(read[0], list):
-        return len(read) == mesh.stages and all(len(row) == mesh.replicas for row in read)
-    if name == "moved" and read and isinstance(read[0], list):
-        most = (mesh.stages, mesh.replicas, mesh.replicas, mesh.replicas)
-        return all(len(one) == 4 and all(at < end for at, end in zip(one, most, strict=True)) for one in read)
-    if name == "excluded":
-        return all(column < mesh.replicas for column in read)
-    return True
-
-
-def _place(said: Any, mesh: Mesh) -> dict[str, Any] | None:
-    if not isinstance(said, dict) or _fit([said.get("stage"), said.get("replica")], Worker, "", mesh) is _UNREADABLE:
-        return None
-    texts = {name: said[name][:200] if isinstance(said.get(name), str) else None for name in ("host", "device", "gpu")}
-    numbers = {name: said[name] if _whole(said.get(name)) else None for name in ("rank", "local_rank")}
-    return {"stage": said["stage"], "replica": said["replica"], **numbers, **texts}
 
 
 def _places(events: list[dict[str, Any]]) -> dict[Worker, dict[str, Any]]:
@@ -296,20 +250,8 @@ def _devices(ledger: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {
         key: {"total": one["total"], "places": one.get("places") if isinstance(one.get("places"), list) else []}
         for key, one in (devices.items() if isinstance(devices, dict) else ())
-        if isinstance(one, dict) and isinstance(one.get("total"), dict) and all(map(_whole, one["total"].values()))
+        if isinstance(one, dict) and isinstance(one.get("total"), dict) and all(map(whole, one["total"].values()))
     }
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and 0 <= value < _MOST
-
-
-def _whole_list(value: Any, size: int) -> bool:
-    return isinstance(value, list) and len(value) == size and all(map(_whole, value))
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < _LARGE
 
 
 def _count(found: list[int], what: str) -> str:
