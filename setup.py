@@ -11,7 +11,7 @@ TRANSFORMERS = ["transformers>=5.23", "accelerate>=1.15", "tokenizers>=0.23", "s
 PEFT = ["peft>=0.21.2"]
 SWEEP = ["pyarrow>=26.0"]
 PROMETHEUS = ["prometheus-client>=0.26"]
-REPORT = ["rich>=15.0", "matplotlib>=3.11"]
+REPORT = ["rich>=15.0", "matplotlib>=3.11", "jinja2>=3.1"]
 DEV = [
     "pytest>=9.0",
     "hypothesis>=6.170",
@@ -61,9 +61,15 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES,
     package_dir={"deepspeed_sentinel": "deepspeed_sentinel", "deepspeed_sentinel.kernels": "kernels"},
-    package_data={"deepspeed_sentinel": ["py.typed"]},
+    package_data={
+        "deepspeed_sentinel": ["py.typed"],
+        "deepspeed_sentinel.telemetry.report": ["report.html.j2", "report.css", "report.js"],
+    },
     # torch calls these at the end of its import; see flag.py.
-    entry_points={"torch.backends": ["deepspeed_sentinel = deepspeed_sentinel.flag:begin"]},
+    entry_points={
+        "torch.backends": ["deepspeed_sentinel = deepspeed_sentinel.flag:begin"],
+        "console_scripts": ["deepspeed-sentinel = deepspeed_sentinel.__main__:main"],
+    },
     # Lower bounds are what has been run. The upper one is there because deepspeed_sentinel.engine reaches into
     # the pipeline engine's internals, which DeepSpeed may change in any minor release.
     install_requires=[

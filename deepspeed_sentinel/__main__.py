@@ -1,4 +1,4 @@
-"""The command line: ``python -m deepspeed_sentinel run | check | demo | attacks | simulate``."""
+"""The command line: ``python -m deepspeed_sentinel run | check | report | demo | attacks | simulate``."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     command("run", _RUN, _RUN_EXAMPLE)
     check = command("check", "validate a DeepSpeed config file and print the effective settings", "ds_config.json")
     check.add_argument("config", help="path of a DeepSpeed config (JSON)")
+    report = command(
+        "report",
+        "what happened in a run: a table, JSON, or one page for the browser",
+        "sentinel_logs --html report.html",
+    )
     demo = command(
         "demo",
         "train a small Llama three times: clean, attacked, attacked and guarded",
@@ -62,6 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         from deepspeed_sentinel.simulation import cli as simulation_cli
 
         simulation_cli.add_arguments(simulation)
+    if arguments[:1] == ["report"]:
+        from deepspeed_sentinel.telemetry.report import cli as report_cli
+
+        report_cli.add_arguments(report)
     parsed = parser.parse_args(arguments)
     if parsed.command == "check":
         return _check(parsed.config)
@@ -69,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         from deepspeed_sentinel.attacks.cli import run as list_attacks
 
         return list_attacks()
+    if parsed.command == "report":
+        return report_cli.run(parsed)
     return simulation_cli.run(parsed) if parsed.command == "simulate" else demo_cli.run(parsed)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from deepspeed_sentinel.__main__ import main
 
-COMMANDS = ("run", "check", "demo", "attacks", "simulate")
+COMMANDS = ("run", "check", "report", "demo", "attacks", "simulate")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

@@ -32,12 +32,16 @@ def packed(tmp_path_factory):
     return wheel, sdist
 
 
-def test_the_wheel_has_types_and_the_flag(packed):
+def test_the_wheel_has_types_the_flag_the_command_and_the_page(packed):
     with ZipFile(packed[0]) as wheel:
         names = wheel.namelist()
         (points,) = (name for name in names if name.endswith("entry_points.txt"))
-        assert "[torch.backends]\ndeepspeed_sentinel = deepspeed_sentinel.flag:begin" in wheel.read(points).decode()
+        told = wheel.read(points).decode()
+    assert "[torch.backends]\ndeepspeed_sentinel = deepspeed_sentinel.flag:begin" in told
+    assert "[console_scripts]\ndeepspeed-sentinel = deepspeed_sentinel.__main__:main" in told
     assert "deepspeed_sentinel/py.typed" in names
+    report = {f"deepspeed_sentinel/telemetry/report/report.{kind}" for kind in ("html.j2", "css", "js")}
+    assert report <= set(names), "what the page is made of"
     assert {name.partition("/")[0] for name in names if not name.startswith("deepspeed_sentinel-")} == {
         "deepspeed_sentinel"
     }

@@ -21,6 +21,7 @@ from deepspeed_sentinel.simulation.sizes import SIZES
 
 if TYPE_CHECKING:
     from deepspeed_sentinel.judgement.verdict import Verdict
+    from deepspeed_sentinel.simulation.run import Simulation
 
 _NEEDED = ("rich", "transformers", "tokenizers")
 _WORTH_A_PROCESS = 50  # steps; starting a process takes as long as a few dozen of them
@@ -69,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice("dtype", ("float32", "bfloat16"), "what to compute in")
     add("--config", type=Path, help='JSON file with a "sentinel" block: how to judge (default: its defaults)')
     add("--no-clean", action="store_true", help="leave out the clean run of the same seed, and so loss.clean")
+    add("--events", type=Path, metavar="FOLDER", help="write there what a live run writes, for: report FOLDER")
     add("--out", type=Path, help="file for the result (default: result.json, or as the sweep says)")
     add("--sweep", type=Path, metavar="TOML", help="run all of a sweep file; what its table already has is kept")
     add("--processes", type=int, default=0, help="of a sweep; 0 is one a core (default %(default)s)")
@@ -90,6 +92,10 @@ def run(args: argparse.Namespace) -> int:
             sweep = Sweep.read(args.sweep, args.out, args.processes)
         else:
             options = options_from(args)
+            if args.events and (options.guard == "off" or options.procedure == "paper"):
+                raise ValueError("--events writes what our guard found: not with --guard off or --procedure paper")
+        if args.sweep is not None and args.events:
+            raise ValueError("--events is of one run: not with --sweep")
     except (ValueError, OSError) as error:
         print(f"simulate: {error}", file=sys.stderr)
         return 2
@@ -98,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
         if args.sweep is not None:
             return sweep.run()
         _set_threads(args.threads, options)
-        document = simulate(options, with_clean=not args.no_clean)
-    except ValueError as error:
+        document = simulate(options, not args.no_clean, args.events)
+    except (ValueError, OSError) as error:
         print(f"simulate: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -176,7 +182,7 @@ def _set_threads(wanted: int, options: SimulationOptions) -> None:
         torch.set_num_threads(wanted or 1)
 
 
-def simulate(options: SimulationOptions, with_clean: bool) -> dict[str, Any]:
+def simulate(options: SimulationOptions, with_clean: bool, events: Path | None = None) -> dict[str, Any]:
     """One run with a progress bar, and the clean run of the same seed that it is compared with.
 
     A tiny model computes on one core, so its clean run goes to another at the same time.
@@ -188,12 +194,27 @@ def simulate(options: SimulationOptions, with_clean: bool) -> dict[str, Any]:
     with one_thread_pool(1) as pool:
         clean = pool.submit(run_alone, options.honest()) if compare and aside else None
         with _bar(options.attack or "no attack", options.steps) as step:
-            document = Simulation(options).run(step)
+            document = _recorded(Simulation(options), events, step) if events else Simulation(options).run(step)
         if clean is not None:
             document["loss"]["clean"] = clean.result()["loss"]["clean"]
     if compare and clean is None:
         with _bar("clean run", options.steps) as step:
             document["loss"]["clean"] = Simulation(options.honest()).run(step)["loss"]["clean"]
+    return document
+
+
+def _recorded(simulation: Simulation, folder: Path, step: Callable[[Verdict | None], None]) -> dict[str, Any]:
+    from deepspeed_sentinel.simulation.recording import Recorder
+
+    recorder = Recorder(simulation, folder)
+
+    def each_step(verdict: Verdict | None) -> None:
+        assert verdict is not None, "what records is guarded"
+        recorder.step(verdict)
+        step(verdict)
+
+    document = simulation.run(each_step)
+    recorder.end()
     return document
 
 

@@ -1,0 +1,103 @@
+"""The report as one HTML page: styles, script and data inside, nothing loaded from anywhere."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from typing import Any
+
+from deepspeed_sentinel.telemetry.report.digest import utc
+
+_TEMPLATE, _STYLE, _SCRIPT = "report.html.j2", "report.css", "report.js"
+_GRAVE = ("convicted", "proved", "suspect", "released")  # these get a card, others a row
+_MOST_DEALS = 5  # beside the first
+_MOST_ROWS = 400  # of the time line and of steps named: a page is for people, events.jsonl has all
+
+
+def render(document: dict[str, Any], heat: dict[str, Any], loss: list[list[float]]) -> str:
+    """The page.
+
+    Args:
+        document: see ``digest.digest``.
+        heat: see ``heat.heat``.
+        loss: [step, loss] pairs, or none.
+
+    Raises:
+        ImportError: jinja2 is missing.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError(
+            'the HTML report needs jinja2: pip install "deepspeed-sentinel[report]"; without --html it is a table'
+        ) from error
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_read), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"utc": utc, "number": number, "steps": spans, "duration": duration, "many": many}
+    return environment.get_template(_TEMPLATE).render(
+        **document,
+        # "settings" and "loss" of a file may hold anything; tojson writes <, > and & so that no script ends early.
+        data={"heat": heat, "loss": loss, "names": _names(document, heat), "states": _states(document)},
+        grid=_grid(document),
+        grave=[one for one in document["workers"] if one["state"] in _GRAVE],
+        light=[one for one in document["workers"] if one["state"] not in _GRAVE],
+        shown_deals=document["deals"][:1] + document["deals"][1:][-_MOST_DEALS:],
+        most_rows=_MOST_ROWS,
+        style=_read(_STYLE),
+        script=_read(_SCRIPT),
+        effective=json.dumps(document["settings"], indent=1),
+    )
+
+
+def number(value: Any) -> str:
+    """Of four digits."""
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
+
+
+def many(count: int, what: str) -> str:
+    """3, "step" -> "3 steps"."""
+    return f"{count:,} {what}{'s'[: count != 1]}"
+
+
+def duration(seconds: float) -> str:
+    """In the unit that people would use."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def spans(steps: list[int]) -> str:
+    """[3, 4, 5, 9] -> "3-5, 9"."""
+    found: list[list[int]] = []
+    for step in steps:
+        if found and step <= found[-1][1] + 1:
+            found[-1][1] = step
+        else:
+            found.append([step, step])
+    shown = [f"{low}-{high}" if high > low else str(low) for low, high in found[:12]]
+    return ", ".join(shown) + (f" and {len(found) - 12} more spans" if len(found) > 12 else "")
+
+
+def _read(name: str) -> str:
+    return (files("deepspeed_sentinel.telemetry.report") / name).read_text(encoding="utf-8")
+
+
+def _grid(document: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """[S][R] of what the plan of the mesh shows of each worker."""
+    run = document["run"]
+    states = {(one["stage"], one["replica"]): one for one in document["workers"]}
+    blank = {"state": "clean", "name": "nothing found"}
+    replicas = range(run["replicas"])
+    return [[states.get((stage, replica), blank) for replica in replicas] for stage in range(run["stages"])]
+
+
+def _names(document: dict[str, Any], heat: dict[str, Any]) -> dict[int, str]:
+    return {one["stage"] * heat["replicas"] + one["replica"]: one["name"] for one in document["workers"]}
+
+
+def _states(document: dict[str, Any]) -> list[list[Any]]:
+    replicas = document["run"]["replicas"]
+    return [[one["stage"] * replicas + one["replica"], one["state"]] for one in document["workers"]]

@@ -1,0 +1,160 @@
+"""Each worker that something was told against, with its evidence: from the events of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.telemetry.report.reading import RunFiles
+
+_SHOWN = 8  # characters of a GPU's uuid, as in the log
+STATES = ("convicted", "proved", "suspect", "released", "alarmed", "disputed", "cleared", "noted")  # the gravest first
+
+
+def name_of(run: RunFiles, worker: Worker) -> str:
+    """As the log names it: ``stage 1, replica 2 (rank 7, node-03, cuda:3, GPU-1a2b3c4d)``."""
+    place = run.places.get(worker, {})
+    rank = None if place.get("rank") is None else f"rank {place['rank']}"
+    gpu = (place.get("gpu") or "")[: len("GPU-") + _SHOWN]
+    where = ", ".join(filter(None, (rank, place.get("host"), place.get("device"), gpu)))
+    return f"stage {worker.stage}, replica {worker.replica}" + (f" ({where})" if where else "")
+
+
+def suspects(run: RunFiles) -> list[dict[str, Any]]:
+    """Workers that an event is told of, the gravest first. Steps and counts are of this run alone.
+
+    "state": see ``STATES``; proved is who was not convicted all the same, such as a worker of the first stage.
+    "shown": whether anything was proved. "worst": the alarm with the largest score, as its event has it. "proofs": what
+    differed, in which step, and of how many workers most agreed. "audits": what audits of its alarms said, with counts.
+    """
+    found: dict[Worker, dict[str, Any]] = {}
+
+    def of(worker: Any) -> dict[str, Any]:
+        worker = Worker(*worker)
+        place = run.places.get(worker, {})
+        return found.setdefault(
+            worker,
+            {
+                "stage": worker.stage,
+                "replica": worker.replica,
+                "name": name_of(run, worker),
+                **{name: place.get(name) for name in ("rank", "local_rank", "host", "device", "gpu")},
+                "trusted": run.mesh.is_trusted(worker.stage),
+                "alarm_steps": [],
+                "alarms": 0,
+                "statistics": {},
+                "audits": {},
+                "worst": None,
+                "disputes": 0,
+                "proofs": [],
+                "suspected": [],
+                "cleared": [],
+                "convicted": None,
+                "released": None,
+                "shown": False,
+                "other": [],
+            },
+        )
+
+    for event in run.events:
+        kind, step = event["kind"], event["step"]
+        if kind in _OF_ONE:
+            _told(of((event["stage"], event["replica"])), event)
+        elif kind == "dispute":
+            for side in (event["at_fault"],) if event["at_fault"] else (event["sender"], event["receiver"]):
+                of(side)["disputes"] += len(event["micro_batches"])
+        elif kind == "weights" and event["replica"] is not None and event["replica"] < run.mesh.replicas:
+            other = f"other weights than its stage's replicas in step {step}: {event['action']}"
+            of((event["stage"], event["replica"]))["other"].append(other)
+        elif kind in ("poisoned", "difference"):
+            what = "handed over other sums" if kind == "poisoned" else f"{event['of']} differ, without a majority,"
+            for worker in event["workers"]:
+                of(worker)["other"].append(f"{what} in step {step}")
+        elif kind == "end":
+            for worker in event["convicted"]:
+                one = of(worker)
+                one["convicted"] = one["convicted"] or dict(_BEFORE)
+    for said in excluded_now(run):
+        one = of((said["stage"], said["replica"]))
+        if one["host"] is None:
+            one["host"], one["local_rank"] = str(said.get("host") or "") or None, said.get("slot")
+        if one["released"] is None and one["convicted"] in (None, _BEFORE):
+            one["convicted"] = {"step": said.get("step"), "proved": None, "why": str(said.get("why"))}
+    for one in found.values():
+        one["state"] = _state(one)
+    return sorted(found.values(), key=lambda one: (STATES.index(one["state"]), -one["alarms"], one["stage"]))
+
+
+_BEFORE = {"step": None, "proved": None, "why": "before this run, as the checkpoint that it went on from says"}
+
+
+def excluded_now(run: RunFiles) -> list[dict[str, Any]]:
+    """Entries of ``exclude.json`` that are of workers of this run; those of machines left out before are not."""
+    workers = run.exclude.get("workers")
+    return [
+        one
+        for one in (workers if isinstance(workers, list) else ())
+        if isinstance(one, dict) and not one.get("earlier") and run.has((one.get("stage"), one.get("replica")))
+    ]
+
+
+_OF_ONE = {"alarm", "proof", "contradicted", "suspicion", "cleared", "conviction", "release", "replay", "misfit"}
+_OTHER = {
+    "replay": "made two things of the same when it computed step {step} twice: proved",
+    "misfit": "told its stage in step {step} a mean that its messages cannot have",
+}
+
+
+def _told(one: dict[str, Any], event: dict[str, Any]) -> None:
+    kind, step = event["kind"], event["step"]
+    if kind == "alarm":
+        _alarm(one, event)
+    elif kind == "proof":
+        one["shown"] = True
+        one["proofs"].append({name: event[name] for name in ("step", "of", "micro_batches", "agreeing", "compared")})
+    elif kind == "contradicted":
+        one["shown"] = True
+        one["other"].append(f"contradicts {len(event['partners'])} workers of one stage in step {step}: proved")
+    elif kind in ("suspicion", "cleared"):
+        one["suspected" if kind == "suspicion" else "cleared"].append(step)
+    elif kind == "conviction":
+        by_proof = one["shown"] if event["proved"] is None else event["proved"]
+        one["convicted"], one["released"] = {"step": step, "proved": by_proof, "why": event["why"]}, None
+    elif kind == "release":
+        one["released"] = step
+    else:
+        one["shown"] |= kind == "replay"
+        one["other"].append(_OTHER[kind].format(step=step))
+
+
+def _alarm(one: dict[str, Any], event: dict[str, Any]) -> None:
+    if one["alarm_steps"][-1:] != [event["step"]]:
+        one["alarm_steps"].append(event["step"])
+    one["alarms"] += max(1, len(event["micro_batches"]))
+    for name, value in (("statistics", event["statistic"]), ("audits", event["audit"])):
+        if value is not None:
+            one[name][value] = one[name].get(value, 0) + 1
+    if one["worst"] is None or _score(event) > _score(one["worst"]):
+        one["worst"] = {name: event[name] for name in _EVIDENCE}
+
+
+_EVIDENCE = (
+    "step", "direction", "link", "micro_batches", "statistic", "value", "residual", "low", "high", "score", "cause",
+    "overflow", "audit",
+)  # fmt: skip
+
+
+def _score(event: dict[str, Any]) -> float:
+    return -1.0 if event["score"] is None else float(event["score"])
+
+
+def _state(one: dict[str, Any]) -> str:
+    if one["convicted"]:
+        return "convicted" if one["released"] is None else "released"
+    if one["shown"]:
+        return "proved"
+    if one["suspected"] and max(one["suspected"]) > max(one["cleared"], default=-1):
+        return "suspect"
+    if one["cleared"]:
+        return "cleared"
+    return "alarmed" if one["alarms"] else "disputed" if one["disputes"] else "noted"

@@ -1,0 +1,204 @@
+"""What the report says of a run is what happened in it."""
+
+import json
+from base64 import b64decode
+
+import numpy as np
+import pytest
+
+from deepspeed_sentinel.telemetry.report.digest import digest
+from deepspeed_sentinel.telemetry.report.heat import FENCE, heat, level
+from deepspeed_sentinel.telemetry.report.losses import find_loss, read_loss
+from deepspeed_sentinel.telemetry.report.page import spans
+from deepspeed_sentinel.telemetry.report.reading import read_run
+
+
+@pytest.fixture
+def document(recorded):
+    return digest(read_run(recorded()))
+
+
+def test_three_sentences_say_what_happened(document):
+    first, second, third = document["sentences"]
+    assert "4 stages x 3 replicas in steps 0 to 33" in first and "1,200 messages" in first
+    assert "Stage 1, replica 2 (rank 5, node-03, cuda:3, GPU-1a2b3c4d) was in alarm from step 30 on" in second
+    assert "convicted by statistics, not by proof, in step 32" in second
+    assert "4 of 102 column-steps" in third and "training went on with 2 of 3 columns" in third
+    assert document["state"] == "convicted"
+
+
+def test_the_evidence_is_of_the_worst_alarm(recorded):
+    folder = recorded()
+    told = [event for event in map(json.loads, (folder / "events.jsonl").open()) if event["kind"] == "alarm"]
+    (one,) = [one for one in digest(read_run(folder))["workers"] if one["state"] == "convicted"]
+    worst = max(told, key=lambda event: event["score"])
+    assert {name: worst[name] for name in one["worst"]} == one["worst"] and one["worst"]["statistic"] == "energy"
+    assert one["alarm_steps"] == [30, 31, 32, 33] and one["alarms"] == sum(
+        len(event["micro_batches"]) for event in told
+    )
+    assert (one["host"], one["device"], one["gpu"][:12]) == ("node-03", "cuda:3", "GPU-1a2b3c4d")
+
+
+def test_what_goes_on_is_one_entry_of_the_time_line(document):
+    (alarms,) = [entry for entry in document["timeline"] if entry["kind"] == "alarm"]
+    assert (alarms["step"], alarms["last"], alarms["count"]) == (30, 33, 4)
+    assert [entry["kind"] for entry in document["timeline"]] == [
+        "start", "alarm", "excluded", "suspicion", "conviction", "wiring", "end",
+    ]  # fmt: skip
+
+
+def test_the_cost_and_who_served_which_column(document):
+    cost = document["cost"]
+    assert cost["by_column"] == [0, 0, 4] and cost["column_steps"] == 4 and cost["of"] == 102
+    assert cost["steps_worth"] == pytest.approx(4 / 3) and cost["seconds"] > 0
+    before, after = document["deals"]
+    assert (before["step"], before["last"], after["step"], after["last"]) == (0, 32, 33, None)
+    assert after["wiring"][1] == [2, 1, 0] and after["lost"] == [True, False, False]
+
+
+def test_what_to_do_has_lines_to_paste(document):
+    todo = document["todo"]
+    assert todo["advice"][0].startswith("Take node-03, slot 3, out of service and test GPU-1a2b3c4d-64d7")
+    assert [line["text"] for line in todo["lines"]][:2] == [
+        "deepspeed --exclude=node-03:3 ...", "sbatch --exclude=node-03 ...",
+    ]  # fmt: skip
+    assert "node-0 slots=3" in todo["lines"][2]["text"] and "node-03" not in todo["lines"][2]["text"]
+
+
+@pytest.mark.parametrize("host", ["a;rm -rf ~", "$(id)", "a b", "`id`", "a\nb", "x' || y"])
+def test_no_line_to_paste_has_what_a_shell_acts_on(recorded, host):
+    folder = recorded()
+    path = folder / "exclude.json"
+    said = {**json.loads(path.read_text()), "deepspeed": f"--exclude={host}:1", "slurm": f"--exclude={host}"}
+    path.write_text(json.dumps({**said, "hostfile": [f"{host} slots=3"]}))
+    document = digest(read_run(folder))
+    assert document["todo"]["lines"] == [] and sum("a shell acts on" in note for note in document["notes"]) == 2
+
+
+def test_nothing_found_is_said(recorded):
+    folder = recorded()
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    clean = [line for line in lines if json.loads(line)["kind"] in ("start", "step") and '"step": 3' not in line]
+    (folder / "events.jsonl").write_text("\n".join(clean))
+    (folder / "exclude.json").unlink()
+    document = digest(read_run(folder))
+    assert document["state"] == "clean" and document["workers"] == [] and document["todo"]["advice"] == []
+    assert document["sentences"][1] == "Nothing was found: no alarm, no dispute, no conviction."
+    assert "no end is told" in document["sentences"][2]
+
+
+def test_without_scores_of_clean_steps_the_report_says_so(recorded):
+    run = read_run(recorded(every_step=False))
+    document = digest(run)
+    assert any("clean steps were not recorded" in note for note in document["notes"])
+    assert not document["run"]["every_step"]
+
+
+def test_heat_levels_are_of_the_scores():
+    levels = level(np.array([np.nan, 0.0, 1e-9, 0.1, 1.0, 10.0, 1e9]))
+    assert levels.tolist() == [0, 0, 1, 64, FENCE, 192, 255]
+
+
+def test_heat_puts_steps_together_and_keeps_the_worst(recorded):
+    run = read_run(recorded())
+    whole = heat(run, 0, 33)
+    assert (whole["width"], whole["cells"]) == (1, 34)
+    scores = np.frombuffer(b64decode(whole["levels"]), np.uint8).reshape(12, 34)
+    assert scores[5, 30] > FENCE and (scores[:, :30] <= FENCE).mean() > 0.9
+    assert ["conviction", 5, 32] in whole["marks"] and [5, 33, 0] in whole["moves"]
+    far = heat(run, 0, 10_000_000)
+    put = np.frombuffer(b64decode(far["levels"]), np.uint8).reshape(12, -1)
+    assert far["width"] > 1 and put.shape[1] == far["cells"] and put[5, 0] == scores[5].max()
+    assert put.size <= 1 << 21
+
+
+def test_spans():
+    assert spans([3, 4, 5, 9]) == "3-5, 9" and spans([]) == "" and spans([1, 1, 2]) == "1-2"
+    assert spans(list(range(0, 100, 2))).endswith("and 38 more spans")
+
+
+def test_loss_of_the_trainer_is_found_and_counts_finished_steps(tmp_path):
+    folder = tmp_path / "out" / "logs"
+    (tmp_path / "out" / "checkpoint-9").mkdir(parents=True)
+    folder.mkdir()
+    assert find_loss(folder) is None
+    state = {"log_history": [{"step": 1, "loss": 4.0}, {"step": 2, "eval_runtime": 1}, {"step": 3, "loss": None}]}
+    (tmp_path / "out" / "checkpoint-9" / "trainer_state.json").write_text(json.dumps(state))
+    assert read_loss(find_loss(folder)) == [[0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "samples", "read"),
+    [
+        ("a.csv", "step,loss\n0,4.5\n1,nan\n2,3.5\n", 1, [[0, 4.5], [2, 3.5]]),
+        ("b.jsonl", '{"step": 1, "train_loss": 2}\n{"step"', 1, [[1, 2.0]]),
+        ("Train_Samples_train_loss.csv", "step,train_loss\n32,4.5\n64,4.0\n", 32, [[0, 4.5], [1, 4.0]]),
+    ],
+)
+def test_loss_tables(tmp_path, name, text, samples, read):
+    (tmp_path / name).write_text(text)
+    assert read_loss(tmp_path / name, samples) == read
+
+
+def test_a_table_without_a_loss_says_what_to_give(tmp_path):
+    (tmp_path / "a.csv").write_text("time,accuracy\n1,2\n")
+    with pytest.raises(ValueError, match="columns step and loss"):
+        read_loss(tmp_path / "a.csv")
+
+
+def without(folder, *kinds, more=()):
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["kind"] not in kinds]
+    (folder / "events.jsonl").write_text("\n".join([*kept, *map(json.dumps, more)]))
+    return digest(read_run(folder))
+
+
+def test_who_was_convicted_before_this_run_is_convicted(recorded):
+    folder = recorded()
+    document = without(folder, "conviction")
+    (one,) = [one for one in document["workers"] if one["state"] == "convicted"]
+    assert one["convicted"]["step"] == 32 and "energy" in one["convicted"]["why"], "as exclude.json says"
+    (folder / "exclude.json").unlink()
+    document = digest(read_run(folder))
+    (one,) = [one for one in document["workers"] if one["state"] == "convicted"]
+    assert (
+        one["convicted"]["step"] is None
+        and "was in alarm from step 30 on and was convicted before" in (document["sentences"][1])
+    )
+
+
+def test_who_was_proved_and_not_convicted_is_not_passed_over(recorded):
+    folder = recorded()
+    (folder / "exclude.json").unlink()
+    proof = {"kind": "proof", "step": 33, "run_id": "run-1", "stage": 0, "replica": 1, "column": 1, "of": "forward",
+             "micro_batches": [0], "agreeing": 2, "compared": 3, "trusted": True}  # fmt: skip
+    document = without(folder, "alarm", "suspicion", "conviction", "end", more=[proof])
+    assert document["state"] == "proved" and document["workers"][0]["state"] == "proved"
+    assert "as first and last stage never are" in document["todo"]["advice"][0]
+    assert "was proved to compute something else" in document["sentences"][1]
+
+
+def test_machines_that_earlier_runs_found_are_kept_out(recorded):
+    folder = recorded()
+    said = json.loads((folder / "exclude.json").read_text())
+    said["workers"].append({"host": "node-9", "slot": 4, "device": "cpu:node-9/4", "why": "it was", "earlier": True})
+    (folder / "exclude.json").write_text(json.dumps(said))
+    document = digest(read_run(folder))
+    assert "Keep node-9, slot 4 out of service: convicted in an earlier run. it was" in document["todo"]["advice"]
+    assert len([one for one in document["workers"] if one["state"] == "convicted"]) == 1
+
+
+@pytest.mark.parametrize("workers", [3, [3], [{"stage": 99, "replica": 0}], [{"stage": [1]}], [{"earlier": 1}]])
+def test_exclusions_that_are_none_convict_nobody_else(recorded, workers):
+    folder = recorded()
+    said = json.loads((folder / "exclude.json").read_text())
+    (folder / "exclude.json").write_text(json.dumps({**said, "workers": workers}))
+    assert [one["state"] for one in digest(read_run(folder))["workers"]].count("convicted") == 1
+
+
+def test_a_conviction_without_exclusions_says_that_lines_are_missing(recorded):
+    folder = recorded()
+    (folder / "exclude.json").unlink()
+    document = digest(read_run(folder))
+    assert document["todo"]["lines"] == [] and any("exclude.json is not there" in note for note in document["notes"])
+    assert document["todo"]["advice"][0].startswith("Take node-03, slot 3,")
