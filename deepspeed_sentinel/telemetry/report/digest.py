@@ -61,7 +61,7 @@ def digest(run: RunFiles) -> dict[str, Any]:
 
 def _facts(run: RunFiles) -> dict[str, Any]:
     steps = [event["step"] for event in run.events if event["kind"] not in ("start", "end", "device")]
-    told = next((event["counts"] for event in reversed(run.events) if event["kind"] == "end"), {})
+    told: dict[str, Any] = next((event["counts"] for event in reversed(run.events) if event["kind"] == "end"), {})
     every = {event["step"] for event in run.events if event["kind"] == "step"}
     end = next((event["step"] - 1 for event in reversed(run.events) if event["kind"] == "end"), 0)
     first = next((event["step"] for event in run.events if event["kind"] == "start"), min(steps, default=0))
@@ -218,12 +218,12 @@ def _sentences(document: dict[str, Any]) -> list[str]:
     )
     by = {state: [one for one in workers if one["state"] == state] for state in ("convicted", "proved", "suspect")}
     if by["convicted"]:
-        one, more = by["convicted"][0], len(by["convicted"]) - 1
+        one, further = by["convicted"][0], len(by["convicted"]) - 1
         since = f"in alarm from step {one['alarm_steps'][0]} on and was " if one["alarm_steps"] else ""
         how = {True: "convicted by proof", False: "convicted by statistics, not by proof,", None: "convicted"}
         step = one["convicted"]["step"]
         when = "before this run" if step is None else f"in step {step}"
-        others = f"; {more} more are convicted" if more else ""
+        others = f"; {further} more are convicted" if further else ""
         second = f"{one['name']} was {since}{how[one['convicted']['proved']]} {when}{others}."
     elif by["proved"]:
         more = f", and {len(by['proved']) - 1} more" if by["proved"][1:] else ""
