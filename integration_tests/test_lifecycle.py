@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+from integration_tests.harness import named
+
 JOB = "integration_tests/jobs/lifecycle.py"
 EXIT = 70
-GONE = "lost rank 1 = worker (stage 1, replica 0): no heartbeat for 5 s, and everybody waits"
-STUCK = "stuck: rank 1 = worker (stage 1, replica 0) in ForwardPass of step 3, for which the others wait"
+GONE = f"lost {named(1, 1)}: no heartbeat for 5 s, and everybody waits"
+STUCK = f"stuck: {named(1, 1)} in ForwardPass of step 3, for which the others wait"
 
 
 def start(jobs, tmp_path: Path, mode: str, **options):

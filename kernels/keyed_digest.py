@@ -72,7 +72,10 @@ def check_keyed(x: torch.Tensor, key: DigestKey | None, keyed_1: torch.Tensor | 
 def keyed_digest_reference(bits_XRC: torch.Tensor, key: DigestKey) -> torch.Tensor:
     """The definition, of tensors of any contiguous elements [..., R, C], not bool: int64 [...]."""
     of_bytes = bits_XRC.element_size() == 1
-    halves_XRN = bits_XRC.contiguous().view(torch.uint8 if of_bytes else torch.int16)
+    # A dimension of one element may have any stride and be contiguous all the same, so the view is of a flat tensor.
+    halves_N = bits_XRC.contiguous().reshape(-1).view(torch.uint8 if of_bytes else torch.int16)
+    halves_an_element = 1 if of_bytes else bits_XRC.element_size() // 2
+    halves_XRN = halves_N.reshape(*bits_XRC.shape[:-1], bits_XRC.shape[-1] * halves_an_element)
     halves_YRN = halves_XRN.reshape(-1, *halves_XRN.shape[-2:])
     count, rows, columns = halves_YRN.shape
     groups = -(-rows // GROUP)

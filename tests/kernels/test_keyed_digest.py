@@ -66,6 +66,14 @@ def test_it_is_the_formula(device, dtype):
         assert keyed(x.to(device)) == by_hand(x, SEED) != by_hand(x, SEED + 1)
 
 
+def test_a_dimension_of_one_may_have_any_stride(device):
+    """As an image of one channel, whose channels come last."""
+    image = torch.randn(1, 1, 4, 6, generator=torch.Generator().manual_seed(0))
+    x = image.movedim(1, -1).reshape(24, 1)
+    assert x.stride(-1) != 1 and x.is_contiguous()
+    assert keyed(x.to(device)) == keyed(x.clone().view(24, 1).to(device)) == by_hand(image.view(24, 1), SEED)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(37, 300), (70, 1024), (1, 5), (300, 1)])
 def test_a_message_is_read_to_the_same_digest_along_with_its_statistics(device, dtype, shape):
