@@ -17,6 +17,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology, ProcessTopology
 
 import deepspeed_sentinel
+from deepspeed_sentinel.engine import access
 from deepspeed_sentinel.evidence.probe import Probe
 from integration_tests.models import build_model, micro_batches
 from integration_tests.scenario import Scenario
@@ -146,7 +147,7 @@ def cases() -> dict[str, Any]:
         engine = with_topology(topology)
         data = iter([(torch.ones(2, 2), torch.zeros(2, 2))] * SCENARIO.micro_batches)
         loss = float(engine.train_batch(data))
-        result[name] = [loss == loss, engine.sentinel.last_verdict.judged, engine.sentinel._ranks.tolist()]
+        result[name] = [loss == loss, engine.sentinel.last_verdict.judged, access.ranks_of(engine).tolist()]
         engine.sentinel.detach()
     return result
 
