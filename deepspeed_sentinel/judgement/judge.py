@@ -119,10 +119,12 @@ class Judge:
     @property
     def doubts(self) -> Doubts:
         """What the next wiring is made of, after the last step."""
-        convicted, isolated = self.record.convicted, self.isolation.isolated
-        # Who is isolated stays so while it is suspected: else a liar would be brought out by one strike.
-        suspects, untried = self.record.suspects & ~isolated, self.record.untried & ~isolated
+        convicted, suspects = self.record.convicted, self.record.suspects.copy()
         suspects[[0, -1]] = False
+        # Trials come first: in a stage with a suspect the places in lost columns are for those that it is compared with
+        # in turn. When all is settled there, who is isolated is packed again.
+        isolated = self.isolation.isolated & ~suspects.any(1, keepdims=True)
+        untried = self.record.untried & ~isolated
         accused = self.record.accused & suspects
         return Doubts(convicted | isolated, suspects, accused, untried, self.unsettled.pairs(convicted))
 

@@ -293,7 +293,7 @@ def test_sketches_that_accuse_in_vain_cost_fewer_and_fewer_twin_steps():
     assert not lost[-100:].all(1).any() and loop.twins, "the accused is tried and cleared"
 
 
-def test_who_is_isolated_stays_where_it_is_while_it_is_suspected():
+def test_who_is_isolated_and_comes_to_be_suspected_is_tried():
     loop = Loop(6, 3)
     loop.step(THREE, baseline)
 
@@ -302,7 +302,7 @@ def test_who_is_isolated_stays_where_it_is_while_it_is_suspected():
 
     loop.step(THREE[-1:], loud)
     about = loop.judge.doubts
-    assert about.packed[3, 2] and not about.suspects[3, 2] and loop.judge.record.suspects[3, 2]
+    assert about.suspects[3, 2] and not about.packed[3, 2] and loop.judge.isolation.isolated[3, 2]
 
 
 def test_pairs_of_which_the_first_excuses_the_second_end_in_one_column():

@@ -325,4 +325,8 @@ def test_too_few_clean_columns_halt_and_name_the_workers():
     assert not world.step(digests=other_digest(FORWARD, 1, 1), served=swapped(1, 0, 1)).halt
     world.step(digests=other_digest(FORWARD, 1, 1))
     halt = world.step(digests=other_digest(FORWARD, 1, 2), served=swapped(1, 1, 2)).halt
-    assert "only 1 columns" in halt and "(1, 0), (1, 1)" in halt and "min_clean_columns" in halt
+    assert (
+        "only 1 columns" in halt
+        and "(stage 1, replica 0), worker (stage 1, replica 1)" in halt
+        and "min_clean_columns" in halt
+    )
