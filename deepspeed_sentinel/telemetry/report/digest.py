@@ -223,7 +223,7 @@ def _sentences(document: dict[str, Any]) -> list[str]:
         how = {True: "convicted by proof", False: "convicted by statistics, not by proof,", None: "convicted"}
         step = one["convicted"]["step"]
         when = "before this run" if step is None else f"in step {step}"
-        others = f"; {further} more are convicted" if further else ""
+        others = f"; {further} more {'is' if further == 1 else 'are'} convicted" if further else ""
         second = f"{one['name']} was {since}{how[one['convicted']['proved']]} {when}{others}."
     elif by["proved"]:
         more = f", and {len(by['proved']) - 1} more" if by["proved"][1:] else ""
