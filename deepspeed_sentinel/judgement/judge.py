@@ -119,7 +119,7 @@ class Judge:
     @property
     def doubts(self) -> Doubts:
         """What the next wiring is made of, after the last step."""
-        convicted, suspects = self.record.convicted, self.record.suspects.copy()
+        convicted, suspects = self.record.convicted, self.record.suspects
         suspects[[0, -1]] = False
         # Trials come first: in a stage with a suspect the places in lost columns are for those that it is compared with
         # in turn. When all is settled there, who is isolated is packed again.

@@ -91,11 +91,15 @@ def read_earlier(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["workers"]
-        for one in entries:
-            Device(str(one["host"]), int(one["slot"]))
+        known = [{**one, "device": str(one["device"]), **_checked(one)} for one in entries]
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is none of ours ({error!r}): move it away") from error
-    return list(entries)
+    return known
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    where = Device(str(entry["host"]), int(entry["slot"]))
+    return {"host": where.host, "slot": where.slot}
 
 
 def reason(verdict: Verdict, worker: Worker) -> str:

@@ -63,7 +63,16 @@ def test_what_an_earlier_run_left_stays_beside_what_this_one_adds(run, tmp_path)
     assert [worker.get("earlier", False) for worker in written["workers"]] == [False, True]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"workers": 3}', '{"workers": [{"host": "two words", "slot": 0}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"workers": 3}',
+        '{"workers": [{"host": "two words", "slot": 0}]}',
+        '{"workers": [{"host": "node-3", "slot": 0}]}',
+    ],
+)
 def test_a_file_that_is_none_of_ours_is_refused_and_left(run, text):
     run.file.write_text(text)
     convict(run)
