@@ -174,7 +174,7 @@ class SentinelConfig(BaseModel):
     wiring: Literal["heal", "static", "shuffle"] = Field(
         "heal",
         description="which replica of each stage serves which column. heal: moved where somebody is suspected or "
-        "convicted, so that bad workers share few columns; static: never; shuffle: drawn anew, for tests",
+        "convicted, so that bad workers share few columns; static: never; shuffle: drawn anew, and then as heal",
     )
     shuffle_every: int = Field(1, ge=1, description='steps from one draw to the next with "wiring": "shuffle"')
     min_clean_columns: int = Field(

@@ -90,7 +90,7 @@ def nursery() -> Nursery:
     # optimizer (two seconds of CPU, torch's compiler among it), and those parts of Sentinel that know no DeepSpeed,
     # so that a run without it remains one.
     imports += ["torch.utils.cpp_extension", "deepspeed.runtime.zero.muon.muon_optimizer"]
-    imports += ["deepspeed_sentinel.judgement.judge", "deepspeed_sentinel.evidence.collector"]
+    imports += ["deepspeed_sentinel.engine.sentinel"]
     started = Nursery(base_environment(), imports, ROOT)
     atexit.register(started.close)
     return started

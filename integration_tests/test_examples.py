@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import time
 
@@ -10,17 +11,21 @@ from transformers import AutoModelForCausalLM
 
 from integration_tests.harness import run_job, start_job
 
+# One file: each process learns a tokenizer from the text, which takes seconds of it all.
+TEXT = f"--text={argparse.__file__}"
+
 
 @pytest.mark.parametrize(
     ("launcher", "replicas"),
     [
-        ("torchrun", 1),
+        ("bare", 1),
+        pytest.param("torchrun", 1, marks=pytest.mark.long),
         pytest.param("torchrun", 3, marks=pytest.mark.long),
         pytest.param("accelerate", 3, marks=pytest.mark.long),
     ],
 )
 def test_the_trainer_example_trains_and_saves(tmp_path, launcher, replicas):
-    quick = ["--max_steps=3", "--logging_steps=1", "--eval_steps=3", "--disable_tqdm=True"]
+    quick = [TEXT, "--max_steps=3", "--logging_steps=1", "--eval_steps=3", "--disable_tqdm=True"]
     job = run_job(
         "examples/hf_trainer.py",
         stages=3,
@@ -43,7 +48,14 @@ def losses(text):
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happened(tmp_path):
     script, out = "examples/hf_trainer.py", tmp_path / "out"
-    args = [f"--output_dir={out}", "--max_steps=9", "--logging_steps=1", "--eval_strategy=no", "--disable_tqdm=True"]
+    args = [
+        f"--output_dir={out}",
+        TEXT,
+        "--max_steps=9",
+        "--logging_steps=1",
+        "--eval_strategy=no",
+        "--disable_tqdm=True",
+    ]
     args += ["--save_strategy=steps", "--save_steps=3", "--save_total_limit=1", "--stages=2"]
     with start_job(script, 2, 1, folder=tmp_path / "killed", args=args) as job:
         deadline = time.monotonic() + 300

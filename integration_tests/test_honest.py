@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
 CROSSINGS, STEPS = (52, 44, 36), 70
 
 
+@pytest.mark.long
 def test_replicas_that_cross_to_another_kind_of_text_one_after_the_other(tmp_path):
     block = {"enabled": True, "output_dir": str(tmp_path / "logs"), "seed": 1}
     scenario = Scenario(

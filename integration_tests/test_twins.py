@@ -37,7 +37,7 @@ CLEAN: dict[str, dict[str, Any]] = {
     "tuples": {"tuple_messages": "int"},
     "dynamic": {"dynamic_shape": True, "lengths": (16, 24)},
 }
-IN_EVERY_RUN = ("fp32", "bf16_zero1", "rounded", "scaled", "unlike_by_nature", *REDUCED)
+IN_EVERY_RUN = ("fp32", "rounded", "scaled", "unlike_by_nature", *REDUCED)
 
 
 def block(folder, name: str, **more: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Which replica of each stage serves which column in the next step.
 
 Replicas of a stage hold the same weights, so who serves a column changes nothing of what is computed, only who is to
-be trusted with it. ``docs/wiring.md`` has the rules and what they cost. With ``"heal"``, and f = (R - 1) // 2 bad
-workers a stage at most:
+be trusted with it. ``docs/wiring.md`` has the rules and what they cost. With ``"heal"``, from a new draw with
+``"shuffle"``, and f = (R - 1) // 2 bad workers a stage at most:
 
 * Nothing moves, not even back, as long as nobody is convicted, isolated, suspected or at odds with another.
 * Convicted and isolated workers are packed into K columns, K the largest number of them in any stage: fewer cannot
@@ -47,6 +47,7 @@ class Dealer:
         wiring: how; see the config block.
         shuffle_every: steps from one draw to the next, with "shuffle".
         seed: of these draws.
+        acts: False where doubts about a worker change nothing.
 
     Attributes:
         wiring: int64 [S, C], of the step that comes or runs.
@@ -58,18 +59,19 @@ class Dealer:
         wiring: Literal["heal", "static", "shuffle"] = "heal",
         shuffle_every: int = 1,
         seed: int = 0,
+        acts: bool = True,
     ) -> None:
         self._mesh = mesh
         self._way = wiring
         self._every = shuffle_every
         self._seed = seed
+        self._heals = acts and wiring != "static"
         self.wiring = identity(mesh)
 
     @classmethod
     def of(cls, config: SentinelConfig, mesh: Mesh) -> Dealer:
         """As configured. Who only observes heals nothing."""
-        observes = config.action == "observe" and config.wiring == "heal"
-        return cls(mesh, "static" if observes else config.wiring, config.shuffle_every, config.seed or 0)
+        return cls(mesh, config.wiring, config.shuffle_every, config.seed or 0, config.action != "observe")
 
     def next(self, step: int, doubts: Doubts) -> np.ndarray:
         """The wiring of the step after this one, int64 [S, C].
@@ -80,7 +82,7 @@ class Dealer:
         """
         if self._way == "shuffle" and (step + 1) % self._every == 0:
             self.wiring = _drawn(self._mesh, self._seed, step + 1)
-        elif self._way == "heal" and _about_anybody(doubts):
+        if self._heals and _about_anybody(doubts):
             self.wiring = _Healing(self._mesh, self.wiring, doubts, step // _TURN).wiring
         return self.wiring
 

@@ -8,6 +8,14 @@ from deepspeed_sentinel.kernels import sliced_wasserstein, token_sketch
 from deepspeed_sentinel.kernels.dispatch import INTERPRETED
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest goes by markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The interpreter takes milliseconds an operation: of the two 16-bit types `make test` has one there."""
+    for item in items:
+        if INTERPRETED and hasattr(item, "callspec") and torch.float16 in item.callspec.params.values():
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and (INTERPRETED or not torch.cuda.is_available()):

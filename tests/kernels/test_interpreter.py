@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 
 from deepspeed_sentinel.kernels.dispatch import INTERPRETED, tl
+from integration_tests.variants import some
 
 HERE = Path(__file__).resolve().parent
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's run")
 @pytest.mark.skipif(tl is None, reason="no triton for this platform")
-def test_kernels_in_the_interpreter() -> None:
+@pytest.mark.parametrize("chosen", some(("not long", "long"), ("not long",)))
+def test_kernels_in_the_interpreter(chosen: str) -> None:
     run = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"),
-            *("--deselect", f"{HERE}/test_compilation.py", str(HERE)),
+            *("-m", chosen, "--deselect", f"{HERE}/test_compilation.py", str(HERE)),
         ],
         cwd=HERE.parent.parent,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -249,6 +249,20 @@ def test_shuffled_columns_are_dealt_every_so_many_steps():
     assert Dealer(mesh, "shuffle", 3, seed=2).next(29, nobody).tobytes() != dealt[29]
 
 
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 4))
+def test_shuffled_columns_heal_too(seed, every):
+    """Convicted workers that were drawn into all columns would leave no step to train in."""
+    mesh, generator = Mesh(8, 8), np.random.default_rng(seed)
+    convicted = [(stage, int(bad)) for stage in range(1, 7) for bad in generator.choice(8, 2, replace=False)]
+    dealer, about = Dealer(mesh, "shuffle", every, seed=seed), doubts(mesh, convicted=convicted)
+    for step in range(6):
+        wiring = dealer.next(step, about)
+        check_wiring(mesh, wiring)
+        lost = np.take_along_axis(about.packed, wiring, 1).any(0)
+        assert lost.sum() == 2
+
+
 @pytest.mark.parametrize(
     ("block", "moves"), [({}, True), ({"action": "observe"}, False), ({"wiring": "static"}, False)]
 )
