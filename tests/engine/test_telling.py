@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,12 +12,11 @@ import pytest
 from deepspeed.utils import logger
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
-from synthetic import World
+from synthetic import CULPRIT, blamed
 
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.requests import Decision
 from deepspeed_sentinel.engine.telling import Telling
-from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.proof import Proof
 from deepspeed_sentinel.judgement.verdict import Dispute
 from deepspeed_sentinel.mesh import FORWARD, Mesh, Worker
@@ -26,7 +24,6 @@ from deepspeed_sentinel.telemetry.devices import Device
 from deepspeed_sentinel.telemetry.who import Who
 
 MESH = Mesh(4, 3)
-CULPRIT = Worker(1, 2)
 UUID = "1a2b3c4d-64d7-4f0a-a1c9-b2570c9d8e44"
 NAME = "stage 1, replica 2 (rank 5, node-03, cuda:2, GPU-1a2b3c4d)"
 PROOF = Proof(CULPRIT, 2, FORWARD, (0,), 2, 3, trusted=False)
@@ -64,18 +61,6 @@ def words(log):
     """The word in capitals that each line of a step begins with, or the line's first words."""
     lines = [record.getMessage().removeprefix("[sentinel] ").partition(": ")[2] for record in log.records]
     return [line.split(":")[0] if line.split(":")[0].isupper() else " ".join(line.split()[:2]) for line in lines]
-
-
-@cache
-def blamed():
-    """A step in which one worker is blamed."""
-    world = World()
-    world.warm_up()
-
-    def change(values):
-        values[:, 0, 1, 2, :, NAMES.index("energy")] *= 50
-
-    return world.step(change)
 
 
 def marked(*workers):
