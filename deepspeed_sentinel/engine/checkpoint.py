@@ -95,14 +95,14 @@ def _problem(state: Any, sentinel: Sentinel) -> str | None:
     differing = [
         f"{name} {state['shape'].get(name)} (here {here[name]})"
         for name in here
-        if state["shape"].get(name) != here[name]
+        if type(state["shape"].get(name)) is not int or state["shape"][name] != here[name]
     ]
     if differing:
         return f"is of a run with {', '.join(differing)}"
     if not _are_baselines(state.get("evidence")):
         return "has no baselines"
     parts = state["shape"].get("parts", 1)
-    if not isinstance(parts, int) or not 1 <= parts <= _MOST_PARTS:
+    if type(parts) is not int or not 1 <= parts <= _MOST_PARTS:
         return f"is of messages of {parts} parts"
     return sentinel.problem(state, parts) if sentinel.worker.stage == 0 else None
 
@@ -135,7 +135,10 @@ def to_tensors(state: Any) -> Any:
 
 
 def to_arrays(state: Any) -> Any:
-    """The inverse of ``to_tensors``; what is no tensor stays what it is."""
+    """The inverse of ``to_tensors``; what is no tensor, or one that numpy has no array for, stays what it is."""
     if isinstance(state, dict):
         return {key: to_arrays(value) for key, value in state.items()}
-    return state.cpu().numpy() if isinstance(state, torch.Tensor) else state
+    try:
+        return state.cpu().numpy() if isinstance(state, torch.Tensor) else state
+    except (TypeError, RuntimeError):
+        return state

@@ -66,8 +66,10 @@ class Device:
                     f"{name} of a device is {text!r:.160}; allowed are at most {most} of the characters A-Z, a-z, "
                     "0-9 and ._:-; look at what that worker's host calls itself"
                 )
-        if not 0 <= self.slot < _MOST_SLOTS:
-            raise ValueError(f"slot of a device is {self.slot}; allowed are 0 to {_MOST_SLOTS - 1}: its local rank")
+        if type(self.slot) is not int or not 0 <= self.slot < _MOST_SLOTS:
+            raise ValueError(
+                f"slot of a device is {self.slot!r:.160}; allowed are 0 to {_MOST_SLOTS - 1}: its local rank"
+            )
 
     @property
     def key(self) -> str:

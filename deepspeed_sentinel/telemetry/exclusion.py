@@ -25,6 +25,7 @@ from deepspeed_sentinel.judgement.proof import Proof
 from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.telemetry.book import MOST
 from deepspeed_sentinel.telemetry.devices import Device
 from deepspeed_sentinel.telemetry.who import Place, place_of
 
@@ -71,13 +72,21 @@ def read_saved(said: Any) -> dict[Worker, Convict]:
     found = {}
     for one in said if isinstance(said, list) else ():
         try:
-            worker, step = Worker(*map(int, one["worker"])), one["step"]
-            step = None if step is None else int(step)
-            device = Device(**one["device"])
-            found[worker] = Convict(place_of(worker, int(one["rank"]), device), device, step, str(one["why"]))
-        except (TypeError, ValueError, KeyError):
+            worker, step = Worker(*map(_whole, one["worker"])), one["step"]
+            step = None if step is None else _whole(step)
+            device, why = Device(**one["device"]), one["why"]
+            if not isinstance(why, str):
+                raise TypeError(why)
+            found[worker] = Convict(place_of(worker, _whole(one["rank"]), device), device, step, why)
+        except (TypeError, ValueError, LookupError):
             continue
     return found
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MOST:
+        raise ValueError(f"{value!r:.100} is none of 0 to {MOST}")
+    return value
 
 
 def read_earlier(path: Path) -> list[dict[str, Any]]:

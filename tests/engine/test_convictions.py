@@ -108,6 +108,16 @@ def test_no_machine_is_named_where_it_is_not_known_which_it_was(run):
         [{"worker": [[1], 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}],
         [{"worker": [1], "rank": 1, "device": {}, "step": 1, "why": ""}],
         [{"worker": [1, 2], "rank": 1, "device": {"host": "two hosts", "slot": 0}, "step": 1, "why": ""}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0.5}, "step": 1, "why": ""}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": True}, "step": 1, "why": ""}],
+        [{"worker": [1, 2.5], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}],
+        [{"worker": [True, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}],
+        [{"worker": [1, 2], "rank": float("inf"), "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}],
+        [{"worker": [1, 2], "rank": -1, "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": float("nan"), "why": ""}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 10**40, "why": ""}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": 7}],
+        [np.zeros(3)],
     ],
 )
 def test_what_is_none_in_a_checkpoint_is_left_out(said):
