@@ -1,8 +1,8 @@
 """Sentinel's state in DeepSpeed checkpoints: it travels in the client state of every stage's own file.
 
-The judge's state and the wiring are the same on all ranks and grow with the mesh, so only the first stage's file holds
-them. The ledger of devices is rank 0's alone. Rank 0 is worker (stage 0, replica 0) in every topology, and replica 0
-writes its stage's file, so it gets back what it gave.
+The judge's state, the wiring and who is convicted are the same on all ranks and grow with the mesh, so only the first
+stage's file holds them. The ledger of devices is rank 0's alone. Rank 0 is worker (stage 0, replica 0) in every
+topology, and replica 0 writes its stage's file, so it gets back what it gave.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.mesh import DIRECTIONS
 from deepspeed_sentinel.telemetry import console
+from deepspeed_sentinel.telemetry.exclusion import read_saved, saved
 
 if TYPE_CHECKING:
     from deepspeed_sentinel.engine.sentinel import Sentinel
@@ -36,7 +37,7 @@ def saver(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., Any
         sentinel.devices.write()  # first, so that the file is never behind a checkpoint
         state = {**sentinel.state_dict(), **sentinel.devices.state_dict()}
         if sentinel.worker.stage != 0:
-            del state["judge"], state["columns"]
+            del state["judge"], state["columns"], state["convicts"]
         return original(save_dir, tag, {**(client_state or {}), KEY: state}, *args, **kwargs)
 
     return save_checkpoint
@@ -68,6 +69,7 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
             return path, client_state
         without = {divmod(index, sentinel.mesh.links) for index, bit in enumerate(words_W[1:]) if bit}
         told = {name: state.get(name) for name in ("judge", "columns")}
+        told["convicts"] = saved(tuple(read_saved(state.get("convicts")).values()))
         state |= _from_bytes(sentinel.of_first_stage(_to_bytes(told)))
         sentinel.load_state_dict(state, without)
         if dist.get_rank() == 0:

@@ -252,6 +252,9 @@ class Sentinel:
         self.gate.columns.load_state_dict(checkpoint.to_arrays(state["columns"]))
         self._convictions.load_state_dict(state.get("convicts"))
         self._collector.load_state_dict(state["evidence"], without)
+        for convict in self._convictions.replaced:
+            self.gate.judge.forget(convict.worker)
+            self._telling.replaced(self.engine.global_steps, convict)
 
     def problem(self, state: dict[str, Any], parts: int) -> str | None:
         """Why what the first stage alone keeps cannot be taken over, in words that follow "checkpoint ..."; or None."""

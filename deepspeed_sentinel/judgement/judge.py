@@ -368,6 +368,16 @@ class Judge:
             halt=self._halt_reason(changes.convicted),
         )
 
+    def forget(self, worker: Worker) -> None:
+        """Hold nothing against a worker, since another machine is in its place. What is known of columns stays."""
+        marked = np.zeros((self.mesh.stages, self.mesh.replicas), bool)
+        marked[worker] = True
+        self.record.forget(worker)
+        self.unsettled.forget(worker)
+        self.isolation.forget(worker)
+        self.standing.forget(marked)
+        self.cusum.forget(marked)
+
     def state_dict(self) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
         return {
             "fences": self.fences.state_dict(),

@@ -80,6 +80,15 @@ class Device:
             return f"gpu:{self.uuid}"
         return f"pci:{self.host}/{self.pci}" if self.pci else f"cpu:{self.host}/{self.slot}"
 
+    def is_another(self, other: Device) -> bool:
+        """Whether the two are known to be different devices, by the most lasting name that both have."""
+        if not (self.host and other.host):
+            return False
+        if self.uuid and other.uuid:
+            return self.uuid != other.uuid
+        by_address = self.pci and other.pci
+        return self.host != other.host or (self.pci != other.pci if by_address else self.slot != other.slot)
+
     def __str__(self) -> str:
         if not self.host:
             return "a device that gave no name"

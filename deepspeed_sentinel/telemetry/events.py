@@ -351,6 +351,18 @@ class Misfit(_OfWorker, kind="misfit"):
 
 
 @dataclass(frozen=True)
+class Replaced(_OfWorker, kind="replaced"):
+    """A checkpoint was loaded, and another machine is in a convicted worker's place: nothing is held against it.
+
+    Attributes:
+        stage, replica: the place, with the machine that is there now.
+        before: who was convicted there, with host and device, in words.
+    """
+
+    before: str
+
+
+@dataclass(frozen=True)
 class DeviceNote(Event, kind="device"):
     """A device that people should look at, see docs/ledger.md.
 

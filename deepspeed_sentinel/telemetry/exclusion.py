@@ -49,6 +49,10 @@ class Convict:
     step: int | None
     why: str
 
+    @property
+    def worker(self) -> Worker:
+        return Worker(self.place.stage, self.place.replica)
+
     def __str__(self) -> str:
         return str(self.place)
 

@@ -9,7 +9,7 @@ import pytest
 from deepspeed_sentinel.engine.convictions import Convictions
 from deepspeed_sentinel.judgement.proof import Proof
 from deepspeed_sentinel.mesh import FORWARD, Worker
-from deepspeed_sentinel.telemetry.devices import Device
+from deepspeed_sentinel.telemetry.devices import NOBODY, Device
 from deepspeed_sentinel.telemetry.exclusion import read_saved, write_exclusions
 from deepspeed_sentinel.telemetry.who import Who
 
@@ -87,6 +87,39 @@ def test_a_run_that_goes_on_elsewhere_names_the_machine_of_then(run):
     resumed = of(run, elsewhere)
     resumed.load_state_dict(run.convictions.state_dict())
     assert resumed.convicts == run.convictions.convicts and resumed.convicts[0].device.host == "node-1"
+
+
+def moved(worker, device):
+    devices = [list(of_stage) for of_stage in DEVICES]
+    devices[worker.stage][worker.replica] = device
+    return devices
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "another"),
+    [
+        (Device("node-1", 0), Device("node-1", 0), False),
+        (Device("node-1", 0), Device("node-9", 0), True),
+        (Device("node-1", 0), Device("node-1", 1), True),
+        (Device("node-1", 0, "uuid-a"), Device("node-9", 3, "uuid-a"), False),
+        (Device("node-1", 0, "uuid-a"), Device("node-1", 0, "uuid-b"), True),
+        (Device("node-1", 0, pci="0:1b:0"), Device("node-1", 2, pci="0:1b:0"), False),
+        (Device("node-1", 0, pci="0:1b:0"), Device("node-1", 0, pci="0:1c:0"), True),
+        (Device("node-1", 0, pci="0:1b:0"), Device("node-2", 0, pci="0:1b:0"), True),
+        (Device("node-1", 0, "uuid-a", "0:1b:0"), Device("node-1", 0, "", "0:1b:0"), False),
+        (Device("node-1", 0, "uuid-a"), NOBODY, False),
+        (NOBODY, Device("node-1", 0, "uuid-a"), False),
+    ],
+)
+def test_a_conviction_of_a_run_before_does_not_hold_for_another_machine(run, then, now, another):
+    """By the most lasting name that both give; who keeps its name back is not rid of a conviction by that."""
+    run.convictions = of(run, moved(CULPRIT, then))
+    convict(run)
+    resumed = of(run, moved(CULPRIT, now))
+    resumed.load_state_dict(run.convictions.state_dict())
+    assert [one.worker for one in resumed.replaced] == [CULPRIT] * another
+    run.convicted[CULPRIT] = False
+    assert not resumed.replaced, "it was not convicted any more when the checkpoint was made"
 
 
 def test_no_machine_is_named_where_it_is_not_known_which_it_was(run):

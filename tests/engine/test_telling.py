@@ -21,7 +21,8 @@ from deepspeed_sentinel.judgement.proof import Proof
 from deepspeed_sentinel.judgement.verdict import Dispute
 from deepspeed_sentinel.mesh import FORWARD, Mesh, Worker
 from deepspeed_sentinel.telemetry.devices import Device
-from deepspeed_sentinel.telemetry.who import Who
+from deepspeed_sentinel.telemetry.exclusion import Convict
+from deepspeed_sentinel.telemetry.who import Who, place_of
 
 MESH = Mesh(4, 3)
 UUID = "1a2b3c4d-64d7-4f0a-a1c9-b2570c9d8e44"
@@ -191,6 +192,17 @@ def test_a_dispute_of_a_convicted_worker_counts_as_its(telling, log):
     log.clear()
     telling.verdict(replace(quiet([CULPRIT]), disputed=(dispute,)))
     assert words(log) == ["stage 1,"] and "goes on after its conviction" in log.text
+
+
+def test_a_conviction_that_does_not_hold_for_the_machine_that_is_there_now_names_both(telling, log, tmp_path):
+    before = Device("node-77", 3, UUID, "", "cuda:3")
+    telling.replaced(40, Convict(place_of(CULPRIT, 9, before), before, 31, "PROVED"))
+    (line,) = log.messages
+    then = "stage 1, replica 2 (rank 9, node-77, cuda:3, GPU-1a2b3c4d)"
+    assert f"step 40: {then}, convicted in step 31 of a run before, is not here: {NAME} is in its place" in line
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (event["kind"], event["stage"], event["replica"], event["before"]) == ("replaced", 1, 2, then)
+    assert event["who"][0]["host"] == "node-03"
 
 
 def test_a_change_of_the_action_is_a_line_and_an_event_and_what_now_follows_from_it(telling, log, tmp_path):

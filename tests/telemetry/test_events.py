@@ -243,4 +243,4 @@ def test_the_docs_know_no_other_kind():
 
 def test_every_class_of_events_is_a_kind():
     assert {kind: event.kind for kind, event in EVENTS.items()} == {kind: kind for kind in EVENTS}
-    assert all(issubclass(event, Event) for event in EVENTS.values()) and len(EVENTS) == 23
+    assert all(issubclass(event, Event) for event in EVENTS.values()) and len(EVENTS) == 24
