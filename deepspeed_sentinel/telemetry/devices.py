@@ -32,6 +32,7 @@ _MAGIC = b"dev2"
 BYTES = _LAYOUT.size
 _HOST, _UUID, _ADDRESS, _NAME = 128, 64, 32, 32
 _MOST_SLOTS = 65536
+_SHOWN = 3  # shared places that are told one by one
 _TEXT = re.compile(r"[A-Za-z0-9._:-]*")
 _NO_UUID = re.compile(r"[0-]*")  # what some drivers tell in place of one
 
@@ -162,7 +163,39 @@ def read_gathered(said: np.ndarray, ranks: np.ndarray) -> tuple[tuple[tuple[Devi
         tuple(read(stage, replica, rank) for replica, rank in enumerate(of_stage))
         for stage, of_stage in enumerate(ranks.tolist())
     )
-    return devices, tuple(told)
+    return devices, (*told, *shared_places(devices))
+
+
+def claimed_by(device: Device, devices: Sequence[Sequence[Device]]) -> tuple[Worker, ...]:
+    """Who of a run [S][R] names this device, or its slot of its host, as its own. Nobody, where it has no name."""
+    place = (device.host, device.slot)
+    return tuple(
+        Worker(stage, replica)
+        for stage, of_stage in enumerate(devices)
+        for replica, one in enumerate(of_stage)
+        if device.host and one.host and (one.key == device.key or (one.host, one.slot) == place)
+    )
+
+
+def shared_places(devices: Sequence[Sequence[Device]]) -> tuple[str, ...]:
+    """What to tell about slots of a host that several workers [S][R] name as theirs; of one device see ``keys_of``."""
+    claims = defaultdict(dict[Worker, str])
+    for stage, of_stage in enumerate(devices):
+        for replica, device in enumerate(of_stage):
+            if device.host:
+                claims[device.host, device.slot][Worker(stage, replica)] = device.key
+    shared = [
+        f"{host} slot {slot} is named as its place by {' and '.join(map(str, keys))}"
+        for (host, slot), keys in claims.items()
+        if len(set(keys.values())) > 1
+    ]
+    if not shared:
+        return ()
+    more = f"; and {len(shared) - _SHOWN} more such places" if shared[_SHOWN:] else ""
+    return (
+        f"{'; '.join(shared[:_SHOWN])}{more}: unless several launchers share a host, or none sets LOCAL_RANK, not all "
+        "can be right, and a machine that is named later may be another's",
+    )
 
 
 def keys_of(devices: Sequence[Sequence[Device]]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:

@@ -26,7 +26,7 @@ from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.book import MOST
-from deepspeed_sentinel.telemetry.devices import Device
+from deepspeed_sentinel.telemetry.devices import Device, claimed_by
 from deepspeed_sentinel.telemetry.who import Place, place_of
 
 FILE = "exclude.json"
@@ -170,6 +170,7 @@ def exclusions(
                 "device": one.device.key,
                 "step": one.step,
                 "why": one.why,
+                **_doubted(one.device, devices),
             }
             for one in convicts
         ]
@@ -180,6 +181,12 @@ def exclusions(
         "slurm": f"--exclude={_list(bad)}" if bad else "",
         "replicas_left": (stages * replicas - len(convicts)) // stages,
     }
+
+
+def _doubted(device: Device, devices: Sequence[Sequence[Device]]) -> dict[str, Any]:
+    """Where several workers name a machine as theirs, all of them."""
+    claimants = claimed_by(device, devices)
+    return {"claimed_by_several": [list(worker) for worker in claimants]} if claimants[1:] else {}
 
 
 def write_exclusions(path: Path, what: dict[str, Any]) -> None:
