@@ -371,14 +371,19 @@ class Sentinel:
         return mean_without(out_C, self.gate.columns.own, outputs, original)
 
     def _halt(self, verdict: Verdict) -> None:
-        folder = f"{self.config.output_dir}/halt_checkpoint"
-        self.engine.save_checkpoint(folder)
-        self._telling.exclusions(self.write_exclusions)
         machines = "; ".join(map(str, self.convicts))
         without = f" Start again without {machines}: see {FILE} there." if machines else ""
         if machines:
             ends_with(HALTED_EXIT_CODE)
+        folder, problem = f"{self.config.output_dir}/halt_checkpoint", None
+        self._telling.exclusions(self.write_exclusions)
+        try:
+            self.engine.save_checkpoint(folder)
+            saved = f"Checkpoint without the excluded contributions: {folder}."
+        except Exception as error:  # whatever it is, a full disk or a rank that is gone over one, it is not the reason
+            problem = error
+            saved = f"No checkpoint, or a part of one: {folder} could not be written ({type(error).__name__}: {error})."
         raise SentinelHalt(
-            f"training stopped in step {verdict.step}: {verdict.halt}. Checkpoint without the excluded contributions: "
-            f"{folder}. See {self.config.output_dir}/{EVENTS_FILE}.{without}"
-        )
+            f"training stopped in step {verdict.step}: {verdict.halt}. {saved} See "
+            f"{self.config.output_dir}/{EVENTS_FILE}.{without}"
+        ) from problem

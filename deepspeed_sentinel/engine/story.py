@@ -1,6 +1,6 @@
 """What the steps of a run come to, as lines of the log, in the order in which things happen.
 
-    ALARM or DISPUTE -> LEFT OUT -> SUSPECT -> PROVED -> CONVICTED, with its evidence -> NOW, what to do
+    ALARM or DISPUTE -> LEFT OUT -> SUSPECT -> PROVED -> CONVICTED, with its evidence -> NOW, what to do -> HALT
 
 A column that stays left out is not told again before that changes. What a convicted worker goes on doing is told once,
 then counted.
@@ -87,6 +87,8 @@ class Story:
             yield "every column excluded, step skipped"
         elif verdict.skip:
             yield "gradients overflow in most replicas of a stage, step skipped"
+        if verdict.halt:
+            yield f"HALT: {verdict.halt}"
 
     def _left_out(self, verdict: Verdict) -> Iterator[str]:
         out = tuple(np.flatnonzero(verdict.excluded).tolist())

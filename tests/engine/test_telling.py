@@ -194,6 +194,11 @@ def test_a_dispute_of_a_convicted_worker_counts_as_its(telling, log):
     assert words(log) == ["stage 1,"] and "goes on after its conviction" in log.text
 
 
+def test_a_halt_is_a_line_before_anything_is_written_for_it(telling, log):
+    telling.verdict(replace(attacked([CULPRIT], newly=[CULPRIT]), halt=f"{CULPRIT} convicted"))
+    assert log.messages[-1] == f"[sentinel] step {blamed().step}: HALT: {NAME} convicted"
+
+
 def test_a_conviction_that_does_not_hold_for_the_machine_that_is_there_now_names_both(telling, log, tmp_path):
     before = Device("node-77", 3, UUID, "", "cuda:3")
     telling.replaced(40, Convict(place_of(CULPRIT, 9, before), before, 31, "PROVED"))
