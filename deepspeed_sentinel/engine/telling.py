@@ -139,7 +139,7 @@ class Telling:
         if not self._first:
             return
         every_step = self._config.events == "steps"
-        for event in verdict_events(verdict, every_step, self._story.suspects, self._who):
+        for event in verdict_events(verdict, every_step, self._story.suspects, self._who, self._story.isolated):
             self._voice.event(verdict.step, event)
         if self._warming_up and not verdict.warming_up:
             self._voice.of_step(verdict.step, JUDGING)

@@ -339,6 +339,7 @@ class Judge:
             differences=trial.differences if trial else (),
             contradicted=tuple(one for one in by_several if changes.convicted[one.worker]),
             cleared=_workers(changes.cleared),
+            isolated=self.isolation.isolated.copy(),
             action=self.settings.action,
         )
 
@@ -366,6 +367,7 @@ class Judge:
             newly_convicted=_workers(changes.convicted),
             released=_workers(changes.released),
             halt=self._halt_reason(changes.convicted),
+            isolated=self.isolation.isolated.copy(),
         )
 
     def forget(self, worker: Worker) -> None:

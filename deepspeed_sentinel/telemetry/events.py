@@ -268,6 +268,17 @@ class Release(_OfWorker, kind="release"):
 
 
 @dataclass(frozen=True)
+class Isolated(Event, kind="isolated"):
+    """Who is kept where columns are lost, unproved, has changed: somebody there keeps columns out. It convicts nobody.
+
+    Attributes:
+        workers: who, from this step on; empty where nobody is any more.
+    """
+
+    workers: tuple[Worker, ...]
+
+
+@dataclass(frozen=True)
 class Skipped(Event, kind="skipped"):
     """The optimizer did not step."""
 

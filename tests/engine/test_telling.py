@@ -194,6 +194,21 @@ def test_a_dispute_of_a_convicted_worker_counts_as_its(telling, log):
     assert words(log) == ["stage 1,"] and "goes on after its conviction" in log.text
 
 
+def test_who_is_isolated_is_told_by_name_when_that_changes(telling, log, tmp_path):
+    one, both = marked(CULPRIT), marked(CULPRIT, Worker(2, 0))
+    for isolated in (one, one, both, both, marked(), marked()):
+        telling.verdict(replace(quiet(), isolated=isolated))
+    first, second, third = [line.partition(": ")[2] for line in log.messages]
+    assert first.startswith(f"ISOLATED: {NAME}. ") and "convicts nobody" in first
+    assert second.startswith(f"ISOLATED: {NAME}; stage 2, replica 0 (rank 6, node-2, cpu). ")
+    assert third == "nobody is isolated any more"
+    events = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    told = [
+        (event["workers"], [one["rank"] for one in event["who"]]) for event in events if event["kind"] == "isolated"
+    ]
+    assert told == [([[1, 2]], [5]), ([[1, 2], [2, 0]], [5, 6]), ([], [])]
+
+
 def test_a_halt_is_a_line_before_anything_is_written_for_it(telling, log):
     telling.verdict(replace(attacked([CULPRIT], newly=[CULPRIT]), halt=f"{CULPRIT} convicted"))
     assert log.messages[-1] == f"[sentinel] step {blamed().step}: HALT: {NAME} convicted"

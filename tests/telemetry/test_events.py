@@ -116,6 +116,17 @@ def test_a_proof_is_told_before_the_conviction_that_follows_from_it():
     assert shown.kind == "proof" and convicted.kind == "conviction" and convicted.proved
 
 
+def test_who_is_isolated_is_told_when_that_changes():
+    isolated = NONE.copy()
+    isolated[CULPRIT] = isolated[2, 0] = True
+    verdict = replace(blamed(), isolated=isolated, findings=(), excluded=np.zeros(3, bool), suspects=NONE)
+    (told,) = verdict_events(verdict, False, NONE, WHO)
+    assert told.kind == "isolated" and told.workers == (CULPRIT, Worker(2, 0)) == told.named()
+    assert not [*verdict_events(verdict, False, NONE, WHO, isolated)]
+    (told,) = verdict_events(replace(verdict, isolated=NONE), False, NONE, WHO, isolated)
+    assert told.kind == "isolated" and told.workers == ()
+
+
 def test_a_conviction_is_also_a_record_for_health_agents(log, tmp_path):
     log.write(31, Conviction(1, 2, "it was proved", proved=True))
     log.write(40, Conviction(2, 0, "three strikes", proved=False))
@@ -243,4 +254,4 @@ def test_the_docs_know_no_other_kind():
 
 def test_every_class_of_events_is_a_kind():
     assert {kind: event.kind for kind, event in EVENTS.items()} == {kind: kind for kind in EVENTS}
-    assert all(issubclass(event, Event) for event in EVENTS.values()) and len(EVENTS) == 24
+    assert all(issubclass(event, Event) for event in EVENTS.values()) and len(EVENTS) == 25
