@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 KEY = "deepspeed_sentinel"
 _MOST_PARTS = 1 << 10
+MOST_BYTES = 1 << 33  # of what the first stage alone keeps: 64 x 64 workers have some 2^27 for each part of a message
 
 
 def saver(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., Any]:

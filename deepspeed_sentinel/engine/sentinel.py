@@ -347,7 +347,7 @@ class Sentinel:
 
     def of_first_stage(self, mine: torch.Tensor) -> torch.Tensor:
         """uint8 [N]: what the first stage's worker of this column says. Collective."""
-        return self._control.of_first_stage(mine)
+        return self._control.of_first_stage(mine, checkpoint.MOST_BYTES)
 
     def _aggregate_total_loss(self) -> torch.Tensor:
         original: Callable[[], torch.Tensor] = self._originals["_aggregate_total_loss"]
