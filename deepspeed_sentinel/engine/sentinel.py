@@ -362,13 +362,23 @@ class Sentinel:
         def original(outputs: Any) -> Any:
             return self._originals["_reduce_outputs"](outputs, reduce=reduce, reduce_dp=reduce_dp, **more)
 
-        wiring = self.gate.columns.wiring
-        out_C = np.asarray(np.take_along_axis(self.gate.judge.record.convicted, wiring, axis=1).any(0))
-        if self._lenient or reduce is None or not reduce_dp or not out_C.any() or not torch.is_tensor(outputs[0]):
+        if reduce is None or not reduce_dp or not torch.is_tensor(outputs[0]):
             return original(outputs)
-        if self.worker.replica == 0:
-            self._telling.left_out_of_evaluation(out_C)
+        out_C = self.leave_out_of_evaluation()
+        if not out_C.any():
+            return original(outputs)
         return mean_without(out_C, self.gate.columns.own, outputs, original)
+
+    def leave_out_of_evaluation(self) -> np.ndarray:
+        """Columns that an evaluation is to be without, bool [C], since a convicted worker serves them; said once."""
+        # Those of the schedule that comes: where one runs, it is in effect already.
+        wiring = self.gate.columns.next
+        out_C = np.asarray(np.take_along_axis(self.gate.judge.record.convicted, wiring, axis=1).any(0))
+        if self._lenient:
+            out_C[:] = False
+        if out_C.any() and self.worker == (self.mesh.stages - 1, 0):
+            self._telling.left_out_of_evaluation(out_C)
+        return out_C
 
     def _halt(self, verdict: Verdict) -> None:
         machines = "; ".join(map(str, self.convicts))
