@@ -93,6 +93,8 @@ def changed_links(before: np.ndarray, wiring: np.ndarray) -> np.ndarray:
 def check_wiring(mesh: Mesh, wiring: np.ndarray) -> None:
     """Raise ValueError for what is no wiring of this mesh."""
     expected = identity(mesh)
+    if wiring.dtype.kind not in "iu":
+        raise ValueError(f"a wiring is of whole numbers, got {wiring.dtype}")
     if wiring.shape != expected.shape:
         raise ValueError(f"a wiring of this mesh is {list(expected.shape)} (stages, columns), got {list(wiring.shape)}")
     if not (np.sort(wiring, axis=1) == expected).all():

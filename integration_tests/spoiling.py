@@ -10,6 +10,7 @@ from deepspeed_sentinel.evidence.table import RECEIVED
 from deepspeed_sentinel.mesh import FORWARD, Worker
 
 SPOILT_AT, LIES_AT, LIAR = 26, 28, Worker(1, 0)
+CONVICTED_AT = 29
 
 
 def spoil_checkpoint(engine: Any, step: int) -> None:
@@ -25,6 +26,22 @@ def spoil_checkpoint(engine: Any, step: int) -> None:
         return state
 
     sentinel.state_dict = spoilt
+
+
+def convict_elsewhere(engine: Any, step: int) -> None:
+    """The checkpoint says that whoever is convicted ran on another host."""
+    sentinel = engine.sentinel
+    if step != CONVICTED_AT:
+        return
+    sound = sentinel.state_dict
+
+    def elsewhere() -> dict[str, Any]:
+        state = sound()
+        for convict in state["convicts"]:
+            convict["device"]["host"] = "another-host"
+        return state
+
+    sentinel.state_dict = elsewhere
 
 
 def lie_once(engine: Any, step: int) -> None:

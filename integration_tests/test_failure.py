@@ -97,6 +97,17 @@ def test_an_error_on_one_rank_reaches_all_with_its_text(jobs, tmp_path):
         assert said in result.stderr[rank], result.describe()
 
 
+def test_a_halt_whose_checkpoint_one_rank_cannot_write_ends_all_with_the_reason_first(jobs, tmp_path):
+    with start(jobs, tmp_path, "full", 20) as job:
+        result = job.wait(timeout=150)
+    assert not result.timed_out and result.returncodes == (HALTED_EXIT_CODE,) * SIZE, result.describe()
+    for rank, text in enumerate(result.stderr):
+        (line,) = [line for line in text.splitlines() if "SentinelHalt: training stopped in step 5" in line]
+        reason, _, problem = line.partition(". No checkpoint, or a part of one: ")
+        assert f"{named(3, REPLICAS)} convicted" in reason and "could not be written" in problem, line
+        assert ("No space left on device" in problem) == (rank == 2)
+
+
 @pytest.mark.parametrize("launcher", ["bare", pytest.param("torchrun", marks=pytest.mark.long)])
 def test_halt_stops_all_ranks_with_a_checkpoint(jobs, tmp_path, launcher):
     with start(jobs, tmp_path, "halt", 20, launcher=launcher) as job:
@@ -107,6 +118,7 @@ def test_halt_stops_all_ranks_with_a_checkpoint(jobs, tmp_path, launcher):
     texts = [text for text in result.stderr if "SentinelHalt: training stopped in step 5" in text]
     assert texts and f"{named(3, REPLICAS)} convicted" in texts[0], result.describe()
     said = result.stdout[0] + result.stderr[0]
+    assert "[sentinel] step 5: HALT: " in said
     story = [said.index(f"[sentinel] step {step}: {word}") for step, word in STORY] + [said.index("[sentinel] END")]
     assert story == sorted(story), said
     folder = tmp_path / "sentinel" / "halt_checkpoint"

@@ -15,7 +15,7 @@ from deepspeed_sentinel.evidence.stage_secret import digest_keys, seal, unseal
 from integration_tests.harness import named
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
-from integration_tests.spoiling import LIAR, LIES_AT
+from integration_tests.spoiling import CONVICTED_AT, LIAR, LIES_AT
 
 FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1, "start_step": 25}
 BASE = Scenario(name="whole", steps=32, micro_batches=4, hidden=64, lengths=(48,))
@@ -39,7 +39,9 @@ def runs(folder):
         "conviction": "statistics",
     }
     honest = {"enabled": True, "output_dir": str(folder / "honest"), "seed": 0}
-    watched, plain, clean, spoilt = (str(folder / name) for name in ("watched", "plain", "clean", "spoilt"))
+    watched, plain, clean, spoilt, convicted = (
+        str(folder / name) for name in ("watched", "plain", "clean", "spoilt", "convicted")
+    )
     # Until the attack begins the whole run is a clean one too.
     whole = BASE.with_(
         sentinel=block,
@@ -57,6 +59,14 @@ def runs(folder):
             save=None,
             load={"directory": watched},
         ),
+        whole.with_(
+            name="convicting",
+            steps=CONVICTED_AT + 1,
+            load={"directory": watched},
+            hook="integration_tests.spoiling:convict_elsewhere",
+            save={"directory": convicted, "after_step": CONVICTED_AT + 1},
+        ),
+        BASE.with_(name="elsewhere", steps=CONVICTED_AT + 5, sentinel=honest, load={"directory": convicted}),
         BASE.with_(
             name="spoilt",
             steps=27,
@@ -88,6 +98,17 @@ def test_a_resumed_run_gives_the_same_decisions_losses_and_weights(runs):
 def test_strikes_from_before_the_checkpoint_count(runs):
     # The attack began at step 25: one strike is in the checkpoint, the third falls at step 27.
     assert runs["resumed"][0].verdicts[1]["newly_convicted"] == [[1, 2]]
+
+
+def test_a_conviction_does_not_hold_for_another_machine_in_that_place_and_all_ranks_say_so(runs, folder):
+    assert all(run.verdicts[-1]["convicted"][1] == [False, False, True] for run in runs["convicting"])
+    for run in runs["elsewhere"]:
+        assert run.verdicts and not any(map(any, run.verdicts[-1]["convicted"]))
+        assert not any(verdict["newly_convicted"] or any(verdict["excluded"]) for verdict in run.verdicts)
+    told = [json.loads(line) for line in (folder / "honest" / "events.jsonl").read_text().splitlines()]
+    (event,) = [event for event in told if event["kind"] == "replaced"]
+    assert (event["step"], event["stage"], event["replica"]) == (CONVICTED_AT + 1, 1, 2)
+    assert "another-host" in event["before"] and event["who"][0]["host"] != "another-host"
 
 
 def test_a_checkpoint_holds_no_secret_and_nothing_that_is_known_of_pairs(runs, folder):

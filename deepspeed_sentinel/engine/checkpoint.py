@@ -1,8 +1,8 @@
 """Sentinel's state in DeepSpeed checkpoints: it travels in the client state of every stage's own file.
 
-The judge's state and the wiring are the same on all ranks and grow with the mesh, so only the first stage's file holds
-them. The ledger of devices is rank 0's alone. Rank 0 is worker (stage 0, replica 0) in every topology, and replica 0
-writes its stage's file, so it gets back what it gave.
+The judge's state, the wiring and who is convicted are the same on all ranks and grow with the mesh, so only the first
+stage's file holds them. The ledger of devices is rank 0's alone. Rank 0 is worker (stage 0, replica 0) in every
+topology, and replica 0 writes its stage's file, so it gets back what it gave.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import torch.distributed as dist
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.mesh import DIRECTIONS
 from deepspeed_sentinel.telemetry import console
+from deepspeed_sentinel.telemetry.exclusion import read_saved, saved
 
 if TYPE_CHECKING:
     from deepspeed_sentinel.engine.sentinel import Sentinel
 
 KEY = "deepspeed_sentinel"
 _MOST_PARTS = 1 << 10
+MOST_BYTES = 1 << 33  # of what the first stage alone keeps: 64 x 64 workers have some 2^27 for each part of a message
 
 
 def saver(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., Any]:
@@ -36,7 +38,7 @@ def saver(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., Any
         sentinel.devices.write()  # first, so that the file is never behind a checkpoint
         state = {**sentinel.state_dict(), **sentinel.devices.state_dict()}
         if sentinel.worker.stage != 0:
-            del state["judge"], state["columns"]
+            del state["judge"], state["columns"], state["convicts"]
         return original(save_dir, tag, {**(client_state or {}), KEY: state}, *args, **kwargs)
 
     return save_checkpoint
@@ -68,6 +70,7 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
             return path, client_state
         without = {divmod(index, sentinel.mesh.links) for index, bit in enumerate(words_W[1:]) if bit}
         told = {name: state.get(name) for name in ("judge", "columns")}
+        told["convicts"] = saved(tuple(read_saved(state.get("convicts")).values()))
         state |= _from_bytes(sentinel.of_first_stage(_to_bytes(told)))
         sentinel.load_state_dict(state, without)
         if dist.get_rank() == 0:
@@ -95,14 +98,14 @@ def _problem(state: Any, sentinel: Sentinel) -> str | None:
     differing = [
         f"{name} {state['shape'].get(name)} (here {here[name]})"
         for name in here
-        if state["shape"].get(name) != here[name]
+        if type(state["shape"].get(name)) is not int or state["shape"][name] != here[name]
     ]
     if differing:
         return f"is of a run with {', '.join(differing)}"
     if not _are_baselines(state.get("evidence")):
         return "has no baselines"
     parts = state["shape"].get("parts", 1)
-    if not isinstance(parts, int) or not 1 <= parts <= _MOST_PARTS:
+    if type(parts) is not int or not 1 <= parts <= _MOST_PARTS:
         return f"is of messages of {parts} parts"
     return sentinel.problem(state, parts) if sentinel.worker.stage == 0 else None
 
@@ -135,7 +138,10 @@ def to_tensors(state: Any) -> Any:
 
 
 def to_arrays(state: Any) -> Any:
-    """The inverse of ``to_tensors``; what is no tensor stays what it is."""
+    """The inverse of ``to_tensors``; what is no tensor, or one that numpy has no array for, stays what it is."""
     if isinstance(state, dict):
         return {key: to_arrays(value) for key, value in state.items()}
-    return state.cpu().numpy() if isinstance(state, torch.Tensor) else state
+    try:
+        return state.cpu().numpy() if isinstance(state, torch.Tensor) else state
+    except (TypeError, RuntimeError):
+        return state

@@ -43,6 +43,11 @@ class Columns:
         self._last_step = -1
 
     @property
+    def next(self) -> np.ndarray:
+        """int64 [S, C], what the next schedule goes by, or the one that runs."""
+        return self._next
+
+    @property
     def own(self) -> int:
         """The column that this worker serves."""
         return int(columns_of(self.wiring)[self._worker])

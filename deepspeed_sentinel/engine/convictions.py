@@ -53,6 +53,11 @@ class Convictions:
         """Who is convicted, and where it ran then."""
         return tuple(self._known.get(worker) or self._unknown(worker) for worker in workers_of(self._convicted()))
 
+    @property
+    def replaced(self) -> tuple[Convict, ...]:
+        """Those in whose place another machine is now: their convictions do not hold for it."""
+        return tuple(one for one in self.convicts if one.device.is_another(self._who.device(one.worker)))
+
     def _unknown(self, worker: Worker) -> Convict:
         place = place_of(worker, self._who(worker).rank, NOBODY)
         return Convict(place, NOBODY, None, "convicted before this run, and where it ran is not known")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
 
@@ -18,8 +19,22 @@ def ends_with(code: int) -> None:
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        before(kind, error, trace)
-        if isinstance(error, SentinelHalt):
-            raise SystemExit(code)
+        if not isinstance(error, SentinelHalt):
+            return before(kind, error, trace)
+        try:
+            before(kind, error, trace)
+        except Exception:
+            sys.__excepthook__(kind, error, trace)
+        _flush()
+        raise SystemExit(code)
 
     sys.excepthook = hook
+
+
+def _flush() -> None:
+    """What was printed and cannot be written, on a full disk for one, is given up: Python would end with 120 for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

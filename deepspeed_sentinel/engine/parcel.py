@@ -10,6 +10,9 @@ from typing import Any
 import torch
 
 _PLAIN = (bool, int, float, str, type(None))
+# Replicas draw alike, so a parcel of another one is about as large as one's own. Where lengths differ it may be so many
+# times as large, or have so many bytes.
+_TIMES, _FREE_BYTES = 16, 1 << 28
 
 
 def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -53,6 +56,19 @@ def checksums(parts: Sequence[Any]) -> tuple[int, int]:
         map_tensors(part, describe)
         described.append("/")
     return zlib.crc32(" ".join(sorted(kinds)).encode()), zlib.crc32(" ".join(described).encode())
+
+
+def most_bytes(parts: Sequence[Any]) -> int:
+    """How large a parcel to take of another replica that draws what this one has drawn."""
+    sizes: list[int] = []
+
+    def measure(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    for part in parts:
+        map_tensors(part, measure)
+    return max(_TIMES * sum(sizes), _FREE_BYTES)
 
 
 def to_bytes(parts: Sequence[Any]) -> torch.Tensor:

@@ -252,6 +252,9 @@ class Sentinel:
         self.gate.columns.load_state_dict(checkpoint.to_arrays(state["columns"]))
         self._convictions.load_state_dict(state.get("convicts"))
         self._collector.load_state_dict(state["evidence"], without)
+        for convict in self._convictions.replaced:
+            self.gate.judge.forget(convict.worker)
+            self._telling.replaced(self.engine.global_steps, convict)
 
     def problem(self, state: dict[str, Any], parts: int) -> str | None:
         """Why what the first stage alone keeps cannot be taken over, in words that follow "checkpoint ..."; or None."""
@@ -344,7 +347,7 @@ class Sentinel:
 
     def of_first_stage(self, mine: torch.Tensor) -> torch.Tensor:
         """uint8 [N]: what the first stage's worker of this column says. Collective."""
-        return self._control.of_first_stage(mine)
+        return self._control.of_first_stage(mine, checkpoint.MOST_BYTES)
 
     def _aggregate_total_loss(self) -> torch.Tensor:
         original: Callable[[], torch.Tensor] = self._originals["_aggregate_total_loss"]
@@ -359,23 +362,38 @@ class Sentinel:
         def original(outputs: Any) -> Any:
             return self._originals["_reduce_outputs"](outputs, reduce=reduce, reduce_dp=reduce_dp, **more)
 
-        wiring = self.gate.columns.wiring
-        out_C = np.asarray(np.take_along_axis(self.gate.judge.record.convicted, wiring, axis=1).any(0))
-        if self._lenient or reduce is None or not reduce_dp or not out_C.any() or not torch.is_tensor(outputs[0]):
+        if reduce is None or not reduce_dp or not torch.is_tensor(outputs[0]):
             return original(outputs)
-        if self.worker.replica == 0:
-            self._telling.left_out_of_evaluation(out_C)
+        out_C = self.leave_out_of_evaluation()
+        if not out_C.any():
+            return original(outputs)
         return mean_without(out_C, self.gate.columns.own, outputs, original)
 
+    def leave_out_of_evaluation(self) -> np.ndarray:
+        """Columns that an evaluation is to be without, bool [C], since a convicted worker serves them; said once."""
+        # Those of the schedule that comes: where one runs, it is in effect already.
+        wiring = self.gate.columns.next
+        out_C = np.asarray(np.take_along_axis(self.gate.judge.record.convicted, wiring, axis=1).any(0))
+        if self._lenient:
+            out_C[:] = False
+        if out_C.any() and self.worker == (self.mesh.stages - 1, 0):
+            self._telling.left_out_of_evaluation(out_C)
+        return out_C
+
     def _halt(self, verdict: Verdict) -> None:
-        folder = f"{self.config.output_dir}/halt_checkpoint"
-        self.engine.save_checkpoint(folder)
-        self._telling.exclusions(self.write_exclusions)
         machines = "; ".join(map(str, self.convicts))
         without = f" Start again without {machines}: see {FILE} there." if machines else ""
         if machines:
             ends_with(HALTED_EXIT_CODE)
+        folder, problem = f"{self.config.output_dir}/halt_checkpoint", None
+        self._telling.exclusions(self.write_exclusions)
+        try:
+            self.engine.save_checkpoint(folder)
+            saved = f"Checkpoint without the excluded contributions: {folder}."
+        except Exception as error:  # whatever it is, a full disk or a rank that is gone over one, it is not the reason
+            problem = error
+            saved = f"No checkpoint, or a part of one: {folder} could not be written ({type(error).__name__}: {error})."
         raise SentinelHalt(
-            f"training stopped in step {verdict.step}: {verdict.halt}. Checkpoint without the excluded contributions: "
-            f"{folder}. See {self.config.output_dir}/{EVENTS_FILE}.{without}"
-        )
+            f"training stopped in step {verdict.step}: {verdict.halt}. {saved} See "
+            f"{self.config.output_dir}/{EVENTS_FILE}.{without}"
+        ) from problem

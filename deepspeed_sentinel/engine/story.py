@@ -1,9 +1,10 @@
 """What the steps of a run come to, as lines of the log, in the order in which things happen.
 
-    ALARM or DISPUTE -> LEFT OUT -> SUSPECT -> PROVED -> CONVICTED, with its evidence -> NOW, what to do
+    ALARM or DISPUTE -> LEFT OUT -> SUSPECT -> PROVED -> CONVICTED, with its evidence -> NOW, what to do -> ISOLATED
+    -> HALT
 
-A column that stays left out is not told again before that changes. What a convicted worker goes on doing is told once,
-then counted.
+A column that stays left out is not told again before that changes, nor is who is isolated. What a convicted worker goes
+on doing is told once, then counted.
 """
 
 from __future__ import annotations
@@ -29,13 +30,17 @@ _NEXT = {
     "quarantine": "Its column is left out from here on, and training goes on without it.",
     "halt": "Training stops with a checkpoint.",
 }
+_ISOLATED = (
+    "Somebody keeps columns out and cannot be proved, and these are the fewest who would explain it: they are dealt "
+    "into as few columns as can hold them. It convicts nobody"
+)
 
 
 class Story:
     """Tells verdicts, one after the other.
 
     Attributes:
-        suspects: bool [S, R], as of the last one.
+        suspects, isolated: bool [S, R], as of the last one.
         steps: how many there were.
         since: alarms, disputes and proofs of each convicted worker that were not told.
 
@@ -50,6 +55,7 @@ class Story:
         self._mesh, self._who, self._say = mesh, who, say
         self.go_by(config)
         self.suspects = np.zeros((mesh.stages, mesh.replicas), bool)
+        self.isolated = self.suspects
         self._out: tuple[int, ...] = ()
         self.steps = 0
         self.since: Counter[Worker] = Counter()
@@ -62,7 +68,7 @@ class Story:
         """Tell what one step came to."""
         for line in self._lines(verdict):
             self._say(verdict.step, line)
-        self.suspects = verdict.suspects.copy()
+        self.suspects, self.isolated = verdict.suspects.copy(), verdict.isolated.copy()
         self.steps += 1
 
     def _lines(self, verdict: Verdict) -> Iterator[str]:
@@ -83,10 +89,16 @@ class Story:
             yield f"NOW: {self._what_now(worker)}"
         for worker in verdict.released:
             yield f"RELEASED: {worker}, on probation"
+        if (isolated := workers_of(verdict.isolated)) != workers_of(self.isolated):
+            yield (
+                f"ISOLATED: {'; '.join(map(str, isolated))}. {_ISOLATED}" if isolated else "nobody is isolated any more"
+            )
         if verdict.excluded.all():
             yield "every column excluded, step skipped"
         elif verdict.skip:
             yield "gradients overflow in most replicas of a stage, step skipped"
+        if verdict.halt:
+            yield f"HALT: {verdict.halt}"
 
     def _left_out(self, verdict: Verdict) -> Iterator[str]:
         out = tuple(np.flatnonzero(verdict.excluded).tolist())

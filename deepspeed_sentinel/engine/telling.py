@@ -20,7 +20,7 @@ from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.telemetry import events
 from deepspeed_sentinel.telemetry.eventlog import EVENTS_FILE
-from deepspeed_sentinel.telemetry.exclusion import FILE
+from deepspeed_sentinel.telemetry.exclusion import FILE, Convict
 from deepspeed_sentinel.telemetry.findings import device_event, verdict_events, weights_events, wiring_event
 from deepspeed_sentinel.telemetry.standing import Above, Standing
 from deepspeed_sentinel.telemetry.who import Who
@@ -139,7 +139,7 @@ class Telling:
         if not self._first:
             return
         every_step = self._config.events == "steps"
-        for event in verdict_events(verdict, every_step, self._story.suspects, self._who):
+        for event in verdict_events(verdict, every_step, self._story.suspects, self._who, self._story.isolated):
             self._voice.event(verdict.step, event)
         if self._warming_up and not verdict.warming_up:
             self._voice.of_step(verdict.step, JUDGING)
@@ -162,6 +162,18 @@ class Telling:
             write()
         except (OSError, ValueError) as error:
             self._voice.note(f"cannot write which machines to leave out: {error}")
+
+    def replaced(self, step: int, convict: Convict) -> None:
+        """A state was taken over in which a worker is convicted in whose place another machine is now."""
+        if not self._first:
+            return
+        worker, when = convict.worker, "" if convict.step is None else f" in step {convict.step}"
+        self._voice.of_step(
+            step,
+            f"{convict}, convicted{when} of a run before, is not here: {worker} is in its place, and nothing is held "
+            "against it",
+        )
+        self._voice.event(step, events.Replaced(*worker, before=str(convict)))
 
     def own_wiring(self) -> None:
         """A state was taken over whose columns others served."""

@@ -35,7 +35,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import backends
 
 from deepspeed_sentinel.config import SentinelConfig
-from deepspeed_sentinel.engine.parcel import can_be_sent, checksums, from_bytes, to_bytes
+from deepspeed_sentinel.engine.parcel import can_be_sent, checksums, from_bytes, most_bytes, to_bytes
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.keys import Secret
@@ -160,7 +160,7 @@ class TwinSteps:
             key = hkdf.derive(str(seed).encode())
         mine = torch.frombuffer(bytearray(key), dtype=torch.uint8)
         if self._worker.stage == 0:
-            mine = self._control.of_replica(mine, 0)
+            mine = self._control.of_replica(mine, 0, most=_KEY_BYTES)
         theirs = self._control.swap_ends(mine)
         return bytes((mine if self._worker.stage == 0 else theirs).tolist())
 
@@ -224,7 +224,7 @@ class TwinSteps:
         mine = torch.empty(0, dtype=torch.uint8)
         if self._worker.replica == drawn.source:
             mine = to_bytes(parts or [])
-        file_N = self._control.of_replica(mine, drawn.source)
+        file_N = self._control.of_replica(mine, drawn.source, most=most_bytes(parts or []))
         try:
             given = from_bytes(file_N, torch.device(self._engine.device))
         except Exception as error:

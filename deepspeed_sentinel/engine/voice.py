@@ -74,7 +74,11 @@ class Voice:
     def close(self) -> None:
         """No event comes any more."""
         if self._log:
-            self._log.close()
+            try:
+                self._log.close()
+            except OSError as error:
+                self.note(f"cannot write to {self._folder!r} any more: {error}")
+            self._log = None
 
 
 def opened(control: Control, how: Callable[[], _Opened] | None) -> tuple[_Opened | None, str]:

@@ -17,6 +17,7 @@ from deepspeed_sentinel.mesh import FORWARD
 # left of a step that was one. It would keep the copies of a baseline apart for hundreds of steps.
 LARGER = 16.0
 _LARGEST = float(torch.finfo(torch.float32).max)
+_MOST_STEPS = 1 << 53  # what no count of steps comes to, and a float still holds
 
 
 class Baselines:
@@ -143,8 +144,8 @@ class Baselines:
                 isinstance(average, torch.Tensor)
                 and average.dtype == torch.float32
                 and average.dim() == 1
-                and isinstance(count, int)
-                and count >= 0
+                and type(count) is int
+                and 0 <= count <= _MOST_STEPS
             )
             for average, count in ends
         )

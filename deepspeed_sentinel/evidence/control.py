@@ -26,6 +26,7 @@ import torch.distributed as dist
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.mesh import Worker
 
+_MOST_TEXT = 1 << 16
 _SPARE_FILES = 256  # what a process opens besides: libraries, data, logs, the launcher's store
 
 
@@ -72,34 +73,43 @@ class Control:
         return self.all_gather(torch.tensor(words, dtype=torch.int64))
 
     def of_first(self, text: str) -> str:
-        """What rank 0 says, on all ranks. Collective."""
+        """What rank 0 says, on all ranks, at most 2^16 bytes. Collective."""
         said = np.frombuffer(text.encode(), np.uint8) if dist.get_rank() == 0 else np.zeros(0, np.uint8)
         size = int(self.all_gather(torch.tensor([said.size]))[0])
+        _check_size(size, _MOST_TEXT, Worker(*np.argwhere(self._ranks == 0)[0].tolist()))
         mine = np.zeros(max(size, 1), np.uint8)
         mine[: said.size] = said
         return bytes(self.all_gather(torch.from_numpy(mine))[0, :size].tolist()).decode()
 
-    def of_first_stage(self, mine: torch.Tensor) -> torch.Tensor:
-        """What the first stage's worker of this column says, uint8 [N] of any size, on all of the column. Collective.
+    def of_first_stage(self, mine: torch.Tensor, most: int) -> torch.Tensor:
+        """What the first stage's worker of this column says, uint8 [N], on all of the column. Collective.
 
         Args:
             mine: this rank's; only the first stage's counts.
+            most: bytes to take.
+
+        Raises:
+            SentinelError: it announces more.
         """
-        return self._broadcast(mine, int(self._ranks[0, self._replica]), self._column)
+        return self._broadcast(mine, Worker(0, self._replica), self._column, most)
 
     def of_dealer(self, mine: torch.Tensor) -> torch.Tensor:
-        """What replica 0 of the first stage says, uint8 [N] of any size, on all ranks. Collective.
+        """What replica 0 of the first stage says, uint8 [N], on all ranks. Collective. Raises as ``of_first_stage``.
 
         Args:
-            mine: this rank's; only that worker's counts.
+            mine: this rank's, of the size of what is to come; only that worker's counts.
         """
-        return self.of_first_stage(self.of_replica(mine, 0) if self._stage == 0 else mine)
+        most = mine.numel()
+        return self.of_first_stage(self.of_replica(mine, 0, most) if self._stage == 0 else mine, most)
 
-    def _broadcast(self, mine: torch.Tensor, source: int, group: dist.ProcessGroup | None) -> torch.Tensor:
+    def _broadcast(
+        self, mine: torch.Tensor, sender: Worker, group: dist.ProcessGroup | None, most: int
+    ) -> torch.Tensor:
         if group is None:
             return mine
-        size = torch.tensor([mine.numel()])
+        source, size = int(self._ranks[sender]), torch.tensor([mine.numel()])
         dist.broadcast(size, source, group=group)
+        _check_size(int(size), most, sender)
         said = mine if dist.get_rank() == source else torch.empty(int(size), dtype=torch.uint8)
         dist.broadcast(said, source, group=group)
         return said
@@ -108,14 +118,15 @@ class Control:
         """What the replicas of this stage say, [N] -> [R, N]. Collective in the stage."""
         return self._in_row(mine[None])[:, 0]
 
-    def of_replica(self, mine: torch.Tensor, replica: int) -> torch.Tensor:
-        """What one replica of this stage says, uint8 [N] of any size. Collective in the stage.
+    def of_replica(self, mine: torch.Tensor, replica: int, most: int) -> torch.Tensor:
+        """What one replica of this stage says, uint8 [N]. Collective in the stage. Raises as ``of_first_stage``.
 
         Args:
             mine: this rank's; only that of ``replica`` counts.
             replica: who speaks.
+            most: bytes to take.
         """
-        return self._broadcast(mine, int(self._ranks[self._stage, replica]), self._row)
+        return self._broadcast(mine, Worker(self._stage, replica), self._row, most)
 
     def swap_ends(self, mine: torch.Tensor) -> torch.Tensor:
         """What the other end of this column says, of the size of ``mine``. For its first and its last stage alone."""
@@ -143,6 +154,16 @@ class Control:
             f"what {', '.join(map(str, said))} said to all ranks came to {Worker(self._stage, self._replica)} in two "
             f"versions, handed on by {', '.join(map(str, handed_on))}: one of them alters it, or its sender said two "
             "things. Nothing of this step was applied. Resume from the last checkpoint without the one at fault."
+        )
+
+
+def _check_size(size: int, most: int, sender: Worker) -> None:
+    """Before memory is taken for it."""
+    if not 0 <= size <= most:
+        raise SentinelError(
+            f"{sender} announces {size} bytes to this rank, which takes 0 to {most} here. Resume from the last "
+            "checkpoint without it, or find out what alters its words; where it is a micro-batch of a twin step, let "
+            "all loaders make micro-batches of about one size."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -32,9 +33,19 @@ def share_logits(engine: Any, pipeline: CausalLMPipeline, outputs: Any, ids_BT: 
     return logits_BTV
 
 
-def gather_replicas(accelerator: Accelerator, tensor: torch.Tensor, stages: int) -> torch.Tensor:
-    """``gather_for_metrics`` over replicas: all stages hold the same, so the first stage's is kept."""
+def gather_replicas(accelerator: Accelerator, tensor: torch.Tensor, stages: int, out_C: np.ndarray) -> torch.Tensor:
+    """``gather_for_metrics`` over replicas: all stages hold the same, so the first stage's is kept.
+
+    Args:
+        accelerator: of this process.
+        tensor: [B, ...], this process's rows.
+        stages: how many.
+        out_C: bool [C], columns whose rows do not count. First and last stage never move, so they are a replica's.
+    """
     gathered = accelerator.gather(tensor)
     gathered = gathered[: len(gathered) // stages]
+    counts = np.repeat(~out_C, len(gathered) // len(out_C))
     state = accelerator.gradient_state
-    return gathered[: state.remainder] if state.end_of_dataloader and state.remainder > 0 else gathered
+    if state.end_of_dataloader and state.remainder > 0:
+        counts[state.remainder :] = False
+    return gathered if counts.all() else gathered[torch.from_numpy(counts).to(gathered.device)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import deepspeed
+import numpy as np
 import torch
 from accelerate.utils import DistributedType, DummyOptim, DummyScheduler
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
@@ -257,11 +258,15 @@ class SentinelTrainer(Trainer):
 
     # ---- evaluation ----
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As the Trainer's; rows of columns that a convicted worker serves are in no evaluation, but are predicted."""
         if self.deepspeed is None:
             self._start_engine(deepspeed.initialize, trains=False)
-        self.gather_function = lambda tensor: gather_replicas(self.accelerator, tensor, self.mesh.stages)
-        return super().evaluation_loop(*args, **kwargs)
+        out_C = np.zeros(self.mesh.replicas, bool)
+        if self.sentinel is not None and description != "Prediction":
+            out_C = self.sentinel.leave_out_of_evaluation()
+        self.gather_function = lambda tensor: gather_replicas(self.accelerator, tensor, self.mesh.stages, out_C)
+        return super().evaluation_loop(dataloader, description, *args, **kwargs)
 
     def prediction_step(
         self,

@@ -123,6 +123,11 @@ class Isolation:
         if self._acts and self._clear(cleared):
             self._explain(convicted, fewer=False)
 
+    def forget(self, worker: Worker) -> None:
+        """Remember no event of a worker, since it is another one than before."""
+        self._events = self._events[self._events[:, worker.stage] != worker.replica]
+        self.isolated[worker] = False
+
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
             "events": self._events.copy(),

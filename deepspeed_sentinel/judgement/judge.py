@@ -339,6 +339,7 @@ class Judge:
             differences=trial.differences if trial else (),
             contradicted=tuple(one for one in by_several if changes.convicted[one.worker]),
             cleared=_workers(changes.cleared),
+            isolated=self.isolation.isolated.copy(),
             action=self.settings.action,
         )
 
@@ -366,7 +367,18 @@ class Judge:
             newly_convicted=_workers(changes.convicted),
             released=_workers(changes.released),
             halt=self._halt_reason(changes.convicted),
+            isolated=self.isolation.isolated.copy(),
         )
+
+    def forget(self, worker: Worker) -> None:
+        """Hold nothing against a worker, since another machine is in its place. What is known of columns stays."""
+        marked = np.zeros((self.mesh.stages, self.mesh.replicas), bool)
+        marked[worker] = True
+        self.record.forget(worker)
+        self.unsettled.forget(worker)
+        self.isolation.forget(worker)
+        self.standing.forget(marked)
+        self.cusum.forget(marked)
 
     def state_dict(self) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
         return {

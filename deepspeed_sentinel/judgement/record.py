@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepspeed_sentinel.mesh import Mesh
+from deepspeed_sentinel.mesh import Mesh, Worker
 
 _TRIED_AT_FIRST, _TRIED_AT_LEAST, _PATIENCE, _LONG = 0.5, 1.0 / 64.0, 4, 9
 _HOPELESS = 3  # twin steps in a row that could not be made, after which strikes convict until one can
@@ -208,6 +208,15 @@ class Record:
         assert self._before is not None, "no step was entered yet"
         self.load_state_dict(self._before)
         return self.update(struck, disputed, *self._shown)
+
+    def forget(self, worker: Worker) -> None:
+        """Hold nothing against a worker, since it is another one than before."""
+        place = (slice(None), *worker)
+        for window in (self._struck, self._counted, self._doubted, self._untried):
+            window[place] = False
+        for marked in (self.convicted, self.on_probation, self._explained):
+            marked[worker] = False
+        self._quiet_steps[worker] = 0
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {

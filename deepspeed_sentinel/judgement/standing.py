@@ -67,6 +67,10 @@ class Standing:
         self._forget(lasts)
         return lasts, mean
 
+    def forget(self, workers: np.ndarray) -> None:
+        """Nothing stood out of these, bool [S, R]: they are others than before."""
+        self._forget(np.take_along_axis(sent_by(workers), self._who, axis=-1))
+
     def state_dict(self) -> dict[str, np.ndarray]:
         return {name: getattr(self, f"_{name}").copy() for name in _STATE}
 

@@ -120,6 +120,12 @@ class Unsettled:
         """Between whom something is unsettled: where one of the two is convicted (bool [S, R]), nothing is."""
         return tuple(self._open(self._left > 0, convicted))
 
+    def forget(self, worker: Worker) -> None:
+        """Nothing is unsettled with a worker, since it is another one than before."""
+        self._left[:, worker.stage, worker.replica] = 0
+        for distance in range(min(_REACH, worker.stage + 1)):
+            self._left[distance, worker.stage - distance, :, worker.replica] = 0
+
     def state_dict(self) -> dict[str, np.ndarray]:
         return {"left": self._left.copy(), "alike": self._alike.copy()}
 

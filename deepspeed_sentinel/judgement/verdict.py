@@ -204,6 +204,7 @@ class Verdict:
         proofs, differences: what a twin step has shown.
         contradicted: who is convicted because it contradicts too many.
         cleared: suspects that a twin step has cleared.
+        isolated: bool [S, R], who is kept where columns are lost, unproved (``isolation.py``), after this step.
         wiring: int64 [S, C], of the next step; None where nobody deals.
         action: by which it was judged, see ``JudgeSettings``.
     """
@@ -232,6 +233,7 @@ class Verdict:
     differences: tuple[Difference, ...] = ()
     contradicted: tuple[Contradicted, ...] = ()
     cleared: tuple[Worker, ...] = ()
+    isolated: np.ndarray = field(default_factory=lambda: NOBODY)
     wiring: np.ndarray | None = None
     action: str = ""
 

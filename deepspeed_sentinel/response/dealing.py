@@ -95,9 +95,9 @@ class Dealer:
         Raises:
             ValueError: it is none of this mesh.
         """
-        wiring = np.array(state["wiring"], np.int64)
+        wiring = np.asarray(state["wiring"])
         check_wiring(self._mesh, wiring)
-        self.wiring = wiring
+        self.wiring = wiring.astype(np.int64)
 
 
 def _about_anybody(doubts: Doubts) -> bool:

@@ -39,7 +39,7 @@ class Recorder:
         mesh = self._mesh = simulation.mesh
         self._folder = folder
         self._wiring = simulation.dealer.wiring
-        self._suspects = np.zeros((mesh.stages, mesh.replicas), bool)
+        self._suspects = self._isolated = np.zeros((mesh.stages, mesh.replicas), bool)
         ranks = np.arange(mesh.stages * mesh.replicas).reshape(mesh.stages, mesh.replicas)
         self._devices = [
             [Device(f"simulated-{rank // _SLOTS}", rank % _SLOTS, name="cpu") for rank in row] for row in ranks.tolist()
@@ -58,7 +58,7 @@ class Recorder:
 
     def step(self, verdict: Verdict) -> None:
         """Write what one step came to."""
-        for event in verdict_events(verdict, True, self._suspects, self._who):
+        for event in verdict_events(verdict, True, self._suspects, self._who, self._isolated):
             self._log.write(verdict.step, event)
         counts = step_counts(verdict, self._wiring)
         proofs = np.zeros_like(counts["judged"])
@@ -70,7 +70,7 @@ class Recorder:
             self._convicts[worker] = Convict(self._who(worker), self._who.device(worker), verdict.step, why)
         for worker in verdict.released:
             self._convicts.pop(worker, None)
-        self._suspects = verdict.suspects.copy()
+        self._suspects, self._isolated = verdict.suspects.copy(), verdict.isolated.copy()
         self._steps += 1
         for name, more in (
             ("judged_messages", int(counts["judged"].sum())),

@@ -39,7 +39,7 @@ def deals(events: Iterable[Mapping[str, Any]], mesh: Mesh) -> list[Deal]:
         return Deal(step, wiring, np.asarray(np.take_along_axis(convicted, wiring, 1).any(0)))
 
     for event in events:
-        if event["kind"] in ("conviction", "release"):
+        if event["kind"] in ("conviction", "release", "replaced"):
             convicted[event["stage"], event["replica"]] = event["kind"] == "conviction"
         elif event["kind"] == "wiring":
             if event["step"] != step or not found:

@@ -32,6 +32,7 @@ _MAGIC = b"dev2"
 BYTES = _LAYOUT.size
 _HOST, _UUID, _ADDRESS, _NAME = 128, 64, 32, 32
 _MOST_SLOTS = 65536
+_SHOWN = 3  # shared places that are told one by one
 _TEXT = re.compile(r"[A-Za-z0-9._:-]*")
 _NO_UUID = re.compile(r"[0-]*")  # what some drivers tell in place of one
 
@@ -66,8 +67,10 @@ class Device:
                     f"{name} of a device is {text!r:.160}; allowed are at most {most} of the characters A-Z, a-z, "
                     "0-9 and ._:-; look at what that worker's host calls itself"
                 )
-        if not 0 <= self.slot < _MOST_SLOTS:
-            raise ValueError(f"slot of a device is {self.slot}; allowed are 0 to {_MOST_SLOTS - 1}: its local rank")
+        if type(self.slot) is not int or not 0 <= self.slot < _MOST_SLOTS:
+            raise ValueError(
+                f"slot of a device is {self.slot!r:.160}; allowed are 0 to {_MOST_SLOTS - 1}: its local rank"
+            )
 
     @property
     def key(self) -> str:
@@ -77,6 +80,15 @@ class Device:
         if self.uuid:
             return f"gpu:{self.uuid}"
         return f"pci:{self.host}/{self.pci}" if self.pci else f"cpu:{self.host}/{self.slot}"
+
+    def is_another(self, other: Device) -> bool:
+        """Whether the two are known to be different devices, by the most lasting name that both have."""
+        if not (self.host and other.host):
+            return False
+        if self.uuid and other.uuid:
+            return self.uuid != other.uuid
+        by_address = self.pci and other.pci
+        return self.host != other.host or (self.pci != other.pci if by_address else self.slot != other.slot)
 
     def __str__(self) -> str:
         if not self.host:
@@ -151,7 +163,39 @@ def read_gathered(said: np.ndarray, ranks: np.ndarray) -> tuple[tuple[tuple[Devi
         tuple(read(stage, replica, rank) for replica, rank in enumerate(of_stage))
         for stage, of_stage in enumerate(ranks.tolist())
     )
-    return devices, tuple(told)
+    return devices, (*told, *shared_places(devices))
+
+
+def claimed_by(device: Device, devices: Sequence[Sequence[Device]]) -> tuple[Worker, ...]:
+    """Who of a run [S][R] names this device, or its slot of its host, as its own. Nobody, where it has no name."""
+    place = (device.host, device.slot)
+    return tuple(
+        Worker(stage, replica)
+        for stage, of_stage in enumerate(devices)
+        for replica, one in enumerate(of_stage)
+        if device.host and one.host and (one.key == device.key or (one.host, one.slot) == place)
+    )
+
+
+def shared_places(devices: Sequence[Sequence[Device]]) -> tuple[str, ...]:
+    """What to tell about slots of a host that several workers [S][R] name as theirs; of one device see ``keys_of``."""
+    claims = defaultdict(dict[Worker, str])
+    for stage, of_stage in enumerate(devices):
+        for replica, device in enumerate(of_stage):
+            if device.host:
+                claims[device.host, device.slot][Worker(stage, replica)] = device.key
+    shared = [
+        f"{host} slot {slot} is named as its place by {' and '.join(map(str, keys))}"
+        for (host, slot), keys in claims.items()
+        if len(set(keys.values())) > 1
+    ]
+    if not shared:
+        return ()
+    more = f"; and {len(shared) - _SHOWN} more such places" if shared[_SHOWN:] else ""
+    return (
+        f"{'; '.join(shared[:_SHOWN])}{more}: unless several launchers share a host, or none sets LOCAL_RANK, not all "
+        "can be right, and a machine that is named later may be another's",
+    )
 
 
 def keys_of(devices: Sequence[Sequence[Device]]) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:

@@ -268,6 +268,17 @@ class Release(_OfWorker, kind="release"):
 
 
 @dataclass(frozen=True)
+class Isolated(Event, kind="isolated"):
+    """Who is kept where columns are lost, unproved, has changed: somebody there keeps columns out. It convicts nobody.
+
+    Attributes:
+        workers: who, from this step on; empty where nobody is any more.
+    """
+
+    workers: tuple[Worker, ...]
+
+
+@dataclass(frozen=True)
 class Skipped(Event, kind="skipped"):
     """The optimizer did not step."""
 
@@ -348,6 +359,18 @@ class Misfit(_OfWorker, kind="misfit"):
     Attributes:
         stage, replica: who.
     """
+
+
+@dataclass(frozen=True)
+class Replaced(_OfWorker, kind="replaced"):
+    """A checkpoint was loaded, and another machine is in a convicted worker's place: nothing is held against it.
+
+    Attributes:
+        stage, replica: the place, with the machine that is there now.
+        before: who was convicted there, with host and device, in words.
+    """
+
+    before: str
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from deepspeed_sentinel.judgement.proof import Proof
 from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.mesh import Worker
-from deepspeed_sentinel.telemetry.devices import Device
+from deepspeed_sentinel.telemetry.book import MOST
+from deepspeed_sentinel.telemetry.devices import Device, claimed_by
 from deepspeed_sentinel.telemetry.who import Place, place_of
 
 FILE = "exclude.json"
@@ -47,6 +48,10 @@ class Convict:
     device: Device
     step: int | None
     why: str
+
+    @property
+    def worker(self) -> Worker:
+        return Worker(self.place.stage, self.place.replica)
 
     def __str__(self) -> str:
         return str(self.place)
@@ -71,13 +76,21 @@ def read_saved(said: Any) -> dict[Worker, Convict]:
     found = {}
     for one in said if isinstance(said, list) else ():
         try:
-            worker, step = Worker(*map(int, one["worker"])), one["step"]
-            step = None if step is None else int(step)
-            device = Device(**one["device"])
-            found[worker] = Convict(place_of(worker, int(one["rank"]), device), device, step, str(one["why"]))
-        except (TypeError, ValueError, KeyError):
+            worker, step = Worker(*map(_whole, one["worker"])), one["step"]
+            step = None if step is None else _whole(step)
+            device, why = Device(**one["device"]), one["why"]
+            if not isinstance(why, str):
+                raise TypeError(why)
+            found[worker] = Convict(place_of(worker, _whole(one["rank"]), device), device, step, why)
+        except (TypeError, ValueError, LookupError):
             continue
     return found
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MOST:
+        raise ValueError(f"{value!r:.100} is none of 0 to {MOST}")
+    return value
 
 
 def read_earlier(path: Path) -> list[dict[str, Any]]:
@@ -157,6 +170,7 @@ def exclusions(
                 "device": one.device.key,
                 "step": one.step,
                 "why": one.why,
+                **_doubted(one.device, devices),
             }
             for one in convicts
         ]
@@ -167,6 +181,12 @@ def exclusions(
         "slurm": f"--exclude={_list(bad)}" if bad else "",
         "replicas_left": (stages * replicas - len(convicts)) // stages,
     }
+
+
+def _doubted(device: Device, devices: Sequence[Sequence[Device]]) -> dict[str, Any]:
+    """Where several workers name a machine as theirs, all of them."""
+    claimants = claimed_by(device, devices)
+    return {"claimed_by_several": [list(worker) for worker in claimants]} if claimants[1:] else {}
 
 
 def write_exclusions(path: Path, what: dict[str, Any]) -> None:

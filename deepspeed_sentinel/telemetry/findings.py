@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from deepspeed_sentinel.evidence.weights import Comparison, Division
-from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.judgement.verdict import NOBODY, Verdict
 from deepspeed_sentinel.mesh import DIRECTIONS, Worker, columns_of
 from deepspeed_sentinel.telemetry import events
 from deepspeed_sentinel.telemetry.book import COLUMNS
@@ -18,7 +18,9 @@ from deepspeed_sentinel.telemetry.standing import Above, Standing
 from deepspeed_sentinel.telemetry.who import Who
 
 
-def verdict_events(verdict: Verdict, every_step: bool, suspected: np.ndarray, who: Who) -> Iterator[Event]:
+def verdict_events(
+    verdict: Verdict, every_step: bool, suspected: np.ndarray, who: Who, isolated: np.ndarray = NOBODY
+) -> Iterator[Event]:
     """The events of one step, in the order in which things happen.
 
     Args:
@@ -26,6 +28,7 @@ def verdict_events(verdict: Verdict, every_step: bool, suspected: np.ndarray, wh
         every_step: whether there is one where nothing was found.
         suspected: bool [S, R], who was a suspect before it.
         who: names the workers in words.
+        isolated: bool [S, R], who was isolated before it.
     """
     if every_step:
         yield events.Step(
@@ -89,6 +92,8 @@ def verdict_events(verdict: Verdict, every_step: bool, suspected: np.ndarray, wh
         yield events.Conviction(*worker, why=who.fill(reason(verdict, worker)), proved=proved(verdict, worker))
     for worker in verdict.released:
         yield events.Release(*worker)
+    if workers_of(verdict.isolated) != workers_of(isolated):
+        yield events.Isolated(workers_of(verdict.isolated))
     if verdict.skip:
         yield events.Skipped()
     if verdict.halt:

@@ -60,8 +60,8 @@ def main() -> None:
     honest_row = control._broadcast
     if arguments.altering and rank == 1:  # a worker of the first stage hands on something else to its column
 
-        def altered(mine, source, group):  # type: ignore[no-untyped-def]
-            return honest_row(mine ^ 1 if source == rank else mine, source, group)
+        def altered(mine, sender, group, most):  # type: ignore[no-untyped-def]
+            return honest_row(mine ^ 1 if sender == worker else mine, sender, group, most)
 
         control._broadcast = altered  # type: ignore[method-assign]
     refused, of_stage = None, None

@@ -7,7 +7,8 @@ rank 2 come to another verdict at step 3. ``empty`` hands replica 1 a batch with
 when stage 1 of replica 1 tampers. Rank 3 dies at step 3: in ``loss`` when losses are averaged; in ``leave`` before
 the step, and rank 5 ends by an error of its own then. ``twinN``: rank N dies at step 3, when micro-batches are handed
 over in a twin step. ``deal``: columns are dealt anew in every step, and rank 3 dies when another wiring takes effect
-after step 3. ``dealt``: rank 2 deals another one than the others at step 3.
+after step 3. ``dealt``: rank 2 deals another one than the others at step 3. ``full``: as ``halt``, and rank 2
+cannot write its part of the checkpoint.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ def die(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def full(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def main(mode: str, folder: str, steps: str = "8") -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60), verbose=False)
@@ -69,7 +74,7 @@ def main(mode: str, folder: str, steps: str = "8") -> None:
         block |= {"twins": {"every": 1}}
     if mode.startswith("deal"):
         block |= {"wiring": "shuffle"}
-    if mode == "halt":
+    if mode in ("halt", "full"):
         block |= {"action": "halt", "inject": [FAULT]}
     engine, *_ = deepspeed_sentinel.initialize(
         model=module,
@@ -97,6 +102,8 @@ def main(mode: str, folder: str, steps: str = "8") -> None:
                 engine._aggregate_total_loss = die
             if mode == f"twin{rank}":
                 engine.sentinel._twins._of_source = die
+            if mode == "full" and rank == 2:
+                torch.save = full
             if mode == "deal" and rank == 3:
                 engine.sentinel._collector.wire = die
             if mode == "leave" and rank == 3:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from deepspeed.runtime.pipe import p2p
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
@@ -125,6 +126,9 @@ def test_where_nobody_may_be_moved_a_saved_wiring_is_told_of_and_not_taken(told)
         ({"wiring": np.zeros((4, 3), np.int64)}, "names every replica once"),
         ({"wiring": identity(Mesh(4, 2))}, r"is \[4, 3\]"),
         ({"wiring": identity(MESH)[:, ::-1]}, "never move"),
+        ({"wiring": identity(MESH) + 0.5}, "whole numbers, got float64"),
+        ({"wiring": [[10**40, 0, 0]] * 4}, "whole numbers, got object"),
+        ({"wiring": torch.zeros(4, 3, dtype=torch.bfloat16)}, "has a wiring that cannot be"),
     ],
 )
 def test_what_is_no_wiring_is_told_in_words(told, state, said):

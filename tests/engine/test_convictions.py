@@ -9,7 +9,7 @@ import pytest
 from deepspeed_sentinel.engine.convictions import Convictions
 from deepspeed_sentinel.judgement.proof import Proof
 from deepspeed_sentinel.mesh import FORWARD, Worker
-from deepspeed_sentinel.telemetry.devices import Device
+from deepspeed_sentinel.telemetry.devices import NOBODY, Device
 from deepspeed_sentinel.telemetry.exclusion import read_saved, write_exclusions
 from deepspeed_sentinel.telemetry.who import Who
 
@@ -89,6 +89,39 @@ def test_a_run_that_goes_on_elsewhere_names_the_machine_of_then(run):
     assert resumed.convicts == run.convictions.convicts and resumed.convicts[0].device.host == "node-1"
 
 
+def moved(worker, device):
+    devices = [list(of_stage) for of_stage in DEVICES]
+    devices[worker.stage][worker.replica] = device
+    return devices
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "another"),
+    [
+        (Device("node-1", 0), Device("node-1", 0), False),
+        (Device("node-1", 0), Device("node-9", 0), True),
+        (Device("node-1", 0), Device("node-1", 1), True),
+        (Device("node-1", 0, "uuid-a"), Device("node-9", 3, "uuid-a"), False),
+        (Device("node-1", 0, "uuid-a"), Device("node-1", 0, "uuid-b"), True),
+        (Device("node-1", 0, pci="0:1b:0"), Device("node-1", 2, pci="0:1b:0"), False),
+        (Device("node-1", 0, pci="0:1b:0"), Device("node-1", 0, pci="0:1c:0"), True),
+        (Device("node-1", 0, pci="0:1b:0"), Device("node-2", 0, pci="0:1b:0"), True),
+        (Device("node-1", 0, "uuid-a", "0:1b:0"), Device("node-1", 0, "", "0:1b:0"), False),
+        (Device("node-1", 0, "uuid-a"), NOBODY, False),
+        (NOBODY, Device("node-1", 0, "uuid-a"), False),
+    ],
+)
+def test_a_conviction_of_a_run_before_does_not_hold_for_another_machine(run, then, now, another):
+    """By the most lasting name that both give; who keeps its name back is not rid of a conviction by that."""
+    run.convictions = of(run, moved(CULPRIT, then))
+    convict(run)
+    resumed = of(run, moved(CULPRIT, now))
+    resumed.load_state_dict(run.convictions.state_dict())
+    assert [one.worker for one in resumed.replaced] == [CULPRIT] * another
+    run.convicted[CULPRIT] = False
+    assert not resumed.replaced, "it was not convicted any more when the checkpoint was made"
+
+
 def test_no_machine_is_named_where_it_is_not_known_which_it_was(run):
     run.convicted[CULPRIT] = True
     run.convictions.write()
@@ -108,6 +141,16 @@ def test_no_machine_is_named_where_it_is_not_known_which_it_was(run):
         [{"worker": [[1], 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}],
         [{"worker": [1], "rank": 1, "device": {}, "step": 1, "why": ""}],
         [{"worker": [1, 2], "rank": 1, "device": {"host": "two hosts", "slot": 0}, "step": 1, "why": ""}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0.5}, "step": 1, "why": ""}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": True}, "step": 1, "why": ""}],
+        [{"worker": [1, 2.5], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}],
+        [{"worker": [True, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}],
+        [{"worker": [1, 2], "rank": float("inf"), "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}],
+        [{"worker": [1, 2], "rank": -1, "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": float("nan"), "why": ""}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 10**40, "why": ""}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": 7}],
+        [np.zeros(3)],
     ],
 )
 def test_what_is_none_in_a_checkpoint_is_left_out(said):

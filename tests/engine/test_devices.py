@@ -15,14 +15,13 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from deepspeed.utils import logger
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
-from synthetic import World
+from synthetic import CULPRIT, World, tamper
 
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import devices as module
 from deepspeed_sentinel.engine.devices import WRITE_SECONDS, DeviceRecord, gather_devices
 from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.engine.telling import Telling
-from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.proof import Proof
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.telemetry.devices import Device, to_bytes
@@ -30,7 +29,6 @@ from deepspeed_sentinel.telemetry.who import Who
 
 MESH = Mesh(4, 3)
 RANKS = np.arange(12).reshape(4, 3)
-CULPRIT = Worker(1, 2)
 KEY = "gpu:uuid-5"
 CPU = torch.device("cpu")
 
@@ -170,12 +168,9 @@ def test_a_rate_above_the_peers_is_told_once_and_convicts_nobody(said, tmp_path)
     world = World()
     world.warm_up()
 
-    def change(values):
-        values[:, 0, 1, 2, :, NAMES.index("energy")] *= 50
-
     run = Run(tmp_path)
     for _ in range(12):
-        run.step(world.step(change))
+        run.step(world.step(tamper))
     assert run.standing().alarmed_steps == 12
     run.record.write()
     run.end()

@@ -1,5 +1,6 @@
 """With which code a script ends that a halt stops."""
 
+import os
 import subprocess
 import sys
 
@@ -22,10 +23,22 @@ ends_with(HALTED_EXIT_CODE)
         ('raise LostWorker("who")', 1, "LostWorker: who"),
         ('try:\n    raise SentinelHalt("why")\nexcept SentinelHalt:\n    sys.exit(3)', 3, ""),
         ("", 0, ""),
+        ('sys.excepthook = lambda *_: 1 / 0\nends_with(75)\nraise SentinelHalt("why")', 75, "SentinelHalt: why"),
     ],
-    ids=["halted", "another error", "a script that decides itself", "nothing"],
+    ids=["halted", "another error", "a script that decides itself", "nothing", "another hook that fails"],
 )
 def test_the_exit_code_says_that_it_was_halted(end, code, said):
     done = subprocess.run([sys.executable, "-c", SCRIPT.format(end=end)], capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     assert said in done.stderr and "exit handlers ran" in done.stdout
+
+
+@pytest.mark.parametrize("broken", ["stdout", "stderr"])
+def test_a_full_disk_behind_the_log_does_not_change_the_code(broken):
+    """Python itself ends with 120 where it cannot write out what was printed."""
+    script = SCRIPT.format(end='print("so far")\nraise SentinelHalt("why")')
+    with open("/dev/full", "w") as full:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, broken: full}
+        buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run([sys.executable, "-c", script], **streams, env=buffered, text=True, check=False)
+    assert done.returncode == 75, done

@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,20 +12,19 @@ import pytest
 from deepspeed.utils import logger
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
-from synthetic import World
+from synthetic import CULPRIT, blamed
 
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.requests import Decision
 from deepspeed_sentinel.engine.telling import Telling
-from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.proof import Proof
 from deepspeed_sentinel.judgement.verdict import Dispute
 from deepspeed_sentinel.mesh import FORWARD, Mesh, Worker
 from deepspeed_sentinel.telemetry.devices import Device
-from deepspeed_sentinel.telemetry.who import Who
+from deepspeed_sentinel.telemetry.exclusion import Convict
+from deepspeed_sentinel.telemetry.who import Who, place_of
 
 MESH = Mesh(4, 3)
-CULPRIT = Worker(1, 2)
 UUID = "1a2b3c4d-64d7-4f0a-a1c9-b2570c9d8e44"
 NAME = "stage 1, replica 2 (rank 5, node-03, cuda:2, GPU-1a2b3c4d)"
 PROOF = Proof(CULPRIT, 2, FORWARD, (0,), 2, 3, trusted=False)
@@ -64,18 +62,6 @@ def words(log):
     """The word in capitals that each line of a step begins with, or the line's first words."""
     lines = [record.getMessage().removeprefix("[sentinel] ").partition(": ")[2] for record in log.records]
     return [line.split(":")[0] if line.split(":")[0].isupper() else " ".join(line.split()[:2]) for line in lines]
-
-
-@cache
-def blamed():
-    """A step in which one worker is blamed."""
-    world = World()
-    world.warm_up()
-
-    def change(values):
-        values[:, 0, 1, 2, :, NAMES.index("energy")] *= 50
-
-    return world.step(change)
 
 
 def marked(*workers):
@@ -206,6 +192,37 @@ def test_a_dispute_of_a_convicted_worker_counts_as_its(telling, log):
     log.clear()
     telling.verdict(replace(quiet([CULPRIT]), disputed=(dispute,)))
     assert words(log) == ["stage 1,"] and "goes on after its conviction" in log.text
+
+
+def test_who_is_isolated_is_told_by_name_when_that_changes(telling, log, tmp_path):
+    one, both = marked(CULPRIT), marked(CULPRIT, Worker(2, 0))
+    for isolated in (one, one, both, both, marked(), marked()):
+        telling.verdict(replace(quiet(), isolated=isolated))
+    first, second, third = [line.partition(": ")[2] for line in log.messages]
+    assert first.startswith(f"ISOLATED: {NAME}. ") and "convicts nobody" in first
+    assert second.startswith(f"ISOLATED: {NAME}; stage 2, replica 0 (rank 6, node-2, cpu). ")
+    assert third == "nobody is isolated any more"
+    events = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    told = [
+        (event["workers"], [one["rank"] for one in event["who"]]) for event in events if event["kind"] == "isolated"
+    ]
+    assert told == [([[1, 2]], [5]), ([[1, 2], [2, 0]], [5, 6]), ([], [])]
+
+
+def test_a_halt_is_a_line_before_anything_is_written_for_it(telling, log):
+    telling.verdict(replace(attacked([CULPRIT], newly=[CULPRIT]), halt=f"{CULPRIT} convicted"))
+    assert log.messages[-1] == f"[sentinel] step {blamed().step}: HALT: {NAME} convicted"
+
+
+def test_a_conviction_that_does_not_hold_for_the_machine_that_is_there_now_names_both(telling, log, tmp_path):
+    before = Device("node-77", 3, UUID, "", "cuda:3")
+    telling.replaced(40, Convict(place_of(CULPRIT, 9, before), before, 31, "PROVED"))
+    (line,) = log.messages
+    then = "stage 1, replica 2 (rank 9, node-77, cuda:3, GPU-1a2b3c4d)"
+    assert f"step 40: {then}, convicted in step 31 of a run before, is not here: {NAME} is in its place" in line
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (event["kind"], event["stage"], event["replica"], event["before"]) == ("replaced", 1, 2, then)
+    assert event["who"][0]["host"] == "node-03"
 
 
 def test_a_change_of_the_action_is_a_line_and_an_event_and_what_now_follows_from_it(telling, log, tmp_path):

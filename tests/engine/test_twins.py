@@ -14,7 +14,9 @@ from torch import backends
 
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import twins as module
+from deepspeed_sentinel.engine.parcel import most_bytes
 from deepspeed_sentinel.engine.twins import TwinSteps
+from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.mesh import Mesh, Worker
 
 M, SECONDS = 3, 10
@@ -45,7 +47,10 @@ class Words:
     def of_row(self, mine):
         return torch.stack(self._row.all_say(self._replica, mine))
 
-    def of_replica(self, mine, replica):
+    def of_replica(self, mine, replica, most):
+        if mine.numel() > most:
+            self._row.barrier.abort()
+            raise SentinelError(f"more than {most}")
         self.sent_bytes = max(self.sent_bytes, mine.numel())
         return self._row.all_say(self._replica, mine)[replica]
 
@@ -405,3 +410,10 @@ def test_another_driver_is_another_kind(monkeypatch, tmp_path):
     before = module.kind(torch.device("cpu"))
     (tmp_path / "version").write_text("580.1\n")
     assert module.kind(torch.device("cpu")) != before
+
+
+def test_a_parcel_may_be_some_times_as_large_as_what_a_replica_draws_itself():
+    small, large = ([{"ids": torch.zeros(count, dtype=torch.int64)}] * M for count in (10, 10_000_000))
+    assert most_bytes(small) == most_bytes([]) == 1 << 28
+    assert most_bytes(large) == 16 * M * 80_000_000
+    assert module.to_bytes(small).numel() < most_bytes(small)

@@ -106,5 +106,7 @@ def test_only_what_can_be_a_state_is_one():
         {**state, "average_0_0": state["average_0_0"].double()},
         {**state, "average_0_0": state["average_0_0"][None]},
         {**state, "count_0_0": -1},
+        {**state, "count_0_0": 10**400},
+        {**state, "count_0_0": True},
     ):
         assert not Baselines.holds(spoilt)

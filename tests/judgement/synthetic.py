@@ -1,10 +1,13 @@
 """Made-up evidence: lognormal statistics, so that tests can say exactly what is clean and what is not."""
 
+from functools import cache
+
 import numpy as np
 
 from deepspeed_sentinel.evidence.table import BY_JUDGE, NAMES, OF_PAIR, Evidence
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
+from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
 MICRO_BATCHES = 4
 # As an honest residual stage shows them; the first and the last stage have none.
@@ -87,3 +90,26 @@ class World:
 
     def warm_up(self, steps=30):
         return [self.step() for _ in range(steps)]
+
+
+CULPRIT = Worker(1, 2)
+
+
+def tamper(values):
+    """What ``CULPRIT`` sends forward in a mesh of 4 x 3 stands out, and that of nobody else."""
+    values[:, FORWARD, 1, 2, :, NAMES.index("energy")] *= 50
+
+
+def blamed(step=0) -> Verdict:
+    """Of a mesh of 4 x 3, after a warm-up, the n-th step (0 to 2) in which ``CULPRIT`` tampers and is blamed.
+
+    By the third it is convicted.
+    """
+    return _three_blamed()[step]
+
+
+@cache
+def _three_blamed():
+    world = World()
+    world.warm_up()
+    return tuple(world.step(tamper) for _ in range(3))

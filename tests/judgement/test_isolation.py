@@ -283,6 +283,9 @@ def test_nobody_is_isolated_where_nothing_heals(wiring, isolated):
     world.warm_up(24)
     assert world.step(lambda values: [baseline(values, *liar, 0) for liar in THREE]).excluded.all()
     assert world.judge.doubts.packed.sum() == isolated
+    assert (
+        world.step().isolated == world.judge.isolation.isolated
+    ).all() and world.judge.isolation.isolated.sum() == isolated
 
 
 def test_sketches_that_accuse_in_vain_cost_fewer_and_fewer_twin_steps():

@@ -273,6 +273,28 @@ def test_columns_heal_by_default_and_stay_where_nobody_is_to_act(block, moves):
     assert (dealer.wiring != identity(mesh)).any() == moves
 
 
-def test_no_wiring_of_the_mesh_is_refused():
-    with pytest.raises(ValueError, match="first and last stage"):
-        Dealer(Mesh(3, 2)).load_state_dict({"wiring": np.array([[1, 0], [0, 1], [0, 1]])})
+@pytest.mark.parametrize(
+    ("wiring", "said"),
+    [
+        (np.array([[1, 0], [0, 1], [0, 1]]), "first and last stage"),
+        (identity(Mesh(3, 2)) + 0.0, "whole numbers, got float64"),
+        (identity(Mesh(3, 2)) + 0.25, "whole numbers, got float64"),
+        (identity(Mesh(3, 2)).astype(bool), "whole numbers, got bool"),
+        (identity(Mesh(3, 2)) + 1j, "whole numbers, got complex128"),
+        ([[0, 1], [10**40, 0], [0, 1]], "whole numbers, got object"),
+        (identity(Mesh(3, 2)).astype(np.uint64) + np.uint64(1 << 63), "every replica once"),
+        ([[0, 1], [0], [0, 1]], "inhomogeneous"),
+    ],
+)
+def test_no_wiring_of_the_mesh_is_refused(wiring, said):
+    dealer = Dealer(Mesh(3, 2))
+    with pytest.raises(ValueError, match=said):
+        dealer.load_state_dict({"wiring": wiring})
+    assert (dealer.wiring == identity(Mesh(3, 2))).all()
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.uint64])
+def test_a_wiring_of_whole_numbers_is_taken_up(kind):
+    dealer = Dealer(Mesh(3, 2))
+    dealer.load_state_dict({"wiring": np.array([[0, 1], [1, 0], [0, 1]], kind)})
+    assert dealer.wiring.dtype == np.int64 and dealer.wiring[1].tolist() == [1, 0]

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
-from synthetic import World
+from synthetic import CULPRIT, World, tamper
 
-from deepspeed_sentinel.evidence.table import NAMES
-from deepspeed_sentinel.mesh import Worker, identity
+from deepspeed_sentinel.mesh import identity
 from deepspeed_sentinel.telemetry.devices import Device
 from deepspeed_sentinel.telemetry.eventlog import EventLog
 from deepspeed_sentinel.telemetry.events import End, Start
@@ -37,11 +36,8 @@ def recorded(tmp_path):
         log.write(0, Start({"stages": 4, "replicas": 3}, {"enabled": True, "action": "quarantine"}, False))
         suspects, lost = np.zeros((4, 3), bool), 0
 
-        def change(values):
-            values[:, 0, 1, 2, :, NAMES.index("energy")] *= 50
-
         for step in range(WARM_UP + ATTACKED):
-            verdict = world.step(change if step >= WARM_UP else None)
+            verdict = world.step(tamper if step >= WARM_UP else None)
             for event in verdict_events(verdict, every_step, suspects, who):
                 log.write(verdict.step, event)
             none = np.zeros((4, 3), np.int64)
@@ -55,7 +51,7 @@ def recorded(tmp_path):
         moved[1] = [2, 1, 0]
         log.write(WARM_UP + ATTACKED - 1, wiring_event(identity(world.mesh), moved))
         counts = {"steps": 34, "judged_messages": 1200, "alarms": 4, "disputes": 0, "skipped_steps": 0}
-        log.write(34, End({**counts, "excluded_column_steps": lost}, (Worker(1, 2),), []))
+        log.write(34, End({**counts, "excluded_column_steps": lost}, (CULPRIT,), []))
         log.close()
         ledger.write()
         return folder

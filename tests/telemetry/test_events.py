@@ -3,16 +3,14 @@
 import json
 import sys
 from dataclasses import fields, replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
-from synthetic import World
+from synthetic import CULPRIT, blamed
 
-from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.evidence.weights import Comparison, divisions
 from deepspeed_sentinel.judgement.proof import Proof
 from deepspeed_sentinel.judgement.verdict import Dispute
@@ -25,7 +23,6 @@ from deepspeed_sentinel.telemetry.standing import Above, Standing
 from deepspeed_sentinel.telemetry.who import Who
 
 NONE = np.zeros((4, 3), bool)
-CULPRIT = Worker(1, 2)
 UUID = "1a2b3c4d-64d7-4f0a-a1c9-b2570c9d8e44"
 DEVICES = [[Device(f"node-{stage}", replica, name="cpu") for replica in range(3)] for stage in range(4)]
 DEVICES[1][2] = Device("node-03", 3, UUID, "00000000:1b:00", "cuda:3")
@@ -33,17 +30,6 @@ WHO = Who(np.arange(12).reshape(4, 3), DEVICES)
 PLACE = {
     "stage": 1, "replica": 2, "rank": 5, "local_rank": 3, "host": "node-03", "device": "cuda:3", "gpu": f"GPU-{UUID}",
 }  # fmt: skip
-
-
-@cache
-def attacked():
-    world = World()
-    world.warm_up()
-
-    def change(values):
-        values[:, 0, 1, 2, :, NAMES.index("energy")] *= 50
-
-    return [world.step(change) for _ in range(3)]
 
 
 def refuse(constant):
@@ -75,7 +61,7 @@ def written(log, tmp_path):
 
 def test_events_tell_the_story_and_are_json(written):
     suspected = NONE
-    for verdict in attacked():
+    for verdict in map(blamed, range(3)):
         events = written(*verdict_events(verdict, True, suspected, WHO), step=verdict.step)
         suspected = verdict.suspects
     first, *rest = [[event["kind"] for event in events if event["step"] == step] for step in (30, 31, 32)]
@@ -89,17 +75,15 @@ def test_events_tell_the_story_and_are_json(written):
 
 
 def test_every_line_says_of_which_run_and_schema_it_is_and_who_is_named(written):
-    (verdict, *_) = attacked()
-    for event in written(*verdict_events(verdict, False, NONE, WHO)):
+    for event in written(*verdict_events(blamed(), False, NONE, WHO)):
         assert (event["schema_version"], event["run_id"], event["time"]) == (1, "run-1", 1700000000.123)
         assert event["who"] == ([PLACE] if event["kind"] in ("alarm", "suspicion") else [])
 
 
 def test_all_who_are_named_anywhere_in_an_event_are_told_where_they_run(written):
     dispute = Dispute(FORWARD, 1, 0, Worker(1, 2), Worker(3, 0), Worker(2, 1), (0,))
-    (verdict, *_) = attacked()
-    shown = replace(verdict, findings=(), disputed=(dispute,), twins=True, excluded=np.zeros(3, bool))
-    told = written(*verdict_events(shown, False, verdict.suspects, WHO))
+    shown = replace(blamed(), findings=(), disputed=(dispute,), twins=True, excluded=np.zeros(3, bool))
+    told = written(*verdict_events(shown, False, shown.suspects, WHO))
     assert [event["kind"] for event in told] == ["dispute", "twins"]
     assert told[0]["sender"] == [1, 2] and told[0]["at_fault"] is None
     assert [(one["rank"], one["host"]) for one in told[0]["who"]] == [(5, "node-03"), (9, "node-3"), (7, "node-2")]
@@ -121,15 +105,26 @@ def test_numbers_that_json_does_not_know_are_null(written):
 
 
 def test_alarms_only():
-    kinds = [event.kind for event in verdict_events(attacked()[0], False, NONE, WHO)]
+    kinds = [event.kind for event in verdict_events(blamed(), False, NONE, WHO)]
     assert kinds == ["alarm", "excluded", "suspicion"]
 
 
 def test_a_proof_is_told_before_the_conviction_that_follows_from_it():
     proof = Proof(CULPRIT, 2, FORWARD, (0,), 2, 3, trusted=False)
-    verdict = replace(attacked()[0], twins=True, proofs=(proof,), newly_convicted=(CULPRIT,))
+    verdict = replace(blamed(), twins=True, proofs=(proof,), newly_convicted=(CULPRIT,))
     *_, shown, convicted = verdict_events(verdict, False, NONE, WHO)
     assert shown.kind == "proof" and convicted.kind == "conviction" and convicted.proved
+
+
+def test_who_is_isolated_is_told_when_that_changes():
+    isolated = NONE.copy()
+    isolated[CULPRIT] = isolated[2, 0] = True
+    verdict = replace(blamed(), isolated=isolated, findings=(), excluded=np.zeros(3, bool), suspects=NONE)
+    (told,) = verdict_events(verdict, False, NONE, WHO)
+    assert told.kind == "isolated" and told.workers == (CULPRIT, Worker(2, 0)) == told.named()
+    assert not [*verdict_events(verdict, False, NONE, WHO, isolated)]
+    (told,) = verdict_events(replace(verdict, isolated=NONE), False, NONE, WHO, isolated)
+    assert told.kind == "isolated" and told.workers == ()
 
 
 def test_a_conviction_is_also_a_record_for_health_agents(log, tmp_path):
@@ -159,7 +154,7 @@ def test_a_conviction_is_also_a_record_for_health_agents(log, tmp_path):
 
 
 def test_only_convictions_are_told_to_health_agents(log, tmp_path):
-    for event in verdict_events(attacked()[0], True, NONE, WHO):
+    for event in verdict_events(blamed(), True, NONE, WHO):
         log.write(30, event)
     assert not (tmp_path / "new" / "folder" / "health.jsonl").exists()
 
@@ -259,4 +254,4 @@ def test_the_docs_know_no_other_kind():
 
 def test_every_class_of_events_is_a_kind():
     assert {kind: event.kind for kind, event in EVENTS.items()} == {kind: kind for kind in EVENTS}
-    assert all(issubclass(event, Event) for event in EVENTS.values()) and len(EVENTS) == 23
+    assert all(issubclass(event, Event) for event in EVENTS.values()) and len(EVENTS) == 25

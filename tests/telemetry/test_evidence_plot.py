@@ -99,6 +99,11 @@ def test_deals_follow_moves_convictions_and_releases():
     assert third.lost.tolist() == [False, True, False], "one moved to column 1, and the other was released"
 
 
+def test_another_machine_in_a_convicted_place_loses_no_column():
+    replaced = {"kind": "replaced", "step": 8, "stage": 1, "replica": 2}
+    assert not deals([conviction(5, 1, 2), replaced], Mesh(4, 3))[-1].lost.any()
+
+
 def test_a_run_that_goes_on_in_the_same_folder_starts_from_deepspeeds_own():
     """Its first moves are told from there: put upon those of the run before, no worker would serve some columns."""
     start = {"kind": "start", "step": 8}

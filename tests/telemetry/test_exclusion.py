@@ -36,6 +36,15 @@ def test_every_convicted_worker_is_named_with_its_machine(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == [FILE]
 
 
+def test_a_machine_that_several_claim_is_marked():
+    """What a convicted worker says of itself may be its neighbour's name."""
+    devices = [list(of_stage) for of_stage in DEVICES]
+    devices[1][0] = Device("node-2", 1, "uuid-made-up")
+    honest, liar = exclusions([convict(1, 3), convict(1, 0, devices[1][0])], devices, step=60)["workers"]
+    assert "claimed_by_several" not in honest
+    assert liar["claimed_by_several"] == [[1, 0], [2, 1]]
+
+
 def test_deepspeeds_launcher_reads_the_lines_so():
     what = exclusions([convict(1, 0), convict(1, 3), convict(2, 1)], DEVICES, step=60)
     everything = {f"node-{stage}": [0, 1, 2, 3] for stage in range(3)}

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
-from synthetic import World
+from synthetic import CULPRIT, World, blamed
 
-from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.verdict import Dispute
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.devices import NOBODY, Device
@@ -226,13 +225,7 @@ def test_devices_are_of_a_mesh(devices):
 
 
 def test_what_a_verdict_says_of_each_worker():
-    world = World()
-    world.warm_up()
-
-    def change(values):
-        values[:, 0, 1, 2, :, NAMES.index("energy")] *= 50
-
-    verdict = world.step(change)
+    verdict = blamed()
     stages, replicas = verdict.convicted.shape
     served = np.tile(np.arange(replicas), (stages, 1))
     step = step_counts(verdict, served)
@@ -240,7 +233,7 @@ def test_what_a_verdict_says_of_each_worker():
     middle = np.array([1, *[2] * (stages - 2), 1])[:, None] * messages
     np.testing.assert_array_equal(step["judged"], np.broadcast_to(middle, (stages, replicas)))
     assert step["judged"].sum() == verdict.judged
-    assert step["alarms"][1, 2] == sum(len(one.striking) for one in verdict.findings) > 0
+    assert step["alarms"][CULPRIT] == sum(len(one.striking) for one in verdict.findings) > 0
     assert np.count_nonzero(step["alarms"]) == 1 and not step["disputes"].any()
 
 

@@ -6,14 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.devices import (
     BYTES,
     NOBODY,
     Device,
+    claimed_by,
     from_bytes,
     keys_of,
     own_device,
     read_gathered,
+    shared_places,
     to_bytes,
 )
 
@@ -113,6 +116,34 @@ def test_what_is_gathered_is_put_where_the_workers_are():
     read, told = read_gathered(said, np.array([[2, 0], [3, 1]]))
     assert read == ((devices[2], devices[0]), (devices[3], NOBODY))
     assert len(told) == 1 and "worker (stage 1, replica 1) does not say which device it runs on" in told[0]
+
+
+def test_two_who_claim_one_place_of_a_host_are_told_of():
+    """A worker that is bad could give its neighbour's host: then it is this that shows it."""
+    mine, claimed, other = Device("node-1", 2, "u"), Device("node-1", 2, "v"), Device("node-1", 3, "w")
+    devices = [[mine, other], [claimed, Device("node-2", 2, "x")]]
+    (told,) = shared_places(devices)
+    assert told.startswith("node-1 slot 2 is named as its place by worker (stage 0, replica 0) and worker (stage 1, ")
+    assert claimed_by(mine, devices) == (Worker(0, 0), Worker(1, 0)) == claimed_by(claimed, devices)
+    assert claimed_by(other, devices) == (Worker(0, 1),)
+    said = np.stack([to_bytes(device) for device in (mine, other, claimed, NOBODY)])
+    assert shared_places([[Device("node-1", 2), Device("node-1", 2)], [mine, NOBODY]])
+    said[3] = 0
+    assert read_gathered(said, np.arange(4).reshape(2, 2))[1][-1] == told, "all ranks know, and rank 0 says it"
+
+
+def test_a_gpu_in_two_hosts_and_a_device_without_a_name():
+    devices = [[Device("a", 0, "u"), Device("b", 0, "u")], [NOBODY, NOBODY]]
+    assert claimed_by(devices[0][0], devices) == (Worker(0, 0), Worker(0, 1))
+    assert claimed_by(NOBODY, devices) == ()
+    assert not shared_places(devices), "that is told of as the ledger's names"
+
+
+def test_a_launcher_that_tells_no_local_rank_makes_one_line():
+    """All say slot 0 then, on every host."""
+    devices = [[Device(f"node-{host}", 0, f"u{host}{gpu}") for gpu in range(4)] for host in range(9)]
+    (told,) = shared_places(devices)
+    assert "; and 6 more such places" in told and told.count(" slot 0 is named") == 3 and "LOCAL_RANK" in told
 
 
 def test_names_that_two_workers_give():

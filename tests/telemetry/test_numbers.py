@@ -3,7 +3,6 @@
 import csv
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +11,8 @@ import pytest
 from deepspeed.monitor import csv_monitor, tensorboard
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
-from synthetic import World
+from synthetic import CULPRIT, blamed
 
-from deepspeed_sentinel.evidence.table import NAMES
-from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.devices import Device
 from deepspeed_sentinel.telemetry.numbers import Numbers, monitor_events
 from deepspeed_sentinel.telemetry.who import Who
@@ -27,18 +24,10 @@ TOTALS = {
 }  # fmt: skip
 
 
-@cache
 def attacked():
-    world = World()
-    world.warm_up()
-
-    def change(values):
-        values[:, 0, 1, 2, :, NAMES.index("energy")] *= 50
-
-    verdict = world.step(change)
     convicted = np.zeros((4, 3), bool)
-    convicted[1, 2] = True
-    return replace(verdict, convicted=convicted)
+    convicted[CULPRIT] = True
+    return replace(blamed(), convicted=convicted)
 
 
 def numbers(**changes):
@@ -48,8 +37,8 @@ def numbers(**changes):
 def test_numbers_of_a_step():
     of = numbers()
     assert (of.step, of.time, of.action, of.totals) == (30, 1700000000.5, "exclude", TOTALS)
-    assert (of.excluded_columns, of.suspects, of.convicted) == (1, 1, (WHO(Worker(1, 2)),))
-    assert len(of.scores) == 4 and of.scores[1] == attacked().worker_scores[1, 2] > 1.0
+    assert (of.excluded_columns, of.suspects, of.convicted) == (1, 1, (WHO(CULPRIT),))
+    assert len(of.scores) == 4 and of.scores[1] == attacked().worker_scores[CULPRIT] > 1.0
 
 
 def test_a_score_that_is_not_finite_is_drawn_high_and_none_as_nothing():

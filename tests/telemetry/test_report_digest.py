@@ -75,6 +75,32 @@ def test_no_line_to_paste_has_what_a_shell_acts_on(recorded, host):
     assert document["todo"]["lines"] == [] and sum("a shell acts on" in note for note in document["notes"]) == 2
 
 
+def test_another_machine_in_a_convicted_place_is_not_convicted(recorded):
+    """``exclude.json`` is still that of the run before."""
+    folder = recorded()
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    replaced = {**events[0], "kind": "replaced", "stage": 1, "replica": 2, "before": "stage 1, replica 2 (rank 5, old)"}
+    run = [{**event, "run_id": "run-2"} for event in (events[0], replaced)]
+    with (folder / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in run)
+    document = digest(read_run(folder))
+    assert document["state"] == "clean" and not document["workers"]
+    (entry,) = [entry for entry in document["timeline"] if entry["kind"] == "replaced"]
+    assert "stage 1, replica 2 (rank 5, old), convicted before, is not here" in entry["text"]
+
+
+def test_who_is_isolated_is_in_the_time_line(recorded):
+    folder = recorded()
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    head = {name: events[0][name] for name in ("schema_version", "run_id", "time")}
+    told = [{**head, "kind": "isolated", "step": 33, "workers": workers} for workers in ([[1, 2], [2, 0]], [])]
+    with (folder / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in told)
+    first, last = [entry["text"] for entry in digest(read_run(folder))["timeline"] if entry["kind"] == "isolated"]
+    assert first.startswith("ISOLATED, unproved: stage 1, replica 2 (rank 5, node-03") and "stage 2, replica 0" in first
+    assert last == "nobody is isolated any more"
+
+
 def test_nothing_found_is_said(recorded):
     folder = recorded()
     lines = (folder / "events.jsonl").read_text().splitlines()

@@ -78,13 +78,29 @@ def _said(run: RunFiles, event: dict[str, Any]) -> tuple[str, str, Any] | None:
     if kind == "device":
         why = "proved before to compute wrongly" if event["why"] == "proof" else "in alarm more often than its peers"
         return WARN, f"DEVICE {event['device']} ({event['place']}): {why}", None
+    if kind == "isolated":
+        names = "; ".join(name_of(run, one) for one in event["workers"])
+        return WARN, f"ISOLATED, unproved: {names}" if names else "nobody is isolated any more", None
+    if kind == "replaced":
+        return PLAIN, f"{event['before']}, convicted before, is not here: {name} is in its place", None
     if kind == "halt":
         return BAD, f"HALT: {event['reason']}", None
     return _SIMPLE[kind](name) if kind in _SIMPLE else None
 
 
 _OF = {"forward": "forward messages", "backward": "backward messages", "gradients": "gradients of weights"}
-_WORKER = {"alarm", "proof", "conviction", "suspicion", "contradicted", "cleared", "release", "replay", "misfit"}
+_WORKER = {
+    "alarm",
+    "proof",
+    "conviction",
+    "suspicion",
+    "contradicted",
+    "cleared",
+    "release",
+    "replay",
+    "misfit",
+    "replaced",
+}
 _SIMPLE: dict[str, Any] = {
     "start": lambda name: (PLAIN, "watching begins", None),
     "suspicion": lambda name: (WARN, f"SUSPECT: {name}", None),

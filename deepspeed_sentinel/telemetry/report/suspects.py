@@ -91,10 +91,12 @@ _BEFORE = {"step": None, "proved": None, "why": "before this run, as the checkpo
 def excluded_now(run: RunFiles) -> list[dict[str, Any]]:
     """Entries of ``exclude.json`` that are of workers of this run; those of machines left out before are not."""
     workers = run.exclude.get("workers")
+    gone = [(event["stage"], event["replica"]) for event in run.events if event["kind"] == "replaced"]
     return [
         one
         for one in (workers if isinstance(workers, list) else ())
         if isinstance(one, dict) and not one.get("earlier") and run.has((one.get("stage"), one.get("replica")))
+        if (one["stage"], one["replica"]) not in gone
     ]
 
 
