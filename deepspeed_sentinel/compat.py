@@ -1,12 +1,20 @@
-"""What has moved in torch between the versions that are supported, and since which version: nothing else knows."""
+"""What has moved in Python and torch between the versions that are supported, and since when: nothing else knows."""
 
 from __future__ import annotations
 
+import sys
 from operator import attrgetter
 
 import torch
 import torch.distributed as dist
 from torch import backends
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["all_gather_single", "precisions", "tomllib"]
 
 # torch 2.13; it warns about the older name
 all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor

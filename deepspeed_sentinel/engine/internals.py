@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 
 import deepspeed
 
@@ -16,44 +16,38 @@ from deepspeed_sentinel import flag
 
 OLDEST, NEWEST = "0.16.0", "0.19.8"  # that the tests have been run with, see docs/versions.md
 
-_INSTRUCTIONS = "SendActivation RecvActivation SendGrad RecvGrad ReduceTiedGrads ReduceGrads OptimizerStep".split()
+# Names with spaces between them, by where they must be.
+_INSTRUCTIONS = "SendActivation RecvActivation SendGrad RecvGrad ReduceTiedGrads ReduceGrads OptimizerStep"
 _MODULES = {
-    "deepspeed.accelerator": ["get_accelerator"],
-    "deepspeed.runtime.bf16_optimizer": ["BF16_Optimizer"],
-    "deepspeed.runtime.fp16.fused_optimizer": ["FP16_Optimizer"],
-    "deepspeed.runtime.fp16.unfused_optimizer": ["FP16_UnfusedOptimizer"],
-    "deepspeed.runtime.pipe.engine": ["PipelineEngine"],
-    "deepspeed.runtime.pipe.p2p": ["_grid"],
-    "deepspeed.runtime.pipe.schedule": ["PipeSchedule", "TrainSchedule", *_INSTRUCTIONS],
-    "deepspeed.runtime.utils": ["clip_grad_norm_"],
-    "deepspeed.runtime.zero.stage_1_and_2": ["DeepSpeedZeroOptimizer"],
-    "deepspeed.utils": ["logger"],
+    "deepspeed.accelerator": "get_accelerator",
+    "deepspeed.runtime.fp16.fused_optimizer": "FP16_Optimizer",
+    "deepspeed.runtime.fp16.unfused_optimizer": "FP16_UnfusedOptimizer",
+    "deepspeed.runtime.pipe.engine": "PipelineEngine",
+    "deepspeed.runtime.pipe.p2p": "_grid",
+    "deepspeed.runtime.pipe.schedule": f"PipeSchedule TrainSchedule {_INSTRUCTIONS}",
+    "deepspeed.runtime.utils": "clip_grad_norm_",
+    "deepspeed.utils": "logger",
 }
 _ENGINE = """
     _INSTRUCTION_MAP _aggregate_total_loss _bcast_pipe_scalar _exec_schedule _global_grad_norm _next_batch
     _reduce_outputs _step_applied basic_optimizer clip_fp32_gradients communication_data_type data_iterator destroy
-    device dp_group_loss dynamic_loss_scale dynamic_shape eval_batch first_output_send fp16_enabled
-    get_global_grad_norm global_samples global_steps grad_layer gradient_accumulation_steps gradient_clipping grid
-    has_moe_layers is_last_stage load_checkpoint micro_batch_size micro_batches module monitor mpu num_stages optimizer
-    pipe_buffers pipe_recv_buf reset_activation_shape save_checkpoint set_train_batch_size skipped_steps stage_id
-    total_additional_losses total_loss train_batch train_batch_size using_bf16_optimizer zero_grad zero_optimization
-""".split()
+    device dp_group_loss dynamic_loss_scale dynamic_shape eval_batch first_output_send fp16_enabled global_samples
+    global_steps grad_layer gradient_accumulation_steps gradient_clipping grid has_moe_layers is_last_stage
+    load_checkpoint micro_batch_size micro_batches module monitor mpu num_stages optimizer pipe_buffers pipe_recv_buf
+    reset_activation_shape save_checkpoint set_train_batch_size skipped_steps stage_id total_additional_losses
+    total_loss train_batch train_batch_size using_bf16_optimizer zero_grad zero_optimization
+"""
 _BELOW = {
-    "grid": """
-        data_parallel_size get_data_parallel_id get_pipe_parallel_group get_stage_id pipe_parallel_size
-        stage_to_global topology
-    """.split(),
-    "module": ["get_tied_weights_and_groups", "loss_fn", "parameters"],
-    "mpu": ["get_data_parallel_group", "get_pipe_parallel_group"],
+    "grid": "data_parallel_size get_data_parallel_id get_pipe_parallel_group get_stage_id pipe_parallel_size "
+    "stage_to_global topology",
+    "module": "get_tied_weights_and_groups loss_fn parameters",
+    "mpu": "get_data_parallel_group get_pipe_parallel_group",
 }
-_SCALED = ["_update_scale", "loss_scale", "zero_grad"]
-# By the name of its class; what else may be an engine's optimizer is torch's own interface.
+_SCALED = "_update_scale loss_scale zero_grad"
+# By the name of a class. Another one has its gradients where torch has them.
 _OPTIMIZERS = {
-    "BF16_Optimizer": ["clear_hp_grads", "clear_lp_grads", "get_grads_for_reduction"],
-    "DeepSpeedZeroOptimizer": [
-        *_SCALED,
-        *("averaged_gradients", "first_offset", "params_in_partition", "use_grad_accum_attribute"),
-    ],
+    "BF16_Optimizer": "clear_hp_grads clear_lp_grads get_grads_for_reduction",
+    "DeepSpeedZeroOptimizer": f"averaged_gradients first_offset params_in_partition use_grad_accum_attribute {_SCALED}",
     "FP16_Optimizer": _SCALED,
     "FP16_UnfusedOptimizer": _SCALED,
 }
@@ -61,13 +55,13 @@ _OPTIMIZERS = {
 
 def check_modules() -> None:
     """Raise ImportError that says what of DeepSpeed's modules is missing, if anything is."""
-    missing = list(_missing_of_modules(_MODULES))
+    missing = list(_missing_of_modules())
     if missing:
         raise ImportError(_moved(missing))
 
 
 def check_engine(engine: object) -> None:
-    """Raise ValueError that says what a PipelineEngine lacks; if nothing, warn of a DeepSpeed that nobody has tested."""
+    """Raise ValueError that says what a PipelineEngine lacks; if nothing, warn of a DeepSpeed that is not tested."""
     missing = list(_missing_of_engine(engine))
     if missing:
         raise ValueError(_moved(missing))
@@ -78,8 +72,8 @@ def check_engine(engine: object) -> None:
         )
 
 
-def _missing_of_modules(modules: Mapping[str, Iterable[str]]) -> Iterator[str]:
-    for path, names in modules.items():
+def _missing_of_modules() -> Iterator[str]:
+    for path, names in _MODULES.items():
         try:
             module = importlib.import_module(path)
         except ModuleNotFoundError:
@@ -95,20 +89,20 @@ def _missing_of_engine(engine: object) -> Iterator[str]:
         if hasattr(engine, part):
             yield from _lacks(getattr(engine, part), names, f"{here}.{part}")
     known = {instruction.__name__ for instruction in getattr(engine, "_INSTRUCTION_MAP", ())}
-    yield from (f"{here}._INSTRUCTION_MAP[{name}]" for name in _INSTRUCTIONS if name not in known)
+    yield from (f"{here}._INSTRUCTION_MAP[{name}]" for name in _INSTRUCTIONS.split() if name not in known)
     optimizer = getattr(engine, "optimizer", None)
     for kind in type(optimizer).__mro__:
-        yield from _lacks(optimizer, _OPTIMIZERS.get(kind.__name__, ()), kind.__name__)
+        yield from _lacks(optimizer, _OPTIMIZERS.get(kind.__name__, ""), kind.__name__)
 
 
-def _lacks(owner: object, names: Iterable[str], called: str) -> Iterator[str]:
-    return (f"{called}.{name}" for name in names if not hasattr(owner, name))
+def _lacks(owner: object, names: str, called: str) -> Iterator[str]:
+    return (f"{called}.{name}" for name in names.split() if not hasattr(owner, name))
 
 
 def _moved(missing: list[str]) -> str:
     return (
-        f"sentinel needs of DeepSpeed what version {deepspeed.__version__} does not have: {', '.join(missing)}. Allowed "
-        f"are the versions that have it; tested are {OLDEST} to {NEWEST}. Install one of these, or a newer "
+        f"sentinel needs of DeepSpeed what version {deepspeed.__version__} does not have: {', '.join(missing)}. Any "
+        f"that has it is allowed; tested are {OLDEST} to {NEWEST}. Install one of these, or a newer "
         'deepspeed-sentinel, or set "sentinel": {"enabled": false}.'
     )
 
