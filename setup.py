@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-TRANSFORMERS = ["transformers>=5.5.0", "accelerate>=1.1.0", "tokenizers>=0.22.2", "safetensors>=0.4.3"]
+TRANSFORMERS = ["transformers>=5.5.0", "accelerate>=1.10.1", "tokenizers>=0.22.2", "safetensors>=0.4.3"]
 PEFT = ["peft>=0.21.2"]
 SWEEP = ["pyarrow>=26.0", 'tomli>=2.0; python_version < "3.11"']
 PROMETHEUS = ["prometheus-client>=0.26"]
@@ -78,8 +78,8 @@ setup(
         "numpy>=1.26.4",
         "pydantic>=2.9.2",
         "cryptography>=44.0.0",
-        # torch for CUDA brings its own triton (2.13.0 pins 3.7.1), torch for CPU brings none
-        'triton>=3.7.1; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")',
+        # torch for CUDA brings its own triton (2.5.1 pins 3.1.0, 2.13.0 pins 3.7.1), torch for CPU brings none
+        'triton>=3.1.0; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")',
     ],
     extras_require={
         "transformers": TRANSFORMERS,
