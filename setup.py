@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-TRANSFORMERS = ["transformers>=5.5.0", "accelerate>=1.10.1", "tokenizers>=0.22.2", "safetensors>=0.4.3"]
+TRANSFORMERS = ["transformers>=5.23", "accelerate>=1.15", "tokenizers>=0.23", "safetensors>=0.8"]
 PEFT = ["peft>=0.21.2"]
 SWEEP = ["pyarrow>=26.0", 'tomli>=2.0; python_version < "3.11"']
 PROMETHEUS = ["prometheus-client>=0.26"]
