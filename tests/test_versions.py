@@ -11,7 +11,7 @@ import pytest
 from deepspeed_sentinel.engine import internals
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("deepspeed", "numpy", "pydantic", "cryptography")
+PACKAGES = ("deepspeed", "numpy", "pydantic")
 
 
 def pins(name):
