@@ -1,6 +1,8 @@
 # `make demo` and `make test` do all set-up themselves.
 PYTHON ?= python3
 VENV   ?= .venv
+# what goes into it, besides torch and setuptools
+PINNED ?= requirements-dev.txt
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check
 STAMP   = $(VENV)/.installed
@@ -10,19 +12,19 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
 CPU_ENV = DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
 endif
 
-.PHONY: help venv demo test test-all lint format bench clean
+.PHONY: help venv demo test test-all test-oldest lint format bench clean
 
 help:
-	@echo "make demo | test | test-all | lint | format | bench | venv | clean"
+	@echo "make demo | test | test-all | test-oldest | lint | format | bench | venv | clean"
 
 venv: $(STAMP)
 
 # torch first: DeepSpeed's build looks for it, and no other package may choose its version.
 # DeepSpeed is built from source against the torch in the venv, hence without isolation.
-$(STAMP): requirements.txt requirements-dev.txt setup.py
+$(STAMP): requirements.txt requirements-dev.txt $(PINNED) setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "$$(grep '^torch==' requirements.txt)" "$$(grep '^setuptools==' requirements-dev.txt)"
-	$(PIP) install --quiet --no-build-isolation -r requirements-dev.txt
+	$(PIP) install --quiet --no-build-isolation -r $(PINNED)
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	$(PIP) check
 	touch $@
@@ -35,10 +37,16 @@ JOBS ?= 2
 PYTEST = $(CPU_ENV) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: venv
-	$(PYTEST)
+	$(PYTEST) $(CHOSEN)
 
 test-all: venv
 	$(PYTEST) -m ""
+
+# What an older DeepSpeed, numpy, pydantic or transformers would break, with the oldest that setup.py allows.
+OLDEST = tests/test_versions.py tests/engine/test_internals.py $(addprefix integration_tests/test_,identity.py \
+    exclusion.py faults.py state.py ways_in.py huggingface.py)
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest PINNED=requirements-oldest.txt CHOSEN="$(OLDEST)"
 
 # Types and layers are checked on the installed layout, where kernels/ is deepspeed_sentinel.kernels.
 LAYOUT = build/layout
@@ -59,5 +67,5 @@ bench: venv
 	$(CPU_ENV) $(PY) benchmarks/engine_overhead.py
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .venv-oldest build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 
 TRANSFORMERS = ["transformers>=5.23", "accelerate>=1.15", "tokenizers>=0.23", "safetensors>=0.8"]
 PEFT = ["peft>=0.21.2"]
-SWEEP = ["pyarrow>=26.0"]
+SWEEP = ["pyarrow>=26.0", 'tomli>=2.0; python_version < "3.11"']
 PROMETHEUS = ["prometheus-client>=0.26"]
 REPORT = ["rich>=15.0", "matplotlib>=3.11", "jinja2>=3.1"]
 DEV = [
@@ -58,7 +58,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",
+    python_requires=">=3.10",
     packages=PACKAGES,
     package_dir={"deepspeed_sentinel": "deepspeed_sentinel", "deepspeed_sentinel.kernels": "kernels"},
     package_data={
@@ -70,16 +70,16 @@ setup(
         "torch.backends": ["deepspeed_sentinel = deepspeed_sentinel.flag:begin"],
         "console_scripts": ["deepspeed-sentinel = deepspeed_sentinel.__main__:main"],
     },
-    # Lower bounds are what has been run. The upper one is there because deepspeed_sentinel.engine reaches into
-    # the pipeline engine's internals, which DeepSpeed may change in any minor release.
+    # Lower bounds are what has been run, see docs/versions.md. DeepSpeed needs no upper one: what a newer version has
+    # moved is named before an engine is watched, see engine/internals.py.
     install_requires=[
-        "deepspeed>=0.19.8,<0.20",
-        "torch>=2.13",
-        "numpy>=2.4",
-        "pydantic>=2.14",
+        "deepspeed>=0.16.0",
+        "torch>=2.5.1",
+        "numpy>=1.26.4",
+        "pydantic>=2.9.2",
         "cryptography>=50.0",
-        # torch for CUDA brings its own triton (2.13.0 pins 3.7.1), torch for CPU brings none
-        'triton>=3.7.1; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")',
+        # torch for CUDA brings its own triton (2.5.1 pins 3.1.0, 2.13.0 pins 3.7.1), torch for CPU brings none
+        'triton>=3.1.0; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")',
     ],
     extras_require={
         "transformers": TRANSFORMERS,
@@ -101,6 +101,7 @@ setup(
         "Intended Audience :: System Administrators",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: System :: Distributed Computing",

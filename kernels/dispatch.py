@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,9 @@ triton: Any
 tl: Any
 try:
     triton, tl = import_module("triton"), import_module("triton.language")
-except ImportError:  # no triton for this platform: kernels are left as plain functions that nobody calls
+    if "do_not_specialize_on_alignment" not in signature(triton.jit).parameters:  # triton 3.2, which torch 2.6 brings
+        raise ImportError(f"triton {triton.__version__} is older than the kernels")
+except ImportError:  # or none for this platform: kernels are left as plain functions that nobody calls
     triton, tl = SimpleNamespace(jit=lambda function=None, **_: function or (lambda decorated: decorated)), None
 
 INTERPRETED = tl is not None and os.environ.get("TRITON_INTERPRET") == "1"

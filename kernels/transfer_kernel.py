@@ -1,5 +1,7 @@
 """The Triton kernel of ``transfer_statistics``: one program a message, which stays in the cache between its passes."""
 
+from __future__ import annotations
+
 from deepspeed_sentinel.kernels.dispatch import tl, triton
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS
 

@@ -6,7 +6,6 @@ import ast
 import importlib.util
 import json
 import re
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import yaml
 from deepspeed_sentinel import __version__
 from deepspeed_sentinel.attacks.base import apply_attack, build_attack
 from deepspeed_sentinel.attacks.context import AttackContext
+from deepspeed_sentinel.compat import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])

@@ -1,4 +1,4 @@
-"""Where DeepSpeed's pipeline engine keeps what we need: plain functions on an engine, verified on 0.19.8."""
+"""Where DeepSpeed's pipeline engine keeps what we need: plain functions on an engine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from datetime import timedelta
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.dualpipev import DualPipeVEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
 
+from deepspeed_sentinel.engine.internals import check_engine
 from deepspeed_sentinel.mesh import Mesh, Worker
 
 _LARGEST_FP16 = 65504.0
@@ -24,11 +24,12 @@ def check_supported(engine: object) -> None:
             f"sentinel watches DeepSpeed's PipelineEngine, got {type(engine).__name__}: pass a PipelineModule to "
             'deepspeed.initialize, or set "sentinel": {"enabled": false}.'
         )
-    if isinstance(engine, DualPipeVEngine):
+    if any(kind.__name__ == "DualPipeVEngine" for kind in type(engine).__mro__):  # not in every version, 0.19.8 has it
         raise ValueError(
             "sentinel does not support DualPipeV yet: its two phases share ranks. Use a PipelineModule, or set "
             '"sentinel": {"enabled": false}.'
         )
+    check_engine(engine)
     topology = engine.grid.topology()
     further = {axis: topology.get_dim(axis) for axis in topology.get_axis_names() if axis not in ("pipe", "data")}
     split = ", ".join(f"{axis!r} of size {size}" for axis, size in further.items() if size > 1)
@@ -131,7 +132,7 @@ def gradient_scale(engine: PipelineEngine) -> float:
 
 
 def loss_scale(engine: PipelineEngine) -> float:
-    return float(engine._get_optimizer_loss_scale() or 1.0) if engine.fp16_enabled() else 1.0
+    return float(engine.optimizer.loss_scale or 1.0) if engine.fp16_enabled() else 1.0
 
 
 def overflow_limit(engine: PipelineEngine) -> float:

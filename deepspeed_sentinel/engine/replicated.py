@@ -1,4 +1,4 @@
-"""Which tensors of a pipeline engine all replicas of a stage hold alike, verified on DeepSpeed 0.19.8.
+"""Which tensors of a pipeline engine all replicas of a stage hold alike.
 
     parameters                  always, frozen ones too: broadcast at the start, stepped from reduced gradients
     what the optimizer steps    without a wrapper (the parameters themselves), FP16_Optimizer, FP16_UnfusedOptimizer

@@ -23,7 +23,6 @@ import platform
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import backends
 
+from deepspeed_sentinel.compat import precisions
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.parcel import can_be_sent, checksums, from_bytes, most_bytes, to_bytes
 from deepspeed_sentinel.errors import SentinelError
@@ -45,9 +45,6 @@ from deepspeed_sentinel.response.twins import Draw, chance, draw
 from deepspeed_sentinel.telemetry import console
 
 _DRIVERS = tuple(Path(f"/sys/module/{name}/version") for name in ("nvidia", "amdgpu"))
-_PRECISIONS = attrgetter(
-    *(f"{one}.fp32_precision" for one in ("cudnn.conv", "cudnn.rnn", "cuda.matmul", "mkldnn.matmul"))
-)
 _KEY_BYTES = 32
 _NONE, _APART, _GIVEN, _SOURCE, _REFUSED = range(5)
 # What keeps a step from being a twin step; of several the last counts.
@@ -255,7 +252,7 @@ def kind(device: torch.device) -> int:
         torch.get_deterministic_debug_mode(),
         backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
         backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-        *_PRECISIONS(backends),
+        *precisions(),
         *(path.read_text().strip() for path in _DRIVERS if path.is_file()),
     ]
     if device.type == "cpu":

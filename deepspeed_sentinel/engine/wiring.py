@@ -1,4 +1,4 @@
-"""Which rank a stage's neighbour is: the seam to DeepSpeed's point-to-point module, verified on 0.19.8.
+"""Which rank a stage's neighbour is: the seam to DeepSpeed's point-to-point module.
 
 Only messages between neighbouring stages go by the wiring. The loss, tied weights, data, checkpoints and the reduction
 of gradients keep DeepSpeed's grid. Replicas of a stage hold the same weights, so who serves a column changes nothing of

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from deepspeed_sentinel.compat import all_gather_single
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.mesh import Worker
 
@@ -172,7 +173,7 @@ def _gather(mine: torch.Tensor, group: dist.ProcessGroup | None, size: int) -> t
     if group is None:
         return mine[None].contiguous()
     everyone = torch.empty((size * len(mine), *mine.shape[1:]), dtype=mine.dtype)
-    dist.all_gather_single(everyone, mine.contiguous(), group=group)
+    all_gather_single(everyone, mine.contiguous(), group=group)
     return everyone.view(size, *mine.shape)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from deepspeed_sentinel.compat import all_gather_single
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import ENDS, End
 from deepspeed_sentinel.evidence.table import BY_JUDGE, OF_PAIR, RECEIVED, SENT, TABLE, Evidence
@@ -81,7 +82,7 @@ class Exchange:
         """All ranks' reports as Evidence, column by column of a wiring: one all-gather, one copy to the host."""
         world = self._ranks.size
         gathered = torch.empty((world * report.shape[0], *report.shape[1:]), dtype=report.dtype, device=report.device)
-        dist.all_gather_single(gathered, report)
+        all_gather_single(gathered, report)
         host = gathered.cpu().numpy().reshape(world, *report.shape)
         serving_SC = np.take_along_axis(self._ranks, wiring, axis=1)
         return replace(self.assemble(host[serving_SC], step, layout), dealt=wiring)
@@ -89,7 +90,7 @@ class Exchange:
     def gather_summaries(self, summary: torch.Tensor) -> torch.Tensor:
         """float32 [V] of this replica -> float32 [R, V] of all replicas of the stage."""
         gathered = summary.new_empty(self._mesh.replicas * summary.numel())
-        dist.all_gather_single(gathered, summary, group=self._replica_group)
+        all_gather_single(gathered, summary, group=self._replica_group)
         return gathered.view(self._mesh.replicas, -1)
 
     def assemble(self, reports: np.ndarray, step: int, layout: Layout) -> Evidence:

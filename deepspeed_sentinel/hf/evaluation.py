@@ -28,7 +28,7 @@ def share_logits(engine: Any, pipeline: CausalLMPipeline, outputs: Any, ids_BT: 
     else:
         size = pipeline.config.get_text_config().vocab_size
         logits_BTV = torch.empty((*ids_BT.shape, size), device=engine.device)
-    source = engine._loss_stage_global_rank()
+    source = engine.grid.stage_to_global(engine.num_stages - 1)
     dist.broadcast(logits_BTV, source, group=engine.mpu.get_pipe_parallel_group())
     return logits_BTV
 

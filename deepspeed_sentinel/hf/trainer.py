@@ -68,6 +68,7 @@ class SentinelTrainer(Trainer):
 
     control: TrainerControl
     _created_lr_scheduler: bool
+    loss_is_scaled_for_ga: bool | None = None  # as transformers has it, which 5.8.1 does not yet
 
     def __init__(
         self,

@@ -27,7 +27,6 @@ import itertools
 import json
 import os
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, fields
@@ -35,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deepspeed_sentinel.compat import tomllib
 from deepspeed_sentinel.simulation.options import SimulationOptions, trunk_of
 from deepspeed_sentinel.simulation.processes import grow_trunk, one_thread_pool, run_alone
 

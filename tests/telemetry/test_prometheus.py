@@ -46,7 +46,7 @@ def parsed(text):
 
 
 def value(samples, name, **labels):
-    return samples["deepspeed_sentinel_" + name, *sorted(labels.items())]
+    return samples[("deepspeed_sentinel_" + name, *sorted(labels.items()))]
 
 
 @pytest.fixture
