@@ -59,6 +59,11 @@ def test_what_cannot_work_is_refused_on_every_rank(cases, name):
         assert REFUSED[name] in case[name]
 
 
+def test_a_tool_that_takes_the_place_of_an_entry_is_noticed_in_the_same_step(cases):
+    for case in cases:
+        assert "another tool has put its own entry for OptimizerStep" in case["taken"]
+
+
 def test_further_axes_of_size_one_change_nothing(cases):
     for case in cases:
         trained, judged, ranks = case["three_axes"]

@@ -23,6 +23,7 @@ from deepspeed_sentinel.engine.controlfile import ControlFile
 from deepspeed_sentinel.engine.convictions import Convictions
 from deepspeed_sentinel.engine.devices import DeviceRecord, gather_devices
 from deepspeed_sentinel.engine.ending import HALTED_EXIT_CODE, ends_with
+from deepspeed_sentinel.engine.entries import Entries
 from deepspeed_sentinel.engine.gate import Gate
 from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
@@ -267,12 +268,9 @@ class Sentinel:
 
     def _wrap(self) -> None:
         engine = self.engine
+        self._entries = Entries({**self._interception.instructions(), **self.gate.instructions()})
         engine._INSTRUCTION_MAP = self._liveness.progress.tracked(
-            {
-                **engine._INSTRUCTION_MAP,
-                **self._interception.instructions(),
-                **self.gate.instructions(),
-            }
+            {**engine._INSTRUCTION_MAP, **self._entries.instructions}
         )
         engine._exec_schedule = self._exec_schedule
         engine._next_batch = self._twins.next_batch
@@ -293,10 +291,12 @@ class Sentinel:
                 self.gate.begin_step()
                 self._interception.watching = True
                 self.gate.rehearse(run)
+            self._entries.begin()
             run()
         self._interception.watching = False
         self._liveness.progress.end_schedule()
         if trains:
+            self._entries.check(pipe_schedule, lenient=self._lenient)
             self._after_step()
 
     def _after_step(self) -> None:

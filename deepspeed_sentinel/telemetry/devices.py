@@ -179,7 +179,7 @@ def claimed_by(device: Device, devices: Sequence[Sequence[Device]]) -> tuple[Wor
 
 def shared_places(devices: Sequence[Sequence[Device]]) -> tuple[str, ...]:
     """What to tell about slots of a host that several workers [S][R] name as theirs; of one device see ``keys_of``."""
-    claims = defaultdict(dict[Worker, str])
+    claims: dict[tuple[str, int], dict[Worker, str]] = defaultdict(dict)
     for stage, of_stage in enumerate(devices):
         for replica, device in enumerate(of_stage):
             if device.host:

@@ -111,6 +111,9 @@ def cases() -> dict[str, Any]:
     result["no_settings"] = refusal(lambda: deepspeed_sentinel.attach(engine))
     guarded = initialize(block(), of=deepspeed.initialize)[0]  # the flag, then the script's own
     result["flag"] = deepspeed_sentinel.attach(guarded) is guarded.sentinel
+    # Another tool's own step, which calls the engine's and not the entry that it found.
+    guarded._INSTRUCTION_MAP = {**guarded._INSTRUCTION_MAP, schedule.OptimizerStep: type(plain)._exec_optimizer_step}
+    result["taken"] = refusal(lambda: train(guarded, range(1)))
     guarded.sentinel.detach()
     result["unknown_key"] = refusal(lambda: initialize(block(warmup=3)))
     result["outside_mesh"] = refusal(
