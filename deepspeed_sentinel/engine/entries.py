@@ -28,6 +28,7 @@ class Entries:
 
     def __init__(self, instructions: Mapping[type, Callable[..., Any]]) -> None:
         self._reached: set[type] = set()
+        self._due: set[type] | None = None  # the same in all schedules of a worker
         self._told = False
         self.instructions = {kind: self._noted(kind, run) for kind, run in instructions.items()}
 
@@ -39,13 +40,16 @@ class Entries:
         """After a schedule.
 
         Args:
+            pipe_schedule: of a training step.
             lenient: say what is wrong, once, and let it pass.
 
         Raises:
             SentinelError: it had instructions whose entry was not called.
         """
-        due = {type(instruction) for instructions in pipe_schedule.steps() for instruction in instructions}
-        if missed := sorted(kind.__name__ for kind in (due & self.instructions.keys()) - self._reached):
+        if self._due is None:
+            kinds = {type(instruction) for instructions in pipe_schedule.steps() for instruction in instructions}
+            self._due = kinds & self.instructions.keys()
+        if missed := sorted(kind.__name__ for kind in self._due - self._reached):
             problem = (
                 f"another tool has put its own entry for {', '.join(missed)} into the engine's instructions, so this "
                 "step was not guarded. Let that tool attach first, and Sentinel after it: leave "
