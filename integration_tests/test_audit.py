@@ -29,7 +29,7 @@ ATTACKS = {
     "flip_backward": {"stage": 2, "direction": "backward", **FLIP},
 }
 # The silent one is waited for, two minutes the first time.
-LONG = ("lie_backward", "garbage", "shuffle_forward", "flip_backward", "silent")
+LONG = ("lie_backward", "another", "garbage", "shuffle_forward", "flip_backward", "silent")
 STANDS_ALONE = ["flip_forward"]  # the mean of its messages gives it away too, so nothing hangs on its neighbours' word
 
 
