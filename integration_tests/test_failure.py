@@ -14,7 +14,8 @@ JOB = "integration_tests/jobs/failure.py"
 STAGES, REPLICAS = 3, 2
 SIZE = STAGES * REPLICAS
 STORY = ((3, "ALARM"), (3, "LEFT OUT"), (3, "SUSPECT"), (5, "CONVICTED"))
-LOST = f"LostWorker: lost {named(3, REPLICAS)}. Resume"
+# Raised where a call of the rank's own failed, else told by its heart, which then ends it.
+LOST = f"lost {named(3, REPLICAS)}. Resume"
 
 
 def start(jobs, tmp_path: Path, mode: str, steps: int, **options):
@@ -30,8 +31,10 @@ def test_a_killed_worker_is_named_by_all_others_and_the_last_checkpoint_resumes(
     assert not result.timed_out
     for rank in set(range(SIZE)) - {victim}:
         assert result.returncodes[rank] != 0
-        (line,) = [line for line in result.stderr[rank].splitlines() if LOST in line]
-        assert "saw: " in line and "third_party" not in line and "GLHF" not in line, line
+        told = [line for line in result.stderr[rank].splitlines() if LOST in line]
+        assert told, result.describe()
+        for line in told:
+            assert "saw: " in line and "third_party" not in line and "GLHF" not in line, line
     last = int((tmp_path / "checkpoints" / "latest").read_text().removeprefix("global_step"))
     with start(jobs, tmp_path, "resume", last + 2) as job:
         resumed = job.wait(timeout=150).check()
