@@ -12,6 +12,7 @@ import pytest
 
 from integration_tests.harness import run_job
 from integration_tests.processes import ROOT, base_environment, free_port, warm_extensions
+from integration_tests.variants import some
 
 SEEN = ("dict", "path", "comments", "base64", "args", "config_params", "zero 3", "transformers", "accelerate")
 
@@ -93,24 +94,28 @@ def config_file(folder, block):
 
 
 LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=4"],
-    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus=4"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=4", "--master_port={port}"],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus=4", "--master_port={port}"],
+    "accelerate": [
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=4", "--num_machines=1"),
+        *("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port={port}"),
+    ],
 }
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.long)])
+@pytest.mark.parametrize("launcher", some(LAUNCHERS, ("torchrun",)))
 def test_an_installed_wheel_guards_an_unchanged_script_by_the_flag_alone(installed, tmp_path, launcher):
     folder, python = installed
     warm_extensions()
     block = {"enabled": True, "warmup_steps": 2}
+    launch = [part.format(port=free_port()) for part in LAUNCHERS[launcher]]
     arguments = [
-        f"--master_port={free_port()}",
         folder / "train.py",
         "--deepspeed_config",
         config_file(tmp_path, block),
         "--steps=6",
     ]
-    told = run([python, *LAUNCHERS[launcher], *arguments], cwd=tmp_path).stdout
+    told = run([python, *launch, *arguments], cwd=tmp_path).stdout
     assert told.count("[sentinel] guarding 2 stages x 2 replicas, action 'quarantine'") == 1
     assert told.count("judging begins: ") == 1
     assert told.count("trained: finite True") == 4 and "nan" not in told.split("losses")[-1]
