@@ -39,6 +39,8 @@ class Convictions:
     def __init__(self, folder: str, who: Who, convicted: Callable[[], np.ndarray], *, step: Callable[[], int]) -> None:
         self._path = Path(folder) / FILE
         self._who, self._convicted, self._step = who, convicted, step
+        # Asked now, since a script may end its process group before the run's end is told.
+        self._first = dist.get_rank() == 0
         self._known: dict[Worker, Convict] = {}
         self._earlier: list[dict[str, Any]] | None = None  # once this run has written the file
 
@@ -84,7 +86,7 @@ class Convictions:
             ValueError: a file of that name is there that is none of ours.
         """
         convicts = self.convicts
-        if dist.get_rank() != 0 or (self._earlier is None and not convicts):
+        if not self._first or (self._earlier is None and not convicts):
             return None
         earlier = read_earlier(self._path) if self._earlier is None else self._earlier
         write_exclusions(self._path, exclusions(convicts, self._who.devices, self._step(), earlier))

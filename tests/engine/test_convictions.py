@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from deepspeed_sentinel.engine.convictions import Convictions
 from deepspeed_sentinel.judgement.proof import Proof
@@ -48,6 +49,15 @@ def test_a_conviction_is_written_with_its_reason_and_taken_back_with_it(run):
     run.convicted[CULPRIT] = False
     run.convictions.write()
     assert json.loads(run.file.read_text())["workers"] == [], "it was released"
+
+
+def test_the_end_of_a_run_is_written_after_the_script_has_ended_its_process_group(run):
+    convict(run)
+    assert run.convictions.write() == run.file
+    run.convicted[CULPRIT] = False
+    torch.distributed.destroy_process_group()
+    run.convictions.write()
+    assert json.loads(run.file.read_text())["workers"] == []
 
 
 def test_what_an_earlier_run_left_stays_beside_what_this_one_adds(run, tmp_path):
