@@ -8,6 +8,7 @@ import pytest
 
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
+from integration_tests.variants import some
 
 # One clean run warms up for all: the others go on from its checkpoint.
 RESUMED, START, STEPS = 14, 15, 18
@@ -28,13 +29,8 @@ ATTACKS = {
     "shuffle_forward": {"stage": 1, "attack": "token_shuffle"},
     "flip_backward": {"stage": 2, "direction": "backward", **FLIP},
 }
-# The silent one is waited for, two minutes the first time.
-LONG = ("lie_backward", "another", "garbage", "shuffle_forward", "flip_backward", "silent")
+IN_EVERY_RUN = ("lie_forward", "flip_forward")  # of the others the silent one is waited for, two minutes the first time
 STANDS_ALONE = ["flip_forward"]  # the mean of its messages gives it away too, so nothing hangs on its neighbours' word
-
-
-def some(names):
-    return [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +83,7 @@ def events(runs, name, kind):
     return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
 
-@pytest.mark.parametrize("name", some(LIES))
+@pytest.mark.parametrize("name", some(LIES, IN_EVERY_RUN))
 def test_who_lies_in_its_sketches_convicts_nobody_and_takes_out_its_own_column(runs, name):
     for run in runs[name]:
         assert not any(verdict["newly_convicted"] for verdict in run.verdicts)
@@ -100,7 +96,7 @@ def test_who_lies_in_its_sketches_convicts_nobody_and_takes_out_its_own_column(r
     assert {event["audit"] for event in events(runs, name, "dispute")} == {"refuted"}
 
 
-@pytest.mark.parametrize("name", some(WITNESSES))
+@pytest.mark.parametrize("name", some(WITNESSES, IN_EVERY_RUN))
 def test_whatever_a_witness_hands_in_the_run_goes_on_and_it_is_named(runs, name):
     for run in runs[name]:
         assert len(run.losses) == STEPS + MORE - RESUMED
@@ -119,7 +115,7 @@ def test_whatever_a_witness_hands_in_the_run_goes_on_and_it_is_named(runs, name)
     }
 
 
-@pytest.mark.parametrize("name", some(ATTACKS))
+@pytest.mark.parametrize("name", some(ATTACKS, IN_EVERY_RUN))
 def test_a_true_accusation_is_confirmed_and_convicts(runs, name):
     culprit = [ATTACKS[name]["stage"], 1]
     for run in runs[name]:

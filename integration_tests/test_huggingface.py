@@ -12,6 +12,7 @@ from integration_tests.harness import start_job
 from integration_tests.hf_families import CASES, HELD_OUT, MICRO_BATCHES
 from integration_tests.hf_models import batches, configs
 from integration_tests.hf_training import FAULT, SHORT, STEPS
+from integration_tests.variants import some
 
 # float32 sums in another order; measured maxima: loss 8e-7, gradient 9e-7 of its tensor's largest entry
 LOSS, GRADIENT, WEIGHT = 5e-6, 5e-6, 2e-3
@@ -20,7 +21,7 @@ SCRIPT = "integration_tests/jobs/hf.py"
 # One of each kind of difference; the other families and cuts are `make test-all`'s.
 ALWAYS = ("llama/4", "llama/2", "llama/plain", "llama/packed")
 SHORTLY = {*ALWAYS, "mixtral/checkpointed"}
-SOME = [case if case in SHORTLY else pytest.param(case, marks=pytest.mark.long) for case in CASES]
+SOME = some(CASES, SHORTLY)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ def ends_with(code: int) -> None:
             return before(kind, error, trace)
         try:
             before(kind, error, trace)
-        except Exception:
+        except Exception:  # a script's own hook that fails hides neither the reason nor the code
             sys.__excepthook__(kind, error, trace)
         _flush()
         raise SystemExit(code)
