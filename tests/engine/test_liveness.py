@@ -68,7 +68,7 @@ def test_a_line_that_its_rank_did_not_sign_counts_as_none(one_rank, forge):
 
 
 def test_an_error_of_the_store_does_not_silence_a_heart(heart):
-    elsewhere = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=0.1))
+    elsewhere = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
     client = dist.TCPStore("127.0.0.1", elsewhere.port, is_master=False, wait_for_workers=False)
     del elsewhere
     heart._board._connection = client
