@@ -24,9 +24,9 @@ from transformers import (
 
 from integration_tests.hf_models import SIZE, VOCABULARY, build
 
-STEPS, SHORT = 40, 6
+STEPS, SHORT, SAVED = 24, 6, 18
 MICRO_BATCHES = 8  # of a step, over all replicas
-FAULT = {"stage": 1, "replica": 1, "attack": "constant", "value": 0.0, "start_step": 33, "stop_step": 38}
+FAULT = {"stage": 1, "replica": 1, "attack": "constant", "value": 0.0, "start_step": 20, "stop_step": 24}
 
 
 def rows(count: int, seed: int) -> list[dict[str, list[int]]]:
@@ -93,7 +93,7 @@ def arguments(folder: Path, replicas: int, deepspeed: dict[str, Any] | None, **c
         "max_grad_norm": 1.0,
         "logging_steps": 1,
         "eval_strategy": "steps",
-        "eval_steps": 20,
+        "eval_steps": 12,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
@@ -110,10 +110,10 @@ SHORTLY = {"max_steps": SHORT, "eval_strategy": "no"}
 
 
 class Runs:
-    """Runs of one process, all on the same data."""
+    """Runs of one process, all on the same data; micro-batches are those of a step, over all replicas."""
 
-    def __init__(self, folder: Path, stages: int | None) -> None:
-        self.folder, self.stages = folder, stages
+    def __init__(self, folder: Path, stages: int | None, micro_batches: int = MICRO_BATCHES) -> None:
+        self.folder, self.stages, self.micro_batches = folder, stages, micro_batches
         self.results: dict[str, Any] = {}
 
     def run(
@@ -141,7 +141,13 @@ class Runs:
         told: list[Any] = []
         trainer = kind(
             what,
-            arguments(self.folder / name, replicas, config, **changes),
+            arguments(
+                self.folder / name,
+                replicas,
+                config,
+                gradient_accumulation_steps=self.micro_batches // replicas,
+                **changes,
+            ),
             callbacks=[listener(told)],
             **{**DATA, **(trainer_options or {})},
         )
@@ -173,22 +179,22 @@ def listener(told: list[Any]) -> Any:
 def both(runs: Runs) -> None:
     """The runs that are compared, each the same with and without a pipeline."""
     metrics = {"trainer_options": {"compute_metrics": accuracy}}
-    guard = {"sentinel": {"enabled": True, "output_dir": str(runs.folder / "events")}}
-    saving = {"save_strategy": "steps", "save_steps": 30}
+    guard = {"sentinel": {"enabled": True, "output_dir": str(runs.folder / "events"), "warmup_steps": 10}}
+    saving = {"save_strategy": "steps", "save_steps": SAVED}
     final = runs.folder / "final"
     runs.finish(runs.run("long", model(), guard, save_to=str(final / "long"), **metrics, **saving))
     runs.finish(runs.run("mixtral", model("mixtral"), save_to=str(final / "mixtral"), **SHORTLY))
     custom = {"trainer_options": {"compute_loss_func": z_loss}}
     runs.finish(runs.run("z_loss", model("tied"), save_to=str(final / "z_loss"), **custom, **SHORTLY))
-    # 104 rows are 6 steps and a half, so that the last step of an epoch has fewer micro-batches
-    few = {"trainer_options": {"train_dataset": TRAIN[:104]}}
+    # Six steps and a half of micro-batches of two rows, so that the last step of an epoch has fewer micro-batches
+    few = {"trainer_options": {"train_dataset": TRAIN[: 13 * runs.micro_batches]}}
     epochs = {**SHORTLY, "max_steps": -1, "num_train_epochs": 2}
     runs.finish(runs.run("epochs", model(), guard, **few, **epochs, gradient_checkpointing=True))
 
 
 def pipeline_only(runs: Runs) -> None:
-    guard = {"enabled": True, "output_dir": str(runs.folder / "events")}
-    checkpoint = str(runs.folder / "long" / "checkpoint-30")
+    guard = {"enabled": True, "output_dir": str(runs.folder / "events"), "warmup_steps": 10}
+    checkpoint = str(runs.folder / "long" / f"checkpoint-{SAVED}")
     runs.finish(runs.run("resumed", model(seed=9), {"sentinel": guard}, resume=checkpoint))
     attacked = {"sentinel": {**guard, "inject": [FAULT]}}
     runs.finish(runs.run("attacked", model(seed=9), attacked, resume=checkpoint, eval_strategy="no"))
@@ -232,7 +238,7 @@ def other_mesh(runs: Runs) -> None:
 
 def run_all(folder: Path, stages: int | None) -> dict[str, Any]:
     """{run: {"history": the Trainer's log history, "told": what its callback was told}}."""
-    runs = Runs(folder, stages)
+    runs = Runs(folder, stages, micro_batches=4)
     both(runs)
     if stages is not None:
         pipeline_only(runs)

@@ -12,7 +12,7 @@ from integration_tests.variants import some
 
 # One clean run warms up for all: the others go on from its checkpoint.
 RESUMED, START, STEPS = 14, 15, 18
-BASE = Scenario(name="clean", steps=RESUMED, micro_batches=4, hidden=64, lengths=(48,))
+BASE = Scenario(name="clean", steps=RESUMED, hidden=64, lengths=(48,))
 FAULT = {"replica": 1, "start_step": START}
 FLIP = {"attack": "scaling", "factor": -1}
 LIES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspeed_sentinel.engine.ending import HALTED_EXIT_CODE
+from deepspeed_sentinel.ending import HALTED_EXIT_CODE
 from integration_tests.harness import named
 
 JOB = "integration_tests/jobs/failure.py"

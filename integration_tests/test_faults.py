@@ -45,7 +45,7 @@ DISPUTED = {
     "report_backward": {"attack": "scaling", "factor": -1, "where": "report", "direction": "backward"},
 }
 SHORTLY = {
-    *("forward_constant", "backward_nan", "backward_flip", "forward_matched"),
+    *("forward_constant", "backward_flip"),
     *("transit_backward", "report_forward"),
 }
 ENDS = {  # link, sender, receiver of the disputed messages
@@ -82,7 +82,7 @@ def runs(tmp_path_factory, wanted):
     scenarios = [scenario(name, fault, folder) for name, fault in {**SEEN, **DISPUTED}.items() if name in wanted]
     clean = BASE.with_(
         name="clean",
-        steps=64,
+        steps=44,
         sentinel={"enabled": True, "output_dir": str(folder / "logs_clean")},
         save={"directory": str(folder / "clean"), "after_step": RESUMED},
     )
@@ -125,7 +125,7 @@ def test_a_disputed_link_excludes_its_column_and_convicts_nobody(runs, name):
 def test_no_false_conviction_and_few_false_alarms_in_clean_traffic(runs):
     run = runs["clean"][0]
     judged = run.record["counts"]["judged_messages"]
-    assert judged >= 1000
+    assert judged >= 500
     assert run.record["counts"]["alarms"] < 0.01 * judged
     assert not any(verdict["newly_convicted"] or verdict["disputed"] for verdict in run.verdicts)
 

@@ -9,7 +9,7 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-START, STEPS = 16, 22
+START, STEPS = 10, 15
 BASE = Scenario(name="plain", steps=STEPS, hidden=64, lengths=(32,), evaluate_every=3)
 KINDS = {"running_maximum": {"attack": "constant", "value": 1e4}, "batch_norm": {"attack": "nan"}}
 NAMES = ["batch_norm", pytest.param("running_maximum", marks=pytest.mark.long)]
@@ -18,7 +18,7 @@ NAMES = ["batch_norm", pytest.param("running_maximum", marks=pytest.mark.long)]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("forward_state")
-    block = {"enabled": True, "output_dir": str(folder / "logs"), "seed": 0, "warmup_steps": 12}
+    block = {"enabled": True, "output_dir": str(folder / "logs"), "seed": 0, "warmup_steps": 7}
     scenarios = []
     for kind in sorted(selected("kind")):
         attack = KINDS[kind]

@@ -7,14 +7,13 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-JUDGED = Scenario(name="fp32", steps=15, micro_batches=4, hidden=64, lengths=(32,))
+JUDGED = Scenario(name="fp32", steps=11, micro_batches=4, hidden=64, lengths=(32,))
 SHORT = JUDGED.with_(steps=4)
 VARIANTS = [
     JUDGED,
     JUDGED.with_(name="bf16_zero1", precision="bf16_zero1"),
     SHORT.with_(name="tied", tied=True, gradient_clipping=1.0),
     SHORT.with_(name="fp16_zero1", precision="fp16_zero1"),
-    SHORT.with_(name="int_mask", tuple_messages="int"),
     SHORT.with_(name="dynamic", dynamic_shape=True, lengths=(16, 24, 9)),
     SHORT.with_(name="checkpointing", activation_checkpoint_interval=1, layers_per_stage=2, evaluate_every=2),
 ]
@@ -23,6 +22,7 @@ MORE = [
     SHORT.with_(name="fp32_zero1", precision="fp32_zero1"),
     SHORT.with_(name="fp16", precision="fp16"),
     SHORT.with_(name="tied_bf16", precision="bf16", tied=True),
+    SHORT.with_(name="int_mask", tuple_messages="int"),
     SHORT.with_(name="bool_mask", tuple_messages="bool"),
     SHORT.with_(name="cast_mask", tuple_messages="bool_cast"),
     SHORT.with_(name="float_part", tuple_messages="float"),
@@ -38,7 +38,7 @@ NAMES = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("identity")
-    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "warmup_steps": 8}
+    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "warmup_steps": 4}
     wanted = [variant for variant in (*VARIANTS, *MORE) if variant in VARIANTS[:2] or variant.name in selected("name")]
     pairs = [(plain, plain.with_(name=f"guarded_{plain.name}", sentinel=block)) for plain in wanted]
     scenarios = [scenario for pair in pairs for scenario in pair]

@@ -7,7 +7,7 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-START, STEPS = 22, 25
+START, STEPS = 18, 21
 # The scale begins far too high: the first steps overflow, and it has come down to the limit when the attack begins.
 BASE = Scenario(
     name="plain",
@@ -27,7 +27,7 @@ FAULTS = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("overflow")
-    block = {"enabled": True, "output_dir": str(folder / "logs"), "conviction": "statistics"}
+    block = {"enabled": True, "output_dir": str(folder / "logs"), "conviction": "statistics", "warmup_steps": 8}
     scenarios = [
         BASE,
         BASE.with_(name="guarded", sentinel=block),

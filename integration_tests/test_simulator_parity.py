@@ -8,7 +8,6 @@ from deepspeed_sentinel.simulation.options import SimulationOptions
 from deepspeed_sentinel.simulation.run import Simulation
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
-from integration_tests.variants import some
 
 STAGES, REPLICAS, SEED = 4, 3, 0
 WARM, START, STEPS = 12, 17, 23
@@ -21,7 +20,6 @@ ATTACKS = {
     "delay": {"steps": 5},
     "token_shuffle": {},
 }
-IN_EVERY_RUN = ("token_shuffle",)
 BASE = Scenario(name="base", steps=STEPS, hidden=64, lengths=(64,))
 
 
@@ -45,7 +43,8 @@ def live(tmp_path_factory, selected):
     return run_scenarios([warm, *scenarios], stages=STAGES, replicas=REPLICAS, folder=folder, timeout=420)
 
 
-@pytest.mark.parametrize("attack", some(ATTACKS, IN_EVERY_RUN))
+@pytest.mark.long
+@pytest.mark.parametrize("attack", ATTACKS)
 def test_convictions_in_deepspeed_are_those_of_the_simulator(live, attack):
     convicted = {tuple(worker) for verdict in live[attack][0].verdicts for worker in verdict["newly_convicted"]}
     options = SimulationOptions(

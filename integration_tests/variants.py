@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 
-def some(names: Iterable[str], in_every_run: Collection[str]) -> list[Any]:
-    """Parameters of a test: those that are not ``in_every_run`` are for ``make test-all``."""
-    return [name if name in in_every_run else pytest.param(name, marks=pytest.mark.long) for name in names]
+def some(names: Iterable[Any], in_every_run: Collection[Any]) -> list[Any]:
+    """Parameters of a test, tuples where it takes several: those not ``in_every_run`` are for ``make test-all``."""
+
+    def given(name: Any) -> tuple[Any, ...]:
+        return name if isinstance(name, tuple) else (name,)
+
+    return [name if name in in_every_run else pytest.param(*given(name), marks=pytest.mark.long) for name in names]

@@ -16,13 +16,13 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from deepspeed_sentinel.attacks.faults import Faults
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.ending import HALTED_EXIT_CODE, ends_with
 from deepspeed_sentinel.engine import access, checkpoint
 from deepspeed_sentinel.engine.comparison import WeightComparison
 from deepspeed_sentinel.engine.controlfile import FILE as CONTROL_FILE
 from deepspeed_sentinel.engine.controlfile import ControlFile
 from deepspeed_sentinel.engine.convictions import Convictions
 from deepspeed_sentinel.engine.devices import DeviceRecord, gather_devices
-from deepspeed_sentinel.engine.ending import HALTED_EXIT_CODE, ends_with
 from deepspeed_sentinel.engine.entries import Entries
 from deepspeed_sentinel.engine.gate import Gate
 from deepspeed_sentinel.engine.interception import Interception

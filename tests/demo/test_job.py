@@ -36,6 +36,7 @@ def test_all_runs_are_done_and_start_from_the_same(options, tmp_path):
     assert len(state.plain_seconds) == len(state.guarded_seconds) == 1
 
 
+@pytest.mark.long
 def test_what_fails_in_a_process_is_told(options, tmp_path):
     assert status_of(options, tmp_path) != 0
     told = error_tail(options.job_log)

@@ -1,5 +1,6 @@
 """Made-up evidence: lognormal statistics, so that tests can say exactly what is clean and what is not."""
 
+import pickle
 from functools import cache
 
 import numpy as np
@@ -89,7 +90,20 @@ class World:
         return verdict
 
     def warm_up(self, steps=30):
-        return [self.step() for _ in range(steps)]
+        """Honest steps; worlds that begin alike share them, since most tests of this folder begin so."""
+        if type(self) is not World:
+            return [self.step() for _ in range(steps)]
+        state = pickle.dumps((vars(self), steps))
+        if state not in _WARMED:
+            verdicts = [self.step() for _ in range(steps)]
+            _WARMED[state] = pickle.dumps((vars(self.judge), self.generator, self.time, verdicts))
+            return verdicts
+        learnt, self.generator, self.time, verdicts = pickle.loads(_WARMED[state])
+        vars(self.judge).update(learnt)
+        return verdicts
+
+
+_WARMED: dict[bytes, bytes] = {}
 
 
 CULPRIT = Worker(1, 2)

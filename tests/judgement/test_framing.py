@@ -9,9 +9,11 @@ from synthetic import World
 from deepspeed_sentinel.evidence.table import NAMES, Evidence
 from deepspeed_sentinel.judgement.blame import Blame
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
+from integration_tests.variants import some
 
 ENERGY = NAMES.index("energy")
 STEPS = 60
+PLACES = (FORWARD, 2, 1), (BACKWARD, 2, 0), (FORWARD, 3, 2), (BACKWARD, 0, 1)
 
 
 def stand_out(world, values, reach):
@@ -34,12 +36,8 @@ def ordered(scores):
     return np.concatenate([scores[FORWARD], scores[BACKWARD][::-1]])
 
 
-@pytest.mark.parametrize(
-    "lowest", [0.5, *(pytest.param(lowest, marks=pytest.mark.long) for lowest in (0.3, 0.4, 0.6, 0.7))]
-)
-@pytest.mark.parametrize(
-    ("direction", "link", "column"), [(FORWARD, 2, 1), (BACKWARD, 2, 0), (FORWARD, 3, 2), (BACKWARD, 0, 1)]
-)
+@pytest.mark.parametrize("lowest", some((0.3, 0.4, 0.5, 0.6, 0.7), (0.5,)))
+@pytest.mark.parametrize(("direction", "link", "column"), some(PLACES, PLACES[:2]))
 def test_tampering_where_what_entered_is_conspicuous_gets_nobody_else_convicted(direction, link, column, lowest):
     """The bad worker acts on micro-batches alone that an honest one before it has sent with a score in a window."""
     world = World(stages=5, replicas=3, micro_batches=8)

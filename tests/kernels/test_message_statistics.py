@@ -157,9 +157,9 @@ def test_reference_takes_no_decision_from_data_off_the_cpu():
 def test_digest_sees_every_single_bit():
     x_TD = random(9, 7, seed=0)
     before = tensor_digest(x_TD)
-    # The interpreter takes 40 ms a launch: every fifth element, which comes by all rows and columns, is enough there.
-    for element in range(0, x_TD.numel(), 5 if INTERPRETED else 1):
-        for bit in range(32):
+    # The interpreter takes 40 ms a launch: there a third of the bits, of elements of all columns, is enough.
+    for element in range(0, x_TD.numel(), 8 if INTERPRETED else 1):
+        for bit in range(element % 3, 32, 3) if INTERPRETED else range(32):
             flipped = x_TD.clone()
             flipped.view(-1).view(torch.int32)[element] ^= (1 << bit) if bit < 31 else -(1 << 31)
             after = tensor_digest(flipped)

@@ -8,7 +8,7 @@ import pytest
 
 SCRIPT = """
 import atexit, sys
-from deepspeed_sentinel.engine.ending import HALTED_EXIT_CODE, ends_with
+from deepspeed_sentinel.ending import HALTED_EXIT_CODE, ends_with
 from deepspeed_sentinel.errors import LostWorker, SentinelHalt
 atexit.register(lambda: print("exit handlers ran"))
 ends_with(HALTED_EXIT_CODE)
