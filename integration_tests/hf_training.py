@@ -26,7 +26,7 @@ from integration_tests.hf_models import SIZE, VOCABULARY, build
 
 STEPS, SHORT, SAVED = 24, 6, 18
 MICRO_BATCHES = 8  # of a step, over all replicas
-FAULT = {"stage": 1, "replica": 1, "attack": "constant", "value": 0.0, "start_step": 20, "stop_step": 24}
+FAULT = {"stage": 1, "replica": 1, "attack": "nan", "start_step": 20}
 
 
 def rows(count: int, seed: int) -> list[dict[str, list[int]]]:
@@ -197,7 +197,9 @@ def pipeline_only(runs: Runs) -> None:
     checkpoint = str(runs.folder / "long" / f"checkpoint-{SAVED}")
     runs.finish(runs.run("resumed", model(seed=9), {"sentinel": guard}, resume=checkpoint))
     attacked = {"sentinel": {**guard, "inject": [FAULT]}}
-    runs.finish(runs.run("attacked", model(seed=9), attacked, resume=checkpoint, eval_strategy="no"))
+    trainer = runs.run("attacked", model(seed=9), attacked, resume=checkpoint, eval_strategy="no")
+    runs.results["attacked"]["evaluated"] = trainer.evaluate()["eval_loss"]
+    runs.finish(trainer)
     from_config = {
         "optimizer": {
             "type": "AdamW",

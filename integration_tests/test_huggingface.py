@@ -169,11 +169,17 @@ def test_an_attack_is_excluded_logged_and_told_to_the_callback(runs):
     worker = [FAULT["stage"], FAULT["replica"]]
     for rank in runs[1]:
         told = rank["attacked"]["told"]
-        assert [event["step"] for event in told] == list(range(FAULT["start_step"], FAULT["stop_step"]))
+        assert [event["step"] for event in told] == list(range(FAULT["start_step"], STEPS))
         assert all(worker in event["blamed"] and event["excluded"] == [False, True] for event in told)
         excluded = logged(rank["attacked"]["history"], "sentinel/excluded")
-        assert (excluded[FAULT["start_step"]], excluded[FAULT["stop_step"]]) == (0, len(told))
+        assert (excluded[FAULT["start_step"]], excluded[STEPS]) == (0, len(told))
         assert max(logged(rank["attacked"]["history"], "sentinel/convicted").values()) == 1
+
+
+def test_an_evaluation_leaves_out_the_rows_that_a_convicted_worker_spoils(runs):
+    for rank in runs[1]:
+        honest = logged(rank["long"]["history"], "eval_loss")[STEPS]
+        assert rank["attacked"]["evaluated"] == pytest.approx(honest, rel=0.05), "it would be no number"
 
 
 def test_with_no_attack_nothing_is_told(runs):
