@@ -193,7 +193,7 @@ def _as_it_was(tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
 
 
 def _put_back(module: nn.Module, state: _Module) -> None:
-    for name in [name for name in module._buffers.keys() if name not in state.buffers]:
+    for name in {name for name, _ in module._buffers.items()} - set(state.buffers):
         del module._buffers[name]
     for name, kept in state.buffers.items():
         module._buffers[name] = None if kept is None else kept.tensor
