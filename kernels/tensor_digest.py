@@ -31,7 +31,7 @@ from deepspeed_sentinel.kernels.keyed_digest import (
 )
 
 DIGEST_WORDS = 2
-INTEGER_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+INTEGER_VIEW = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32, 16: torch.int32}
 _BR, _BC = 128, 1024  # a program's rows and columns
 _COLUMNS, _GROUPS, _ROWS = 0x9E3779B9, 0x3C6EF372, 0xDAA66D2B  # counters of the three kinds of weights start here
 
@@ -77,7 +77,7 @@ def tensor_digest(x: torch.Tensor, key: DigestKey | None = None, keyed_1: torch.
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
     """The tensor's bits as contiguous integers [R, C], its last dimension along the columns."""
-    x = x.view(torch.uint8) if x.dtype == torch.bool else x
+    x = x.view(torch.uint8) if x.dtype == torch.bool else x.resolve_conj().resolve_neg()
     x_RC = x.reshape(-1, x.shape[-1]) if x.dim() > 1 else x.reshape(1, -1)
     # flat, since a tensor of one column may be contiguous with any stride along it
     bits_N = x_RC.reshape(-1).contiguous().view(INTEGER_VIEW[x.element_size()])

@@ -93,10 +93,11 @@ class ForwardState:
             counts: the column takes part in this step.
         """
         for module, state in self._modules.items():
+            now = dict(module._buffers.items())  # those of a scripted module are no dict
             state.moves = state.moves or any(
-                module._buffers.get(name) is not None
+                now.get(name) is not None
                 if kept is None
-                else module._buffers.get(name) is not kept.tensor or _version(kept.tensor) != kept.version
+                else now.get(name) is not kept.tensor or _version(kept.tensor) != kept.version
                 for name, kept in state.buffers.items()
             )
         if not counts:
@@ -118,7 +119,7 @@ class ForwardState:
         if tensor.numel() * tensor.element_size() > _LARGE and not moves:
             return _Kept(tensor, version, None)
         old = kept.copy if kept is not None else None
-        if old is None or (old.shape, old.dtype, old.device) != (tensor.shape, tensor.dtype, tensor.device):
+        if old is None or not _plain(tensor) or not _alike(old, tensor):
             return _Kept(tensor, version, tensor.detach().clone())
         stale.append((old, tensor))
         return _Kept(tensor, version, old)
@@ -126,7 +127,7 @@ class ForwardState:
     def _compare(self) -> None:
         """Find modules whose buffers changed behind their version counters."""
         compared = [
-            (state, (kept.copy != kept.tensor).any())
+            (state, _differs(kept.copy, kept.tensor))
             for state in self._modules.values()
             if not state.moves
             for kept in state.buffers.values()
@@ -163,15 +164,43 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def _plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether each can take the other's values."""
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def _differs(copy: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """bool []; what cannot be compared (another shape, or sparse) counts as changed."""
+    if not _plain(tensor) or not _alike(copy, tensor):
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return (copy != tensor).any()
+
+
+def _as_it_was(tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
+    """A buffer with its old values: the same tensor, since others may hold it too, or a new one where that cannot be
+    written to (made by ``expand``, or in inference mode)."""
+    try:
+        if _plain(tensor) and _alike(tensor, copy):
+            return tensor.copy_(copy)
+        tensor.data = copy.clone()
+    except RuntimeError:
+        return copy.clone()
+    return tensor
+
+
 def _put_back(module: nn.Module, state: _Module) -> None:
-    for name in [name for name in module._buffers if name not in state.buffers]:
+    for name in {name for name, _ in module._buffers.items()} - set(state.buffers):
         del module._buffers[name]
     for name, kept in state.buffers.items():
         module._buffers[name] = None if kept is None else kept.tensor
         if kept is None:
             continue
         if kept.copy is not None:
-            kept.tensor.copy_(kept.copy)
+            module._buffers[name] = _as_it_was(kept.tensor, kept.copy)
         elif _version(kept.tensor) != kept.version:
             console.say(
                 f"buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "

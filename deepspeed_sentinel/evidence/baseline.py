@@ -17,6 +17,7 @@ from deepspeed_sentinel.mesh import FORWARD
 # left of a step that was one. It would keep the copies of a baseline apart for hundreds of steps.
 LARGER = 16.0
 _LARGEST = float(torch.finfo(torch.float32).max)
+_MOST_TOKENS = float(1 << 24)  # of a message, whose sum over them is a float32
 _MOST_STEPS = 1 << 53  # what no count of steps comes to, and a float still holds
 
 
@@ -73,7 +74,7 @@ class Baselines:
 
         Returns:
             bool [replicas] on the device: clean replicas whose summary cannot be one of their messages. It counts
-            for nothing.
+            for nothing. Nor does that of messages so large that their sums overflow, a mask of the least float32 say.
         """
         clean = torch.from_numpy(clean_R).to(summaries_RV.device, non_blocking=True)
         sound = self._fits(summaries_RV, largest_R)
@@ -89,7 +90,15 @@ class Baselines:
             # There it starts anew, as an average of this step alone.
             alone = (1.0 - decay ** self._counts[end]) / (1.0 - decay)
             average_V.copy_(torch.where(faulty_V, average_V * alone, average_V))
-        return clean & ~sound
+        return clean & ~sound & ~self._overflows(summaries_RV, largest_R)
+
+    @staticmethod
+    def _overflows(summaries_RV: torch.Tensor, largest_R: np.ndarray | None) -> torch.Tensor:
+        """bool [R]: what is not finite, of messages of which it must be expected."""
+        if largest_R is None:
+            return torch.zeros(len(summaries_RV), dtype=torch.bool, device=summaries_RV.device)
+        huge_R = torch.from_numpy(largest_R * _MOST_TOKENS > _LARGEST).to(summaries_RV.device, non_blocking=True)
+        return huge_R & ~summaries_RV.isfinite().all(1)
 
     @staticmethod
     def _limits(summaries_RV: torch.Tensor, counted_R: torch.Tensor) -> torch.Tensor:
@@ -109,6 +118,7 @@ class Baselines:
             return finite
         hidden = summaries_RV.shape[1] - DIRECTIONS * QUANTILES
         limits_R2 = 2.0 * np.outer(largest_R, [1.0, hidden**0.5])  # twice, for what is rounded on the way
+        limits_R2 = np.minimum(limits_R2, _LARGEST)
         limits_R2[limits_R2 == 0.0] = np.inf
         limits = torch.from_numpy(limits_R2.astype(np.float32)).to(summaries_RV.device, non_blocking=True)
         of_means, of_quantiles = (part.abs().amax(1) for part in summaries_RV.tensor_split([hidden], dim=1))

@@ -109,9 +109,10 @@ class Exchange:
             for direction in (FORWARD, BACKWARD):
                 rows_LRMV = ends(direction, role)
                 words[role, direction] = rows_LRMV[..., split:-1]
-                reported = rows_LRMV[..., :split].view(np.float32).reshape(*shape[1:], layout.parts, REPORTED)
+                reported = rows_LRMV[..., :split].reshape(*shape[1:], layout.parts, REPORTED)
                 for link, of_link in enumerate(reported):  # one at a time stays in the processor's own memory
-                    statistics[role, :, :REPORTED, direction, link] = np.moveaxis(of_link, (-2, -1), (0, 1))
+                    read = _on_every_host(of_link)
+                    statistics[role, :, :REPORTED, direction, link] = np.moveaxis(read, (-2, -1), (0, 1))
         keyed = np.zeros(shape, np.int64)
         for direction in (FORWARD, BACKWARD):
             of_receivers = reports[1:] if direction == FORWARD else reports[:-1]
@@ -133,3 +134,15 @@ class Exchange:
             layout.mark_all(words.view(np.int64)),
             keyed=keyed,
         )
+
+
+def _on_every_host(words: np.ndarray) -> np.ndarray:
+    """float32 of their bits, int32, as all hosts see them alike.
+
+    Some processes flush denormal numbers to zero, by their own choice or by that of a library that was compiled for
+    speed; to others a mean square of 1e-39 is a number. So it is zero here, as is zero with a sign, and there is one
+    NaN. Integers decide, which no such mode reaches.
+    """
+    exponent = words & 0x7F800000
+    plain = np.where(exponent == 0, 0, words)
+    return np.where((exponent == 0x7F800000) & (words & 0x007FFFFF != 0), 0x7FC00000, plain).view(np.float32)

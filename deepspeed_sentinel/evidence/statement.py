@@ -28,7 +28,7 @@ SEEDS = 3  # of a statement; a header has room for more
 _DTYPES = (
     *(torch.float32, torch.float16, torch.bfloat16, torch.float64),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128),
 )
 _COUNTS = 3  # of seeds, parts and tensors
 _KNOWN_WORDS = 2
@@ -215,7 +215,7 @@ def _filled(values: list[int] | tuple[int, ...], room: int) -> list[int]:
 
 
 def _raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -4,9 +4,10 @@ import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.buffers import EndStatistics
+from deepspeed_sentinel.evidence.probe import Probe
 from deepspeed_sentinel.evidence.table import SENT
 from deepspeed_sentinel.kernels.sliced_wasserstein import DIRECTIONS, QUANTILES
-from deepspeed_sentinel.mesh import FORWARD
+from deepspeed_sentinel.mesh import FORWARD, Mesh
 
 END, HIDDEN, CPU = (FORWARD, SENT), 16, torch.device("cpu")
 ALL = np.ones(4, bool)
@@ -110,3 +111,24 @@ def test_only_what_can_be_a_state_is_one():
         {**state, "count_0_0": True},
     ):
         assert not Baselines.holds(spoilt)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("least", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min])
+def test_masks_whose_sums_overflow_name_nobody(least):
+    """Additive masks of attention hold the least number that there is."""
+    baselines, largest = Baselines(0.9, 0.8), np.full(3, -least)
+    for step in range(3):
+        shares = []
+        for replica in range(3):
+            mask = torch.zeros(4, 1, 16, 16)
+            mask[..., 9 + replica + step :] = least
+            probe = Probe(Mesh(4, 3), 1, CPU, 0)
+            probe.begin_step(1)
+            probe.observe(END, 0, (mask,))
+            probe.next_micro_batch(END)
+            shares.append(baselines.summary(END, probe.end_statistics(END, 1.0)))
+        assert not baselines.learn(END, torch.stack(shares), ALL[:3], largest).any()
+    lie = torch.stack(shares)
+    lie[1] = float("nan")
+    assert baselines.learn(END, lie, ALL[:3], np.array([-least, 5.0, -least])).tolist() == [False, True, False]

@@ -1,4 +1,8 @@
+import warnings
+
 import numpy as np
+import pytest
+import torch
 
 from deepspeed_sentinel.evidence.exchange import REPORTED, Exchange
 from deepspeed_sentinel.evidence.parts import Layout
@@ -51,3 +55,29 @@ def test_of_pairs_that_the_ends_of_the_pipeline_have_not_nobody_can_say_anything
             assert np.isnan(statistics[:, direction, link][..., OF_PAIR]).all()
             assert not np.isnan(statistics[:, direction, link][..., ~OF_PAIR]).any()
         assert not np.isnan(statistics[:, FORWARD, 1:]).any() and not np.isnan(statistics[:, BACKWARD, :-1]).any()
+
+
+@pytest.fixture(params=[False, True], ids=["as they are", "flushed"])
+def denormals(request):
+    """How this host takes denormal numbers, a mode of the processor."""
+    if request.param and not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_what_a_host_does_with_denormal_numbers_changes_no_verdict(denormals):
+    """Of gradients of a size of 1e-20 the mean square is one; a stranger may send any bits."""
+    mesh = Mesh(3, 2)
+    bits = np.array([0x00000001, 0x007FFFFF, 0x80000001, 0x80000000, 0x7F800001, 0x00800000, 0x3F800000], np.int64)
+    words = np.resize(bits, (3, 2, len(ENDS), 1, REPORTED)).astype(np.uint32).view(np.int32)
+    reports = np.concatenate([words, np.zeros((*words.shape[:-1], 2 + 1), np.int32)], axis=-1)
+    layout = Layout(np.full((2, 1), 6), np.ones((2, 2), np.int64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        statistics = Exchange(mesh, np.arange(6).reshape(3, 2), None).assemble(reports, 0, layout).statistics
+        values = statistics[..., :REPORTED].astype(np.float64)
+    assert set(np.unique(statistics[~np.isnan(statistics)].view(np.int32))) == {0, 0x00800000, 0x3F800000}
+    assert np.array_equal(
+        values[values > 0] < 1e-30, statistics[..., :REPORTED][values > 0].view(np.int32) == 0x00800000
+    )

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepspeed_sentinel.evidence.keeping import look_again
-from deepspeed_sentinel.evidence.parts import Layout
+from deepspeed_sentinel.evidence.parts import Layout, digest_of
 from deepspeed_sentinel.evidence.statement import _DTYPES, WORDS, Header, Malformed, Statement
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.evidence.transfer import Known
@@ -74,7 +74,7 @@ EDGES = [-(2**63), -1, 0, 1, 2, 97, 2**31, 2**40, 2**62, 2**63 - 1]
         (14, 97, "number of tensors"),
         (14, 3, "the header announces"),
         (14, 2, "unused"),
-        (DTYPE, 13, "dtype"),
+        (DTYPE, len(_DTYPES), "dtype"),
         (DIMENSION_COUNT, 9, "dimensions"),
         (DIMENSION_COUNT, 2, "unused"),
         (FIRST_SIZE, -5, "dimension"),
@@ -176,3 +176,12 @@ def test_a_shape_that_no_tensor_can_have_is_malformed():
     header = Header(0, (1, 2, 3), (), ((torch.float32, (2**62, 2**62, 0)),))
     with pytest.raises(Malformed, match="shape"):
         Statement.from_parts(header, torch.zeros(0, dtype=torch.uint8), CPU)
+
+
+def test_complex_numbers_of_every_kind_travel():
+    """DeepSpeed sends complex128 too, and a conjugate may be a view."""
+    pair = torch.randn(2, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    for tensor in (pair, pair.conj(), pair.conj().imag):
+        heard = read(replace(TOLD, tensors=(tensor,)).header.to_words(), replace(TOLD, tensors=(tensor,)).body())
+        assert torch.equal(heard.tensors[0], tensor.resolve_conj())
+        assert digest_of(tensor).tolist() == digest_of(heard.tensors[0]).tolist() != [0, 0]

@@ -18,6 +18,7 @@ def tensors():
         "one column": torch.randn(300, 1, generator=generator).to(torch.bfloat16),
         "one element": torch.tensor(-3.5),
         "doubles": torch.randn(5, 7, generator=generator, dtype=torch.float64),
+        "complex doubles": torch.randn(5, 7, generator=generator, dtype=torch.complex128),
         "halves": torch.randn(4, 3, generator=generator).to(torch.float16),
     }
 
