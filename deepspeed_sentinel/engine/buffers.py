@@ -16,8 +16,11 @@ A buffer above ``_LARGE`` bytes is copied only once its module was seen to chang
 changes in place in a step that is excluded cannot, which is logged.
 
 A module that keeps count in Python of what its buffers hold (the length of a rotary cache) would contradict buffers
-that went back, so numbers, texts and flags in the ``__dict__`` of a module with buffers go back with them. Other state
-that a forward pass may keep (tensors as plain attributes, lists, state outside modules) is not known and stays.
+that went back, so numbers, texts and flags in the ``__dict__`` of a module with buffers go back with them.
+
+What counts steps or messages must not go back: all replicas have counted alike, and one that stays behind makes other
+messages than they do for good, which a twin step would prove. So a buffer of one element, or a number, stays as it is
+where it moved by exactly as much as in the step before. Other state that a forward pass may keep (tensors as plain attributes, lists, state outside modules) is not known and stays.
 """
 
 from __future__ import annotations
@@ -42,19 +45,25 @@ class _Kept:
         tensor: the buffer itself, which may have been changed or replaced since.
         version: its version counter when it was copied, or -1 where it has none.
         copy: its value, or None where it is large and has never changed.
+        before: of one element, the value that it had one step earlier; None where that is not known.
     """
 
     tensor: torch.Tensor
     version: int
     copy: torch.Tensor | None
+    before: torch.Tensor | None = None
 
 
 @dataclass
 class _Module:
-    """A module's state at the beginning of the step; ``moves`` if it was ever seen to change within one."""
+    """A module's state at the beginning of the step; ``moves`` if it was ever seen to change within one.
+
+    ``earlier``: its numbers one step before.
+    """
 
     buffers: dict[str, _Kept | None] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
+    earlier: dict[str, Any] = field(default_factory=dict)
     moves: bool = False
 
 
@@ -76,7 +85,7 @@ class ForwardState:
         stale: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies, and what is to be copied into them
         self._modules = {module: self._modules.get(module, _Module()) for module in _with_buffers(self._root)}
         for module, state in self._modules.items():
-            state.numbers = _numbers(module)
+            state.earlier, state.numbers = state.numbers, _numbers(module)
             state.buffers = {
                 name: None if tensor is None else self._renewed(state.buffers.get(name), tensor, state.moves, stale)
                 for name, tensor in module._buffers.items()
@@ -121,6 +130,8 @@ class ForwardState:
         old = kept.copy if kept is not None else None
         if old is None or not _plain(tensor) or not _alike(old, tensor):
             return _Kept(tensor, version, tensor.detach().clone())
+        if tensor.numel() == 1 and tensor.dtype != torch.bool:
+            return _Kept(tensor, version, tensor.detach().clone(), before=old)
         stale.append((old, tensor))
         return _Kept(tensor, version, old)
 
@@ -196,15 +207,32 @@ def _put_back(module: nn.Module, state: _Module) -> None:
     for name in {name for name, _ in module._buffers.items()} - set(state.buffers):
         del module._buffers[name]
     for name, kept in state.buffers.items():
+        now = module._buffers[name] if name in dict(module._buffers.items()) else None
         module._buffers[name] = None if kept is None else kept.tensor
         if kept is None:
             continue
         if kept.copy is not None:
-            module._buffers[name] = _as_it_was(kept.tensor, kept.copy)
+            module._buffers[name] = _as_it_was(kept.tensor, _counted_on(kept, now))
         elif _version(kept.tensor) != kept.version:
             console.say(
                 f"buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
                 "the first time in a step whose column was excluded, and was too large to be kept: it stays as it is"
             )
     for name, value in state.numbers.items():
-        module.__dict__[name] = value
+        if not _counts_on(module.__dict__.get(name), value, state.earlier.get(name)):
+            module.__dict__[name] = value
+
+
+def _counted_on(kept: _Kept, now: torch.Tensor | None) -> torch.Tensor:
+    """The value to put back: that of before the step, or of now where it is a count that went on."""
+    assert kept.copy is not None
+    if kept.before is None or now is None or not _plain(now) or not _alike(now, kept.copy):
+        return kept.copy
+    return torch.where(now - kept.copy == kept.copy - kept.before, now, kept.copy)
+
+
+def _counts_on(now: Any, value: Any, before: Any) -> bool:
+    """As ``_counted_on``, of numbers."""
+    if not all(type(number) in (int, float) for number in (now, value, before)):
+        return False
+    return bool(now - value == value - before)

@@ -9,6 +9,11 @@ Two tensors that entered alike all through the warm-up leave it open which of th
 will show it; but one worker may have swapped them. So until more than half of a stage's replicas have shown that it is
 not the one, either may be what leaves, and neither accuses anybody.
 
+A tensor that was nothing but zeros through all of the warm-up may be one that is handed on (token types of one kind) or a
+count of what did not happen yet (tokens that no expert had room for). Who alters it is in alarm as well, but once more
+than half of a stage's replicas have done so, in whichever steps, it was a count, and nothing is held against anybody
+for it any more.
+
 Example: tensors (hidden state, position ids) enter with digests (5, 7) and leave with (9, 7). Leaving tensor 1 equals
 entering tensor 1, in all messages, so it is expected to. Later (6, 7) enters and (8, 3) leaves: that message is in
 alarm.
@@ -40,8 +45,9 @@ class Passing:
         self._steps = steps
         self._learnt = 0
         self._same = np.ones((2, max(mesh.stages - 2, 0), 0, 0), bool)
-        self._seen = np.zeros_like(self._same)
+        self._seen, self._zeros = np.zeros_like(self._same), np.ones_like(self._same)
         self._elsewhere = np.zeros((*self._same.shape, mesh.replicas), bool)
+        self._grown = np.zeros((*self._same.shape[:3], mesh.replicas), bool)
 
     def step(self, digests: np.ndarray, agreed: np.ndarray, served: np.ndarray) -> np.ndarray:
         """Learn from a step, or hold it against what was learnt.
@@ -60,14 +66,16 @@ class Passing:
         tensors = digests.shape[-1]
         if self._same.shape[-1] != tensors:
             self._same, self._learnt = np.ones((*self._same.shape[:2], tensors, tensors), bool), 0
-            self._seen = np.zeros_like(self._same)
+            self._seen, self._zeros = np.zeros_like(self._same), np.ones_like(self._same)
             self._elsewhere = np.zeros((*self._same.shape, self._mesh.replicas), bool)
+            self._grown = np.zeros((*self._same.shape[:3], self._mesh.replicas), bool)
         entered, left = entering(digests)[..., :, None], leaving(digests)[..., None, :]
         known = entering(agreed) & leaving(agreed)
         equal = (entered == left) & (entered != 0)  # [2, S - 2, C, M, T entering, T leaving]
         if self._learnt < self._steps:
             if known.any():
                 telling = equal & known[..., None, None]
+                self._zeros &= ~(telling & (entered != ZEROS)).any(axis=(2, 3))
                 telling[BACKWARD] &= entered[BACKWARD] != ZEROS
                 self._seen |= telling.any(axis=(2, 3))
                 self._same &= (equal | ~known[..., None, None]).all(axis=(2, 3))
@@ -76,7 +84,9 @@ class Passing:
         same = (self._same & self._seen)[:, :, None, None]
         passed = (equal & same).any(-2)
         broken = same.any(-2) & ~passed & known[..., None]
-        forgotten = most(self._by_replica(broken.any(3), served)) & (self._mesh.replicas > 1)
+        by_replica = self._by_replica(broken.any(3), served)  # [2, S - 2, T leaving, R]
+        self._grown = self._grown | (by_replica & ~(self._same & self._seen & ~self._zeros).any(-2)[..., None])
+        forgotten = (most(by_replica) | most(self._grown)) & (self._mesh.replicas > 1)
         # Of two tensors that entered alike and are so no longer, one is what leaves.
         elsewhere = (same & ~equal & (passed & known[..., None])[..., None, :]).any(3)
         self._elsewhere = self._elsewhere | self._by_replica(elsewhere, served)
@@ -86,12 +96,13 @@ class Passing:
         return changed
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        arrays = {"same": self._same, "seen": self._seen, "elsewhere": self._elsewhere}
+        arrays = {"same": self._same, "seen": self._seen, "zeros": self._zeros}
+        arrays |= {"elsewhere": self._elsewhere, "grown": self._grown}
         return {**{name: array.copy() for name, array in arrays.items()}, "learnt": np.array(self._learnt)}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self._same, self._seen = np.array(state["same"]), np.array(state["seen"])
-        self._elsewhere = np.array(state["elsewhere"])
+        self._same, self._seen, self._zeros = (np.array(state[name]) for name in ("same", "seen", "zeros"))
+        self._elsewhere, self._grown = np.array(state["elsewhere"]), np.array(state["grown"])
         self._learnt = int(state["learnt"])
 
     def _by_replica(self, by_column: np.ndarray, served: np.ndarray) -> np.ndarray:
