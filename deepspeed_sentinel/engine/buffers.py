@@ -20,7 +20,10 @@ that went back, so numbers, texts and flags in the ``__dict__`` of a module with
 
 What counts steps or messages must not go back: all replicas have counted alike, and one that stays behind makes other
 messages than they do for good, which a twin step would prove. So a buffer of one element, or a number, stays as it is
-where it moved by exactly as much as in the step before. Other state that a forward pass may keep (tensors as plain attributes, lists, state outside modules) is not known and stays.
+where it moved by exactly as much as in the step before.
+
+Other state that a forward pass may keep (tensors as plain attributes, lists, state outside modules) is not known and
+stays.
 """
 
 from __future__ import annotations

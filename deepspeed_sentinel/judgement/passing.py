@@ -9,10 +9,10 @@ Two tensors that entered alike all through the warm-up leave it open which of th
 will show it; but one worker may have swapped them. So until more than half of a stage's replicas have shown that it is
 not the one, either may be what leaves, and neither accuses anybody.
 
-A tensor that was nothing but zeros through all of the warm-up may be one that is handed on (token types of one kind) or a
-count of what did not happen yet (tokens that no expert had room for). Who alters it is in alarm as well, but once more
-than half of a stage's replicas have done so, in whichever steps, it was a count, and nothing is held against anybody
-for it any more.
+A tensor that was nothing but zeros through all of the warm-up may be one that is handed on (token types of one kind) or
+a count of what did not happen yet (tokens that no expert had room for). Who alters it is in alarm as well, but once
+more than half of a stage's replicas have done so, in whichever steps, it was a count, and nothing is held against
+anybody for it any more.
 
 Example: tensors (hidden state, position ids) enter with digests (5, 7) and leave with (9, 7). Leaving tensor 1 equals
 entering tensor 1, in all messages, so it is expected to. Later (6, 7) enters and (8, 3) leaves: that message is in
