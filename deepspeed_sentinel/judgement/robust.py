@@ -57,15 +57,29 @@ def quantiles(values: np.ndarray, probabilities: tuple[float, ...]) -> np.ndarra
 
 
 def median(values: np.ndarray) -> np.ndarray:
-    """``quantiles(values, (0.5,))[0]``; cheaper where no row misses some of its values and not all."""
-    if values.shape[-1] == 0:
+    """``quantiles(values, (0.5,))[0]``, without sorting."""
+    size = values.shape[-1]
+    if size == 0:
         return np.full(values.shape[:-1], np.nan)
-    ordered = np.sort(values, axis=-1)
-    if (np.isnan(ordered[..., -1]) & ~np.isnan(ordered[..., 0])).any():
-        return Ordered(ordered, np.count_nonzero(~np.isnan(ordered), axis=-1)).quantiles((0.5,))[0]
-    middle = values.shape[-1] // 2
-    low, high = ordered[..., middle if values.shape[-1] % 2 else middle - 1], ordered[..., middle]
-    return np.asarray(low + (high - low) * 0.5)
+    parted = np.partition(values, size // 2, axis=-1)
+    missing = np.isnan(parted[..., size // 2 :].max(-1))  # NaN stand last
+    result = np.asarray(_middle(parted, size))
+    if missing.any():
+        rows = values[missing]
+        known = np.count_nonzero(~np.isnan(rows), axis=-1)
+        medians = np.full(known.shape, np.nan)
+        for count in np.unique(known[known > 0]).tolist():
+            alike = known == count
+            medians[alike] = _middle(np.partition(rows[alike], count // 2, axis=-1), count)
+        result[missing] = medians
+    return result
+
+
+def _middle(parted: np.ndarray, count: int) -> np.ndarray:
+    """The median of the ``count`` least of each row, which stands in place in the middle of them."""
+    high = parted[..., count // 2]
+    low = high if count % 2 else parted[..., : count // 2].max(-1)
+    return low + (high - low) * 0.5
 
 
 def shortest_interval(values: np.ndarray, share: float) -> np.ndarray:
