@@ -287,6 +287,6 @@ class Evidence:
         of_pair = Rows(self.statistics.shape[5] // len(TABLE)).of_pair
         for direction, link in ((FORWARD, 0), (BACKWARD, -1)):
             if not np.isnan(self.statistics[:, direction, link][..., of_pair]).all():
-                statistics = self.statistics.copy()
+                statistics = self.statistics.copy(order="K")
                 statistics[:, direction, link] = np.where(of_pair, np.nan, statistics[:, direction, link])
                 object.__setattr__(self, "statistics", statistics)
