@@ -93,7 +93,7 @@ class Centre:
     @property
     def behind(self) -> np.ndarray:
         """Links where a centre of the last step was not that step's own, bool [2 L]."""
-        return self._behind.any(0)
+        return np.asarray(self._behind.any(0))
 
     def followed(self, lag: np.ndarray, reach: np.ndarray) -> np.ndarray:
         """The last step's centre, float64 [K, 2, L]; where it was not that step's own, moved towards it.

@@ -96,8 +96,8 @@ class Cusum:
                 when it is over.
             renewed: bool [2, S, C], stages whose pair is measured in another projection from this step on, where what
                 is usual in statistics that rest on what was learnt is another too; None is none.
-            level: float64 [pairs' statistics, 2, L, C], what to add to the residuals of a column; NaN where they are not
-                to be summed. None is nothing.
+            level: float64 [pairs' statistics, 2, L, C], what to add to the residuals of a column; NaN where they are
+                not to be summed. None is nothing.
 
         Returns:
             float64 [pairs' statistics, 2, L, C]: the score of the worker that sent over that link in that column.
@@ -220,14 +220,15 @@ class Cusum:
 
     def _normal_score(self, difference: np.ndarray) -> np.ndarray:
         """float64 [K, 2, L, R], linear between the knots and beyond them; NaN where not available."""
+        knots = self._quantiles[..., None]
         above = np.zeros(difference.shape, np.int64)
-        for knot in self._quantiles:
-            above += difference > knot[..., None]
+        for knot in knots:
+            above += difference > knot
         right = np.clip(above, 1, len(_KNOTS) - 1)
-        at_left, at_right = (np.take_along_axis(self._quantiles[..., None], index[None], 0)[0] for index in (right - 1, right))
+        at_left, at_right = (np.take_along_axis(knots, index[None], 0)[0] for index in (right - 1, right))
         share = np.clip((difference - at_left) / np.maximum(at_right - at_left, _SMALLEST), 0.0, 1.0)
         score = _KNOTS[right - 1] + share * (_KNOTS[right] - _KNOTS[right - 1])
-        outermost = np.where(difference > 0, self._quantiles[-1][..., None], self._quantiles[0][..., None])
+        outermost = np.where(difference > 0, knots[-1], knots[0])
         beyond = np.maximum(np.abs(difference) / np.maximum(np.abs(outermost), _SMALLEST), 1.0)
         # The outermost of few samples is not far out.
         known = _OUTERMOST[np.minimum(self._window.counts, len(_OUTERMOST) - 1)][..., None]

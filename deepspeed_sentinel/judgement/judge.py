@@ -11,8 +11,7 @@ of false alarms equally.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from deepspeed_sentinel.judgement.contradiction import Contradictions, contradic
 from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.fences import Fences
+from deepspeed_sentinel.judgement.halt import halt_reason, workers_of
 from deepspeed_sentinel.judgement.held import Held
 from deepspeed_sentinel.judgement.isolation import Isolation, involved
 from deepspeed_sentinel.judgement.nothing import Nothing
@@ -35,6 +35,7 @@ from deepspeed_sentinel.judgement.proof import tried, try_twins
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.replay import Replayed
 from deepspeed_sentinel.judgement.reports import Reports
+from deepspeed_sentinel.judgement.settings import JudgeSettings as JudgeSettings
 from deepspeed_sentinel.judgement.silence import Silence
 from deepspeed_sentinel.judgement.standing import Standing
 from deepspeed_sentinel.judgement.state import problem
@@ -43,26 +44,12 @@ from deepspeed_sentinel.judgement.verdict import NOBODY, Finding, Verdict
 from deepspeed_sentinel.mesh import BACKWARD, Mesh, Worker, columns_of, identity
 
 _PATIENCE = 4  # of the time for which a strike makes a suspect: who it was is found out in that
+# what has a state of its own
+_KEPT = (
+    *("fences", "content", "cusum", "standing", "record", "unsettled"),
+    *("isolation", "passing", "nothing", "silence", "overflow"),
+)
 _PASSED_ON, _FROM_NOTHING = NAMES.index("passed_on"), NAMES.index("from_nothing")
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """How to judge; the fields are those of the config block with the same names."""
-
-    action: Literal["observe", "exclude", "quarantine", "halt"]
-    warmup_steps: int
-    fence_window: int
-    fence_multiplier: float
-    target_false_positive_rate: float
-    strikes: int
-    strike_window: int
-    conviction: Literal["proof", "statistics"]
-    probation_steps: int
-    max_skipped_steps: int
-    seed: int
-    min_clean_columns: int = 1
-    wiring: Literal["heal", "static", "shuffle"] = "heal"
 
 
 class Judge:
@@ -155,6 +142,7 @@ class Judge:
         void = nothing.void
         values = reports.judged(self.table, void)
         hard = reports.hard(self.table)
+        either = hard[SENT] | hard[RECEIVED]
         compared = comparable(values)
         differ = (evidence.digests[SENT] != evidence.digests[RECEIVED]).any(-1) | (hard[SENT] != hard[RECEIVED])
         said = Contradictions.none(differ.shape, len(self.table))
@@ -180,7 +168,7 @@ class Judge:
         if not self.fences.has_majority:
             sound = whole  # of two, each is all that the other can be held against
         by_row = by_hard > 0  # on a way of its own, which no statistic can close
-        firm = by_row.any(0)
+        firm = np.asarray(by_row.any(0))
         held = Held(self.fences, compared, by_row, self.table.hard, self.content.room, warming_up)
         cascade = hold_against_fences(held, self.fences, firm, whole, sound)
         turned = self.fences.centre.end_turns()
@@ -230,7 +218,7 @@ class Judge:
             )
             differ, contradicted, disputes = (which | trial.forged for which in (differ, contradicted, disputes))
             differing, right = trial.wrong | trial.undecided, trial.right
-            alarms = alarms & ~differing & (hard.any(0) | ~right)
+            alarms = alarms & ~differing & (either | ~right)
             scores = np.where(alarms, scores, 0.0)
 
         certain = np.asarray(by_row[self.table.by_judge[self.table.hard]].any(0))
@@ -251,7 +239,7 @@ class Judge:
             doubted = said.doubted.any(0) & (np.where(said.doubted, 0.0, per_statistic).max(0) <= 1.0)
         reported_only = alarms & ~firm & (not self.fences.compares_replicas)
         undecided = np.zeros_like(alarms)
-        undecided[BACKWARD] = nothing.open & ~hard.any(0)[BACKWARD] & (changed[BACKWARD] == 0)
+        undecided[BACKWARD] = nothing.open & ~either[BACKWARD] & (changed[BACKWARD] == 0)
         excused = explained.overflow | content | reported_only | right | undecided | doubted | turn
         blame = Blame.of(alarms, disputes | differing, scores, excused, certain)
         account = Account(self.mesh, served, self.table)
@@ -337,18 +325,18 @@ class Judge:
             convicted=self.record.convicted.copy(),
             findings=findings,
             disputed=disputed,
-            newly_convicted=_workers(changes.convicted),
-            released=_workers(changes.released),
+            newly_convicted=workers_of(changes.convicted),
+            released=workers_of(changes.released),
             skip=skip,
             overflow=overflow,
-            halt=self._halt_reason(changes.convicted),
+            halt=halt_reason(self.mesh, self.settings, self.record, self.skipped_in_a_row, changes.convicted),
             twins=twins is not None,
             alike=np.asarray(_serving(trial.same, served)[:, ~excluded].all(1)) if trial else NOBODY,
             suspects=suspects,
             proofs=trial.proofs if trial else (),
             differences=trial.differences if trial else (),
             contradicted=tuple(one for one in by_several if changes.convicted[one.worker]),
-            cleared=_workers(changes.cleared),
+            cleared=workers_of(changes.cleared),
             isolated=self.isolation.isolated.copy(),
             action=self.settings.action,
         )
@@ -374,9 +362,9 @@ class Judge:
             verdict,
             convicted=self.record.convicted.copy(),
             suspects=self.record.suspects,
-            newly_convicted=_workers(changes.convicted),
-            released=_workers(changes.released),
-            halt=self._halt_reason(changes.convicted),
+            newly_convicted=workers_of(changes.convicted),
+            released=workers_of(changes.released),
+            halt=halt_reason(self.mesh, self.settings, self.record, self.skipped_in_a_row, changes.convicted),
             isolated=self.isolation.isolated.copy(),
         )
 
@@ -392,17 +380,7 @@ class Judge:
 
     def state_dict(self) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
         return {
-            "fences": self.fences.state_dict(),
-            "content": self.content.state_dict(),
-            "cusum": self.cusum.state_dict(),
-            "standing": self.standing.state_dict(),
-            "record": self.record.state_dict(),
-            "unsettled": self.unsettled.state_dict(),
-            "isolation": self.isolation.state_dict(),
-            "passing": self.passing.state_dict(),
-            "nothing": self.nothing.state_dict(),
-            "silence": self.silence.state_dict(),
-            "overflow": self.overflow.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in _KEPT},
             "skipped_in_a_row": np.array(self.skipped_in_a_row),
             "known": self._known.copy(),
             "served": self._served.copy(),
@@ -422,17 +400,8 @@ class Judge:
         """
         if found := self.problem(state):
             raise ValueError(f"the state {found}")
-        self.fences.load_state_dict(state["fences"])
-        self.content.load_state_dict(state["content"])
-        self.cusum.load_state_dict(state["cusum"])
-        self.standing.load_state_dict(state["standing"])
-        self.record.load_state_dict(state["record"])
-        self.unsettled.load_state_dict(state["unsettled"])
-        self.isolation.load_state_dict(state["isolation"])
-        self.passing.load_state_dict(state["passing"])
-        self.nothing.load_state_dict(state["nothing"])
-        self.silence.load_state_dict(state["silence"])
-        self.overflow.load_state_dict(state["overflow"])
+        for name in _KEPT:
+            getattr(self, name).load_state_dict(state[name])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
         self._known, self._served = np.array(state["known"]), np.array(state["served"])
 
@@ -460,33 +429,7 @@ class Judge:
         """Where the worker that serves a column is convicted, bool [S, C]."""
         return _serving(self.record.convicted, served)
 
-    def _halt_reason(self, newly: np.ndarray) -> str | None:
-        if self.skipped_in_a_row >= self.settings.max_skipped_steps:
-            return (
-                f"{self.skipped_in_a_row} steps in a row were skipped because every column was excluded "
-                f'and nothing new was found ("max_skipped_steps": {self.settings.max_skipped_steps})'
-            )
-        clean = self.mesh.replicas - int(np.count_nonzero(self.record.convicted, axis=1).max())
-        if self.settings.action == "quarantine" and clean < self.settings.min_clean_columns:
-            return (
-                f"only {clean} columns can be formed without the convicted workers "
-                f"{', '.join(map(str, _workers(self.record.convicted)))} "
-                f'("min_clean_columns": {self.settings.min_clean_columns})'
-            )
-        if self.settings.action != "halt":
-            return None
-        if newly.any():
-            return f'{", ".join(map(str, _workers(newly)))} convicted ("action": "halt")'
-        if self.record.lasting_disputes.any():
-            links = [f"link {link}, column {column}" for link, column in np.argwhere(self.record.lasting_disputes)]
-            return f'lasting dispute over {"; ".join(links)} ("action": "halt")'
-        return None
-
 
 def _serving(workers: np.ndarray, served: np.ndarray) -> np.ndarray:
     """Of [S, R] workers those that serve each column, [S, C]."""
     return np.take_along_axis(workers, served, axis=1)
-
-
-def _workers(mask: np.ndarray) -> tuple[Worker, ...]:
-    return tuple(Worker(stage, replica) for stage, replica in np.argwhere(mask).tolist())
