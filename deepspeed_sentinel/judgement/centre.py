@@ -12,6 +12,8 @@ micro-batch], where the links of both directions stand in a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from deepspeed_sentinel.judgement.pieces import in_a_row
@@ -71,7 +73,7 @@ class Centre:
             eligible: bool [N, C, M], messages that may set the centre.
             believed: bool [N], links where these are to be believed.
         """
-        current = median(samples(aligned, eligible))
+        current = of_samples(median, aligned, eligible)
         own = np.ones(current.shape, bool) if self._first else np.broadcast_to(believed, current.shape)
         recent = self._recent[:, links]
         turns = self._turned(links, aligned, current, eligible)
@@ -144,6 +146,14 @@ def more_than(numerator: int, denominator: int, eligible: np.ndarray, replicas: 
     return (denominator * columns > numerator * replicas) & (replicas > 1)
 
 
-def samples(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Those of a link's messages (bool [N, C, M]) in one axis, float64 [K, N, C * M], NaN for the others."""
-    return (values if chosen.all() else np.where(chosen, values, np.nan)).reshape(*values.shape[:-2], -1)
+def of_samples(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """An order statistic of each link, float64 [K, N].
+
+    Args:
+        function: of float64 [..., n], which passes over what is missing, to [...].
+        values: float64 [K, N, C, M].
+        chosen: bool [N, C, M], the messages that it is of.
+    """
+    if chosen.all():
+        return function(values.reshape(*values.shape[:2], -1))
+    return np.stack([function(values[:, link][:, of_link]) for link, of_link in enumerate(chosen)], axis=1)

@@ -26,7 +26,7 @@ import numpy as np
 
 from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.evidence.table import Rows
-from deepspeed_sentinel.judgement.centre import Centre, samples
+from deepspeed_sentinel.judgement.centre import Centre, of_samples
 from deepspeed_sentinel.judgement.few import Past
 from deepspeed_sentinel.judgement.pieces import in_a_row, pieces
 from deepspeed_sentinel.judgement.robust import Ordered, median
@@ -217,5 +217,5 @@ def _medians(values: np.ndarray, chosen: np.ndarray, wanted: np.ndarray) -> np.n
     result = np.full(values.shape[:2], np.nan)
     for links in pieces(values):
         if wanted[links].any():
-            result[:, links] = median(samples(values[:, links], chosen[links]))
+            result[:, links] = of_samples(median, values[:, links], chosen[links])
     return result

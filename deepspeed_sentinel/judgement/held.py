@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepspeed_sentinel.judgement.centre import certain, more_than, samples
+from deepspeed_sentinel.judgement.centre import certain, more_than, of_samples
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.pieces import in_a_row, pieces
 from deepspeed_sentinel.judgement.robust import median, shortest_interval
@@ -141,7 +141,7 @@ class Held:
             compared, eligible, own = self._compared[:, links], self._eligible[links], self._own[:, links]
             scores = self._first_scores(links)
             # Who sends what the others send stands out nowhere, whatever it used to send.
-            among_others = compared - median(samples(compared, eligible))[..., None, None]
+            among_others = compared - of_samples(median, compared, eligible)[..., None, None]
             closer = np.minimum(scores, self._fences.beyond(links, among_others))
             scores = np.where((own & self._fences.known(links))[..., None, None], closer, scores)
             if self._fences.has_majority:
@@ -155,7 +155,7 @@ class Held:
     def _widening(self, links: slice) -> np.ndarray:
         """By how much the fences of a step are wider, float64 [K, N], where all differ more than they used to."""
         eligible, usual = self._eligible[links], self._fences.range_of(links)
-        spread = shortest_interval(samples(self._residuals[:, links], eligible), 1.0 / 3.0)
+        spread = of_samples(_third, self._residuals[:, links], eligible)
         # of NaN it is none
         wider = self._own[:, links] & more_than(2, 3, eligible, self._replicas) & (spread > usual)
         return np.where(wider, spread / np.where(wider, usual, 1.0), 1.0)
@@ -168,6 +168,14 @@ class Held:
         residuals = self._residuals[:, links]
         new[new] = ~np.isnan(residuals[new]).all(axis=(-2, -1))
         if new.any():
-            half = shortest_interval(samples(residuals, self._eligible[links])[new], 0.5)
+            half = of_samples(_half, residuals, self._eligible[links])[new]
             limit = np.fmax(ROUGHLY * half, GROSS)[:, None, None]
             scores[new] = np.fmax(np.abs(residuals[new]) / limit, 0.0)
+
+
+def _half(values: np.ndarray) -> np.ndarray:
+    return shortest_interval(values, 0.5)
+
+
+def _third(values: np.ndarray) -> np.ndarray:
+    return shortest_interval(values, 1.0 / 3.0)

@@ -92,10 +92,23 @@ def shortest_interval(values: np.ndarray, share: float) -> np.ndarray:
     Returns:
         float64 [...]; NaN where every value is NaN.
     """
+    size = values.shape[-1]
+    if size == 0:
+        return np.full(values.shape[:-1], np.nan)
     ordered = np.sort(values, axis=-1)  # NaN sort last
+    further = max(int(np.ceil(share * size)) - 1, 0)
+    result = np.asarray((ordered[..., further:] - ordered[..., : size - further]).min(-1))
+    missing = np.isnan(ordered[..., -1])
+    if missing.any():
+        result[missing] = _shortest_of_some(ordered[missing], share)
+    return result
+
+
+def _shortest_of_some(ordered: np.ndarray, share: float) -> np.ndarray:
+    """Of rows [N, size] that end with what is missing."""
     count = np.count_nonzero(~np.isnan(ordered), axis=-1)
     further = np.maximum(np.ceil(share * count).astype(np.intp) - 1, 0)[..., None]
-    last = np.arange(values.shape[-1]) + further
-    ends = np.take_along_axis(ordered, np.minimum(last, values.shape[-1] - 1), -1)
+    last = np.arange(ordered.shape[-1]) + further
+    ends = np.take_along_axis(ordered, np.minimum(last, ordered.shape[-1] - 1), -1)
     lengths = np.where(last < count[..., None], ends - ordered, np.inf)
     return np.asarray(np.where(count > 0, lengths.min(-1), np.nan))
