@@ -198,8 +198,9 @@ def comparable(statistics: np.ndarray) -> np.ndarray:
     Float64, whatever is given.
     """
     result = np.empty(statistics.shape)
+    rows = result.reshape(len(result), -1)
     for index, row in enumerate(TABLE * (len(statistics) // len(TABLE))):
-        exact.in_blocks(partial(_in_unit, row), statistics[index], result[index])
+        exact.in_blocks(partial(_in_unit, row), statistics[index], rows[index])
     return result
 
 
