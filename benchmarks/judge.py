@@ -1,9 +1,11 @@
-"""Seconds that judging one step takes on the host, over the number of workers and of micro-batches.
+"""What judging one step costs on the host, over the number of workers and of micro-batches.
 
     python benchmarks/judge.py --out benchmarks/results/judge.json
 
-Evidence is made up (clean, lognormal), the window of the fences is filled first, and only ``Judge.step`` is timed: no
-process, no device. The last column is nanoseconds for each message judged: constant where the cost is linear.
+Evidence is made up (lognormal, laid out in memory as ``evidence/exchange.py`` does), the window of the fences is filled
+first, and only ``Judge.step`` is timed, by the processor's time: no process, no device. Clean steps come first, then
+steps in which one worker of each middle stage tampers, each in a column of its own as far as there are as many. The
+last column is nanoseconds for each message judged in a clean step: constant where the cost is linear.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from deepspeed_sentinel.config import SentinelConfig
-from deepspeed_sentinel.evidence.table import HARD, NAMES, Evidence
+from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR, Evidence
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
-from deepspeed_sentinel.mesh import Mesh
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
-SIZES = ((8, 8, 16), (16, 8, 16), (16, 16, 16), (32, 16, 16), (64, 16, 16), (64, 16, 32))
+SIZES = ((8, 8, 16), (16, 8, 16), (22, 8, 32), (16, 16, 16), (32, 16, 16), (64, 16, 16), (64, 16, 32), (64, 64, 32))
+ENERGY = NAMES.index("energy")
+ATTACKED = 5  # steps
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,16 +47,25 @@ def measure(stages: int, replicas: int, micro_batches: int, fill: int, steps: in
     judge = Judge(mesh, JudgeSettings(**{**settings, "seed": 0, "conviction": config.convicts_by(mesh)}))
     generator = np.random.default_rng(0)
     shape = (2, mesh.links, replicas, micro_batches, len(NAMES))
-    seconds = []
-    for step in range(fill + steps):
+    no_pair = (FORWARD, 0), (BACKWARD, -1)
+    digests = np.zeros((2, *shape[:-1], 1), np.int64)
+    clean, attacked = [], []
+    for step in range(fill + steps + ATTACKED):
         # All statistics between 0 and 1, which every unit of comparison takes.
-        values = 0.5 * np.exp(0.05 * generator.standard_normal(shape))
+        values = (0.5 * np.exp(0.05 * generator.standard_normal(shape))).astype(np.float32)
         values[..., HARD] = 0.0
-        evidence = Evidence(mesh, step, np.stack([values, values]), np.zeros((2, *shape[:-1], 1), np.int64))
-        begin = time.perf_counter()
+        for link in no_pair:
+            values[link][..., OF_PAIR] = np.nan
+        if step >= fill + steps:
+            for stage in range(1, stages - 1):
+                values[FORWARD, stage, stage % replicas, :, ENERGY] *= 40.0
+        by_statistic = np.ascontiguousarray(np.moveaxis(np.stack([values, values]), -1, 1))
+        evidence = Evidence(mesh, step, np.moveaxis(by_statistic, 1, -1), digests)
+        begin = time.process_time()
         judge.step(evidence)
-        seconds.append(time.perf_counter() - begin)
-    timed = seconds[fill:]
+        seconds = time.process_time() - begin
+        if step >= fill:
+            (clean if step < fill + steps else attacked).append(1e3 * seconds)
     messages = 2 * mesh.links * replicas * micro_batches
     return {
         "workers": stages * replicas,
@@ -60,9 +73,10 @@ def measure(stages: int, replicas: int, micro_batches: int, fill: int, steps: in
         "replicas": replicas,
         "micro_batches": micro_batches,
         "messages": messages,
-        "milliseconds_median": 1e3 * statistics.median(timed),
-        "milliseconds_minimum": 1e3 * min(timed),
-        "nanoseconds_a_message": 1e9 * min(timed) / messages,
+        "milliseconds_median": statistics.median(clean),
+        "milliseconds_minimum": min(clean),
+        "milliseconds_attacked_median": statistics.median(attacked),
+        "nanoseconds_a_message": 1e6 * min(clean) / messages,
     }
 
 
@@ -73,12 +87,13 @@ def main(arguments: argparse.Namespace) -> None:
         shown = results[-1]
         print(
             f"{shown['workers']:5} workers x {shown['micro_batches']:2} micro-batches: "
-            f"{shown['milliseconds_median']:7.2f} ms a step (least {shown['milliseconds_minimum']:.2f}), "
+            f"{shown['milliseconds_median']:7.2f} ms a step (least {shown['milliseconds_minimum']:.2f}, "
+            f"attacked {shown['milliseconds_attacked_median']:.2f}), "
             f"{shown['nanoseconds_a_message']:.0f} ns a message"
         )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     document = {
-        "what": "Judge.step on clean evidence, fences' window full",
+        "what": "CPU time of Judge.step, fences' window full; attacked is one worker of each middle stage",
         "statistics": len(NAMES),
         "host": f"{os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f} when done",
         "numpy": np.__version__,

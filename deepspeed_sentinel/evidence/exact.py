@@ -2,8 +2,8 @@
 
 ``np.log`` and its like choose their code by what the CPU can do (AVX-512, AVX2, FMA), and the variants differ in the
 last bit; so do those of libm. One last bit on one of two unlike hosts is sooner or later another verdict: the run ends.
-What follows is made of operations alone that IEEE 754 rounds correctly (+ - * / sqrt) and of exact ones (frexp, ldexp,
-comparisons). Each call into numpy rounds once: nothing is fused across calls.
+What follows is made of operations alone that IEEE 754 rounds correctly (+ - * / sqrt) and of exact ones (the bits
+of a number, comparisons). Each call into numpy rounds once: nothing is fused across calls.
 
     log x     = e ln 2 + log1p f,   x = 2^e (1 + f),   sqrt(1/2) <= 1 + f < sqrt(2)
     log1p f   = f - (f^2/2 - s (f^2/2 + R(s^2))),   s = f / (2 + f)
@@ -21,7 +21,10 @@ from statistics import NormalDist
 import numpy as np
 
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
-_ROOT_HALF = 0.7071067811865476
+_ROOT_HALF_BITS = int(np.float64(0.7071067811865476).view(np.int64))
+_MANTISSA = 52
+_SMALLEST, _LARGEST = float(np.finfo(np.float64).tiny), float(np.finfo(np.float64).max)
+_LIFTED, _LIFT = 54.0, 2.0**54  # powers of two that bring what is smaller to full precision
 _LOG = (
     6.666666666666735130e-01,
     3.999999999940941908e-01,
@@ -48,24 +51,23 @@ _ARCSIN_Q = (
 )
 _HALF_PI = 1.5707963267948966
 # Some thirty passes over each block: as many values as stay in a core's own cache with what is made of them.
-_BLOCK = 8192
+_BLOCK = 16384
 _DECIMALS = 9
 
 
 def log(values: np.ndarray) -> np.ndarray:
     """Natural logarithm, float64 of any shape; -inf of zero, NaN of what is negative or NaN."""
-    return _in_blocks(_log, values)
+    return _of_each(_log, values)
 
 
 def arctanh(values: np.ndarray) -> np.ndarray:
     """Inverse hyperbolic tangent of float64 values between -1 and 1; NaN stays NaN."""
-    size = np.abs(values)
-    return np.copysign(0.5 * log((1.0 + size) / (1.0 - size)), values)
+    return _of_each(_arctanh, values)
 
 
 def arcsin(values: np.ndarray) -> np.ndarray:
     """Angle of float64 values from 0 to 1; NaN stays NaN."""
-    return _in_blocks(_arcsin, values)
+    return _of_each(_arcsin, values)
 
 
 def total(values: np.ndarray) -> np.ndarray:
@@ -73,18 +75,14 @@ def total(values: np.ndarray) -> np.ndarray:
 
     The order in which ``sum`` adds depends on strides and on numpy's version.
     """
-    count = values.shape[-1]
-    if count == 0:
+    if values.shape[-1] == 0:
         return np.zeros(values.shape[:-1])
-    while count > 1:
-        half = (count + 1) // 2
-        if count % 2:
-            folded = values[..., :half].copy()
-            folded[..., : count - half] += values[..., half:]
-        else:
-            folded = values[..., :half] + values[..., half:]
-        values, count = folded, half
-    return np.asarray(values[..., 0])
+    rows = values.reshape(-1, values.shape[-1])
+    result = np.empty(len(rows))
+    step = max(_BLOCK // values.shape[-1], 1)
+    for start in range(0, len(rows), step):
+        result[start : start + step] = _total(rows[start : start + step].T)
+    return result.reshape(values.shape[:-1])
 
 
 def normal_quantile(probability: float) -> float:
@@ -100,22 +98,55 @@ def normal_probability(quantile: float) -> float:
     return round(NormalDist().cdf(quantile), _DECIMALS)
 
 
-def _in_blocks(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    flat = np.ascontiguousarray(values, dtype=np.float64).reshape(-1)
-    result = np.empty_like(flat)
+def in_blocks(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray, result: np.ndarray) -> None:
+    """Apply a function of float64 values, one by one, to as many as stay in a core's own cache at a time.
+
+    Args:
+        function: of a float64 array of one axis, which it leaves as it is, to another of the same size.
+        values: numbers of any shape and type.
+        result: contiguous float64 of as many, overwritten.
+    """
+    flat, found = np.ascontiguousarray(values).reshape(-1), result.reshape(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         for start in range(0, flat.size, _BLOCK):
-            result[start : start + _BLOCK] = function(flat[start : start + _BLOCK])
-    return result.reshape(np.shape(values))
+            block = flat[start : start + _BLOCK].astype(np.float64, copy=False)
+            found[start : start + _BLOCK] = function(block)
+
+
+def _of_each(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    result = np.empty(np.shape(values))
+    in_blocks(function, values, result)
+    return result
+
+
+def _total(values: np.ndarray) -> np.ndarray:
+    """Along the first axis."""
+    count = len(values)
+    while count > 1:
+        half = (count + 1) // 2
+        folded = np.add(values[: count - half], values[half:], order="C")
+        values, count = folded if count % 2 == 0 else np.concatenate([folded, values[half - 1 : half]]), half
+    return np.asarray(values[0])
 
 
 def _log(x: np.ndarray) -> np.ndarray:
-    fraction, exponent = np.frexp(x)
-    low = fraction < _ROOT_HALF
-    f = np.where(low, fraction + fraction, fraction)
+    regular = x.min() >= _SMALLEST and x.max() <= _LARGEST  # NaN is neither
+    full = x
+    if not regular:
+        small = np.abs(x) < _SMALLEST
+        full = x.copy()
+        full[small] *= _LIFT
+    # Of a number of full precision the bits are those of 1 + f, and 2^52 times e beside them.
+    bits = full.view(np.int64)
+    exponent = bits - _ROOT_HALF_BITS
+    exponent >>= _MANTISSA
+    f = (bits - (exponent << _MANTISSA)).view(np.float64)
     f -= 1.0
-    e = (exponent - low).astype(np.float64)
-    s = f / (f + 2.0)
+    e = exponent.astype(np.float64)
+    if not regular:
+        e[small] -= _LIFTED
+    s = f + 2.0
+    np.divide(f, s, out=s)
     z = s * s
     half_square = f * f
     half_square *= 0.5
@@ -128,21 +159,42 @@ def _log(x: np.ndarray) -> np.ndarray:
     half_square -= f
     e *= _LN2_HIGH
     e -= half_square
-    if not ((x > 0) & (x < np.inf)).all():
+    if not regular:
         e = np.where(x == 0, -np.inf, np.where(x > 0, np.where(x < np.inf, e, np.inf), np.nan))
     return e
 
 
+def _arctanh(x: np.ndarray) -> np.ndarray:
+    size = np.abs(x)
+    ratio = 1.0 + size
+    ratio /= 1.0 - size
+    result = _log(ratio)
+    result *= 0.5
+    return np.copysign(result, x)
+
+
 def _arcsin(x: np.ndarray) -> np.ndarray:
     above = x > 0.5
+    if not above.any():
+        return _small_angle(x, x * x)
+    if above.all():
+        z = 0.5 * (1.0 - x)
+        result = _small_angle(np.sqrt(z), z)
+        result += result
+        return _HALF_PI - result
     z = np.where(above, 0.5 * (1.0 - x), x * x)
-    s = np.where(above, np.sqrt(z), x)
-    rest = _polynomial(_ARCSIN_P, z)
-    rest *= z
-    rest /= _polynomial(_ARCSIN_Q, z)
-    rest *= s
-    rest += s
-    return np.where(above, _HALF_PI - (rest + rest), rest)
+    result = _small_angle(np.where(above, np.sqrt(z), x), z)
+    return np.where(above, _HALF_PI - (result + result), result)
+
+
+def _small_angle(s: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """arcsin s up to 1/2, with z = s^2."""
+    result = _polynomial(_ARCSIN_P, z)
+    result *= z
+    result /= _polynomial(_ARCSIN_Q, z)
+    result *= s
+    result += s
+    return result
 
 
 def _polynomial(coefficients: tuple[float, ...], z: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -192,21 +193,29 @@ class Rows:
 
 
 def comparable(statistics: np.ndarray) -> np.ndarray:
-    """Statistics [P * K, ...] in the unit that fences compare, the same bits on every host; NaN (missing) stays NaN."""
+    """Statistics [P * K, ...] in the unit that fences compare, the same bits on every host; NaN (missing) stays NaN.
+
+    Float64, whatever is given.
+    """
     result = np.empty(statistics.shape)
+    rows = result.reshape(len(result), -1)
     for index, row in enumerate(TABLE * (len(statistics) // len(TABLE))):
-        values = statistics[index]
-        infinite = np.isinf(values)
-        if infinite.any():
-            values = np.where(infinite, np.copysign(_LARGEST, values), values)
-        if row.scale == "log":
-            values = exact.log(np.maximum(values, 0.0) + row.resolution)
-        elif row.scale == "arcsine":
-            values = exact.arcsin(np.sqrt(np.clip(values, 0.0, 1.0)))
-        elif row.scale == "fisher":
-            values = exact.arctanh(np.clip(values, -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
-        result[index] = values
+        exact.in_blocks(partial(_in_unit, row), statistics[index], rows[index])
     return result
+
+
+def _in_unit(row: Statistic, values: np.ndarray) -> np.ndarray:
+    """Of one row, float64."""
+    infinite = np.isinf(values)
+    if infinite.any():
+        values = np.where(infinite, np.copysign(_LARGEST, values), values)
+    if row.scale == "log":
+        return exact.log(np.maximum(values, 0.0) + row.resolution)
+    if row.scale == "arcsine":
+        return exact.arcsin(np.sqrt(np.clip(values, 0.0, 1.0)))
+    if row.scale == "fisher":
+        return exact.arctanh(np.clip(values, -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
+    return values
 
 
 @dataclass(frozen=True)
@@ -279,6 +288,6 @@ class Evidence:
         of_pair = Rows(self.statistics.shape[5] // len(TABLE)).of_pair
         for direction, link in ((FORWARD, 0), (BACKWARD, -1)):
             if not np.isnan(self.statistics[:, direction, link][..., of_pair]).all():
-                statistics = self.statistics.copy()
+                statistics = self.statistics.copy(order="K")
                 statistics[:, direction, link] = np.where(of_pair, np.nan, statistics[:, direction, link])
                 object.__setattr__(self, "statistics", statistics)

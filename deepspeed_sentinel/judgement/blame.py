@@ -57,6 +57,8 @@ class Blame:
             excused: bool [2, L, C, M], alarms that are no strike whatever came before.
             certain: bool [2, L, C, M], alarms that are one whatever came before: nothing conspicuous can cause them.
         """
+        if not (alarms.any() or disputes.any()):
+            return cls(*(np.zeros_like(alarms) for _ in range(3)))
         alarms, disputes, scores, excused, certain = map(chain_order, (alarms, disputes, scores, excused, certain))
         events = alarms | disputes
         conspicuous = _conspicuous_work(scores, ~_after(events))[:, :, None]
@@ -75,6 +77,8 @@ def chain_order(per_message: np.ndarray) -> np.ndarray:
 
 def followers(events: np.ndarray) -> np.ndarray:
     """Messages that come after an event (bool [2, L, C, M]) on their micro-batch's way."""
+    if not events.any():
+        return np.zeros_like(events)
     return by_link(_after(chain_order(events)))
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import RECEIVED, SENT, Rows, comparable
+from deepspeed_sentinel.evidence.table import Rows, comparable
 from deepspeed_sentinel.judgement.fences import Fences
+from deepspeed_sentinel.judgement.reports import Reports
 from deepspeed_sentinel.judgement.robust import median
 
 
@@ -37,7 +38,7 @@ class Contradictions:
         return cls(of_messages, of_messages, of_messages, of_rows, of_rows)
 
 
-def contradictions(statistics: np.ndarray, fences: Fences, table: Rows) -> Contradictions:
+def contradictions(reports: Reports, fences: Fences, table: Rows) -> Contradictions:
     """Messages about which the two ends, and those about whose sender its two neighbours, report different numbers.
 
     Different means further apart than an inter-quartile range. Each end measures against its own copy of the baseline,
@@ -51,16 +52,20 @@ def contradictions(statistics: np.ndarray, fences: Fences, table: Rows) -> Contr
     report the same are in no dispute, whatever others show alike.
 
     Args:
-        statistics: [2 ends, 2, L, C, M, P * K], as in ``Evidence``.
+        reports: statistics as reported.
         fences: whose ranges are the measure.
         table: the rows.
     """
-    bits = np.ascontiguousarray(np.moveaxis(statistics, -1, 1)).view(f"i{statistics.itemsize}")
-    unequal = (bits[SENT] != bits[RECEIVED]).any(0)
-    if not unequal.any():
-        return Contradictions.none(unequal.shape, len(table))
-    sent, received = (comparable(statistics[end][unequal].T.astype(np.float64)) for end in (SENT, RECEIVED))
-    difference = np.where(np.isnan(np.moveaxis(statistics[RECEIVED], -1, 0)), np.nan, 0.0)
+    sent, received = reports.sent, reports.received
+    messages = received.shape[1:]
+    if reports.alike:
+        return Contradictions.none(messages, len(table))
+    whole = f"i{received.itemsize}"
+    unequal = np.zeros(messages, bool)
+    for of_sender, of_receiver in zip(sent, received, strict=True):
+        unequal |= of_sender.view(whole) != of_receiver.view(whole)
+    difference = np.where(np.isnan(received), np.nan, 0.0)
+    sent, received = (comparable(rows[:, unequal].astype(np.float64)) for rows in (sent, received))
     difference[:, unequal] = sent - received
     gone = np.zeros(difference.shape, bool)
     gone[:, unequal] = np.isnan(sent) != np.isnan(received)

@@ -21,6 +21,7 @@ import numpy as np
 from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.evidence.table import Rows
 from deepspeed_sentinel.judgement.clean import sent_by
+from deepspeed_sentinel.judgement.pieces import sums
 from deepspeed_sentinel.judgement.robust import Ordered, median
 from deepspeed_sentinel.judgement.window import Window
 from deepspeed_sentinel.mesh import Mesh
@@ -79,6 +80,7 @@ class Cusum:
         warming_up: bool,
         unlike: np.ndarray | None = None,
         renewed: np.ndarray | None = None,
+        level: np.ndarray | None = None,
     ) -> np.ndarray:
         """Add one step and score it.
 
@@ -94,6 +96,8 @@ class Cusum:
                 when it is over.
             renewed: bool [2, S, C], stages whose pair is measured in another projection from this step on, where what
                 is usual in statistics that rest on what was learnt is another too; None is none.
+            level: float64 [pairs' statistics, 2, L, C], what to add to the residuals of a column; NaN where they are
+                not to be summed. None is nothing.
 
         Returns:
             float64 [pairs' statistics, 2, L, C]: the score of the worker that sent over that link in that column.
@@ -103,7 +107,7 @@ class Cusum:
         # The median that all are measured from moves when columns leave it or come back: without two of five, what is
         # usual of the others is another.
         unlike = unlike | (4 * np.count_nonzero(~unlike) <= 3 * self._mesh.replicas)
-        mean, columns = self._by_worker(residuals, counted & ~unlike[:, None], served)
+        mean, columns = self._by_worker(residuals, level, counted & ~unlike[:, None], served)
         deviation = self._in_spreads(mean * np.sqrt(columns))
         faded = _of_senders(np.broadcast_to(unlike, (2, *served.shape)), served)
         self._forget_usual(faded, np.ones(len(self._learnt), bool))
@@ -216,16 +220,15 @@ class Cusum:
 
     def _normal_score(self, difference: np.ndarray) -> np.ndarray:
         """float64 [K, 2, L, R], linear between the knots and beyond them; NaN where not available."""
-        knots = np.moveaxis(self._quantiles, 0, -1)[..., None, :]
-        above = np.count_nonzero(difference[..., None] > knots, axis=-1)
+        knots = self._quantiles[..., None]
+        above = np.zeros(difference.shape, np.int64)
+        for knot in knots:
+            above += difference > knot
         right = np.clip(above, 1, len(_KNOTS) - 1)
-        everywhere = np.broadcast_to(knots, (*difference.shape, len(_KNOTS)))
-        at_left, at_right = (
-            np.take_along_axis(everywhere, index[..., None], -1)[..., 0] for index in (right - 1, right)
-        )
+        at_left, at_right = (np.take_along_axis(knots, index[None], 0)[0] for index in (right - 1, right))
         share = np.clip((difference - at_left) / np.maximum(at_right - at_left, _SMALLEST), 0.0, 1.0)
         score = _KNOTS[right - 1] + share * (_KNOTS[right] - _KNOTS[right - 1])
-        outermost = np.where(difference > 0, knots[..., -1], knots[..., 0])
+        outermost = np.where(difference > 0, knots[-1], knots[0])
         beyond = np.maximum(np.abs(difference) / np.maximum(np.abs(outermost), _SMALLEST), 1.0)
         # The outermost of few samples is not far out.
         known = _OUTERMOST[np.minimum(self._window.counts, len(_OUTERMOST) - 1)][..., None]
@@ -233,18 +236,16 @@ class Cusum:
         return np.where(np.isnan(difference) | np.isnan(at_left), np.nan, score)
 
     def _by_worker(
-        self, residuals: np.ndarray, counted: np.ndarray, served: np.ndarray
+        self, residuals: np.ndarray, level: np.ndarray | None, counted: np.ndarray, served: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean over each sender's messages that count, [K, 2, L, R], NaN where none does; and how many columns."""
-        values = residuals if counted.all() else np.where(counted, residuals, np.nan)
-        known = ~np.isnan(values)
-        sums, counts = exact.total(np.where(known, values, 0.0)), np.count_nonzero(known, axis=-1)
+        by_column, counts = sums(residuals, [counted] * len(residuals), level)
         senders = sent_by(served)
-        rows = np.arange(sums[..., 0].size).reshape(*sums.shape[:-1], 1) * self._mesh.replicas
+        rows = np.arange(counts[..., 0].size).reshape(*counts.shape[:-1], 1) * self._mesh.replicas
         # column after column: a matrix product would add in an order of its own
         total, messages, columns = (
-            np.bincount((rows + senders).ravel(), array.ravel(), sums.size).reshape(sums.shape)
-            for array in (sums, counts, counts > 0)
+            np.bincount((rows + senders).ravel(), array.ravel(), counts.size).reshape(counts.shape)
+            for array in (by_column, counts, counts > 0)
         )
         with np.errstate(invalid="ignore", divide="ignore"):
             return total / messages, columns

@@ -11,8 +11,7 @@ of false alarms equally.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,6 +25,8 @@ from deepspeed_sentinel.judgement.contradiction import Contradictions, contradic
 from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.fences import Fences
+from deepspeed_sentinel.judgement.halt import halt_reason, workers_of
+from deepspeed_sentinel.judgement.held import Held
 from deepspeed_sentinel.judgement.isolation import Isolation, involved
 from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Overflow
@@ -33,35 +34,22 @@ from deepspeed_sentinel.judgement.passing import Passing, leaving
 from deepspeed_sentinel.judgement.proof import tried, try_twins
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.replay import Replayed
+from deepspeed_sentinel.judgement.reports import Reports
+from deepspeed_sentinel.judgement.settings import JudgeSettings as JudgeSettings
 from deepspeed_sentinel.judgement.silence import Silence
 from deepspeed_sentinel.judgement.standing import Standing
 from deepspeed_sentinel.judgement.state import problem
 from deepspeed_sentinel.judgement.unsettled import Unsettled
 from deepspeed_sentinel.judgement.verdict import NOBODY, Finding, Verdict
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, columns_of, identity
+from deepspeed_sentinel.mesh import BACKWARD, Mesh, Worker, columns_of, identity
 
-_MAX_ABS = Rows.all_of("max_abs")
 _PATIENCE = 4  # of the time for which a strike makes a suspect: who it was is found out in that
+# what has a state of its own
+_KEPT = (
+    *("fences", "content", "cusum", "standing", "record", "unsettled"),
+    *("isolation", "passing", "nothing", "silence", "overflow"),
+)
 _PASSED_ON, _FROM_NOTHING = NAMES.index("passed_on"), NAMES.index("from_nothing")
-
-
-@dataclass(frozen=True)
-class JudgeSettings:
-    """How to judge; the fields are those of the config block with the same names."""
-
-    action: Literal["observe", "exclude", "quarantine", "halt"]
-    warmup_steps: int
-    fence_window: int
-    fence_multiplier: float
-    target_false_positive_rate: float
-    strikes: int
-    strike_window: int
-    conviction: Literal["proof", "statistics"]
-    probation_steps: int
-    max_skipped_steps: int
-    seed: int
-    min_clean_columns: int = 1
-    wiring: Literal["heal", "static", "shuffle"] = "heal"
 
 
 class Judge:
@@ -81,6 +69,9 @@ class Judge:
         self.mesh = mesh
         self.settings = settings
         self.table = Rows(parts)
+        pairs = np.flatnonzero(self.table.of_pair)
+        # of one part they stand in a row, and need not be copied
+        self._pair_rows = slice(pairs[0], pairs[-1] + 1) if parts == 1 else pairs
         self.fences = Fences(
             mesh,
             settings.fence_window,
@@ -146,26 +137,27 @@ class Judge:
         """
         warming_up, served, of_pair = self.warming_up, evidence.served, self.table.of_pair
         twins = evidence.twins
-        nothing = self.nothing.step(evidence.statistics, evidence.digests, served, warming_up)
+        reports = Reports.of(evidence.statistics)
+        nothing = self.nothing.step(reports, evidence.digests, served, warming_up)
         void = nothing.void
-        statistics = self._available(evidence.statistics, void)
-        values = self._reported(statistics)
-        hard = np.nan_to_num(statistics[..., self.table.hard & ~self.table.by_judge]).any(-1)
+        values = reports.judged(self.table, void)
+        hard = reports.hard(self.table)
+        either = hard[SENT] | hard[RECEIVED]
         compared = comparable(values)
         differ = (evidence.digests[SENT] != evidence.digests[RECEIVED]).any(-1) | (hard[SENT] != hard[RECEIVED])
         said = Contradictions.none(differ.shape, len(self.table))
         if not warming_up:
             # As reported: of what is not judged, too, nobody may say other things than its partner.
-            said = contradictions(evidence.statistics, self.fences, self.table)
-            values[said.neither] = compared[said.neither] = np.nan
+            said = contradictions(reports, self.fences, self.table)
+            if said.neither.any():
+                values[said.neither] = compared[said.neither] = np.nan
         contradicted = differ | said.by_ends
         contradicted[BACKWARD] |= nothing.disputed
-        silent = self.silence.step(evidence.statistics[RECEIVED], void, served, warming_up)
+        silent = self.silence.step(reports.received, void, served, warming_up)
         contested = said.by_neighbours | silent
         disputes = contradicted | contested
-        values[self.table.by_judge] = 0.0
-        values[_PASSED_ON] = self.passing.step(evidence.digests[RECEIVED], ~differ, served)
-        values[_FROM_NOTHING, BACKWARD] = nothing.made
+        changed = self.passing.step(evidence.digests[RECEIVED], ~differ, served)
+        by_hard = self._without_fence(values, changed, nothing.made)
         whole = ~(disputes | hard[RECEIVED])
         convicted = self._served_by_convicted(served)
         by_convicted = np.broadcast_to(sent_by(convicted)[..., None], whole.shape)
@@ -175,14 +167,14 @@ class Judge:
         unlike = self.content.unlike
         if not self.fences.has_majority:
             sound = whole  # of two, each is all that the other can be held against
-        residuals, per_statistic, cascade, turned = hold_against_fences(
-            self.fences, values, compared, whole, sound, self.table.hard, self.content.room, warming_up
-        )
-        # What most replicas did, training did, and what comes of it strikes nobody. Nothing excuses a hard row.
-        turned &= ~self.table.hard[:, None, None]
-        turn = ~(np.where(turned[..., None, None], 0.0, per_statistic) > 1.0).any(0)
-        fenced = per_statistic[of_pair]
-        quiet = np.ones((*fenced.shape[:4], 1), bool)
+        by_row = by_hard > 0  # on a way of its own, which no statistic can close
+        firm = np.asarray(by_row.any(0))
+        held = Held(self.fences, compared, by_row, self.table.hard, self.content.room, warming_up)
+        cascade = hold_against_fences(held, self.fences, firm, whole, sound)
+        turned = self.fences.centre.end_turns()
+        residuals, scores = held.residuals, held.largest
+        within = np.ones(residuals.shape[:-1], bool)
+        summed = np.zeros((np.count_nonzero(of_pair), *scores.shape[:-1]))
         if self.mesh.replicas >= LEAST_REPLICAS and not twins:
             counted = whole & ~cascade
             counted[BACKWARD] &= ~void
@@ -191,10 +183,8 @@ class Judge:
             if self.settings.wiring != "shuffle":
                 self.cusum.forget_usual(columns_of(served) != columns_of(self._served))
             # With what is usual of a column: sums have a usual of their own, which stands still where they grow.
-            offsets = residuals[of_pair] + self.fences.usual.level[of_pair][..., None]
-            offsets[~self.table.adds_up[of_pair]] = np.nan
-            sums = self.cusum.step(
-                offsets,
+            summed = self.cusum.step(
+                residuals[self._pair_rows],
                 counted,
                 served,
                 self.record.convicted,
@@ -202,14 +192,12 @@ class Judge:
                 warming_up,
                 unlike,
                 evidence.renewed,
+                np.where(self.table.adds_up[:, None, None, None], self.fences.usual.level, np.nan)[of_pair],
             )
-            quiet = self.cusum.quiet(served)[..., None]
-            per_statistic[of_pair] = np.fmax(fenced, np.where(counted, sums[..., None], 0.0))
-            turn &= ~(per_statistic[of_pair] > np.fmax(fenced, 1.0)).any(0)
-        scores = np.fmax.reduce(per_statistic, axis=0)
-        alarms = (scores > 1.0) | (values[self.table.hard] > 0).any(0)
-        largest = np.fmax.reduce(evidence.statistics[..., _MAX_ABS], axis=-1).astype(np.float64)
-        explained = self.overflow.step(largest, hard, served, overflow_limit)
+            within[of_pair] = self.cusum.quiet(served) | unlike
+            scores = np.maximum(scores, np.where(counted, np.maximum.reduce(summed, axis=0)[..., None], 0.0))
+        alarms = (scores > 1.0) | firm
+        explained = self.overflow.step(reports.largest, hard, served, overflow_limit)
         judged = ~explained.shared
         alarms, scores = alarms & judged, np.where(judged, scores, 0.0)
         trial = None
@@ -230,18 +218,28 @@ class Judge:
             )
             differ, contradicted, disputes = (which | trial.forged for which in (differ, contradicted, disputes))
             differing, right = trial.wrong | trial.undecided, trial.right
-            alarms = alarms & ~differing & (hard.any(0) | ~right)
+            alarms = alarms & ~differing & (either | ~right)
             scores = np.where(alarms, scores, 0.0)
 
-        certain = (values[self.table.by_judge] > 0.0).any(0)
-        firm = per_statistic[self.table.hard].max(0) > 0
-        content, but_for_pair = content_alone(alarms & ~firm, per_statistic, values, unlike, self.table)
+        certain = np.asarray(by_row[self.table.by_judge[self.table.hard]].any(0))
+        content, but_for_pair, doubted, turn = (np.zeros_like(alarms) for _ in range(4))
+        per_statistic = fenced = np.zeros((len(self.table), *alarms.shape))
+        if alarms.any():
+            values = values.copy()
+            values[self.table.hard] = by_hard
+            per_statistic, fenced = held.per_statistic, held.per_statistic[of_pair]
+            # What most replicas did, training did, and what comes of it strikes nobody. Nothing excuses a hard row.
+            turned &= ~self.table.hard[:, None, None]
+            turn = alarms & ~(np.where(turned[..., None, None], 0.0, per_statistic) > 1.0).any(0)
+            if self.mesh.replicas >= LEAST_REPLICAS and not twins:
+                per_statistic[of_pair] = np.fmax(fenced, np.where(counted, summed[..., None], 0.0))
+                turn &= ~(per_statistic[of_pair] > np.fmax(fenced, 1.0)).any(0)
+            content, but_for_pair = content_alone(alarms & ~firm, per_statistic, values, unlike, self.table)
+            # Without what the two ends report differently nothing would be outside.
+            doubted = said.doubted.any(0) & (np.where(said.doubted, 0.0, per_statistic).max(0) <= 1.0)
         reported_only = alarms & ~firm & (not self.fences.compares_replicas)
         undecided = np.zeros_like(alarms)
-        undecided[BACKWARD] = nothing.open & ~hard.any(0)[BACKWARD] & (values[_PASSED_ON, BACKWARD] == 0)
-        # Without what the two ends report differently nothing would be outside.
-        doubted = said.doubted.any(0) & (np.where(said.doubted, 0.0, per_statistic).max(0) <= 1.0)
-        turn &= alarms
+        undecided[BACKWARD] = nothing.open & ~either[BACKWARD] & (changed[BACKWARD] == 0)
         excused = explained.overflow | content | reported_only | right | undecided | doubted | turn
         blame = Blame.of(alarms, disputes | differing, scores, excused, certain)
         account = Account(self.mesh, served, self.table)
@@ -308,11 +306,11 @@ class Judge:
         if self.clean_links.any():
             # One message just inside a fence may break the next, and would be learnt as the fence's own tail.
             whole_columns = self.clean_links & ~suspected
-            held = np.where(whole_columns.any(-1, keepdims=True), whole_columns, self.clean_links)
-            clean_messages = np.broadcast_to(held[..., None], alarms.shape)
-            followed = np.where(of_pair[:, None, None, None, None], clean_messages, clean_messages | content)
-            followed[of_pair] &= quiet | unlike[:, None]
-            self.fences.learn(compared, residuals, clean_messages, followed, unlike, evidence.step)
+            chosen = np.where(whole_columns.any(-1, keepdims=True), whole_columns, self.clean_links)
+            clean_messages = np.broadcast_to(chosen[..., None], alarms.shape)
+            of_messages = clean_messages | content
+            followed = [clean_messages if pair else of_messages for pair in of_pair]
+            self.fences.learn(compared, residuals, clean_messages, followed, within, unlike, evidence.step)
 
         return Verdict(
             step=evidence.step,
@@ -327,18 +325,18 @@ class Judge:
             convicted=self.record.convicted.copy(),
             findings=findings,
             disputed=disputed,
-            newly_convicted=_workers(changes.convicted),
-            released=_workers(changes.released),
+            newly_convicted=workers_of(changes.convicted),
+            released=workers_of(changes.released),
             skip=skip,
             overflow=overflow,
-            halt=self._halt_reason(changes.convicted),
+            halt=halt_reason(self.mesh, self.settings, self.record, self.skipped_in_a_row, changes.convicted),
             twins=twins is not None,
             alike=np.asarray(_serving(trial.same, served)[:, ~excluded].all(1)) if trial else NOBODY,
             suspects=suspects,
             proofs=trial.proofs if trial else (),
             differences=trial.differences if trial else (),
             contradicted=tuple(one for one in by_several if changes.convicted[one.worker]),
-            cleared=_workers(changes.cleared),
+            cleared=workers_of(changes.cleared),
             isolated=self.isolation.isolated.copy(),
             action=self.settings.action,
         )
@@ -364,9 +362,9 @@ class Judge:
             verdict,
             convicted=self.record.convicted.copy(),
             suspects=self.record.suspects,
-            newly_convicted=_workers(changes.convicted),
-            released=_workers(changes.released),
-            halt=self._halt_reason(changes.convicted),
+            newly_convicted=workers_of(changes.convicted),
+            released=workers_of(changes.released),
+            halt=halt_reason(self.mesh, self.settings, self.record, self.skipped_in_a_row, changes.convicted),
             isolated=self.isolation.isolated.copy(),
         )
 
@@ -382,17 +380,7 @@ class Judge:
 
     def state_dict(self) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
         return {
-            "fences": self.fences.state_dict(),
-            "content": self.content.state_dict(),
-            "cusum": self.cusum.state_dict(),
-            "standing": self.standing.state_dict(),
-            "record": self.record.state_dict(),
-            "unsettled": self.unsettled.state_dict(),
-            "isolation": self.isolation.state_dict(),
-            "passing": self.passing.state_dict(),
-            "nothing": self.nothing.state_dict(),
-            "silence": self.silence.state_dict(),
-            "overflow": self.overflow.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in _KEPT},
             "skipped_in_a_row": np.array(self.skipped_in_a_row),
             "known": self._known.copy(),
             "served": self._served.copy(),
@@ -412,17 +400,8 @@ class Judge:
         """
         if found := self.problem(state):
             raise ValueError(f"the state {found}")
-        self.fences.load_state_dict(state["fences"])
-        self.content.load_state_dict(state["content"])
-        self.cusum.load_state_dict(state["cusum"])
-        self.standing.load_state_dict(state["standing"])
-        self.record.load_state_dict(state["record"])
-        self.unsettled.load_state_dict(state["unsettled"])
-        self.isolation.load_state_dict(state["isolation"])
-        self.passing.load_state_dict(state["passing"])
-        self.nothing.load_state_dict(state["nothing"])
-        self.silence.load_state_dict(state["silence"])
-        self.overflow.load_state_dict(state["overflow"])
+        for name in _KEPT:
+            getattr(self, name).load_state_dict(state[name])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
         self._known, self._served = np.array(state["known"]), np.array(state["served"])
 
@@ -437,53 +416,20 @@ class Judge:
             self.fences.usual.adopt(links, mean)
             self.cusum.forget(cleared)
 
-    def _reported(self, statistics: np.ndarray) -> np.ndarray:
-        """float64 [K, 2, L, C, M]: what receivers report, and the first and the last stage of what they sent."""
-        values = np.array(np.moveaxis(statistics[RECEIVED], -1, 0), np.float64, order="C")
-        own = ~self.table.of_pair
-        for direction, link in ((FORWARD, 0), (BACKWARD, -1)):
-            values[own, direction, link] = np.moveaxis(statistics[SENT, direction, link], -1, 0)[own]
-        return values
-
-    def _available(self, statistics: np.ndarray, void: np.ndarray) -> np.ndarray:
-        """Statistics as reported, but not available for gradients that carry nothing (bool [L, C, M])."""
-        if not void.any():
-            return statistics
-        statistics = statistics.copy()
-        statistics[:, BACKWARD] = np.where(void[..., None] & ~self.table.hard, np.nan, statistics[:, BACKWARD])
-        return statistics
+    def _without_fence(self, values: np.ndarray, changed: np.ndarray, made: np.ndarray) -> np.ndarray:
+        """Hard rows, [hard rows, 2, L, C, M]: what is reported, and what the judge finds."""
+        found = values[self.table.hard]
+        rows = np.flatnonzero(self.table.hard).tolist()
+        found[self.table.by_judge[self.table.hard]] = 0.0
+        found[rows.index(_PASSED_ON)] = changed
+        found[rows.index(_FROM_NOTHING), BACKWARD] = made
+        return found
 
     def _served_by_convicted(self, served: np.ndarray) -> np.ndarray:
         """Where the worker that serves a column is convicted, bool [S, C]."""
         return _serving(self.record.convicted, served)
 
-    def _halt_reason(self, newly: np.ndarray) -> str | None:
-        if self.skipped_in_a_row >= self.settings.max_skipped_steps:
-            return (
-                f"{self.skipped_in_a_row} steps in a row were skipped because every column was excluded "
-                f'and nothing new was found ("max_skipped_steps": {self.settings.max_skipped_steps})'
-            )
-        clean = self.mesh.replicas - int(np.count_nonzero(self.record.convicted, axis=1).max())
-        if self.settings.action == "quarantine" and clean < self.settings.min_clean_columns:
-            return (
-                f"only {clean} columns can be formed without the convicted workers "
-                f"{', '.join(map(str, _workers(self.record.convicted)))} "
-                f'("min_clean_columns": {self.settings.min_clean_columns})'
-            )
-        if self.settings.action != "halt":
-            return None
-        if newly.any():
-            return f'{", ".join(map(str, _workers(newly)))} convicted ("action": "halt")'
-        if self.record.lasting_disputes.any():
-            links = [f"link {link}, column {column}" for link, column in np.argwhere(self.record.lasting_disputes)]
-            return f'lasting dispute over {"; ".join(links)} ("action": "halt")'
-        return None
-
 
 def _serving(workers: np.ndarray, served: np.ndarray) -> np.ndarray:
     """Of [S, R] workers those that serve each column, [S, C]."""
     return np.take_along_axis(workers, served, axis=1)
-
-
-def _workers(mask: np.ndarray) -> tuple[Worker, ...]:
-    return tuple(Worker(stage, replica) for stage, replica in np.argwhere(mask).tolist())

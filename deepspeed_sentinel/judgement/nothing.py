@@ -23,6 +23,7 @@ import numpy as np
 
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT, ZEROS, Rows
 from deepspeed_sentinel.judgement.replicas import most, of_replicas
+from deepspeed_sentinel.judgement.reports import Reports
 from deepspeed_sentinel.mesh import BACKWARD, Mesh
 
 _KEEPS, _ADDS = -1, 1
@@ -58,16 +59,17 @@ class Nothing:
         self._added = np.zeros(middle, bool)  # it was once decided that it adds
         self._last = np.zeros((middle, mesh.replicas), np.int64)  # what each worker did of late
 
-    def step(self, statistics: np.ndarray, digests: np.ndarray, served: np.ndarray, warming_up: bool) -> Made:
+    def step(self, reports: Reports, digests: np.ndarray, served: np.ndarray, warming_up: bool) -> Made:
         """Look at a step.
 
         Args:
-            statistics: [2 ends, 2, L, C, M, P * K], as reported.
+            reports: statistics as reported.
             digests: int64 [2 ends, 2, L, C, M, T], as reported.
             served: int [S, C], who served each column.
             warming_up: what is made of nothing is learnt, not held against anybody.
         """
-        said = _zero(statistics[:, BACKWARD])
+        received = _zero(reports.received[:, BACKWARD])
+        said = np.stack([received if reports.alike else _zero(reports.sent[:, BACKWARD]), received])
         disputed = np.asarray(said[SENT] != said[RECEIVED])
         zero = said.all(0) | (disputed & _zero_by_digest(digests[:, BACKWARD]))
         void = np.broadcast_to(zero[-1:], zero.shape)
@@ -108,9 +110,9 @@ class Nothing:
 
 
 def _zero(statistics: np.ndarray) -> np.ndarray:
-    """Messages [...] of rows [..., P * K] all of whose parts are exactly zero."""
-    largest = np.fmax.reduce(statistics[..., Rows.all_of("max_abs")], axis=-1)
-    broken = np.fmax.reduce(statistics[..., Rows.all_of("non_finite")], axis=-1)
+    """Messages [...] of rows [P * K, ...] all of whose parts are exactly zero."""
+    largest = np.fmax.reduce(statistics[Rows.all_of("max_abs")], axis=0)
+    broken = np.fmax.reduce(statistics[Rows.all_of("non_finite")], axis=0)
     return np.asarray((largest == 0) & (broken == 0))
 
 

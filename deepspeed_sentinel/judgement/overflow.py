@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.judgement.blame import followers
 from deepspeed_sentinel.judgement.robust import median
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
@@ -68,7 +69,7 @@ class Overflow:
             limit: the magnitude at which an honest gradient overflows, in the unit of ``max_abs``; infinite where no
                 loss scale is sought.
         """
-        by_any, by_both = (np.asarray(which(0)) for which in (non_finite.any, non_finite.all))
+        by_any, by_both = non_finite[SENT] | non_finite[RECEIVED], non_finite[SENT] & non_finite[RECEIVED]
         nothing = np.zeros_like(by_any)
         if not np.isfinite(limit):
             return Explained(nothing, nothing)

@@ -69,6 +69,8 @@ class Passing:
             self._seen, self._zeros = np.zeros_like(self._same), np.ones_like(self._same)
             self._elsewhere = np.zeros((*self._same.shape, self._mesh.replicas), bool)
             self._grown = np.zeros((*self._same.shape[:3], self._mesh.replicas), bool)
+        if self._learnt >= self._steps and not (self._same & self._seen).any():
+            return changed
         entered, left = entering(digests)[..., :, None], leaving(digests)[..., None, :]
         known = entering(agreed) & leaving(agreed)
         equal = (entered == left) & (entered != 0)  # [2, S - 2, C, M, T entering, T leaving]

@@ -57,15 +57,29 @@ def quantiles(values: np.ndarray, probabilities: tuple[float, ...]) -> np.ndarra
 
 
 def median(values: np.ndarray) -> np.ndarray:
-    """``quantiles(values, (0.5,))[0]``; cheaper where no row misses some of its values and not all."""
-    if values.shape[-1] == 0:
+    """``quantiles(values, (0.5,))[0]``, without sorting."""
+    size = values.shape[-1]
+    if size == 0:
         return np.full(values.shape[:-1], np.nan)
-    ordered = np.sort(values, axis=-1)
-    if (np.isnan(ordered[..., -1]) & ~np.isnan(ordered[..., 0])).any():
-        return Ordered(ordered, np.count_nonzero(~np.isnan(ordered), axis=-1)).quantiles((0.5,))[0]
-    middle = values.shape[-1] // 2
-    low, high = ordered[..., middle if values.shape[-1] % 2 else middle - 1], ordered[..., middle]
-    return np.asarray(low + (high - low) * 0.5)
+    parted = np.partition(values, size // 2, axis=-1)
+    missing = np.isnan(parted[..., size // 2 :].max(-1))  # NaN stand last
+    result = np.asarray(_middle(parted, size))
+    if missing.any():
+        rows = values[missing]
+        known = np.count_nonzero(~np.isnan(rows), axis=-1)
+        medians = np.full(known.shape, np.nan)
+        for count in np.unique(known[known > 0]).tolist():
+            alike = known == count
+            medians[alike] = _middle(np.partition(rows[alike], count // 2, axis=-1), count)
+        result[missing] = medians
+    return result
+
+
+def _middle(parted: np.ndarray, count: int) -> np.ndarray:
+    """The median of the ``count`` least of each row, which stands in place in the middle of them."""
+    high = parted[..., count // 2]
+    low = high if count % 2 else parted[..., : count // 2].max(-1)
+    return low + (high - low) * 0.5
 
 
 def shortest_interval(values: np.ndarray, share: float) -> np.ndarray:
@@ -78,10 +92,23 @@ def shortest_interval(values: np.ndarray, share: float) -> np.ndarray:
     Returns:
         float64 [...]; NaN where every value is NaN.
     """
+    size = values.shape[-1]
+    if size == 0:
+        return np.full(values.shape[:-1], np.nan)
     ordered = np.sort(values, axis=-1)  # NaN sort last
+    further = max(int(np.ceil(share * size)) - 1, 0)
+    result = np.asarray((ordered[..., further:] - ordered[..., : size - further]).min(-1))
+    missing = np.isnan(ordered[..., -1])
+    if missing.any():
+        result[missing] = _shortest_of_some(ordered[missing], share)
+    return result
+
+
+def _shortest_of_some(ordered: np.ndarray, share: float) -> np.ndarray:
+    """Of rows [N, size] that end with what is missing."""
     count = np.count_nonzero(~np.isnan(ordered), axis=-1)
     further = np.maximum(np.ceil(share * count).astype(np.intp) - 1, 0)[..., None]
-    last = np.arange(values.shape[-1]) + further
-    ends = np.take_along_axis(ordered, np.minimum(last, values.shape[-1] - 1), -1)
+    last = np.arange(ordered.shape[-1]) + further
+    ends = np.take_along_axis(ordered, np.minimum(last, ordered.shape[-1] - 1), -1)
     lengths = np.where(last < count[..., None], ends - ordered, np.inf)
     return np.asarray(np.where(count > 0, lengths.min(-1), np.nan))

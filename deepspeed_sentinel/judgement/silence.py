@@ -50,7 +50,7 @@ class Silence:
         """Look at a step.
 
         Args:
-            statistics: [2, L, C, M, P * K], as receivers report them.
+            statistics: [P * K, 2, L, C, M], as receivers report them.
             void: bool [L, C, M], gradients that carry nothing.
             served: int [S, C], who served each column.
             warming_up: what is missing is learnt, not held against anybody.
@@ -58,19 +58,25 @@ class Silence:
         Returns:
             bool [2, L, C, M]: messages about whose sender the neighbours should have something to say and have not.
         """
-        contested = np.zeros(statistics.shape[:-1], bool)
+        contested = np.zeros(statistics.shape[1:], bool)
         if self._mesh.stages < 3:
             return contested
-        usable = ~np.isnan(statistics[..., Rows.all_of("energy")])
-        usable &= (statistics[..., Rows.all_of("non_finite")] == 0) & (statistics[..., Rows.all_of("max_abs")] > 0)
-        usable[BACKWARD] &= ~void[..., None]
+        usable = ~np.isnan(statistics[Rows.all_of("energy")])
+        usable &= statistics[Rows.all_of("non_finite")] == 0
+        usable &= statistics[Rows.all_of("max_abs")] > 0
+        usable[:, BACKWARD] &= ~void
+        unheard = np.isnan(statistics[Rows.all_of("transfer_cosine")])
         # [2, S - 2, C, M, P]
+        usable, unheard = (np.moveaxis(rows, 0, -1) for rows in (usable, unheard))
         asked = entering(usable) & leaving(usable)
-        missing = asked & leaving(np.isnan(statistics[..., Rows.all_of("transfer_cosine")]))
+        missing = asked & leaving(unheard)
         if warming_up:
             self._heard &= ~missing.any(axis=(2, 3))
             return contested
         missing &= self._heard[:, :, None, None]
+        if not (missing.any() or self._turned.any()):
+            self._again = np.zeros_like(self._again)
+            return contested
         turned = self._by_most(missing.any(3), served) & (self._mesh.replicas > 1)
         speak = self._by_most(asked.any(3) & ~missing.any(3), served)
         self._turned = turned | (self._turned & (self._again < AGAIN))

@@ -104,7 +104,8 @@ class Unsettled:
         if trial:
             self._alike = (self._alike | trial.sound.any(1)) & ~trial.unlike
         self.news = bool((new & (self._left == 0)).any())
-        self._left = np.where(new, self._memory, np.maximum(self._left - 1, 0))
+        if new.any() or self._left.any():
+            self._left = np.where(new, self._memory, np.maximum(self._left - 1, 0))
         # One that contradicts too many of several stages is named once.
         found = tuple({liar.worker: liar for liar in self._too_many(new, convicted)}.values())
         known = convicted.copy()

@@ -13,9 +13,11 @@ Arrays follow the axes [statistic, direction, link, column].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from deepspeed_sentinel.evidence import exact
+from deepspeed_sentinel.judgement.pieces import sums
 
 RATE = 0.03
 FOLLOWED = 0.3  # where the change is explained
@@ -37,20 +39,26 @@ class Usual:
         self.level = np.zeros(shape)
         self._seen = np.zeros(shape, np.int64)
 
-    def learn(self, residuals: np.ndarray, chosen: np.ndarray, explained: np.ndarray, limit: np.ndarray) -> None:
+    def learn(
+        self,
+        residuals: np.ndarray,
+        chosen: Sequence[np.ndarray],
+        within: np.ndarray,
+        explained: np.ndarray,
+        limit: np.ndarray,
+    ) -> None:
         """Move towards a step's residuals.
 
         Args:
             residuals: float64 [K, 2, L, C, M], NaN where not available.
-            chosen: bool [K or 1, 2, L, C, M], which to learn from.
-            explained: bool [K or 1, 2, L, C], where the change is followed at once.
+            chosen: K times bool [2, L, C, M], which messages to learn from.
+            within: bool [K, 2, L, C], in which columns.
+            explained: bool [K, 2, L, C], where the change is followed at once.
             limit: float64 [K, 2, L], how far off a step may be where it is not; NaN is any distance.
         """
-        count, mean = np.empty(self.level.shape, np.int64), np.empty(self.level.shape)
-        for row, values in enumerate(residuals):
-            known = chosen[row % len(chosen)] & ~np.isnan(values)
-            count[row] = np.count_nonzero(known, axis=-1)
-            mean[row] = exact.total(np.where(known, values, 0.0)) / np.maximum(count[row], 1)
+        total, count = sums(residuals, chosen)
+        count[~within] = 0
+        mean = total / np.maximum(count, 1)
         # What a fault may have left does not stay for ever.
         lost = ~np.isfinite(self.level)
         self.level, self._seen = np.where(lost, 0.0, self.level), np.where(lost, 0, self._seen)

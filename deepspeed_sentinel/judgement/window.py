@@ -43,15 +43,23 @@ class Window:
     def steps_heard(self) -> np.ndarray:
         return np.count_nonzero(self._heard, axis=-1)
 
-    def learn(self, values: np.ndarray, step: int) -> tuple[list[int], Ordered]:
+    def learn(self, values: np.ndarray, step: int, chosen: np.ndarray | None = None) -> tuple[list[int], Ordered]:
         """Remember a step's samples, float64 [*rows, N], NaN where there is none.
+
+        Args:
+            values: the samples.
+            step: the engine's global step.
+            chosen: bool [2, links, N], which of them there are; None is all.
 
         Returns:
             the links whose quantiles are new, and all that is remembered of them, [K, 2, len(links), N].
         """
         keep = max(1, min(values.shape[-1], _SAMPLES // self._steps))
         if keep < values.shape[-1]:
-            values = values[..., np.random.default_rng((self._seed, step)).permutation(values.shape[-1])[:keep]]
+            kept = np.random.default_rng((self._seed, step)).permutation(values.shape[-1])[:keep]
+            values, chosen = values[..., kept], None if chosen is None else chosen[..., kept]
+        if chosen is not None:
+            values = np.where(chosen, values, np.nan)
         if keep > self._samples.shape[-1]:
             grown = np.full((*self._rows, self._steps, keep), np.nan)
             grown[..., : self._samples.shape[-1]] = self._samples
@@ -66,8 +74,10 @@ class Window:
         self.learnt += 1
         young = (heard & (self.steps_heard <= self._steps // 2)).any(axis=(0, 1))
         links = [link for link in range(self._rows[2]) if young[link] or (link + self.learnt) % _TURNS == 0]
-        size = self._steps * self._samples.shape[-1]
-        ordered = Ordered.of(self._samples[:, :, links].reshape(*self._rows[:2], len(links), size))
+        remembered = np.empty((*self._rows[:2], len(links), self._steps * self._samples.shape[-1]))
+        for place, link in enumerate(links):
+            remembered[:, :, place] = self._samples[:, :, link].reshape(*self._rows[:2], -1)
+        ordered = Ordered.of(remembered)
         self.quantiles[..., links] = ordered.quantiles(self._probabilities)
         self.counts[..., links] = ordered.count
         return links, ordered
