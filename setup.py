@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-TRANSFORMERS = ["transformers>=5.10.1", "accelerate>=1.10.1", "tokenizers>=0.22.1", "safetensors>=0.4.3"]
+TRANSFORMERS = ["transformers>=5.10.1", "accelerate>=1.10.1", "tokenizers>=0.22.1", "safetensors>=0.4.4"]
 PEFT = ["peft>=0.19.0"]
 SWEEP = ["pyarrow>=26.0", 'tomli>=2.0; python_version < "3.11"']
 PROMETHEUS = ["prometheus-client>=0.26"]

@@ -10,7 +10,7 @@ from transformers import Trainer
 class TrainerByReplica(Trainer):
     """``Trainer`` that scales its loss by replicas, in all versions: all stages of one have the same batches."""
 
-    loss_is_scaled_for_ga: bool | None = None  # transformers 5.23, not yet 5.8.1
+    loss_is_scaled_for_ga: bool | None = None  # transformers 5.23, not yet 5.16
 
     if "get_tp_size" not in Trainer.compute_loss.__code__.co_names:  # transformers 5.23; 5.16 takes all processes
 
