@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-TRANSFORMERS = ["transformers>=5.23", "accelerate>=1.15", "tokenizers>=0.23", "safetensors>=0.8"]
-PEFT = ["peft>=0.21.2"]
+TRANSFORMERS = ["transformers>=5.10.1", "accelerate>=1.10.1", "tokenizers>=0.22.1", "safetensors>=0.4.4"]
+PEFT = ["peft>=0.19.0"]
 SWEEP = ["pyarrow>=26.0", 'tomli>=2.0; python_version < "3.11"']
 PROMETHEUS = ["prometheus-client>=0.26"]
 REPORT = ["rich>=15.0", "matplotlib>=3.11", "jinja2>=3.1"]

@@ -11,7 +11,7 @@ import pytest
 from deepspeed_sentinel.engine import internals
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("deepspeed", "numpy", "pydantic")
+PACKAGES = ("deepspeed", "numpy", "pydantic", "transformers", "accelerate", "tokenizers", "safetensors", "peft")
 
 
 def pins(name):
@@ -37,6 +37,6 @@ def test_a_lower_bound_is_what_is_run(package):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_page_of_versions_names_what_is_pinned(package):
     page, oldest = (ROOT / "docs/versions.md").read_text(encoding="utf-8"), pins("requirements-oldest.txt")[package]
-    newest = pins("requirements.txt")[package]
-    called = {"deepspeed": "DeepSpeed"}.get(package, package)
+    newest = {**pins("requirements.txt"), **pins("requirements-dev.txt")}[package]
+    called = {"deepspeed": "DeepSpeed", "peft": "PEFT"}.get(package, package)
     assert f"| {called} | {oldest} and later | {newest} | {oldest} |" in page

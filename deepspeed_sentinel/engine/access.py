@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import engine as runtime
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import clip_grad_norm_
 
-from deepspeed_sentinel.engine.internals import check_engine
+from deepspeed_sentinel.engine.internals import check_engine, release
 from deepspeed_sentinel.mesh import Mesh, Worker
 
 _LARGEST_FP16 = 65504.0
@@ -150,6 +154,35 @@ def keep_gradient_norm(engine: PipelineEngine) -> None:
         )
 
     engine.clip_fp32_gradients = clip_fp32_gradients
+
+
+def gradient_divisor(engine: PipelineEngine) -> Callable[[], int]:
+    """By what a micro-batch's gradient must be divided in the script so that a step's is the mean over micro-batches.
+
+    DeepSpeed 0.19.8 divides. 0.16.0 to 0.18.2 add up, and 0.18.9 to 0.19.4 divide once a stage (issues 7773, 8152).
+
+    Raises:
+        ValueError: of a version that does neither.
+    """
+    if not hasattr(engine, "_running_engine_backward"):  # DeepSpeed 0.18.3
+        return lambda: engine.micro_batches
+    version = release(deepspeed.__version__)
+    if version < (0, 19, 6):
+        raise ValueError(
+            f"DeepSpeed {deepspeed.__version__} divides gradients by the number of micro-batches once a stage (its "
+            "issue 8152), so no pipeline trains as the same model in one piece does. Install 0.19.8, or 0.18.2."
+        )
+    return lambda: 1
+
+
+def keep_universal_info(engine: PipelineEngine, info: dict[str, Any]) -> None:
+    """Have checkpoints hold what a universal one must know of the module.
+
+    DeepSpeed 0.19.8 asks the module for it, and refuses it of others; 0.16.0 leaves it to who saves.
+    """
+    if not hasattr(runtime, "UNIVERSAL_CHECKPOINT_INFO"):
+        state = {"universal_checkpoint_info": info}
+        engine.save_checkpoint = functools.partial(engine.save_checkpoint, client_state=state)
 
 
 def clear_gradients(engine: PipelineEngine) -> None:

@@ -65,7 +65,7 @@ def check_engine(engine: object) -> None:
     missing = list(_missing_of_engine(engine))
     if missing:
         raise ValueError(_moved(missing))
-    if _release(deepspeed.__version__) > _release(NEWEST):
+    if release(deepspeed.__version__) > release(NEWEST):
         flag.say(
             f"DeepSpeed {deepspeed.__version__} is newer than what this was tested with, {OLDEST} to {NEWEST}: it has "
             "every name that is touched, and whether it does with them what it did is not known"
@@ -107,6 +107,6 @@ def _moved(missing: list[str]) -> str:
     )
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """The first three numbers of a version: of "0.19.9+abc1" (0, 19, 9)."""
     return tuple(map(int, re.findall(r"\d+", version)[:3]))

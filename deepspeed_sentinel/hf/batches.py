@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeed_sentinel.engine import access
+
 IGNORED = -100
 ALLOWED = ("input_ids", "attention_mask", "position_ids", "labels")
 Batch = tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
@@ -106,6 +108,7 @@ def step_batches(
         dist.all_reduce(count, group=engine.mpu.get_data_parallel_group())
         num_items_in_batch = count.cpu()
     shares = shares or len(batches) * engine.grid.data_parallel_size
+    engine.module.loss_fn.gradient_over = access.gradient_divisor(engine)
     ready = [to_batch(batch, num_items_in_batch, shares) for batch in batches]
     announce_shapes(engine, ready)
     return iter(ready)

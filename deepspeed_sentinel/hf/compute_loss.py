@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from deepspeed_sentinel.hf.batches import ALLOWED
-from deepspeed_sentinel.hf.loss import CausalLMLoss
+from deepspeed_sentinel.hf.loss import CausalLMLoss, one, over
 
 _FORWARD = tuple(key for key in ALLOWED if key != "labels")
 _LOSS_OPTIONS = ("labels", "num_items_in_batch", "return_dict", "use_cache")
@@ -84,6 +84,7 @@ class ComputeLoss:
         self._own_loss, self._stage_model, self._compute = own_loss, stage_model, compute
         self._names: tuple[str, ...] = ()
         self._evaluates = False
+        self.gradient_over = one
         self.__name__ = "compute_loss"
 
     def expect(self, names: tuple[str, ...], evaluates: bool) -> None:
@@ -99,7 +100,7 @@ class ComputeLoss:
             return torch.zeros((), device=parts[0].device)  # nothing to compute a loss of: the logits are wanted
         model = ModelOutputs(self._stage_model, self._own_loss, parts, inputs)
         if not self._evaluates:
-            return self._compute(model, inputs, num_items_in_batch=items) * weight
+            return over(self._compute(model, inputs, num_items_in_batch=items) * weight, self.gradient_over)
         loss, returned = self._compute(model, inputs, return_outputs=True, num_items_in_batch=items)
         logits = returned.get("logits") if isinstance(returned, dict) else returned[1]
         if logits is not model.logits:

@@ -12,6 +12,17 @@ from deepspeed_sentinel.hf.batches import label_tokens
 from deepspeed_sentinel.hf.router import Router
 
 
+def one() -> int:
+    return 1
+
+
+def over(loss: torch.Tensor, divisor: Callable[[], int]) -> torch.Tensor:
+    """The loss; its gradient will be divided by what ``divisor`` says now."""
+    if loss.requires_grad and (by := divisor()) != 1:
+        loss.register_hook(lambda gradient: gradient / by)
+    return loss
+
+
 class CausalLMLoss:
     """``loss_fn`` of the pipeline.
 
@@ -40,6 +51,7 @@ class CausalLMLoss:
         self._vocabulary = vocabulary
         self._router = router
         self.custom = custom
+        self.gradient_over: Callable[[], int] = one
         self.__name__ = "causal_lm_loss"
 
     def __call__(
@@ -52,7 +64,7 @@ class CausalLMLoss:
             loss = self.custom(CausalLMOutput(logits=parts[0]), labels_BT, num_items_in_batch=items)
         else:
             loss = self.of(parts, labels_BT, items)
-        return loss if shares is None else loss * shares
+        return loss if shares is None else over(loss * shares, self.gradient_over)
 
     def in_twin_step(self, labels: list[Any], replicas: int) -> list[Any]:
         """The source's labels of a twin step, with the number of label tokens that all replicas' have together."""

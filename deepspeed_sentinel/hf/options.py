@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import SchedulerType, TrainingArguments
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
+
+from deepspeed_sentinel.hf.compat import SCHEDULERS_OF_METRICS
 
 _PIPELINE = ("stages", "partition", "activation_checkpoint_interval")
 _OPTIMIZERS_IN_BACKWARD = (OptimizerNames.LOMO, OptimizerNames.ADALOMO)
-_SCHEDULERS_OF_METRICS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 _MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
@@ -118,7 +119,7 @@ def check_arguments(args: TrainingArguments) -> None:
             "it steps within the backward pass",
         ),
         "lr_scheduler_type": (
-            args.lr_scheduler_type.value if args.lr_scheduler_type in _SCHEDULERS_OF_METRICS else None,
+            args.lr_scheduler_type.value if args.lr_scheduler_type.value in SCHEDULERS_OF_METRICS else None,
             "the engine steps its scheduler without the metric; change the rate in a callback",
         ),
         "include_for_metrics": (args.include_for_metrics, "leave it out"),

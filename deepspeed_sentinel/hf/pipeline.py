@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepspeed_sentinel.hf.adapters import taken_apart
+from deepspeed_sentinel.hf.compat import CHECKPOINTING
 from deepspeed_sentinel.hf.groups import Joined
 from deepspeed_sentinel.hf.loss import CausalLMLoss
 from deepspeed_sentinel.hf.partial import refuse_as_whole
@@ -94,9 +95,12 @@ class CausalLMPipeline(PipelineModule):
             refuse_as_whole(models, self.stage_id, num_stages, lambda: self._runs)
         if not set(self.plan.layers) & set(range(int(self._local_start), int(self._local_stop))):
             # a stage with embedding or head alone has nothing to recompute, where transformers raises an error
-            model.activation_checkpointing_enable = model.activation_checkpointing_disable = lambda *_, **__: None
+            for name in CHECKPOINTING:
+                setattr(model, name, lambda *_, **__: None)
         if interval:
-            self.set_checkpoint_interval(interval)
+            # as set_checkpoint_interval() does, but for that of DeepSpeed 0.16.0
+            self.activation_checkpoint_interval = interval
+            self._precompute_checkpointable_values()
 
     @property
     def stage_model(self) -> PreTrainedModel:
@@ -215,10 +219,11 @@ class CausalLMPipeline(PipelineModule):
                 f"activation_checkpoint_interval is {interval}; allowed are 0 (off) and 1, which makes each decoder "
                 "layer a checkpoint of its own."
             )
+        enable, disable = (getattr(self.stage_model, name) for name in CHECKPOINTING)
         if interval:
-            self.stage_model.activation_checkpointing_enable({"use_reentrant": False})
+            enable({"use_reentrant": False})
         else:
-            self.stage_model.activation_checkpointing_disable()
+            disable()
 
 
 def to_pipeline(

@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer
 
 from deepspeed_sentinel.hf.batches import Batch, forward_inputs, label_tokens
+from deepspeed_sentinel.hf.by_replica import TrainerByReplica
 from deepspeed_sentinel.hf.compute_loss import ComputeLoss, labelled
 
 
@@ -91,4 +92,4 @@ def evaluation_batch(
 
 def _computes_own_loss(trainer: Trainer) -> bool:
     """Its ``compute_loss`` is not the Trainer's: it may look at all of a batch, and not at the labels alone."""
-    return getattr(trainer.compute_loss, "__func__", None) is not Trainer.compute_loss
+    return getattr(trainer.compute_loss, "__func__", None) is not TrainerByReplica.compute_loss

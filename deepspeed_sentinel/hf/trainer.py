@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import DistributedType, DummyOptim, DummyScheduler
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper, DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
 from torch.utils.data import DataLoader
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerControl, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerControl, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_init, deepspeed_load_checkpoint
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -21,6 +21,7 @@ from deepspeed_sentinel.engine import access
 from deepspeed_sentinel.engine.launch import initialize
 from deepspeed_sentinel.engine.tied import reduce_rightly
 from deepspeed_sentinel.hf.batches import ALLOWED, announce_shapes, label_tokens
+from deepspeed_sentinel.hf.by_replica import TrainerByReplica
 from deepspeed_sentinel.hf.callback import has_news, log_entries, tell
 from deepspeed_sentinel.hf.compute_loss import ComputeLoss
 from deepspeed_sentinel.hf.data import prepare_by_replica
@@ -42,7 +43,7 @@ _REFUSED = {
 }
 
 
-class SentinelTrainer(Trainer):
+class SentinelTrainer(TrainerByReplica):
     """``transformers.Trainer`` for a causal LM in pipeline stages.
 
     Two keys of the DeepSpeed config in ``TrainingArguments.deepspeed`` are all that is new:
@@ -68,7 +69,6 @@ class SentinelTrainer(Trainer):
 
     control: TrainerControl
     _created_lr_scheduler: bool
-    loss_is_scaled_for_ga: bool | None = None  # as transformers has it, which 5.8.1 does not yet
 
     def __init__(
         self,
@@ -206,6 +206,8 @@ class SentinelTrainer(Trainer):
         config = engine_config(filled, self.args, self.mesh, trains)
         engine, optimizer, _, scheduler = start(model=self.pipeline, config=config, **given)
         access.keep_gradient_norm(engine)
+        self._loss.gradient_over = access.gradient_divisor(engine)
+        access.keep_universal_info(engine, self.pipeline.universal_checkpoint_info)
         if not hasattr(engine, "sentinel"):
             reduce_rightly(engine)
         self.deepspeed = self.model_wrapped = engine

@@ -8,6 +8,7 @@ import deepspeed
 import pytest
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import nn
 
 from deepspeed_sentinel import flag
 from deepspeed_sentinel.engine import access, internals
@@ -33,7 +34,9 @@ def whole_engine():
     values["_INSTRUCTION_MAP"] = {getattr(schedule, name): None for name in internals._INSTRUCTIONS.split()}
     methods = {name for name in values if callable(getattr(PipelineEngine, name, None))}
     kind = type("Engine", (PipelineEngine,), {name: values[name] for name in values.keys() - methods})
-    return kind.__new__(kind)
+    engine = kind.__new__(kind)
+    nn.Module.__init__(engine)  # for DeepSpeed 0.16, which looks through a module for what an engine lacks
+    return engine
 
 
 @pytest.fixture

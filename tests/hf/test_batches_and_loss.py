@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from deepspeed_sentinel.engine import access
 from deepspeed_sentinel.hf.batches import announce_shapes, label_tokens, to_batch
 from deepspeed_sentinel.hf.loss import CausalLMLoss
 
@@ -109,3 +110,28 @@ def test_in_a_twin_step_the_sources_label_tokens_are_counted_once_a_replica():
 def test_labels_without_a_number_are_left_alone_in_a_twin_step(labels):
     loss_fn = CausalLMLoss(ForCausalLMLoss, vocabulary=10, router=None)
     assert loss_fn.in_twin_step([labels], 2) == [labels]
+
+
+@pytest.mark.parametrize(
+    ("version", "parts", "divisor"),
+    [("0.16.0", {}, 4), ("0.18.2", {}, 4), ("0.19.8", {"_running_engine_backward": False}, 1)],
+)
+def test_a_gradient_is_averaged_over_micro_batches_once(monkeypatch, version, parts, divisor):
+    monkeypatch.setattr("deepspeed.__version__", version)
+    engine = SimpleNamespace(micro_batches=1, **parts)
+    loss = CausalLMLoss(ForCausalLMLoss, 8, None)
+    loss.gradient_over = access.gradient_divisor(engine)
+    engine.micro_batches = 4  # of the step in which it is asked
+    logits = torch.randn(2, 4, 8, requires_grad=True)
+    value = loss(logits, (IDS, torch.tensor(6), torch.tensor(3)))
+    expected = 3 * functional.cross_entropy(logits[:, :-1].reshape(6, 8), IDS[:, 1:].reshape(6), reduction="sum") / 6
+    torch.testing.assert_close(value, expected)
+    (gradient,), (whole,) = (torch.autograd.grad(one, logits, retain_graph=True) for one in (value, expected))
+    torch.testing.assert_close(gradient * divisor, whole)
+
+
+@pytest.mark.parametrize("version", ["0.18.9", "0.19.4"])
+def test_versions_that_average_once_a_stage_are_refused(monkeypatch, version):
+    monkeypatch.setattr("deepspeed.__version__", version)
+    with pytest.raises(ValueError, match=rf"DeepSpeed {version} divides gradients .* Install 0\.19\.8"):
+        access.gradient_divisor(SimpleNamespace(_running_engine_backward=False))

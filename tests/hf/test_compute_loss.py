@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Trainer
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from deepspeed_sentinel.hf.by_replica import TrainerByReplica
 from deepspeed_sentinel.hf.compute_loss import ComputeLoss, ModelOutputs, labelled
 from deepspeed_sentinel.hf.loss import CausalLMLoss
 from deepspeed_sentinel.hf.steps import MicroBatch, training_batches
@@ -114,7 +115,7 @@ def test_in_a_twin_step_the_sources_label_tokens_count_in_the_number_of_every_re
     trainer = SimpleNamespace(
         args=args, compute_loss_func=None, model_accepts_loss_kwargs=True, loss_is_scaled_for_ga=None, compute_loss=None
     )
-    trainer.compute_loss = Trainer.compute_loss.__get__(trainer)
+    trainer.compute_loss = TrainerByReplica.compute_loss.__get__(trainer)
     given = []
 
     def compute(model, inputs, num_items_in_batch):
