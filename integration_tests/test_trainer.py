@@ -126,6 +126,8 @@ def test_a_part_of_a_model_is_not_used_as_the_whole(ranks, use):
 
 
 def test_tied_weights_in_bf16_have_the_gradient_of_the_unsplit_model_without_a_sentinel_too(jobs, plain, ranks):
+    if "tied_bf16" not in plain:
+        pytest.skip("DeepSpeed before 0.18.3 loses gradients of another dtype than the weights', and is refused")
     expected = logged(plain["tied_bf16"], "grad_norm")[1]
     for rank in ranks:
         assert logged(rank["tied_bf16"], "grad_norm")[1] == pytest.approx(expected, rel=1e-2)

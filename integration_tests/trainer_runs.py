@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
 from torch.utils.data import IterableDataset
 from transformers import Trainer
 
+from deepspeed_sentinel.engine.internals import release
 from integration_tests.hf_training import HELD_OUT, TRAIN, Runs, collator, model
 
 LORA_STEPS, SAVED = 16, 12
@@ -136,6 +138,8 @@ def both(runs: Runs) -> None:
     torch.save(torch.from_numpy(predicted.predictions), runs.folder / "predictions.pt")
     runs.finish(trainer)
     runs.finish(runs.run("upper", frozen("upper"), guard, **FEW))
+    if release(deepspeed.__version__) < (0, 18, 3):  # refused there, see access.gradient_divisor
+        return
     trainer = runs.run("tied_bf16", model("tied").bfloat16(), {"zero_optimization": {"stage": 1}}, **FEW)
     if runs.stages is not None:
         of = trainer.model.get_input_embeddings() if trainer.pipeline.is_first else trainer.model.lm_head

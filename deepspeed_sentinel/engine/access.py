@@ -162,9 +162,15 @@ def gradient_divisor(engine: PipelineEngine) -> Callable[[], int]:
     DeepSpeed 0.19.8 divides. 0.16.0 to 0.18.2 add up, and 0.18.9 to 0.19.4 divide once a stage (issues 7773, 8152).
 
     Raises:
-        ValueError: of a version that does neither.
+        ValueError: of a version that does neither, or that loses gradients with these settings.
     """
     if not hasattr(engine, "_running_engine_backward"):  # DeepSpeed 0.18.3
+        if getattr(engine.optimizer, "use_grad_accum_attribute", False):
+            raise ValueError(
+                f"DeepSpeed {deepspeed.__version__} loses the gradients of all stages but the last where ZeRO-1 "
+                'accumulates them in another dtype than the weights have. Set "bf16": {"enabled": true} if the weights '
+                "are bfloat16, or load them in float32, or install 0.19.8."
+            )
         return lambda: engine.micro_batches
     version = release(deepspeed.__version__)
     if version < (0, 19, 6):

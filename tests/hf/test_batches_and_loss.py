@@ -118,7 +118,7 @@ def test_labels_without_a_number_are_left_alone_in_a_twin_step(labels):
 )
 def test_a_gradient_is_averaged_over_micro_batches_once(monkeypatch, version, parts, divisor):
     monkeypatch.setattr("deepspeed.__version__", version)
-    engine = SimpleNamespace(micro_batches=1, **parts)
+    engine = SimpleNamespace(micro_batches=1, optimizer=None, **parts)
     loss = CausalLMLoss(ForCausalLMLoss, 8, None)
     loss.gradient_over = access.gradient_divisor(engine)
     engine.micro_batches = 4  # of the step in which it is asked
@@ -128,6 +128,12 @@ def test_a_gradient_is_averaged_over_micro_batches_once(monkeypatch, version, pa
     torch.testing.assert_close(value, expected)
     (gradient,), (whole,) = (torch.autograd.grad(one, logits, retain_graph=True) for one in (value, expected))
     torch.testing.assert_close(gradient * divisor, whole)
+
+
+def test_a_version_that_loses_gradients_of_another_dtype_is_refused():
+    engine = SimpleNamespace(optimizer=SimpleNamespace(use_grad_accum_attribute=True))
+    with pytest.raises(ValueError, match="loses the gradients of all stages but the last"):
+        access.gradient_divisor(engine)
 
 
 @pytest.mark.parametrize("version", ["0.18.9", "0.19.4"])
