@@ -74,6 +74,11 @@ class Mesh:
         return self.is_trusted(stage - 1) and self.is_trusted(stage + 1)
 
 
+def workers_of(marked: np.ndarray) -> tuple[Worker, ...]:
+    """Those that are true of a bool [S, R]."""
+    return tuple(Worker(stage, replica) for stage, replica in np.argwhere(marked).tolist())
+
+
 def identity(mesh: Mesh) -> np.ndarray:
     """DeepSpeed's own wiring, int64 [S, C]: replica ``c`` of every stage serves column ``c``."""
     return np.tile(np.arange(mesh.replicas), (mesh.stages, 1))

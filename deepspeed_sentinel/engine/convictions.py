@@ -10,7 +10,7 @@ import numpy as np
 import torch.distributed as dist
 
 from deepspeed_sentinel.judgement.verdict import Verdict
-from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.mesh import Worker, workers_of
 from deepspeed_sentinel.telemetry.devices import NOBODY
 from deepspeed_sentinel.telemetry.exclusion import (
     FILE,
@@ -22,7 +22,6 @@ from deepspeed_sentinel.telemetry.exclusion import (
     saved,
     write_exclusions,
 )
-from deepspeed_sentinel.telemetry.findings import workers_of
 from deepspeed_sentinel.telemetry.who import Who, place_of
 
 

@@ -39,9 +39,9 @@ from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import Comparison
 from deepspeed_sentinel.judgement.verdict import Verdict
+from deepspeed_sentinel.mesh import workers_of
 from deepspeed_sentinel.telemetry.eventlog import EVENTS_FILE
 from deepspeed_sentinel.telemetry.exclusion import FILE, Convict
-from deepspeed_sentinel.telemetry.findings import workers_of
 from deepspeed_sentinel.telemetry.who import Who
 
 # Whole, not their schedules alone: they communicate before and after. Checkpoints are not watched, since a script may

@@ -18,9 +18,8 @@ from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.judgement.proof import Difference, Proof
 from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
-from deepspeed_sentinel.mesh import Mesh, Worker
+from deepspeed_sentinel.mesh import Mesh, Worker, workers_of
 from deepspeed_sentinel.telemetry.exclusion import FILE, reason
-from deepspeed_sentinel.telemetry.findings import workers_of
 from deepspeed_sentinel.telemetry.who import Who
 
 _Told = Proof | Contradicted | Difference | Finding | Dispute

@@ -6,7 +6,7 @@ import numpy as np
 
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.settings import JudgeSettings
-from deepspeed_sentinel.mesh import Mesh, Worker
+from deepspeed_sentinel.mesh import Mesh, workers_of
 
 
 def halt_reason(
@@ -41,8 +41,3 @@ def halt_reason(
         links = [f"link {link}, column {column}" for link, column in np.argwhere(record.lasting_disputes)]
         return f'lasting dispute over {"; ".join(links)} ("action": "halt")'
     return None
-
-
-def workers_of(mask: np.ndarray) -> tuple[Worker, ...]:
-    """Those that are marked, bool [S, R]."""
-    return tuple(Worker(stage, replica) for stage, replica in np.argwhere(mask).tolist())

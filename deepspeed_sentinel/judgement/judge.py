@@ -25,7 +25,7 @@ from deepspeed_sentinel.judgement.contradiction import Contradictions, contradic
 from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.fences import Fences
-from deepspeed_sentinel.judgement.halt import halt_reason, workers_of
+from deepspeed_sentinel.judgement.halt import halt_reason
 from deepspeed_sentinel.judgement.held import Held
 from deepspeed_sentinel.judgement.isolation import Isolation, involved
 from deepspeed_sentinel.judgement.nothing import Nothing
@@ -41,7 +41,7 @@ from deepspeed_sentinel.judgement.standing import Standing
 from deepspeed_sentinel.judgement.state import problem
 from deepspeed_sentinel.judgement.unsettled import Unsettled
 from deepspeed_sentinel.judgement.verdict import NOBODY, Finding, Verdict
-from deepspeed_sentinel.mesh import BACKWARD, Mesh, Worker, columns_of, identity
+from deepspeed_sentinel.mesh import BACKWARD, Mesh, Worker, columns_of, identity, workers_of
 
 _PATIENCE = 4  # of the time for which a strike makes a suspect: who it was is found out in that
 # what has a state of its own

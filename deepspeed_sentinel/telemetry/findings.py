@@ -9,7 +9,7 @@ import numpy as np
 
 from deepspeed_sentinel.evidence.weights import Comparison, Division
 from deepspeed_sentinel.judgement.verdict import NOBODY, Verdict
-from deepspeed_sentinel.mesh import DIRECTIONS, Worker, columns_of
+from deepspeed_sentinel.mesh import DIRECTIONS, columns_of, workers_of
 from deepspeed_sentinel.telemetry import events
 from deepspeed_sentinel.telemetry.book import COLUMNS
 from deepspeed_sentinel.telemetry.events import Event
@@ -98,11 +98,6 @@ def verdict_events(
         yield events.Skipped()
     if verdict.halt:
         yield events.Halt(who.fill(verdict.halt))
-
-
-def workers_of(mask: np.ndarray) -> tuple[Worker, ...]:
-    """Of a bool [S, R] those that are true."""
-    return tuple(Worker(stage, replica) for stage, replica in np.argwhere(mask).tolist())
 
 
 def wiring_event(before: np.ndarray, wiring: np.ndarray) -> events.Dealt:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepspeed_sentinel.judgement.verdict import Verdict
-from deepspeed_sentinel.telemetry.findings import workers_of
+from deepspeed_sentinel.mesh import workers_of
 from deepspeed_sentinel.telemetry.who import Place, Who
 
 _HIGHEST_SCORE = 1e9  # what is not finite is drawn at this height, as events have it
