@@ -87,7 +87,8 @@ class Passing:
         passed = (equal & same).any(-2)
         broken = same.any(-2) & ~passed & known[..., None]
         by_replica = self._by_replica(broken.any(3), served)  # [2, S - 2, T leaving, R]
-        self._grown = self._grown | (by_replica & ~(self._same & self._seen & ~self._zeros).any(-2)[..., None])
+        taught = np.asarray((self._same & self._seen & ~self._zeros).any(-2))
+        self._grown = self._grown | (by_replica & ~taught[..., None])
         forgotten = (most(by_replica) | most(self._grown)) & (self._mesh.replicas > 1)
         # Of two tensors that entered alike and are so no longer, one is what leaves.
         elsewhere = (same & ~equal & (passed & known[..., None])[..., None, :]).any(3)
@@ -98,7 +99,7 @@ class Passing:
         return changed
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        arrays = {"same": self._same, "seen": self._seen, "zeros": self._zeros}
+        arrays: dict[str, np.ndarray] = {"same": self._same, "seen": self._seen, "zeros": self._zeros}
         arrays |= {"elsewhere": self._elsewhere, "grown": self._grown}
         return {**{name: array.copy() for name, array in arrays.items()}, "learnt": np.array(self._learnt)}
 
