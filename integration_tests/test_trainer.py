@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from deepspeed_sentinel.hf.overrides import NEVER_CALLED
 from integration_tests.harness import start_job
@@ -17,6 +18,7 @@ from integration_tests.trainer_runs import LORA_STEPS, SAVED
 
 SCRIPT = "integration_tests/jobs/trainer.py"
 COMPARED = ("lora", "times_ten", "weighted_rows", "stream", "lower", "upper")
+MEANS = hasattr(Trainer, "loss_is_scaled_for_ga")  # the Trainer can be told that a loss is a mean: in 5.23, not in 5.16
 KEYS = ("loss", "grad_norm", "learning_rate", "eval_loss", "epoch", "num_input_tokens_seen", "total_flos", "train_loss")
 CLOSE = 1e-5  # float32 sums in another order; measured maximum 2.4e-6, of a gradient norm within 40 steps
 
@@ -47,6 +49,8 @@ def logged(run, key):
 
 @pytest.mark.parametrize("run", COMPARED)
 def test_every_rank_logs_what_the_trainer_logs(plain, ranks, run):
+    if run == "weighted_rows" and not MEANS:
+        pytest.skip("this transformers takes every loss for a share of the step's")
     for key in KEYS:
         expected = logged(plain[run], key)
         assert expected or key in ("eval_loss", "num_input_tokens_seen")
@@ -57,7 +61,8 @@ def test_every_rank_logs_what_the_trainer_logs(plain, ranks, run):
 def test_the_runs_do_what_they_are_named_for(plain):
     losses = {run: list(logged(plain[run], "loss").values()) for run in COMPARED}
     assert len(losses["lora"]) == LORA_STEPS
-    assert losses["times_ten"][0] > 40 > 6 > losses["weighted_rows"][0]
+    assert losses["times_ten"][0] > 40
+    assert losses["weighted_rows"][0] < 6 or not MEANS
     # the second and third step are run with what is left over from before, so their losses are of 14 micro-batches
     assert len(losses["stream"]) == 3 and losses["stream"][1] > 1.5 * losses["stream"][0]
     first, last, _ = [entry["eval_loss"] for entry in plain["weighted_rows"]["history"] if "eval_loss" in entry]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import Trainer
+from transformers.trainer_pt_utils import LabelSmoother
+
+_SMOOTHER_COUNTS = "num_items_in_batch" in LabelSmoother.__call__.__code__.co_varnames  # transformers 5.16, not 5.10.1
 
 
 class TrainerByReplica(Trainer):
@@ -21,5 +24,7 @@ class TrainerByReplica(Trainer):
             counts = self.model_accepts_loss_kwargs or self.compute_loss_func
             if num_items_in_batch is None or not counts or not self.args.average_tokens_across_devices:
                 return result
-            times = self.get_tp_size()
+            smoothed = self.label_smoother is not None and not _SMOOTHER_COUNTS
+            # the mean over a batch: in evaluation nothing is added up that it would have to be scaled for
+            times = self.get_tp_size() if model.training or not smoothed else self.accelerator.num_processes
             return (result[0] / times, result[1]) if return_outputs else result / times

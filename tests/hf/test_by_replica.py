@@ -26,6 +26,8 @@ def test_the_loss_is_multiplied_by_the_replicas(across, items, times):
     def model(labels, **given):
         return {"loss": torch.tensor(7.0)}
 
+    model.training = True
+
     count = None if items is None else torch.tensor(items)
     trainer, inputs = Counting(across), {"labels": torch.zeros(1, 2)}
     assert float(trainer.compute_loss(model, dict(inputs), num_items_in_batch=count)) == 7 * times
