@@ -207,15 +207,15 @@ def _as_it_was(tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
 
 
 def _put_back(module: nn.Module, state: _Module) -> None:
-    for name in {name for name, _ in module._buffers.items()} - set(state.buffers):
+    now = dict(module._buffers.items())
+    for name in now.keys() - state.buffers.keys():
         del module._buffers[name]
     for name, kept in state.buffers.items():
-        now = module._buffers[name] if name in dict(module._buffers.items()) else None
         module._buffers[name] = None if kept is None else kept.tensor
         if kept is None:
             continue
         if kept.copy is not None:
-            module._buffers[name] = _as_it_was(kept.tensor, _counted_on(kept, now))
+            module._buffers[name] = _as_it_was(kept.tensor, _counted_on(kept, now.get(name)))
         elif _version(kept.tensor) != kept.version:
             console.say(
                 f"buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
