@@ -4,7 +4,8 @@
 
 Blocks of watched and unwatched steps alternate within one engine, so that whatever else the machine does hits both
 alike. The first step of a block is not timed: attaching allocates buffers. Sizes are of a Llama over real text. With
-two stages there are no pairs to compare and nothing to keep for audits; four have both.
+two stages there are no pairs to compare and nothing to keep for audits; four have both. The processors' seconds of all
+workers together stand beside: where workers share cores, the wall clock is mostly their waiting for each other.
 
 Then ``--twin-steps`` watched steps, one in two a twin step at random: its time over that of the others among them; and
 the seconds of a comparison of the replicas' weights.
@@ -151,17 +152,24 @@ def work(arguments: argparse.Namespace) -> None:
 
         data = batches()
         seconds: dict[bool, list[float]] = {True: [], False: []}
+        processor: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(arguments.rounds):
             for watched in (False, True):
                 handle = deepspeed_sentinel.attach(engine, {"events": "none"}) if watched else None
                 for index in range(arguments.block + 1):
                     torch.distributed.barrier()
-                    begin = time.perf_counter()
+                    begin, begin_processor = time.perf_counter(), time.process_time()
                     float(engine.train_batch(data))
                     if index:
                         seconds[watched].append(time.perf_counter() - begin)
+                        processor[watched].append(time.process_time() - begin_processor)
                 if handle is not None:
                     handle.detach()
+        of_all = {}
+        for watched, of_rank in processor.items():
+            total = torch.tensor(of_rank, dtype=torch.float64, device=engine.device)
+            torch.distributed.all_reduce(total)
+            of_all[watched] = statistics.median(total.tolist())
         plain, watched_median = statistics.median(seconds[False]), statistics.median(seconds[True])
         results.append(
             {
@@ -171,13 +179,19 @@ def work(arguments: argparse.Namespace) -> None:
                 "watched_seconds_median": watched_median,
                 "ratio": watched_median / plain,
                 "ratio_of_minima": min(seconds[True]) / min(seconds[False]),
+                "plain_processor_seconds_median": of_all[False],
+                "watched_processor_seconds_median": of_all[True],
+                "ratio_of_processor_seconds": of_all[True] / of_all[False],
                 "timed_steps_each": len(seconds[True]),
             }
         )
         if arguments.twin_steps:
             results[-1].update(with_twins(engine, data, arguments.twin_steps))
         if rank == 0:
-            print(f"hidden {hidden}: {plain:.3f} s plain, {watched_median:.3f} s watched: {results[-1]['ratio']:.4f}")
+            print(
+                f"hidden {hidden}: {plain:.3f} s plain, {watched_median:.3f} s watched: {results[-1]['ratio']:.4f}, "
+                f"of the processors' time {results[-1]['ratio_of_processor_seconds']:.4f}"
+            )
         engine.destroy()
     if rank == 0:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

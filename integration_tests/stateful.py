@@ -25,6 +25,14 @@ def batch_norm(engine: Any, step: int) -> None:
         block.register_forward_hook(_normalised)
 
 
+def annealed(engine: Any, step: int) -> None:
+    """Every block cools with each pass, and counts the passes in which nothing was hot; both are in what it makes."""
+    for block in _new_blocks(engine, "heat"):
+        block.register_buffer("heat", torch.ones(()))
+        block.cool_passes = 0
+        block.register_forward_hook(_cooled)
+
+
 def _new_blocks(engine: Any, name: str) -> Iterator[Any]:
     for module in list(engine.module.modules()):
         if isinstance(module, Block) and not hasattr(module, name):
@@ -39,3 +47,10 @@ def _scaled(block: Any, inputs: Any, hidden_BTH: torch.Tensor) -> torch.Tensor:
 def _normalised(block: Any, inputs: Any, hidden_BTH: torch.Tensor) -> torch.Tensor:
     block.norm(hidden_BTH.detach().flatten(0, 1))
     return hidden_BTH if block.training else hidden_BTH - 0.01 * block.norm.running_mean
+
+
+def _cooled(block: Any, inputs: Any, hidden_BTH: torch.Tensor) -> torch.Tensor:
+    if block.training:
+        block.heat *= 0.95
+        block.cool_passes += bool(hidden_BTH.detach().abs().max() < 1e3)
+    return hidden_BTH * (1 + 0.2 * block.heat + 0.001 * block.cool_passes)

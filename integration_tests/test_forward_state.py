@@ -48,3 +48,24 @@ def test_one_bad_message_leaves_nothing_behind(runs, kind):
         assert 0 < mine.record["buffers_largest"] < 2 * clean.record["buffers_largest"], "NaN is not less either"
         for step, loss in mine.record["evaluations"].items():
             assert math.isclose(float.fromhex(loss), float.fromhex(clean.record["evaluations"][step]), rel_tol=0.02)
+
+
+@pytest.fixture(scope="module")
+def annealed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("annealed")
+    fault = {"stage": 1, "replica": 1, "attack": "constant", "value": 1e4, "start_step": START, "stop_step": START + 1}
+    block = {"enabled": True, "output_dir": str(folder / "logs"), "seed": 4, "warmup_steps": 7, "events": "steps"}
+    block |= {"inject": [fault]}  # and twin steps on suspicion, so none before it
+    hook = "integration_tests.stateful:annealed"
+    scenario = BASE.with_(name="annealed", hook=hook, sentinel=block, steps=START + 8, evaluate_every=0)
+    return run_scenarios([scenario], stages=3, replicas=3, folder=folder, timeout=400)["annealed"]
+
+
+def test_who_was_left_out_makes_what_the_others_make(annealed):
+    """Else the next twin step proves it, which is honest: its column was left out for what its neighbour did."""
+    verdicts = annealed[0].verdicts
+    assert verdicts[START]["excluded"] == [False, True, False] and not verdicts[START]["twins"]
+    later = [verdict for verdict in verdicts[START + 1 :] if verdict["twins"]]
+    assert later
+    for verdict in later:
+        assert not verdict["proofs"] and not verdict["differences"] and not any(verdict["excluded"])

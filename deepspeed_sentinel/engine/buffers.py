@@ -18,9 +18,9 @@ changes in place in a step that is excluded cannot, which is logged.
 A module that keeps count in Python of what its buffers hold (the length of a rotary cache) would contradict buffers
 that went back, so numbers, texts and flags in the ``__dict__`` of a module with buffers go back with them.
 
-What counts steps or messages must not go back: all replicas have counted alike, and one that stays behind makes other
-messages than they do for good, which a twin step would prove. So a buffer of one element, or a number, stays as it is
-where it moved by exactly as much as in the step before.
+What all replicas change alike (a count of steps, a temperature that is annealed) must not go back in some of them: who
+stays behind makes other messages than the rest for good, which a twin step would prove. ``engine/alike.py`` finds out
+what that is.
 
 Other state that a forward pass may keep (tensors as plain attributes, lists, state outside modules) is not known and
 stays.
@@ -28,16 +28,22 @@ stays.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from deepspeed_sentinel.evidence.weights import layout, tensors_digest
 from deepspeed_sentinel.telemetry import console
 
 _LARGE = 2**20
 _PLAIN = frozenset((bool, int, float, str, type(None)))
+_AS_TENSOR = {bool: torch.bool, int: torch.int64, float: torch.float64}
+UNMOVED = 0  # the digest of what is as it was when the step began
+NO_LAYOUT = -1  # of what cannot be given to another replica
 
 
 @dataclass
@@ -48,26 +54,49 @@ class _Kept:
         tensor: the buffer itself, which may have been changed or replaced since.
         version: its version counter when it was copied, or -1 where it has none.
         copy: its value, or None where it is large and has never changed.
-        before: of one element, the value that it had one step earlier; None where that is not known.
     """
 
     tensor: torch.Tensor
     version: int
     copy: torch.Tensor | None
-    before: torch.Tensor | None = None
+
+    @property
+    def moved(self) -> bool:
+        return _version(self.tensor) != self.version
 
 
 @dataclass
 class _Module:
-    """A module's state at the beginning of the step; ``moves`` if it was ever seen to change within one.
-
-    ``earlier``: its numbers one step before.
-    """
+    """A module's state at the beginning of the step; ``moves`` if it was ever seen to change within one."""
 
     buffers: dict[str, _Kept | None] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
-    earlier: dict[str, Any] = field(default_factory=dict)
     moves: bool = False
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A buffer or a number of a module, which may have come or gone in this step."""
+
+    module: nn.Module
+    state: _Module
+    name: str
+    is_buffer: bool
+
+    @property
+    def now(self) -> Any:
+        return (self.module._buffers if self.is_buffer else self.module.__dict__).get(self.name)
+
+    @property
+    def as_tensor(self) -> torch.Tensor | None:
+        """What it holds now in a form that can be sent; None where there is none."""
+        value = self.now
+        if isinstance(value, torch.Tensor):
+            return value.detach() if _plain(value) and not (value.is_quantized or value.is_meta) else None
+        try:
+            return torch.tensor(value, dtype=_AS_TENSOR[type(value)])
+        except (KeyError, OverflowError, RuntimeError):
+            return None
 
 
 class ForwardState:
@@ -88,7 +117,7 @@ class ForwardState:
         stale: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies, and what is to be copied into them
         self._modules = {module: self._modules.get(module, _Module()) for module in _with_buffers(self._root)}
         for module, state in self._modules.items():
-            state.earlier, state.numbers = state.numbers, _numbers(module)
+            state.numbers = _numbers(module)
             state.buffers = {
                 name: None if tensor is None else self._renewed(state.buffers.get(name), tensor, state.moves, stale)
                 for name, tensor in module._buffers.items()
@@ -98,25 +127,83 @@ class ForwardState:
         self._steps += 1
 
     @torch.no_grad()
-    def end_step(self, counts: bool) -> None:
-        """After the gate: see what changed, or undo it.
+    def moved(self, thorough: bool) -> bool:
+        """Whether anything may have moved in this step. After its last message, before ``end_step``.
 
         Args:
-            counts: the column takes part in this step.
+            thorough: look behind the version counters too, which waits for the device.
         """
         for module, state in self._modules.items():
             now = dict(module._buffers.items())  # those of a scripted module are no dict
             state.moves = state.moves or any(
-                now.get(name) is not None
-                if kept is None
-                else now.get(name) is not kept.tensor or _version(kept.tensor) != kept.version
+                now.get(name) is not None if kept is None else now.get(name) is not kept.tensor or kept.moved
                 for name, kept in state.buffers.items()
             )
-        if not counts:
-            for module, state in self._modules.items():
-                _put_back(module, state)
-        elif self._steps & (self._steps - 1) == 0:
+        if thorough or self._steps & (self._steps - 1) == 0:
             self._compare()
+        return any(state.moves or _numbers(module) != state.numbers for module, state in self._modules.items())
+
+    @property
+    def listing(self) -> tuple[int, int]:
+        """How much ``digests`` tells of, and a checksum of its names: where both are the same, so is what it is of."""
+        names = [f"{item.is_buffer:d}{item.name}" for item in self._items()]
+        return len(names), zlib.crc32(" ".join(names).encode())
+
+    @torch.no_grad()
+    def digests(self, own: int) -> torch.Tensor:
+        """int64 [N, 2] on the CPU: of each thing that may go back what it holds, and its layout. After ``moved``.
+
+        The first is ``UNMOVED``, or a checksum of its value; of what cannot be compared, ``own``. The second is
+        ``NO_LAYOUT`` where nobody can be given it.
+
+        Args:
+            own: a number that no other replica of the stage has.
+        """
+        words: list[tuple[int, int]] = []
+        tensors: dict[int, torch.Tensor] = {}
+        for index, item in enumerate(self._items()):
+            word, tensor = UNMOVED, item.as_tensor
+            if _may_have_moved(item) and tensor is None:
+                word = own if isinstance(item.now, torch.Tensor) else 1 + zlib.crc32(repr(item.now).encode())
+            elif _may_have_moved(item):
+                tensors[index] = tensors_digest([tensor], tensor.device)
+            words.append((word, NO_LAYOUT if tensor is None else layout([tensor])))
+        told = torch.tensor(words, dtype=torch.int64).reshape(-1, 2)
+        if tensors:
+            device = next(iter(tensors.values())).device
+            told[list(tensors), 0] = torch.stack([digest.to(device) for digest in tensors.values()]).cpu()
+        return told
+
+    def value(self, index: int) -> torch.Tensor:
+        """A copy of what the thing of this index in ``digests`` holds, which has a layout."""
+        tensor = list(self._items())[index].as_tensor
+        assert tensor is not None, index
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    @torch.no_grad()
+    def end_step(
+        self, counts: bool, stay: Collection[int] = (), given: Mapping[int, torch.Tensor] | None = None
+    ) -> None:
+        """After the gate: go on, or undo what changed.
+
+        Args:
+            counts: the column takes part in this step.
+            stay: indices in ``digests`` of what stays as it is although the column does not take part.
+            given: by such indices, values of other replicas to be taken instead.
+        """
+        if not counts:
+            for index, item in enumerate(list(self._items())):
+                if given and index in given:
+                    _give(item, given[index])
+                elif index not in stay:
+                    _put_back(item)
+
+    def _items(self) -> Iterator[_Item]:
+        for module, state in self._modules.items():
+            for name in sorted(state.buffers.keys() | dict(module._buffers.items()).keys()):
+                yield _Item(module, state, name, is_buffer=True)
+            for name in sorted(state.numbers):
+                yield _Item(module, state, name, is_buffer=False)
 
     def _renewed(
         self,
@@ -133,8 +220,6 @@ class ForwardState:
         old = kept.copy if kept is not None else None
         if old is None or not _plain(tensor) or not _alike(old, tensor):
             return _Kept(tensor, version, tensor.detach().clone())
-        if tensor.numel() == 1 and tensor.dtype != torch.bool:
-            return _Kept(tensor, version, tensor.detach().clone(), before=old)
         stale.append((old, tensor))
         return _Kept(tensor, version, old)
 
@@ -206,36 +291,39 @@ def _as_it_was(tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _put_back(module: nn.Module, state: _Module) -> None:
-    now = dict(module._buffers.items())
-    for name in now.keys() - state.buffers.keys():
+def _put_back(item: _Item) -> None:
+    module, name = item.module, item.name
+    if not item.is_buffer:
+        module.__dict__[name] = item.state.numbers[name]
+        return
+    if name not in item.state.buffers:
         del module._buffers[name]
-    for name, kept in state.buffers.items():
-        module._buffers[name] = None if kept is None else kept.tensor
-        if kept is None:
-            continue
-        if kept.copy is not None:
-            module._buffers[name] = _as_it_was(kept.tensor, _counted_on(kept, now.get(name)))
-        elif _version(kept.tensor) != kept.version:
-            console.say(
-                f"buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
-                "the first time in a step whose column was excluded, and was too large to be kept: it stays as it is"
-            )
-    for name, value in state.numbers.items():
-        if not _counts_on(module.__dict__.get(name), value, state.earlier.get(name)):
-            module.__dict__[name] = value
+        return
+    kept = item.state.buffers[name]
+    module._buffers[name] = None if kept is None else kept.tensor
+    if kept is None:
+        return
+    if kept.copy is not None:
+        module._buffers[name] = _as_it_was(kept.tensor, kept.copy)
+    elif kept.moved:
+        console.say(
+            f"buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
+            "the first time in a step whose column was excluded, and was too large to be kept: it stays as it is"
+        )
 
 
-def _counted_on(kept: _Kept, now: torch.Tensor | None) -> torch.Tensor:
-    """The value to put back: that of before the step, or of now where it is a count that went on."""
-    assert kept.copy is not None
-    if kept.before is None or now is None or not _plain(now) or not _alike(now, kept.copy):
-        return kept.copy
-    return torch.where(now - kept.copy == kept.copy - kept.before, now, kept.copy)
+def _give(item: _Item, value: torch.Tensor) -> None:
+    if item.is_buffer:
+        item.module._buffers[item.name] = _as_it_was(item.now, value)
+    else:
+        item.module.__dict__[item.name] = value.item()
 
 
-def _counts_on(now: Any, value: Any, before: Any) -> bool:
-    """As ``_counted_on``, of numbers."""
-    if not all(type(number) in (int, float) for number in (now, value, before)):
-        return False
-    return bool(now - value == value - before)
+def _may_have_moved(item: _Item) -> bool:
+    if not item.is_buffer:
+        before = item.state.numbers[item.name]
+        return type(item.now) is not type(before) or item.now != before
+    kept = item.state.buffers.get(item.name)
+    if kept is None or item.state.moves:
+        return True
+    return item.now is not kept.tensor or kept.moved
