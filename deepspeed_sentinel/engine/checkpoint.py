@@ -1,8 +1,8 @@
 """Sentinel's state in DeepSpeed checkpoints: it travels in the client state of every stage's own file.
 
-The judge's state, the wiring and who is convicted are the same on all ranks and grow with the mesh, so only the first
-stage's file holds them. The ledger of devices is rank 0's alone. Rank 0 is worker (stage 0, replica 0) in every
-topology, and replica 0 writes its stage's file, so it gets back what it gave.
+The judge's state, the wiring, who is convicted and which device is where are the same on all ranks and grow with the
+mesh, so only the first stage's file holds them. The ledger of devices is rank 0's alone. Rank 0 is worker (stage 0,
+replica 0) in every topology, and replica 0 writes its stage's file, so it gets back what it gave.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deepspeed_sentinel.engine.sentinel import Sentinel
 
 KEY = "deepspeed_sentinel"
+_OF_FIRST_STAGE = ("judge", "columns", "convicts", "placement")
 _MOST_PARTS = 1 << 10
 MOST_BYTES = 1 << 33  # of what the first stage alone keeps: 64 x 64 workers have some 2^27 for each part of a message
 
@@ -38,7 +39,8 @@ def saver(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., Any
         sentinel.devices.write()  # first, so that the file is never behind a checkpoint
         state = {**sentinel.state_dict(), **sentinel.devices.state_dict()}
         if sentinel.worker.stage != 0:
-            del state["judge"], state["columns"], state["convicts"]
+            for name in _OF_FIRST_STAGE:
+                del state[name]
         return original(save_dir, tag, {**(client_state or {}), KEY: state}, *args, **kwargs)
 
     return save_checkpoint
@@ -69,7 +71,7 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
                 )
             return path, client_state
         without = {divmod(index, sentinel.mesh.links) for index, bit in enumerate(words_W[1:]) if bit}
-        told = {name: state.get(name) for name in ("judge", "columns")}
+        told = {name: state.get(name) for name in _OF_FIRST_STAGE}
         told["convicts"] = saved(tuple(read_saved(state.get("convicts")).values()))
         state |= _from_bytes(sentinel.of_first_stage(_to_bytes(told)))
         sentinel.load_state_dict(state, without)

@@ -29,6 +29,7 @@ from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.liveness import Liveness
 from deepspeed_sentinel.engine.loss import mean_of_included, mean_without
 from deepspeed_sentinel.engine.muster import muster
+from deepspeed_sentinel.engine.placement import elsewhere, placement
 from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.engine.requests import Decision, Requests
 from deepspeed_sentinel.engine.sinks import Sinks
@@ -232,6 +233,7 @@ class Sentinel:
             "judge": checkpoint.to_tensors(self.gate.judge.state_dict()),
             "columns": checkpoint.to_tensors(self.gate.columns.state_dict()),
             "convicts": self._convictions.state_dict(),
+            "placement": checkpoint.to_tensors(placement(self.who.devices)),
             "evidence": self._collector.state_dict(),
         }
 
@@ -253,6 +255,8 @@ class Sentinel:
         self.gate.columns.load_state_dict(checkpoint.to_arrays(state["columns"]))
         self._convictions.load_state_dict(state.get("convicts"))
         self._collector.load_state_dict(state["evidence"], without)
+        for worker in elsewhere(checkpoint.to_arrays(state.get("placement")), self.who.devices):
+            self.gate.judge.forget(worker)
         for convict in self._convictions.replaced:
             self.gate.judge.forget(convict.worker)
             self._telling.replaced(self.engine.global_steps, convict)
