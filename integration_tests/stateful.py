@@ -33,6 +33,16 @@ def annealed(engine: Any, step: int) -> None:
         block.register_forward_hook(_cooled)
 
 
+def adapting(engine: Any, step: int) -> None:
+    """A scale that a block begins to follow in step 9, behind its version counter, as quantisers do after a warm-up."""
+    for block in _new_blocks(engine, "scale") if engine.stage_id == 1 else ():
+        block.register_buffer("scale", torch.ones(()))
+        block.register_forward_hook(_followed)
+    for block in engine.module.modules():
+        if hasattr(block, "scale"):
+            block.follows = step >= 9
+
+
 def _new_blocks(engine: Any, name: str) -> Iterator[Any]:
     for module in list(engine.module.modules()):
         if isinstance(module, Block) and not hasattr(module, name):
@@ -47,6 +57,13 @@ def _scaled(block: Any, inputs: Any, hidden_BTH: torch.Tensor) -> torch.Tensor:
 def _normalised(block: Any, inputs: Any, hidden_BTH: torch.Tensor) -> torch.Tensor:
     block.norm(hidden_BTH.detach().flatten(0, 1))
     return hidden_BTH if block.training else hidden_BTH - 0.01 * block.norm.running_mean
+
+
+def _followed(block: Any, inputs: Any, hidden_BTH: torch.Tensor) -> torch.Tensor:
+    made = hidden_BTH * (1 + 0.1 * block.scale.clone())
+    if block.training and block.follows:
+        block.scale.data.mul_(0.9).add_(0.1 * hidden_BTH.detach().std())
+    return made
 
 
 def _cooled(block: Any, inputs: Any, hidden_BTH: torch.Tensor) -> torch.Tensor:

@@ -51,21 +51,27 @@ def test_one_bad_message_leaves_nothing_behind(runs, kind):
 
 
 @pytest.fixture(scope="module")
-def annealed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("annealed")
-    fault = {"stage": 1, "replica": 1, "attack": "constant", "value": 1e4, "start_step": START, "stop_step": START + 1}
-    block = {"enabled": True, "output_dir": str(folder / "logs"), "seed": 4, "warmup_steps": 7, "events": "steps"}
-    block |= {"inject": [fault]}  # and twin steps on suspicion, so none before it
-    hook = "integration_tests.stateful:annealed"
-    scenario = BASE.with_(name="annealed", hook=hook, sentinel=block, steps=START + 8, evaluate_every=0)
-    return run_scenarios([scenario], stages=3, replicas=3, folder=folder, timeout=400)["annealed"]
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three_replicas")
+    constant = {"stage": 1, "attack": "constant", "value": 1e4}
+    scenarios = []
+    for name, fault, every in (("annealed", constant, 0), ("running_maximum", {"stage": 0, "attack": "nan"}, 2)):
+        inject = [{"replica": 1, "start_step": START, "stop_step": START + 1, **fault}]
+        block = {"enabled": True, "output_dir": str(folder / name), "seed": 4, "warmup_steps": 7, "inject": inject}
+        block["twins"] = {"every": every}  # and on suspicion
+        hook = f"integration_tests.stateful:{name}"
+        scenarios.append(BASE.with_(name=name, hook=hook, sentinel=block, steps=START + 8, evaluate_every=0))
+    return run_scenarios(scenarios, stages=3, replicas=3, folder=folder, timeout=400)
 
 
-def test_who_was_left_out_makes_what_the_others_make(annealed):
-    """Else the next twin step proves it, which is honest: its column was left out for what its neighbour did."""
-    verdicts = annealed[0].verdicts
-    assert verdicts[START]["excluded"] == [False, True, False] and not verdicts[START]["twins"]
-    later = [verdict for verdict in verdicts[START + 1 :] if verdict["twins"]]
-    assert later
-    for verdict in later:
-        assert not verdict["proofs"] and not verdict["differences"] and not any(verdict["excluded"])
+@pytest.mark.parametrize("name", ["annealed", "running_maximum"])
+def test_twin_steps_prove_no_worker_whose_state_is_another_than_the_others(three, name):
+    """One was left out for what its neighbour did, and is behind; or each has a state of its own from the start."""
+    verdicts = three[name][0].verdicts
+    assert verdicts[START]["excluded"] == [False, True, False]
+    assert any(verdict["twins"] for verdict in verdicts[START + 1 :])
+    for verdict in verdicts:
+        honest = [proof for proof in verdict["proofs"] if verdict["step"] != START]
+        assert not honest and not verdict["differences"] and not verdict["newly_convicted"]
+    for verdict in verdicts[START + 1 :]:
+        assert not any(verdict["excluded"])

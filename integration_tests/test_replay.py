@@ -22,8 +22,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "checkpointed": {"activation_checkpoint_interval": 1},
     "tuples": {"tuple_messages": "int"},
+    "adapting": {"hook": "integration_tests.stateful:adapting"},
 }
-IN_EVERY_RUN = ("fp32",)
+IN_EVERY_RUN = ("fp32", "adapting")
 
 
 @pytest.fixture(scope="module")

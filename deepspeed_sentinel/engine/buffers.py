@@ -9,41 +9,39 @@ it is another tensor or its version counter moved. Neither waits for the device.
 counter (``batch_norm`` does, ``.data``, custom kernels). Therefore, after the gate of steps 1, 2, 4, 8, ..., copies are
 compared with what is there, and a module with a buffer that was found changed, in whichever way, has all of its buffers
 copied at the beginning of every step from then on. One that begins to change behind the counter later goes back to its
-older copy until the next comparison: an honest value too.
+older copy until the next comparison: an honest value too. A step that is rehearsed begins with fresh copies of all.
 
 A buffer above ``_LARGE`` bytes is copied only once its module was seen to change, so that weights kept as buffers
-(quantised models) are not held twice. One that was replaced by another tensor goes back all the same. One that first
-changes in place in a step that is excluded cannot, which is logged.
+(quantised models) are not held twice; a digest is compared in place of a copy. One that was replaced by another tensor
+goes back all the same. One that first changes in place in a step that is excluded cannot, which is logged.
 
 A module that keeps count in Python of what its buffers hold (the length of a rotary cache) would contradict buffers
 that went back, so numbers, texts and flags in the ``__dict__`` of a module with buffers go back with them.
 
-What all replicas change alike (a count of steps, a temperature that is annealed) must not go back in some of them: who
-stays behind makes other messages than the rest for good, which a twin step would prove. ``engine/alike.py`` finds out
-what that is.
+What counts steps or messages should not go back: all replicas have counted alike, and one that stays behind makes
+other messages than they do for good. So a buffer of one element, or a number, stays as it is where it moved by exactly
+as much as in the step before. What replicas change alike in another way stays behind; ``digest`` tells of it, so that a
+worker is not held to what others make of the same in another state.
 
-Other state that a forward pass may keep (tensors as plain attributes, lists, state outside modules) is not known and
-stays.
+Other state that a forward pass may keep (tensors as plain attributes, lists, state outside modules, modules that came
+in the step) is not known and stays.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from deepspeed_sentinel.evidence.weights import layout, tensors_digest
+from deepspeed_sentinel.evidence.weights import tensors_digest
 from deepspeed_sentinel.telemetry import console
 
 _LARGE = 2**20
 _PLAIN = frozenset((bool, int, float, str, type(None)))
-_AS_TENSOR = {bool: torch.bool, int: torch.int64, float: torch.float64}
-UNMOVED = 0  # the digest of what is as it was when the step began
-NO_LAYOUT = -1  # of what cannot be given to another replica
 
 
 @dataclass
@@ -53,50 +51,40 @@ class _Kept:
     Attributes:
         tensor: the buffer itself, which may have been changed or replaced since.
         version: its version counter when it was copied, or -1 where it has none.
-        copy: its value, or None where it is large and has never changed.
+        copy: its value, or None where it is large and has never changed, or cannot be copied.
+        digest: of its value, int64 [], in place of a copy of a large one.
+        before: of one element, the value that it had one step earlier; None where that is not known.
     """
 
     tensor: torch.Tensor
     version: int
     copy: torch.Tensor | None
+    digest: torch.Tensor | None = None
+    before: torch.Tensor | None = None
 
-    @property
-    def moved(self) -> bool:
-        return _version(self.tensor) != self.version
+    def differs(self) -> torch.Tensor:
+        """bool []: the tensor holds another value by now."""
+        if self.copy is not None:
+            return _differs(self.copy, self.tensor)
+        if self.digest is None or not _readable(self.tensor):
+            return torch.zeros((), dtype=torch.bool)
+        return tensors_digest([self.tensor], self.tensor.device) != self.digest
 
 
 @dataclass
 class _Module:
-    """A module's state at the beginning of the step; ``moves`` if it was ever seen to change within one."""
+    """A module's state at the beginning of the step.
+
+    Attributes:
+        buffers, numbers: what it held; earlier: its numbers one step before.
+        moves, counts: its buffers, or its numbers, were seen to change within a step.
+    """
 
     buffers: dict[str, _Kept | None] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
+    earlier: dict[str, Any] = field(default_factory=dict)
     moves: bool = False
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A buffer or a number of a module, which may have come or gone in this step."""
-
-    module: nn.Module
-    state: _Module
-    name: str
-    is_buffer: bool
-
-    @property
-    def now(self) -> Any:
-        return (self.module._buffers if self.is_buffer else self.module.__dict__).get(self.name)
-
-    @property
-    def as_tensor(self) -> torch.Tensor | None:
-        """What it holds now in a form that can be sent; None where there is none."""
-        value = self.now
-        if isinstance(value, torch.Tensor):
-            return value.detach() if _plain(value) and not (value.is_quantized or value.is_meta) else None
-        try:
-            return torch.tensor(value, dtype=_AS_TENSOR[type(value)])
-        except (KeyError, OverflowError, RuntimeError):
-            return None
+    counts: bool = False
 
 
 class ForwardState:
@@ -109,17 +97,23 @@ class ForwardState:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._modules: dict[nn.Module, _Module] = {}
+        self._present: set[nn.Module] = set()
         self._steps = 0
 
     @torch.no_grad()
-    def begin_step(self) -> None:
-        """Before the first forward pass: take what may have to go back."""
+    def begin_step(self, everything: bool = False) -> None:
+        """Before the first forward pass: take what may have to go back.
+
+        Args:
+            everything: ``rewind`` comes, so each copy has to be of now.
+        """
         stale: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies, and what is to be copied into them
-        self._modules = {module: self._modules.get(module, _Module()) for module in _with_buffers(self._root)}
+        found, self._present = _with_buffers(self._root)
+        self._modules = {module: self._modules.get(module, _Module()) for module in found}
         for module, state in self._modules.items():
-            state.numbers = _numbers(module)
+            state.earlier, state.numbers = state.numbers, _numbers(module)
             state.buffers = {
-                name: None if tensor is None else self._renewed(state.buffers.get(name), tensor, state.moves, stale)
+                name: None if tensor is None else self._renewed(state, name, tensor, everything, stale)
                 for name, tensor in module._buffers.items()
             }
         if stale:
@@ -127,110 +121,104 @@ class ForwardState:
         self._steps += 1
 
     @torch.no_grad()
-    def moved(self, thorough: bool) -> bool:
-        """Whether anything may have moved in this step. After its last message, before ``end_step``.
+    def rewind(self) -> None:
+        """Undo all that passes changed since ``begin_step(everything=True)``, counts too, as if they had not been."""
+        self._put_back(counts_on=False)
+        for module, state in self._modules.items():
+            for name, kept in state.buffers.items():
+                if kept is not None:
+                    kept.tensor = module._buffers[name]
+                    kept.version = _version(kept.tensor)
+
+    @torch.no_grad()
+    def end_step(self, counts: bool) -> None:
+        """After the gate: see what changed, or undo it.
 
         Args:
-            thorough: look behind the version counters too, which waits for the device.
+            counts: the column takes part in this step.
         """
         for module, state in self._modules.items():
             now = dict(module._buffers.items())  # those of a scripted module are no dict
             state.moves = state.moves or any(
-                now.get(name) is not None if kept is None else now.get(name) is not kept.tensor or kept.moved
+                now.get(name) is not None
+                if kept is None
+                else now.get(name) is not kept.tensor or _version(kept.tensor) != kept.version
                 for name, kept in state.buffers.items()
             )
-        if thorough or self._steps & (self._steps - 1) == 0:
+            state.counts = state.counts or _numbers(module) != state.numbers
+        if not counts or self._steps & (self._steps - 1) == 0:
             self._compare()
-        return any(state.moves or _numbers(module) != state.numbers for module, state in self._modules.items())
-
-    @property
-    def listing(self) -> tuple[int, int]:
-        """How much ``digests`` tells of, and a checksum of its names: where both are the same, so is what it is of."""
-        names = [f"{item.is_buffer:d}{item.name}" for item in self._items()]
-        return len(names), zlib.crc32(" ".join(names).encode())
-
-    @torch.no_grad()
-    def digests(self, own: int) -> torch.Tensor:
-        """int64 [N, 2] on the CPU: of each thing that may go back what it holds, and its layout. After ``moved``.
-
-        The first is ``UNMOVED``, or a checksum of its value; of what cannot be compared, ``own``. The second is
-        ``NO_LAYOUT`` where nobody can be given it.
-
-        Args:
-            own: a number that no other replica of the stage has.
-        """
-        words: list[tuple[int, int]] = []
-        tensors: dict[int, torch.Tensor] = {}
-        for index, item in enumerate(self._items()):
-            word, tensor = UNMOVED, item.as_tensor
-            if _may_have_moved(item) and tensor is None:
-                word = own if isinstance(item.now, torch.Tensor) else 1 + zlib.crc32(repr(item.now).encode())
-            elif _may_have_moved(item):
-                tensors[index] = tensors_digest([tensor], tensor.device)
-            words.append((word, NO_LAYOUT if tensor is None else layout([tensor])))
-        told = torch.tensor(words, dtype=torch.int64).reshape(-1, 2)
-        if tensors:
-            device = next(iter(tensors.values())).device
-            told[list(tensors), 0] = torch.stack([digest.to(device) for digest in tensors.values()]).cpu()
-        return told
-
-    def value(self, index: int) -> torch.Tensor:
-        """A copy of what the thing of this index in ``digests`` holds, which has a layout."""
-        tensor = list(self._items())[index].as_tensor
-        assert tensor is not None, index
-        return tensor.clone(memory_format=torch.contiguous_format)
-
-    @torch.no_grad()
-    def end_step(
-        self, counts: bool, stay: Collection[int] = (), given: Mapping[int, torch.Tensor] | None = None
-    ) -> None:
-        """After the gate: go on, or undo what changed.
-
-        Args:
-            counts: the column takes part in this step.
-            stay: indices in ``digests`` of what stays as it is although the column does not take part.
-            given: by such indices, values of other replicas to be taken instead.
-        """
         if not counts:
-            for index, item in enumerate(list(self._items())):
-                if given and index in given:
-                    _give(item, given[index])
-                elif index not in stay:
-                    _put_back(item)
+            self._put_back(counts_on=True)
 
-    def _items(self) -> Iterator[_Item]:
+    @torch.no_grad()
+    def digest(self, device: torch.device) -> int:
+        """Of what those modules held when the step began that were seen to change in one; 0 where none was.
+
+        But for batch normalisation in training, which uses nothing of what it keeps. Waits for the device.
+
+        Args:
+            device: where it is worked out.
+        """
+        moving = [
+            (module, state)
+            for module, state in self._modules.items()
+            if (state.moves or state.counts) and not (isinstance(module, _NormBase) and module.training)
+        ]
+        if not moving:
+            return 0
+        copies = [
+            kept.copy
+            for _, state in moving
+            for kept in state.buffers.values()
+            if kept is not None and kept.copy is not None and _readable(kept.copy)
+        ]
+        numbers = zlib.crc32(repr([state.numbers for _, state in moving]).encode())
+        return int(tensors_digest([*copies, torch.tensor(numbers)], device)) or 1
+
+    def _put_back(self, counts_on: bool) -> None:
         for module, state in self._modules.items():
-            for name in sorted(state.buffers.keys() | dict(module._buffers.items()).keys()):
-                yield _Item(module, state, name, is_buffer=True)
-            for name in sorted(state.numbers):
-                yield _Item(module, state, name, is_buffer=False)
+            _put_back(module, state, counts_on)
+        for module in _with_buffers(self._root)[0]:
+            if module in self._present and module not in self._modules:
+                for name in dict(module._buffers.items()):
+                    del module._buffers[name]
 
     def _renewed(
         self,
-        kept: _Kept | None,
+        state: _Module,
+        name: str,
         tensor: torch.Tensor,
-        moves: bool,
+        everything: bool,
         stale: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> _Kept:
-        version = _version(tensor)
-        if kept is not None and kept.tensor is tensor and kept.version == version and version >= 0 and not moves:
-            return kept
-        if tensor.numel() * tensor.element_size() > _LARGE and not moves:
+        kept, version = state.buffers.get(name), _version(tensor)
+        if not _copyable(tensor):
             return _Kept(tensor, version, None)
+        whole = everything or state.moves  # whatever its size, and whether or not it is seen to have changed
+        large = tensor.numel() * tensor.element_size() > _LARGE and not whole
+        same = kept is not None and kept.tensor is tensor and kept.version == version >= 0 and not whole
+        if kept is not None and same and (not large or kept.copy is None):
+            return kept
+        if large:
+            digest = tensors_digest([tensor], tensor.device) if _readable(tensor) else None
+            return _Kept(tensor, version, None, digest)
         old = kept.copy if kept is not None else None
         if old is None or not _plain(tensor) or not _alike(old, tensor):
             return _Kept(tensor, version, tensor.detach().clone())
+        if tensor.numel() == 1 and tensor.dtype != torch.bool:
+            return _Kept(tensor, version, tensor.detach().clone(), before=old)
         stale.append((old, tensor))
         return _Kept(tensor, version, old)
 
     def _compare(self) -> None:
         """Find modules whose buffers changed behind their version counters."""
         compared = [
-            (state, _differs(kept.copy, kept.tensor))
+            (state, kept.differs())
             for state in self._modules.values()
             if not state.moves
             for kept in state.buffers.values()
-            if kept is not None and kept.copy is not None and kept.copy.numel()
+            if kept is not None and _copyable(kept.tensor) and kept.tensor.numel()
         ]
         if compared:
             device = compared[0][1].device
@@ -239,8 +227,8 @@ class ForwardState:
                 state.moves = state.moves or moved
 
 
-def _with_buffers(root: nn.Module) -> list[nn.Module]:
-    """As ``root.modules()`` finds them, which takes several times as long."""
+def _with_buffers(root: nn.Module) -> tuple[list[nn.Module], set[nn.Module]]:
+    """Modules with buffers, as ``root.modules()`` finds them, which takes several times as long; and all modules."""
     found: list[nn.Module] = []
     seen: set[nn.Module] = set()
     waiting: list[nn.Module | None] = [root]
@@ -252,7 +240,7 @@ def _with_buffers(root: nn.Module) -> list[nn.Module]:
         if module._buffers:
             found.append(module)
         waiting.extend(module._modules.values())
-    return found
+    return found, seen
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
@@ -260,11 +248,20 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if not _copyable(tensor) or tensor.is_inference() else tensor._version
 
 
 def _plain(tensor: torch.Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def _copyable(tensor: torch.Tensor) -> bool:
+    """Whether it has values: none on the meta device, or of a lazy module, have."""
+    return not (nn.parameter.is_lazy(tensor) or tensor.is_meta)
+
+
+def _readable(tensor: torch.Tensor) -> bool:
+    return _copyable(tensor) and _plain(tensor) and not tensor.is_quantized
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -291,39 +288,40 @@ def _as_it_was(tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _put_back(item: _Item) -> None:
-    module, name = item.module, item.name
-    if not item.is_buffer:
-        module.__dict__[name] = item.state.numbers[name]
-        return
-    if name not in item.state.buffers:
+def _put_back(module: nn.Module, state: _Module, counts_on: bool) -> None:
+    now = dict(module._buffers.items())
+    for name in now.keys() - state.buffers.keys():
         del module._buffers[name]
-        return
-    kept = item.state.buffers[name]
-    module._buffers[name] = None if kept is None else kept.tensor
-    if kept is None:
-        return
-    if kept.copy is not None:
-        module._buffers[name] = _as_it_was(kept.tensor, kept.copy)
-    elif kept.moved:
-        console.say(
-            f"buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
-            "the first time in a step whose column was excluded, and was too large to be kept: it stays as it is"
-        )
+    for name, kept in state.buffers.items():
+        changed = kept is not None and kept.copy is None and bool(kept.differs())
+        module._buffers[name] = None if kept is None else kept.tensor
+        if kept is None:
+            continue
+        if kept.copy is not None:
+            value = _counted_on(kept, now.get(name)) if counts_on else kept.copy
+            module._buffers[name] = _as_it_was(kept.tensor, value)
+        elif changed or _version(kept.tensor) != kept.version:
+            console.say(
+                f"buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
+                "the first time in a step whose column was excluded, and was too large to be kept: it stays as it is"
+            )
+    for name in _numbers(module).keys() - state.numbers.keys():
+        del module.__dict__[name]
+    for name, value in state.numbers.items():
+        if not (counts_on and _counts_on(module.__dict__.get(name), value, state.earlier.get(name))):
+            module.__dict__[name] = value
 
 
-def _give(item: _Item, value: torch.Tensor) -> None:
-    if item.is_buffer:
-        item.module._buffers[item.name] = _as_it_was(item.now, value)
-    else:
-        item.module.__dict__[item.name] = value.item()
+def _counted_on(kept: _Kept, now: torch.Tensor | None) -> torch.Tensor:
+    """The value to put back: that of before the step, or of now where it is a count that went on."""
+    assert kept.copy is not None
+    if kept.before is None or now is None or not _plain(now) or not _alike(now, kept.copy):
+        return kept.copy
+    return torch.where(now - kept.copy == kept.copy - kept.before, now, kept.copy)
 
 
-def _may_have_moved(item: _Item) -> bool:
-    if not item.is_buffer:
-        before = item.state.numbers[item.name]
-        return type(item.now) is not type(before) or item.now != before
-    kept = item.state.buffers.get(item.name)
-    if kept is None or item.state.moves:
-        return True
-    return item.now is not kept.tensor or kept.moved
+def _counts_on(now: Any, value: Any, before: Any) -> bool:
+    """As ``_counted_on``, of numbers."""
+    if not all(type(number) in (int, float) for number in (now, value, before)):
+        return False
+    return bool(now - value == value - before)

@@ -18,7 +18,6 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine import access
 from deepspeed_sentinel.engine.agreement import disagreement
-from deepspeed_sentinel.engine.alike import Alike
 from deepspeed_sentinel.engine.board import rendezvous_host
 from deepspeed_sentinel.engine.buffers import ForwardState
 from deepspeed_sentinel.engine.columns import Columns
@@ -92,14 +91,6 @@ class Gate:
         self._ranks = access.ranks_of(engine)
         self._reduction = Reduction(engine, self._worker, self._ranks, control)
         self._forward_state = ForwardState(access.stage_module(engine))
-        self._alike = Alike(
-            self._forward_state,
-            self._worker,
-            self._ranks,
-            control,
-            engine.mpu.get_data_parallel_group(),
-            torch.device(engine.device),
-        )
         self._replay = Replay(
             engine,
             self._mesh,
@@ -171,6 +162,7 @@ class Gate:
         self._comparison.begin_step()
         self._twins.begin_step(step, self._suspicion)
         self._begin_messages(step)
+        self._forward_state.begin_step(everything=self._replay.due(step))
 
     def rehearse(self, run: Callable[[], None]) -> None:
         """Run this step's schedule once for nothing, if it is one to be replayed. After ``begin_step``.
@@ -184,7 +176,7 @@ class Gate:
         self._twins.draw_twice()
 
         def put_back() -> None:
-            self._forward_state.end_step(counts=False)
+            self._forward_state.rewind()
             self._begin_messages(step)
 
         self._replay.rehearse(run, put_back)
@@ -192,7 +184,6 @@ class Gate:
     def _begin_messages(self, step: int) -> None:
         keyed = self._twins.possible(self._suspicion) or self._replay.due(step)
         self._collector.begin_step(step, self._engine.micro_batches, keyed)
-        self._forward_state.begin_step()
 
     def _reduce_tied_gradients(self, engine: PipelineEngine) -> None:
         self._pass()
@@ -209,20 +200,14 @@ class Gate:
         if not verdict.twins:
             self._interception.run_original(schedule.ReduceGrads)
             return
+        wiring = self.columns.wiring
+        included_SR = np.zeros(wiring.shape, bool)
+        np.put_along_axis(included_SR, wiring, verdict.alike[:, None] & ~verdict.excluded, axis=1)
         self.poisoned = self._reduction.watch(
-            lambda: self._interception.run_original(schedule.ReduceGrads),
-            self._of_workers(verdict.alike[:, None] & ~verdict.excluded),
-            self.share.factor,
+            lambda: self._interception.run_original(schedule.ReduceGrads), included_SR, self.share.factor
         )
         if self.poisoned:
             self._telling.poisoned(self.poisoned)
-
-    def _of_workers(self, of_columns: np.ndarray) -> np.ndarray:
-        """bool [S, R] of what is told of the columns that they serve, bool [C] or [S, C]."""
-        wiring = self.columns.wiring
-        result_SR = np.zeros(wiring.shape, bool)
-        np.put_along_axis(result_SR, wiring, np.broadcast_to(of_columns, wiring.shape), axis=1)
-        return result_SR
 
     def _optimizer_step(self, engine: PipelineEngine, **kwargs: Any) -> None:
         assert self.verdict is not None
@@ -259,15 +244,14 @@ class Gate:
             self._telling.replayed(step, replayed.inconsistent)
         # Before an audit, which may hang: what is dealt is agreed on with the verdict.
         verdict = replace(verdict, wiring=self.columns.deal(step, self.judge.doubts))
-        agreed, told_of_state = self._agree(verdict)
-        if agreed:
+        if self._agree(verdict):
             verdict = self._audit(verdict, evidence)
         if self.judge.clean_links.any():
             self._collector.learn(self.judge.clean_links)
         self.share = Share.of(verdict.excluded, self.columns.own)
         if not verdict.skip:
             self.share.apply_(access.gradients(self._engine))
-        self._alike.end_step(self._of_workers(~verdict.excluded), told_of_state, step)
+        self._forward_state.end_step(counts=self.share.included)
         self.verdict = verdict
         self._count(verdict)
         self._telling.verdict(verdict)
@@ -287,19 +271,15 @@ class Gate:
         gradients, device = list(access.gradients(self._engine)), torch.device(self._engine.device)
         digest = int(tensors_digest(gradients, device)) if gradients else 0
         # First what each has accumulated, then what the step was: nobody can choose the one by the other.
-        own = (digest, norm_bits(gradients), kind(device))
-        accumulated, norms, kinds = np.moveaxis(self._control.gather_words(*own).numpy()[self._ranks], -1, 0)
+        own = (digest, norm_bits(gradients), kind(device), self._forward_state.digest(device))
+        accumulated, norms, kinds, states = np.moveaxis(self._control.gather_words(*own).numpy()[self._ranks], -1, 0)
         words = self._control.gather_words(self._twins.word).numpy()[self._ranks][..., 0]
-        twins = as_told(words, accumulated, np.ascontiguousarray(norms).view(np.float64), kinds)
+        twins = as_told(words, accumulated, np.ascontiguousarray(norms).view(np.float64), kinds, states)
         return twins, was_refused(words)
 
-    def _agree(self, verdict: Verdict) -> tuple[bool, np.ndarray]:
-        """Whether all ranks came to the same verdict, and int64 [S, R, 3], what they told of what their modules hold.
-
-        Where a verdict may be acted on, all stop unless they did.
-        """
-        of_state = self._alike.words(bool(verdict.excluded.any()))
-        words = (verdict.digest(), self._collector.complaint, self._requests.take_word(), *of_state)
+    def _agree(self, verdict: Verdict) -> bool:
+        """Whether all ranks came to the same verdict; where one may be acted on, all stop unless they did."""
+        words = (verdict.digest(), self._collector.complaint, self._requests.take_word())
         said = self._control.gather_words(*words)
         split = disagreement(said[:, 0], verdict.step, self._name)
         if split and not self._lenient:
@@ -311,7 +291,7 @@ class Gate:
         self.decision = self._requests.decide(said[:, 2].numpy())
         for worker in complained_of(said[:, 1].numpy()[self._ranks]):
             self._telling.misfit(verdict.step - 1, worker)
-        return split is None, said[:, 3:].numpy()[self._ranks]
+        return split is None
 
     def _audit(self, verdict: Verdict, evidence: Evidence) -> Verdict:
         """Take back the strikes that rest on neighbours' words and that no trusted worker could confirm."""

@@ -275,7 +275,13 @@ def was_refused(words_SR: np.ndarray) -> bool:
     return 2 * int(np.count_nonzero(ends == _REFUSED)) > ends.size
 
 
-def as_told(words_SR: np.ndarray, gradients_SR: np.ndarray, norms_SR: np.ndarray, kinds_SR: np.ndarray) -> Twins | None:
+def as_told(
+    words_SR: np.ndarray,
+    gradients_SR: np.ndarray,
+    norms_SR: np.ndarray,
+    kinds_SR: np.ndarray,
+    states_SR: np.ndarray | None = None,
+) -> Twins | None:
     """What first and last stage say of a step: a twin step, or None.
 
     Their words are one a column, so a column is one of those that share micro-batches if both its ends say so.
@@ -284,6 +290,7 @@ def as_told(words_SR: np.ndarray, gradients_SR: np.ndarray, norms_SR: np.ndarray
         words_SR: int64 [S, R], the words of all ranks; those of middle stages mean nothing.
         gradients_SR: int64 [S, R], digests of accumulated gradients; norms_SR: float64 [S, R], their norms.
         kinds_SR: int64 [S, R], see ``kind``.
+        states_SR: int64 [S, R], see ``ForwardState.digest``; None where nothing keeps a state.
 
     Raises:
         SentinelError: they say different things.
@@ -298,4 +305,4 @@ def as_told(words_SR: np.ndarray, gradients_SR: np.ndarray, norms_SR: np.ndarray
             "twin step, 1 a column with data of its own, 2 one that was given another's, 3 that one). Nothing of this "
             "step was applied. Resume from the last checkpoint."
         )
-    return Twins(int(sources[0]), first >= _GIVEN, gradients_SR, norms_SR, kinds_SR)
+    return Twins(int(sources[0]), first >= _GIVEN, gradients_SR, norms_SR, kinds_SR, states_SR)

@@ -161,8 +161,12 @@ class Rows:
 
     @property
     def measures(self) -> np.ndarray:
-        """Of one message, and small where its elements change little: not a share of signs, nor a count."""
-        return np.tile([row.scale == "log" and not row.of_pair for row in TABLE], self.parts)
+        """Of one message, and small where its elements change little: not a share of signs, nor a count.
+
+        Nor its largest element, which bf16 rounds by as much as any other one, in each block that it passes.
+        """
+        several = [row.scale == "log" and not row.of_pair and row.name != "max_abs" for row in TABLE]
+        return np.tile(several, self.parts)
 
     @property
     def learnt(self) -> np.ndarray:
@@ -229,6 +233,8 @@ class Twins:
             where there is none.
         norms: float64 [S, R], the norm of these gradients.
         kinds: int64 [S, R], equal numbers for equal kinds of hardware and software.
+        states: int64 [S, R], a digest of what each worker's modules held when the step began, of those that forward
+            passes change; 0 where there are none. None is 0 everywhere.
     """
 
     source: int
@@ -236,6 +242,7 @@ class Twins:
     gradients: np.ndarray
     norms: np.ndarray
     kinds: np.ndarray
+    states: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,10 @@ held against the others of its stage that were given the same as it was:
   if it was given the truth to the last bit; what is near may still be anything, so who is given that is never proved.
   In any case such a column is left out as long as two exact ones remain: all have the same data, so nothing is lost.
   And who claims a kind of its own blinds nobody to the others. Of gradients its word alone clears nobody.
+* Modules may keep a state that forward passes change (running maxima, router biases, counts), each replica another one.
+  Every worker tells a digest of it, before it is known what the step is. Only those of the state that more than half of
+  their stage began with are compared, and nobody else, nor what is made of their work, is held to anything. Where more
+  than half have no such state nobody has, whatever it says.
 * Without a truth, workers on unlike hardware are held against the median of all by statistics; if some do not fit,
   those that are near are believed where they are more than can be bad.
 * Without a truth the step says that workers differ and not who is wrong. Of those, who is suspected by its own
@@ -180,6 +184,7 @@ def try_twins(
         Voters.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage], bool(unlike[stage]))
         for stage in range(mesh.stages)
     ]
+    alike_SC = _of_one_state(twins, served)
     agreed = exact = np.broadcast_to(twins.given[:, None], (columns, messages))
     # Whether all that a stage's gradients are made of has agreed, and to the last bit.
     entered, entered_exact = (np.zeros((mesh.stages, columns), bool) for _ in range(2))
@@ -188,7 +193,7 @@ def try_twins(
         direction = FORWARD if position < links else BACKWARD
         link = position if direction == FORWARD else 2 * links - 1 - position
         stage, receiver = mesh.sender_stage(direction, link), mesh.receiver_stage(direction, link)
-        asked = agreed & ~disputed_PCM[position]
+        asked = agreed & ~disputed_PCM[position] & alike_SC[stage][:, None]
         vote = stages[stage].vote(digests_PCMT[position], keyed_PCM[position], measures_PECMN[position], asked, exact)
         agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike | vote.forged | vote.unclear)
         exact = agreed & vote.exact
@@ -210,7 +215,7 @@ def try_twins(
     for stage, workers in enumerate(served):
         told: list[tuple[int | None, Vote]] = [(direction, vote) for at, direction, vote in found if at == stage]
         gradients, norms = twins.gradients[stage][workers], twins.norms[stage][workers]
-        asked = entered[stage]
+        asked = entered[stage] & alike_SC[stage]
         if asked.any():
             vote = stages[stage].vote(
                 gradients[:, None, None],
@@ -252,6 +257,20 @@ def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tri
         proved[worker] = True
     sound = trial.sound & ~proved if trial else np.zeros_like(proved)
     return Tried(proved, sound, trial.unlike if trial else np.zeros(mesh.stages, bool), held=trial is not None)
+
+
+def _of_one_state(twins: Twins, served: np.ndarray) -> np.ndarray:
+    """bool [S, C], who began the step in the state in which more than half of its stage did."""
+    alike = np.ones(served.shape, bool)
+    if twins.states is None:
+        return alike
+    for stage, states in enumerate(twins.states):
+        known, count = np.unique(states, return_counts=True)
+        usual = known[2 * count > len(states)]
+        if usual.size and usual[0] == 0:
+            continue
+        alike[stage] = np.isin(states, usual)[served[stage]]
+    return alike
 
 
 def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: Vote, served: np.ndarray) -> list[Proof]:

@@ -7,10 +7,12 @@ Between two workers something is *unsettled* where one of the two must be bad, a
   same sketches;
 * two workers of a stage made other things of the same, in a twin step without a majority.
 
-It is remembered for some steps. Of a stage's R workers fewer than half are bad, at most f = (R - 1) // 2. An honest
-worker is at odds with bad ones alone, so with f of one stage at most: who is at odds with more than f of one stage is
-bad. Columns are dealt so that those between whom something is unsettled get other partners, so who keeps lying is
-convicted after f + 1 steps in which it did. With fewer than three replicas nobody is.
+It is remembered for some steps. Of a stage's R workers fewer than half are bad, at most f = (R - 1) // 2, those
+included that had a fault once in that time and are not convicted. An honest worker is at odds with bad ones alone, so
+with f of one stage at most: who is at odds with more than f of one stage is bad. With whom is convicted nothing is
+unsettled: it may act beside another fault of its stage. Columns are dealt so that those between whom something is
+unsettled get other partners, so who keeps lying is convicted after f + 1 steps in which it did. With fewer than three
+replicas nobody is.
 
 Worked example, three replicas, f = 1, in column 0 the workers (1, 0) and (2, 0), and (1, 0) lies about what it gets:
 
@@ -155,9 +157,10 @@ class Unsettled:
             return
         left, bad = self._left > 0, (self._mesh.replicas - 1) // 2
         for stage in range(1, self._mesh.stages - 1):
-            for other, of_stage, now in zip(*self._of(stage, left), self._of(stage, new)[1], strict=True):
+            for other, between, now in zip(*self._of(stage, left), self._of(stage, new)[1], strict=True):
                 if other == stage and not self._alike[stage]:
                     continue
+                of_stage = between & ~convicted[other]
                 guilty = (np.count_nonzero(of_stage, axis=1) > bad) & (now.any(1) | ~convicted[stage])
                 for replica in np.flatnonzero(guilty).tolist():
                     partners = np.flatnonzero(of_stage[replica]).tolist()

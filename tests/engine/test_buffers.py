@@ -39,7 +39,6 @@ WAYS = ("assigned", "in place", "data", "new data")
 def step(kept, module, x, counts=True):
     kept.begin_step()
     module(torch.as_tensor(x))
-    kept.moved(thorough=False)
     kept.end_step(counts)
 
 
@@ -54,7 +53,7 @@ def test_a_buffer_goes_back_to_where_the_step_began(way, steps):
     for poison in (POISON, 1e4, float("inf")):
         step(kept, module, poison, counts=False)
         assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert module[0].calls == steps
+    assert module[0].calls == (steps + 3 if steps else 0), "it counts on where it has counted before"
     step(kept, module, 50.0)
     assert module[0].amax.tolist() == [50.0] * 3
 
@@ -75,11 +74,13 @@ def test_one_that_begins_to_move_late_goes_back_too(way):
     assert torch.equal(module.amax, before)
 
 
-def copies(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
+def statistics(module):
+    """All that batch normalisation keeps but for its count."""
+    state = module.state_dict().items()
+    return {name: value.clone() for name, value in state if "num_batches" not in name}
 
 
-def test_batch_norm_goes_back():
+def test_batch_norm_goes_back_and_counts_on():
     """Its statistics move behind their version counters, in the first steps or later, when it is thawed."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4).eval())
@@ -88,10 +89,10 @@ def test_batch_norm_goes_back():
         if index == 5:
             module[1].train()
         step(kept, module, torch.randn(8, 4))
-        before = copies(module)
+        before = statistics(module)
         step(kept, module, torch.full((8, 4), POISON), counts=False)
-        assert all(torch.equal(value, before[name]) for name, value in copies(module).items())
-    assert module[0].num_batches_tracked == 7 and module[1].num_batches_tracked == 2
+        assert all(torch.equal(value, before[name]) for name, value in statistics(module).items())
+    assert module[0].num_batches_tracked == 14 and module[1].num_batches_tracked == 4
 
 
 def test_what_moves_between_steps_is_where_the_step_begins():
@@ -147,7 +148,6 @@ def test_buffers_that_do_not_move_are_copied_once(monkeypatch):
     for _ in range(6):
         kept.begin_step()
         module["moves"](torch.tensor(3.0))
-        kept.moved(thorough=False)
         kept.end_step(counts=True)
     assert copied == [2] * 5, "the module that moves, whole, from its second step on"
 
@@ -225,7 +225,190 @@ def test_buffers_of_a_scripted_module_go_back():
     module = torch.jit.script(nn.BatchNorm1d(4))
     kept = ForwardState(nn.Sequential(module))
     step(kept, module, torch.randn(8, 4))
-    before = copies(module)
+    before = statistics(module)
     step(kept, module, torch.full((8, 4), POISON), counts=False)
-    assert all(torch.equal(value, before[name]) for name, value in copies(module).items())
-    assert module.num_batches_tracked == 1
+    assert all(torch.equal(value, before[name]) for name, value in statistics(module).items())
+    assert module.num_batches_tracked == 2
+
+
+class Annealed(nn.Module):
+    """What it makes of its input depends on how often it ran, as temperatures that are annealed do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        return x * (1 + torch.exp(-self.passes / 100))
+
+
+def test_replicas_make_the_same_of_the_same_after_one_of_them_was_left_out():
+    """Else the next twin step proves the one that was left out, which is honest."""
+    replicas = [Annealed() for _ in range(3)]
+    states = [ForwardState(nn.Sequential(module)) for module in replicas]
+    for index in range(3):
+        for replica, (module, kept) in enumerate(zip(replicas, states, strict=True)):
+            step(kept, module, 1.0, counts=(index, replica) != (1, 2))
+    made = [float(module(torch.ones(()))) for module in replicas]
+    assert made[2] == made[0] == made[1]
+
+
+@pytest.mark.parametrize("way", ["in place", "assigned"])
+def test_what_moved_by_another_amount_is_no_count(way):
+    """One element of a running maximum, which grows by one and then by what a bad message makes of it."""
+    module = Running(way, size=1)
+    kept = ForwardState(nn.Sequential(module))
+    for value in (2.0, 3.0):
+        step(kept, module, value)
+    for poison in (4.5, POISON, float("inf"), -1e30):
+        step(kept, module, poison, counts=False)
+        assert module.amax.tolist() == [3.0]
+
+
+def state_of(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+class Late(nn.Module):
+    """A large buffer and a small one that begin to change behind their version counters in some step, alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.from_call, self.rate, self.calls = 10**6, 0.9, 0
+        self.register_buffer("large", torch.ones(64))
+        self.register_buffer("small", torch.ones(3))
+
+    def forward(self, x):
+        self.calls += 1
+        self.rate *= 0.9
+        if self.calls > self.from_call:
+            self.large.data.fill_(float(x))
+            self.small.data.mul_(self.rate)
+        return x
+
+
+@pytest.mark.parametrize("before", [0, 1, 3, 7])
+def test_a_rehearsal_leaves_everything_as_it_was(monkeypatch, before):
+    """Whatever the size, behind the counter or not, and counts too: the step itself comes after it."""
+    monkeypatch.setattr(buffers, "_LARGE", 64)
+    module = nn.Sequential(Late(), Running("in place"), nn.BatchNorm1d(4))
+    kept = ForwardState(module)
+
+    def run(index):
+        module[0](torch.tensor(float(index)))
+        module[1](torch.tensor(float(index)))
+        module[2](torch.full((8, 4), float(index)) * torch.randn(8, 4))
+
+    for index in range(before):
+        kept.begin_step()
+        run(index)
+        kept.end_step(counts=True)
+    module[0].from_call = before
+    state, numbers = state_of(module), dict(vars(module[0]))
+    kept.begin_step(everything=True)
+    run(50)
+    kept.rewind()
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert vars(module[0]) == numbers
+    run(60)
+    kept.end_step(counts=False)
+    now = {name: value for name, value in module.state_dict().items() if "num_batches" not in name}
+    assert all(torch.equal(value, state[name]) for name, value in now.items())
+
+
+def test_a_large_buffer_alone_that_changes_behind_its_counter_is_found(monkeypatch):
+    monkeypatch.setattr(buffers, "_LARGE", 8)
+    told = []
+    monkeypatch.setattr(buffers.console, "say", told.append)
+    module = nn.Sequential(Running("data", size=8))
+    kept = ForwardState(module)
+    step(kept, module, POISON, counts=False)
+    assert "'amax' of Running (8 elements) changed for the first time" in told[0]
+    module[0].amax.fill_(1.0)
+    step(kept, module, 2.0)
+    step(kept, module, POISON, counts=False)
+    assert module[0].amax.tolist() == pytest.approx([2.0] * 8)
+
+
+class Lazily(nn.Module):
+    """Registers its first buffer, and a flag that says so, when it is first called."""
+
+    def __init__(self, has_one):
+        super().__init__()
+        if has_one:
+            self.register_buffer("beside", torch.ones(2))
+
+    def forward(self, x):
+        if not getattr(self, "ready", False):
+            self.ready = True
+            self.register_buffer("amax", torch.full((2,), float(x)))
+        return x + self.amax.sum()
+
+
+@pytest.mark.parametrize("has_one", [False, True])
+def test_what_came_in_an_excluded_step_goes(has_one):
+    module = nn.Sequential(Lazily(has_one))
+    kept = ForwardState(module)
+    step(kept, module, 1e30, counts=False)
+    assert "amax" not in module[0]._buffers
+    if has_one:
+        step(kept, module, 3.0)
+        assert module[0].amax.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize(
+    "module", [nn.LazyBatchNorm1d(affine=False), nn.BatchNorm1d(4, device="meta")], ids=["lazy", "meta"]
+)
+@pytest.mark.parametrize("counts", [True, False])
+def test_buffers_without_values_end_no_worker(module, counts):
+    kept = ForwardState(nn.Sequential(module))
+    for _ in range(3):
+        kept.begin_step()
+        kept.end_step(counts)
+
+
+def test_a_state_is_told_where_passes_change_one():
+    """0 without one, the same for the same, another one for whom was left out; of what training uses alone."""
+    device = torch.device("cpu")
+    modules = [nn.Sequential(Running("in place"), nn.BatchNorm1d(4)) for _ in range(3)]
+    states = [ForwardState(module) for module in modules]
+    told = []
+    for index in range(3):
+        for replica, (module, kept) in enumerate(zip(modules, states, strict=True)):
+            kept.begin_step()
+            module[0](torch.tensor(2.0 + index))
+            module[1](torch.randn(8, 4))
+            kept.end_step(counts=(index, replica) != (1, 2))
+        told.append([kept.digest(device) for kept in states])
+    assert told[0][0] == told[0][1] == told[0][2] != 0, "as the step began"
+    assert told[1][0] == told[1][1] == told[1][2] != told[0][0]
+    assert told[2][0] == told[2][1] != told[2][2]
+    still = ForwardState(nn.Sequential(Running("still"), nn.BatchNorm1d(4)))
+    still.begin_step()
+    still.end_step(counts=True)
+    assert still.digest(device) == 0
+
+
+class Cooling(nn.Module):
+    """A number that no addition makes, in a module whose buffers stand still."""
+
+    def __init__(self):
+        super().__init__()
+        self.heat = 1.0
+        self.register_buffer("still", torch.ones(1))
+
+    def forward(self, x):
+        self.heat *= 0.9
+        return x * self.heat
+
+
+def test_a_number_is_part_of_the_state():
+    device = torch.device("cpu")
+    modules = [nn.Sequential(Cooling()) for _ in range(2)]
+    states = [ForwardState(module) for module in modules]
+    for index in range(2):
+        for replica, (module, kept) in enumerate(zip(modules, states, strict=True)):
+            step(kept, module, 1.0, counts=(index, replica) != (0, 1))
+    one, other = (kept.digest(device) for kept in states)
+    assert one != other and modules[1][0].heat != modules[0][0].heat

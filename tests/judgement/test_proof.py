@@ -28,6 +28,7 @@ class Step:
         self.given = np.ones(replicas, bool)
         self.kinds, self.norms = np.zeros((stages, replicas), np.int64), np.ones((stages, replicas))
         self.measures = np.ones((2, *shape[:4], 2))
+        self.states = np.zeros((stages, replicas), np.int64)
 
     def sends(self, stage, column, direction, lie, micro_batches=slice(None)):
         """A wrong message, and what honest work makes of it in all that follows."""
@@ -52,7 +53,7 @@ class Step:
         self.keyed[direction, link, column] += lie * 100_000
 
     def trial(self):
-        twins = Twins(0, self.given, self.gradients, self.norms, self.kinds)
+        twins = Twins(0, self.given, self.gradients, self.norms, self.kinds, self.states)
         return try_twins(
             self.mesh,
             self.digests,
@@ -498,3 +499,40 @@ def test_without_a_truth_it_says_which_two_differ():
     ]
     assert np.argwhere(trial.differ).tolist() == [[2, 0, 1], [2, 0, 2], [2, 1, 0], [2, 2, 0]]
     assert not Step().trial().differ.any()
+
+
+def test_who_began_in_another_state_is_held_to_nothing_and_nobody_behind_it():
+    """Its modules keep what passes change, and it was left out in a step in which the others went on."""
+    step = Step()
+    step.states[1] = [5, 5, 6]
+    step.sends(1, 2, FORWARD, lie=7)
+    trial = step.trial()
+    assert not trial.proofs and not trial.differences and not trial.spoilt.any()
+    assert not trial.sound[1:3, 2].any(), "nobody has seen that it is"
+    assert trial.sound[:, :2].all()
+
+
+def test_workers_of_one_state_are_compared_as_ever():
+    step = Step()
+    step.states[1] = [5, 5, 5]
+    step.sends(1, 2, FORWARD, lie=7)
+    assert proved(step.trial()) == {(Worker(1, 2), FORWARD)}
+
+
+def test_where_no_state_is_that_of_most_nobody_is_proved_and_nobody_left_out():
+    """Two of three make the same of the same by chance, as running maxima that are clamped do."""
+    step = Step()
+    step.states[1] = [5, 6, 7]
+    step.sends(1, 2, FORWARD, lie=7)
+    step.gradients[1, 0] += 1
+    trial = step.trial()
+    assert not trial.proofs and not trial.differences and not trial.spoilt.any()
+    assert not trial.sound[1].any()
+
+
+def test_a_state_that_nobody_else_has_clears_nobody_of_what_it_sends():
+    """Most of the stage keep none: who claims one is compared all the same."""
+    step = Step()
+    step.states[1, 2] = 6
+    step.sends(1, 2, FORWARD, lie=7)
+    assert proved(step.trial()) == {(Worker(1, 2), FORWARD)}

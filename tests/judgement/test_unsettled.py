@@ -330,3 +330,17 @@ def test_too_few_clean_columns_halt_and_name_the_workers():
         and "(stage 1, replica 0), worker (stage 1, replica 1)" in halt
         and "min_clean_columns" in halt
     )
+
+
+def test_a_convicted_worker_counts_against_nobody():
+    """In each step one of three is wrong at most; whom the convicted one is at odds with may be another than it was."""
+    mesh = Mesh(4, 3)
+    steps = Steps(mesh, np.zeros((4, 3), bool))
+    steps.convicted[1, 2] = True
+    sound = trial(mesh, sound=[Worker(1, 0), Worker(1, 1)])
+    wiring = identity(mesh)
+    steps.unsettled.step(wiring, np.zeros((2, 3, 3), bool), np.zeros((2, 3, 3), bool), sound, steps.convicted)
+    for pairs in ([(1, 0, 1)], [(1, 1, 2)], [(1, 0, 1), (1, 1, 2), (1, 0, 2)]):
+        nothing = np.zeros((2, 3, 3), bool)
+        found = steps.unsettled.step(wiring, nothing, nothing, trial(mesh, pairs=pairs), steps.convicted)
+        assert not [one for one in found if one.worker != Worker(1, 2)]
