@@ -66,7 +66,7 @@ def test_zero_baseline_gives_finite_numbers(device):
     assert torch.isfinite(result[:, [0, 2, 3]]).all()
 
 
-@pytest.mark.parametrize("replicas", [1, 2, 3, 5] if INTERPRETED else [1, 2, 3, 8, 13])
+@pytest.mark.parametrize("replicas", [2, 3] if INTERPRETED else [1, 2, 3, 8, 13])
 def test_update_takes_the_median_of_the_clean(device, replicas):
     generator = torch.Generator().manual_seed(replicas)
     summaries = torch.randn(replicas, 300, generator=generator)

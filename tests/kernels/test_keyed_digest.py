@@ -75,7 +75,7 @@ def test_a_dimension_of_one_may_have_any_stride(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(37, 300), (70, 1024), (1, 5), (300, 1)])
+@pytest.mark.parametrize("shape", [(37, 300), (70, 1024), (1, 5), (100, 1)])
 def test_a_message_is_read_to_the_same_digest_along_with_its_statistics(device, dtype, shape):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[0, 0] = math.nan
@@ -135,15 +135,15 @@ def test_what_changes_nothing_but_highest_bits_shows_under_every_key():
     for bits in (1 << 31, 1 << 31 | 1 << 15):
         for places in ([(2, 3), (2, 4)], [(row, column) for row in range(16) for column in range(24)]):
             forged = bits_turned(x, bits, *places)
-            assert all(reference(x, seed) != reference(forged, seed) for seed in range(1, 300))
+            assert all(reference(x, seed) != reference(forged, seed) for seed in range(1, 100))
 
 
 def test_digests_of_two_keys_have_nothing_in_common():
     """Over many keys the difference of two given messages takes every value of its highest bits about as often."""
     x, forged = message(8, 6), bits_turned(message(8, 6), 1, (3, 2))
-    differences = [(reference(x, seed) - reference(forged, seed)) % 2**64 >> 60 for seed in range(2000)]
+    differences = [(reference(x, seed) - reference(forged, seed)) % 2**64 >> 60 for seed in range(1000)]
     counts = np.bincount(differences, minlength=16)
-    assert counts.min() > 80 and counts.max() < 180  # 125 +- 11
+    assert counts.min() > 30 and counts.max() < 100  # 62 +- 8
 
 
 def test_a_key_and_a_place_belong_together():

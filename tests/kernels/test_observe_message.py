@@ -37,6 +37,7 @@ def outputs(x_TD, jobs=2):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("coarse_programs")
 def test_the_same_bits_as_its_parts(device, dtype):
     x_TD = torch.randn(70, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
     x_TD[3, 4] = math.nan
@@ -51,6 +52,7 @@ def test_the_same_bits_as_its_parts(device, dtype):
     torch.testing.assert_close(copy_TD, x_TD, equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("coarse_programs")
 def test_two_launches_a_message(device, monkeypatch):
     if not runs_on_triton(torch.empty(0, device=device)):
         pytest.skip("the references launch nothing")

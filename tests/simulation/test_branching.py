@@ -37,8 +37,9 @@ def test_branches_end_as_runs_alone(options, tmp_path):
         "    def __call__(self, message, context):\n        return self.scale(message)\n"
     )
     attacks = [*WITH_MEMORY, (f"{mine}:Sum", {}), (f"{mine}:Holds", {})]
-    runs = [options(attack=name, attack_arguments=arguments, sentinel=EARLY) for name, arguments in attacks]
-    runs.append(options(attack="scaling", sentinel=EARLY, direction="backward", malicious=0.5, majority=True))
+    common = {"sentinel": EARLY, "steps": 9}
+    runs = [options(attack=name, attack_arguments=arguments, **common) for name, arguments in attacks]
+    runs.append(options(attack="scaling", direction="backward", malicious=0.5, majority=True, **common))
     Trunk.grow(runs).write(tmp_path / "trunk")
     trunk = Trunk.read(tmp_path / "trunk")
     copied = {run.attack: trunk.watchers.get(run.key(), b"") for run in runs}

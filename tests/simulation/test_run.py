@@ -96,7 +96,7 @@ def test_attackers_are_found_convicted_and_share_a_column_that_is_left_out(optio
     assert len(columns) == 1 and simulation.step().excluded.nonzero()[0].tolist() == list(columns)
 
 
-@pytest.mark.parametrize("wiring", ["heal", "static", "shuffle"])
+@pytest.mark.parametrize("wiring", ["heal", pytest.param("static", marks=pytest.mark.long), "shuffle"])
 def test_columns_are_dealt_as_asked(options, wiring):
     """Two bad workers in two columns of four: where they are moved they share one."""
     some = options(attack="nan", attackers=[[1, 1], [2, 3]], start=2, steps=30, wiring=wiring, sentinel=EARLY)
