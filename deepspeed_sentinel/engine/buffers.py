@@ -126,9 +126,9 @@ class ForwardState:
         self._put_back(counts_on=False)
         for module, state in self._modules.items():
             for name, kept in state.buffers.items():
-                if kept is not None:
-                    kept.tensor = module._buffers[name]
-                    kept.version = _version(kept.tensor)
+                tensor = module._buffers[name]
+                if kept is not None and tensor is not None:
+                    kept.tensor, kept.version = tensor, _version(tensor)
 
     @torch.no_grad()
     def end_step(self, counts: bool) -> None:
