@@ -15,7 +15,7 @@ mpmath are below 3e-16 of max(1, |result|). ``log`` takes 26 ns a value, ``np.lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import NormalDist
 
 import numpy as np
@@ -98,24 +98,20 @@ def normal_probability(quantile: float) -> float:
     return round(NormalDist().cdf(quantile), _DECIMALS)
 
 
-def in_blocks(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray, result: np.ndarray) -> None:
-    """Apply a function of float64 values, one by one, to as many as stay in a core's own cache at a time.
-
-    Args:
-        function: of a float64 array of one axis, which it leaves as it is, to another of the same size.
-        values: numbers of any shape and type.
-        result: contiguous float64 of as many, overwritten.
-    """
-    flat, found = np.ascontiguousarray(values).reshape(-1), result.reshape(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for start in range(0, flat.size, _BLOCK):
-            block = flat[start : start + _BLOCK].astype(np.float64, copy=False)
-            found[start : start + _BLOCK] = function(block)
+def blocks(numbers: int, rows: int) -> Iterator[slice]:
+    """Of rows of so many numbers, as many of each as stay in a core's own cache at a time."""
+    step = max(_BLOCK // rows, 1)
+    for start in range(0, numbers, step):
+        yield slice(start, start + step)
 
 
 def _of_each(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    result = np.empty(np.shape(values))
-    in_blocks(function, values, result)
+    """A function of float64 values of one axis, which it leaves as they are, of numbers of any shape and type."""
+    flat, result = np.ascontiguousarray(values).reshape(-1), np.empty(np.shape(values))
+    found = result.reshape(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for block in blocks(flat.size, 1):
+            found[block] = function(flat[block].astype(np.float64, copy=False))
     return result
 
 

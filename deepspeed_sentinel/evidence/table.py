@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -198,22 +198,32 @@ def comparable(statistics: np.ndarray) -> np.ndarray:
     Float64, whatever is given.
     """
     result = np.empty(statistics.shape)
-    rows = result.reshape(len(result), -1)
-    for index, row in enumerate(TABLE * (len(statistics) // len(TABLE))):
-        exact.in_blocks(partial(_in_unit, row), statistics[index], rows[index])
+    given, found = statistics.reshape(len(statistics), -1), result.reshape(len(result), -1)
+    # Rows of one scale together: of a small mesh a call costs more than its numbers.
+    for scale, rows, resolution in _by_scale(len(statistics) // len(TABLE)):
+        for messages in exact.blocks(given.shape[1], len(rows)):
+            found[rows, messages] = _in_unit(scale, given[rows, messages].astype(np.float64), resolution)
     return result
 
 
-def _in_unit(row: Statistic, values: np.ndarray) -> np.ndarray:
-    """Of one row, float64."""
+@cache
+def _by_scale(parts: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Of each scale its rows, int [N], and what is added to them, float64 [N, 1]."""
+    scales = np.tile([row.scale for row in TABLE], parts)
+    resolutions = np.tile([row.resolution for row in TABLE], parts)[:, None]
+    return [(scale, np.flatnonzero(scales == scale), resolutions[scales == scale]) for scale in np.unique(scales).tolist()]
+
+
+def _in_unit(scale: str, values: np.ndarray, resolution: np.ndarray) -> np.ndarray:
+    """Of rows of one scale, float64 [N, messages]."""
     infinite = np.isinf(values)
     if infinite.any():
         values = np.where(infinite, np.copysign(_LARGEST, values), values)
-    if row.scale == "log":
-        return exact.log(np.maximum(values, 0.0) + row.resolution)
-    if row.scale == "arcsine":
+    if scale == "log":
+        return exact.log(np.maximum(values, 0.0) + resolution)
+    if scale == "arcsine":
         return exact.arcsin(np.sqrt(np.clip(values, 0.0, 1.0)))
-    if row.scale == "fisher":
+    if scale == "fisher":
         return exact.arctanh(np.clip(values, -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
     return values
 
