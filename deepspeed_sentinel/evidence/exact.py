@@ -85,6 +85,14 @@ def total(values: np.ndarray) -> np.ndarray:
     return result.reshape(values.shape[:-1])
 
 
+def count(marked: np.ndarray, axis: int = -1) -> np.ndarray:
+    """How many of a bool array are true along an axis, the last one. Whole numbers add up in any order.
+
+    As ``np.count_nonzero``, which of a small array takes ten times as long to look at what it was given.
+    """
+    return np.asarray(np.add.reduce(marked, axis=axis, dtype=np.intp))
+
+
 def normal_quantile(probability: float) -> float:
     """Quantile of the standard normal distribution to nine decimals, for constants.
 

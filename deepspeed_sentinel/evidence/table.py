@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
 
 from deepspeed_sentinel.evidence import exact
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, identity
 
 SENT, RECEIVED = 0, 1
 ZEROS = 0x5EA1ED  # the digest in evidence of a tensor of zeros; 0 is that of no tensor
@@ -145,19 +145,19 @@ class Rows:
 
     @property
     def hard(self) -> np.ndarray:
-        return np.tile(HARD, self.parts)
+        return _of_parts("hard", self.parts)
 
     @property
     def of_pair(self) -> np.ndarray:
-        return np.tile(OF_PAIR, self.parts)
+        return _of_parts("of_pair", self.parts)
 
     @property
     def adds_up(self) -> np.ndarray:
-        return np.tile(ADDS_UP, self.parts)
+        return _of_parts("adds_up", self.parts)
 
     @property
     def to_baseline(self) -> np.ndarray:
-        return np.tile(TO_BASELINE, self.parts)
+        return _of_parts("to_baseline", self.parts)
 
     @property
     def measures(self) -> np.ndarray:
@@ -166,15 +166,15 @@ class Rows:
 
     @property
     def learnt(self) -> np.ndarray:
-        return np.tile(LEARNT, self.parts)
+        return _of_parts("learnt", self.parts)
 
     @property
     def by_judge(self) -> np.ndarray:
-        return np.tile(BY_JUDGE, self.parts)
+        return _of_parts("by_judge", self.parts)
 
     @property
     def floors(self) -> np.ndarray:
-        return np.tile(FLOORS, self.parts)
+        return _of_parts("floor", self.parts)
 
     @staticmethod
     def part(row: int) -> int:
@@ -190,6 +190,14 @@ class Rows:
     def all_of(name: str) -> slice:
         """The rows of one statistic, part by part."""
         return slice(NAMES.index(name), None, len(TABLE))
+
+
+@cache
+def _of_parts(attribute: str, parts: int) -> np.ndarray:
+    """An attribute of all rows, asked for many times a step; not to be written to."""
+    result = np.tile([getattr(row, attribute) for row in TABLE], parts)
+    result.flags.writeable = False
+    return result
 
 
 def comparable(statistics: np.ndarray) -> np.ndarray:
@@ -211,7 +219,9 @@ def _by_scale(parts: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
     """Of each scale its rows, int [N], and what is added to them, float64 [N, 1]."""
     scales = np.tile([row.scale for row in TABLE], parts)
     resolutions = np.tile([row.resolution for row in TABLE], parts)[:, None]
-    return [(scale, np.flatnonzero(scales == scale), resolutions[scales == scale]) for scale in np.unique(scales).tolist()]
+    return [
+        (scale, np.flatnonzero(scales == scale), resolutions[scales == scale]) for scale in np.unique(scales).tolist()
+    ]
 
 
 def _in_unit(scale: str, values: np.ndarray, resolution: np.ndarray) -> np.ndarray:
@@ -281,12 +291,10 @@ class Evidence:
     refused: bool = False
     keyed: np.ndarray | None = None
 
-    @property
+    @cached_property
     def served(self) -> np.ndarray:
         """int [S, C], who served each column."""
-        if self.dealt is not None:
-            return self.dealt
-        return np.tile(np.arange(self.mesh.replicas), (self.mesh.stages, 1))
+        return identity(self.mesh) if self.dealt is None else self.dealt
 
     def __post_init__(self) -> None:
         assert self.served.shape == (self.mesh.stages, self.mesh.replicas), self.served.shape

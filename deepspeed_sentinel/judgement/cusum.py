@@ -239,7 +239,7 @@ class Cusum:
         self, residuals: np.ndarray, level: np.ndarray | None, counted: np.ndarray, served: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean over each sender's messages that count, [K, 2, L, R], NaN where none does; and how many columns."""
-        by_column, counts = sums(residuals, [counted] * len(residuals), level)
+        by_column, counts = sums(residuals, counted, level)
         senders = sent_by(served)
         rows = np.arange(counts[..., 0].size).reshape(*counts.shape[:-1], 1) * self._mesh.replicas
         # column after column: a matrix product would add in an order of its own

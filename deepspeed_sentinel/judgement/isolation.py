@@ -110,6 +110,8 @@ class Isolation:
 
     def beside(self, served: np.ndarray) -> np.ndarray:
         """bool [S, R], who is isolated or serves (int [S, C]) a column next to one who is."""
+        if not self.isolated.any():
+            return np.zeros_like(self.isolated)
         here = np.take_along_axis(self.isolated, served, 1)
         near = here.copy()
         near[1:] |= here[:-1]
@@ -273,6 +275,8 @@ def involved(by_ends: np.ndarray, silent: np.ndarray) -> np.ndarray:
         bool [events, S, C]: both ends of such a link, and such a stage with its neighbours.
     """
     links, columns = by_ends.shape
+    if not (by_ends.any() or silent.any()):
+        return np.zeros((0, links + 1, columns), bool)
     workers = np.zeros((links + len(silent), links + 1, columns), bool)
     for link in range(links):
         workers[link, link : link + 2] = by_ends[link]

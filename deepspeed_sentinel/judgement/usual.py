@@ -13,8 +13,6 @@ Arrays follow the axes [statistic, direction, link, column].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from deepspeed_sentinel.judgement.pieces import sums
@@ -42,7 +40,7 @@ class Usual:
     def learn(
         self,
         residuals: np.ndarray,
-        chosen: Sequence[np.ndarray],
+        chosen: np.ndarray,
         within: np.ndarray,
         explained: np.ndarray,
         limit: np.ndarray,
@@ -51,7 +49,7 @@ class Usual:
 
         Args:
             residuals: float64 [K, 2, L, C, M], NaN where not available.
-            chosen: K times bool [2, L, C, M], which messages to learn from.
+            chosen: bool [2, L, C, M] or [K, 2, L, C, M], which messages to learn from.
             within: bool [K, 2, L, C], in which columns.
             explained: bool [K, 2, L, C], where the change is followed at once.
             limit: float64 [K, 2, L], how far off a step may be where it is not; NaN is any distance.

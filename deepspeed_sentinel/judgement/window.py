@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.judgement.robust import Ordered
 
 _SAMPLES = 2048
@@ -41,7 +42,7 @@ class Window:
 
     @property
     def steps_heard(self) -> np.ndarray:
-        return np.count_nonzero(self._heard, axis=-1)
+        return exact.count(self._heard)
 
     def learn(self, values: np.ndarray, step: int, chosen: np.ndarray | None = None) -> tuple[list[int], Ordered]:
         """Remember a step's samples, float64 [*rows, N], NaN where there is none.
@@ -58,18 +59,18 @@ class Window:
         if keep < values.shape[-1]:
             kept = np.random.default_rng((self._seed, step)).permutation(values.shape[-1])[:keep]
             values, chosen = values[..., kept], None if chosen is None else chosen[..., kept]
-        if chosen is not None:
+        if chosen is not None and not chosen.all():
             values = np.where(chosen, values, np.nan)
         if keep > self._samples.shape[-1]:
             grown = np.full((*self._rows, self._steps, keep), np.nan)
             grown[..., : self._samples.shape[-1]] = self._samples
             self._samples = grown
-        now = np.full(self._samples[..., 0, :].shape, np.nan)
-        now[..., :keep] = values
         # A row of which nothing is heard for long keeps what is known of it.
         heard = ~np.isnan(values).all(-1)
         slot = self.learnt % self._steps
-        self._samples[..., slot, :] = np.where(heard[..., None], now, self._samples[..., slot, :])
+        now = self._samples[..., slot, :]
+        now[..., :keep] = np.where(heard[..., None], values, now[..., :keep])
+        now[heard, keep:] = np.nan
         self._heard[..., slot] |= heard
         self.learnt += 1
         young = (heard & (self.steps_heard <= self._steps // 2)).any(axis=(0, 1))
@@ -78,8 +79,9 @@ class Window:
         for place, link in enumerate(links):
             remembered[:, :, place] = self._samples[:, :, link].reshape(*self._rows[:2], -1)
         ordered = Ordered.of(remembered)
-        self.quantiles[..., links] = ordered.quantiles(self._probabilities)
-        self.counts[..., links] = ordered.count
+        if links:
+            self.quantiles[..., links] = ordered.quantiles(self._probabilities)
+            self.counts[..., links] = ordered.count
         return links, ordered
 
     def samples(self, links: list[int]) -> np.ndarray:
