@@ -164,7 +164,9 @@ def _log(x: np.ndarray) -> np.ndarray:
     e *= _LN2_HIGH
     e -= half_square
     if not regular:
-        e = np.where(x == 0, -np.inf, np.where(x > 0, np.where(x < np.inf, e, np.inf), np.nan))
+        e[x == 0] = -np.inf
+        e[x == np.inf] = np.inf
+        e[~(x >= 0)] = np.nan
     return e
 
 

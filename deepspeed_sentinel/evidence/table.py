@@ -232,9 +232,9 @@ def _in_unit(scale: str, values: np.ndarray, resolution: np.ndarray) -> np.ndarr
     if scale == "log":
         return exact.log(np.maximum(values, 0.0) + resolution)
     if scale == "arcsine":
-        return exact.arcsin(np.sqrt(np.clip(values, 0.0, 1.0)))
+        return exact.arcsin(np.sqrt(values.clip(0.0, 1.0)))
     if scale == "fisher":
-        return exact.arctanh(np.clip(values, -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
+        return exact.arctanh(values.clip(-_LARGEST_CORRELATION, _LARGEST_CORRELATION))
     return values
 
 

@@ -30,7 +30,7 @@ from deepspeed_sentinel.judgement.pieces import in_a_row, pieces
 from deepspeed_sentinel.judgement.robust import Ordered, median
 from deepspeed_sentinel.judgement.state import LARGEST
 from deepspeed_sentinel.judgement.usual import FARTHEST, Usual
-from deepspeed_sentinel.judgement.window import Window
+from deepspeed_sentinel.judgement.window import SAMPLES, Window
 from deepspeed_sentinel.mesh import Mesh
 
 # Clean scores are heavy-tailed: in our measurements the largest of 1,000 lay 1.6 times above their 99.5th percentile.
@@ -66,7 +66,9 @@ class Fences:
         self.window = window
         self.multiplier = multiplier
         self._rate = target_rate / np.count_nonzero(~table.hard)
-        self._rarity = -exact.log(np.array(self._rate))
+        # With fewer samples than 1 / rate the tail is extended as if scores fell off exponentially.
+        seen = np.maximum(np.arange(max(SAMPLES, window) + 1), 2)
+        self._stretch = np.maximum(1.0, -exact.log(np.array(self._rate)) / exact.log(seen))
         self._floors = table.floors[:, None, None]
         self._rows = (len(table), 2, mesh.links)
         self._residuals = Window(self._rows, window, (0.25, 0.75), seed)
@@ -153,8 +155,7 @@ class Fences:
             centre = _medians(comparable, clean, everywhere).reshape(self._rows)
         self.centre.learn(centre, self.learnt_steps)
         if self.compares_replicas:
-            explained = np.broadcast_to(unlike, self.usual.level.shape)
-            self.usual.learn(residuals, followed, within, explained, self.reach)
+            self.usual.learn(residuals, followed, within, unlike, self.reach)
         of_link = (*self._rows, -1)
         self._renew(*self._residuals.learn(residuals.reshape(of_link), step, clean.reshape(of_link[1:])))
 
@@ -199,10 +200,8 @@ class Fences:
 
         at_low, at_high = of_rank(rank), of_rank(np.minimum(rank + 1, last))
         tail = at_low + (at_high - at_low) * (position - rank)
-        seen = np.maximum(ordered.count, 2)
-        # With fewer samples than 1 / rate the tail is extended as if scores fell off exponentially.
-        stretch = np.maximum(1.0, self._rarity / exact.log(seen))
         doubt = 1.0 + STEP_DOUBT / np.sqrt(np.maximum(steps, 1))
+        stretch = self._stretch[np.minimum(ordered.count, len(self._stretch) - 1)]
         tail_reach = MARGIN * doubt * stretch * tail
         grown_range, grown_reach = GROWTH * self._range[..., links], GROWTH * self.reach[..., links]
         self._range[..., links] = np.maximum(np.where(full, np.fmin(iqr, grown_range), iqr), self._floors)

@@ -210,7 +210,8 @@ class Judge:
         if not all_judged:
             alarms, scores = alarms & judged, np.where(judged, scores, 0.0)
         trial = None
-        differing, right = np.zeros_like(alarms), np.zeros_like(alarms)
+        nowhere = np.zeros(alarms.shape, bool)
+        differing = right = nowhere
         if twins:
             measures = evidence.statistics[..., self.table.measures]
             trial = try_twins(
@@ -230,7 +231,7 @@ class Judge:
             alarms = alarms & ~differing & (either | ~right)
             scores = np.where(alarms, scores, 0.0)
 
-        content, but_for_pair, doubted, turn = (np.zeros_like(alarms) for _ in range(4))
+        content = but_for_pair = doubted = turn = undecided = nowhere
         per_statistic = fenced = np.zeros((len(self.table), *alarms.shape))
         if alarms.any():
             values = values.copy()
@@ -246,8 +247,9 @@ class Judge:
             # Without what the two ends report differently nothing would be outside.
             doubted = said.doubted.any(0) & (np.where(said.doubted, 0.0, per_statistic).max(0) <= 1.0)
         reported_only = alarms & ~firm & (not self.fences.compares_replicas)
-        undecided = np.zeros_like(alarms)
-        undecided[BACKWARD] = nothing.open & ~either[BACKWARD] & (changed[BACKWARD] == 0)
+        if nothing.open.any():
+            undecided = np.zeros_like(alarms)
+            undecided[BACKWARD] = nothing.open & ~either[BACKWARD] & (changed[BACKWARD] == 0)
         excused = explained.overflow | content | reported_only | right | undecided | doubted | turn
         blame = Blame.of(alarms, disputes | differing, scores, excused, by_row[self._found].any(0))
         account = Account(self.mesh, served, self.table)

@@ -43,12 +43,11 @@ class Ordered:
 
     def outer(self, each: int) -> np.ndarray:
         """The least and the largest values, float64 [..., 2 * each], no value twice; NaN where there are too few."""
-        n = np.arange(each)
-        wanted = np.minimum(n, self.values.shape[-1] - 1)
-        least = np.where(n < self.count[..., None], self.values[..., wanted], np.nan)
-        place = self.count[..., None] - 1 - n
-        largest = np.take_along_axis(self.values, np.maximum(place, 0), -1)
-        return np.concatenate([least, np.where(place >= each, largest, np.nan)], axis=-1)
+        n = np.arange(each).reshape(-1, *(1 for _ in self.count.shape))
+        least = np.where(n < self.count, self.at(np.minimum(n, self.values.shape[-1] - 1)), np.nan)
+        place = self.count - 1 - n
+        largest = np.where(place >= each, self.at(np.maximum(place, 0)), np.nan)
+        return np.moveaxis(np.concatenate([least, largest]), 0, -1)
 
 
 def quantiles(values: np.ndarray, probabilities: tuple[float, ...]) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.judgement.robust import Ordered
 
-_SAMPLES = 2048
+SAMPLES = 2048
 _TURNS = 8
 
 
@@ -55,7 +55,7 @@ class Window:
         Returns:
             the links whose quantiles are new, and all that is remembered of them, [K, 2, len(links), N].
         """
-        keep = max(1, min(values.shape[-1], _SAMPLES // self._steps))
+        keep = max(1, min(values.shape[-1], SAMPLES // self._steps))
         if keep < values.shape[-1]:
             kept = np.random.default_rng((self._seed, step)).permutation(values.shape[-1])[:keep]
             values, chosen = values[..., kept], None if chosen is None else chosen[..., kept]
@@ -75,9 +75,10 @@ class Window:
         self.learnt += 1
         young = (heard & (self.steps_heard <= self._steps // 2)).any(axis=(0, 1))
         links = [link for link in range(self._rows[2]) if young[link] or (link + self.learnt) % _TURNS == 0]
-        remembered = np.empty((*self._rows[:2], len(links), self._steps * self._samples.shape[-1]))
+        filled = min(self.learnt, self._steps)
+        remembered = np.empty((*self._rows[:2], len(links), filled * self._samples.shape[-1]))
         for place, link in enumerate(links):
-            remembered[:, :, place] = self._samples[:, :, link].reshape(*self._rows[:2], -1)
+            remembered[:, :, place] = self._samples[:, :, link, :filled].reshape(*self._rows[:2], -1)
         ordered = Ordered.of(remembered)
         if links:
             self.quantiles[..., links] = ordered.quantiles(self._probabilities)
