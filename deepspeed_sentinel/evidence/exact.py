@@ -115,12 +115,14 @@ def blocks(numbers: int, rows: int) -> Iterator[slice]:
 
 def _of_each(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
     """A function of float64 values of one axis, which it leaves as they are, of numbers of any shape and type."""
-    flat, result = np.ascontiguousarray(values).reshape(-1), np.empty(np.shape(values))
-    found = result.reshape(-1)
+    flat = np.ascontiguousarray(values, np.float64).reshape(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
+        if 0 < flat.size <= _BLOCK:
+            return function(flat).reshape(np.shape(values))
+        result = np.empty(flat.shape)
         for block in blocks(flat.size, 1):
-            found[block] = function(flat[block].astype(np.float64, copy=False))
-    return result
+            result[block] = function(flat[block])
+    return result.reshape(np.shape(values))
 
 
 def _total(values: np.ndarray) -> np.ndarray:

@@ -112,8 +112,11 @@ class Fences:
         """Distance of residuals (float64 [K, N, C, M]) beyond the nearer quartile in reaches; 0 where not available."""
         low, high = in_a_row(self._residuals.quantiles, 2)[:, :, links, None, None]
         reach = in_a_row(self.reach)[:, links, None, None]
-        above, result = residuals - high, low - residuals
-        np.fmax(result, above, out=result)
+        # By the nearest place between the quartiles: which of the two is nearer, no processor can foretell.
+        result = np.minimum(residuals, high)
+        np.maximum(result, low, out=result)
+        np.subtract(residuals, result, out=result)
+        np.abs(result, out=result)
         np.fmax(result, 0.0, out=result)
         result /= np.where(np.isnan(reach), np.inf, reach)
         return result

@@ -232,7 +232,7 @@ class Judge:
             scores = np.where(alarms, scores, 0.0)
 
         content = but_for_pair = doubted = turn = undecided = nowhere
-        per_statistic = fenced = np.zeros((len(self.table), *alarms.shape))
+        per_statistic = fenced = np.zeros((len(self.table), 0))  # of no use where nothing is in alarm
         if alarms.any():
             values = values.copy()
             values[self._hard] = by_hard
