@@ -226,16 +226,14 @@ def _by_scale(parts: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
 
 def _in_unit(scale: str, values: np.ndarray, resolution: np.ndarray) -> np.ndarray:
     """Of rows of one scale, float64 [N, messages]."""
-    infinite = np.isinf(values)
-    if infinite.any():
-        values = np.where(infinite, np.copysign(_LARGEST, values), values)
-    if scale == "log":
-        return exact.log(np.maximum(values, 0.0) + resolution)
     if scale == "arcsine":
         return exact.arcsin(np.sqrt(values.clip(0.0, 1.0)))
     if scale == "fisher":
         return exact.arctanh(values.clip(-_LARGEST_CORRELATION, _LARGEST_CORRELATION))
-    return values
+    infinite = np.isinf(values)
+    if infinite.any():
+        values = np.where(infinite, np.copysign(_LARGEST, values), values)
+    return exact.log(np.maximum(values, 0.0) + resolution) if scale == "log" else values
 
 
 @dataclass(frozen=True)

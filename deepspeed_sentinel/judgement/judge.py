@@ -186,7 +186,7 @@ class Judge:
             counted[BACKWARD] &= ~void
             # What is usual of a worker came of the data that it was given. Of one that is dealt anew in every step it
             # is a mean over all columns.
-            if self.settings.wiring != "shuffle":
+            if self.settings.wiring != "shuffle" and (served != self._served).any():
                 self.cusum.forget_usual(columns_of(served) != columns_of(self._served))
             # With what is usual of a column: sums have a usual of their own, which stands still where they grow.
             summed = self.cusum.step(
