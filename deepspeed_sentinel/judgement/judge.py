@@ -251,7 +251,7 @@ class Judge:
             undecided = np.zeros_like(alarms)
             undecided[BACKWARD] = nothing.open & ~either[BACKWARD] & (changed[BACKWARD] == 0)
         excused = explained.overflow | content | reported_only | right | undecided | doubted | turn
-        blame = Blame.of(alarms, disputes | differing, scores, excused, by_row[self._found].any(0))
+        blame = Blame.of(alarms, disputes | differing, scores, excused, np.asarray(by_row[self._found].any(0)))
         account = Account(self.mesh, served, self.table)
         judged_step = Judged(
             values, residuals, per_statistic, fenced, scores, explained.overflow, content, but_for_pair, doubted, turn

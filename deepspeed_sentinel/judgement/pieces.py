@@ -47,9 +47,10 @@ def sums(values: np.ndarray, chosen: np.ndarray, plus: np.ndarray | None = None)
     for links in pieces(flat):
         piece = flat[:, links] if more is None else flat[:, links] + more[:, links]
         total[:, links] = exact.total(piece)
-        # what is NaN makes the sum NaN
-        rows = np.flatnonzero(np.isnan(total[:, links]).any(axis=(1, 2))) if everything else slice(None)
-        if not everything or rows.size:
+        rows = np.arange(len(piece))
+        if everything:  # what is NaN makes the sum NaN
+            rows = np.flatnonzero(np.isnan(total[:, links]).any(axis=(1, 2)))
+        if rows.size:
             known = ~np.isnan(piece[rows]) & chosen[rows, links]
             count[rows, links] = exact.count(known)
             total[rows, links] = exact.total(np.where(known, piece[rows], 0.0))
