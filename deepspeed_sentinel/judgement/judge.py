@@ -70,6 +70,7 @@ class Judge:
         self.settings = settings
         self.table = Rows(parts)
         self._hard = np.flatnonzero(self.table.hard).tolist()
+        # which of these the judge finds itself
         self._found = [place for place, row in enumerate(self._hard) if self.table.by_judge[row]]
         pairs = np.flatnonzero(self.table.of_pair)
         # of one part they stand in a row, and need not be copied
