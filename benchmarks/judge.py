@@ -3,9 +3,10 @@
     python benchmarks/judge.py --out benchmarks/results/judge.json
 
 Evidence is made up (lognormal, laid out in memory as ``evidence/exchange.py`` does), the window of the fences is filled
-first, and only ``Judge.step`` is timed, by the processor's time: no process, no device. Clean steps come first, then
-steps in which one worker of each middle stage tampers, each in a column of its own as far as there are as many. The
-last column is nanoseconds for each message judged in a clean step: constant where the cost is linear.
+first, and only ``Judge.step`` is timed, by the processor's time: no process, no device. Clean steps come first, those
+of the warm-up on their own, then steps in which one worker of each middle stage tampers, each in a column of its own as
+far as there are as many. The last column is nanoseconds for each message judged in a clean step: constant where the
+cost is linear. In a run it costs more: there is other work between two steps, and the code is no longer in the caches.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR, Evidence
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
-SIZES = ((8, 8, 16), (16, 8, 16), (22, 8, 32), (16, 16, 16), (32, 16, 16), (64, 16, 16), (64, 16, 32), (64, 64, 32))
+SIZES = (
+    *((3, 3, 2), (4, 2, 4), (4, 4, 4), (8, 8, 16), (16, 8, 16), (22, 8, 32)),
+    *((16, 16, 16), (32, 16, 16), (64, 16, 16), (64, 16, 32), (64, 64, 32)),
+)
 ENERGY = NAMES.index("energy")
 ATTACKED = 5  # steps
 
@@ -49,7 +53,7 @@ def measure(stages: int, replicas: int, micro_batches: int, fill: int, steps: in
     shape = (2, mesh.links, replicas, micro_batches, len(NAMES))
     no_pair = (FORWARD, 0), (BACKWARD, -1)
     digests = np.zeros((2, *shape[:-1], 1), np.int64)
-    clean, attacked = [], []
+    warm_up, clean, attacked = [], [], []
     for step in range(fill + steps + ATTACKED):
         # All statistics between 0 and 1, which every unit of comparison takes.
         values = (0.5 * np.exp(0.05 * generator.standard_normal(shape))).astype(np.float32)
@@ -61,10 +65,13 @@ def measure(stages: int, replicas: int, micro_batches: int, fill: int, steps: in
                 values[FORWARD, stage, stage % replicas, :, ENERGY] *= 40.0
         by_statistic = np.ascontiguousarray(np.moveaxis(np.stack([values, values]), -1, 1))
         evidence = Evidence(mesh, step, np.moveaxis(by_statistic, 1, -1), digests)
+        warming_up = judge.warming_up
         begin = time.process_time()
         judge.step(evidence)
         seconds = time.process_time() - begin
-        if step >= fill:
+        if warming_up:
+            warm_up.append(1e3 * seconds)
+        elif step >= fill:
             (clean if step < fill + steps else attacked).append(1e3 * seconds)
     messages = 2 * mesh.links * replicas * micro_batches
     return {
@@ -76,6 +83,7 @@ def measure(stages: int, replicas: int, micro_batches: int, fill: int, steps: in
         "milliseconds_median": statistics.median(clean),
         "milliseconds_minimum": min(clean),
         "milliseconds_attacked_median": statistics.median(attacked),
+        "milliseconds_warm_up_median": statistics.median(warm_up),
         "nanoseconds_a_message": 1e6 * min(clean) / messages,
     }
 
@@ -88,7 +96,8 @@ def main(arguments: argparse.Namespace) -> None:
         print(
             f"{shown['workers']:5} workers x {shown['micro_batches']:2} micro-batches: "
             f"{shown['milliseconds_median']:7.2f} ms a step (least {shown['milliseconds_minimum']:.2f}, "
-            f"attacked {shown['milliseconds_attacked_median']:.2f}), "
+            f"attacked {shown['milliseconds_attacked_median']:.2f}, "
+            f"warm-up {shown['milliseconds_warm_up_median']:.2f}), "
             f"{shown['nanoseconds_a_message']:.0f} ns a message"
         )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

@@ -76,7 +76,8 @@ class Mesh:
 
 def workers_of(marked: np.ndarray) -> tuple[Worker, ...]:
     """Those that are true of a bool [S, R]."""
-    return tuple(Worker(stage, replica) for stage, replica in np.argwhere(marked).tolist())
+    stages, replicas = marked.nonzero()
+    return tuple(map(Worker, stages.tolist(), replicas.tolist()))
 
 
 def identity(mesh: Mesh) -> np.ndarray:

@@ -15,7 +15,7 @@ mpmath are below 3e-16 of max(1, |result|). ``log`` takes 26 ns a value, ``np.lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import NormalDist
 
 import numpy as np
@@ -85,6 +85,14 @@ def total(values: np.ndarray) -> np.ndarray:
     return result.reshape(values.shape[:-1])
 
 
+def count(marked: np.ndarray, axis: int = -1) -> np.ndarray:
+    """How many of a bool array are true along an axis, the last one. Whole numbers add up in any order.
+
+    As ``np.count_nonzero``, which of a small array takes ten times as long to look at what it was given.
+    """
+    return np.asarray(np.add.reduce(marked, axis=axis, dtype=np.intp))
+
+
 def normal_quantile(probability: float) -> float:
     """Quantile of the standard normal distribution to nine decimals, for constants.
 
@@ -98,25 +106,23 @@ def normal_probability(quantile: float) -> float:
     return round(NormalDist().cdf(quantile), _DECIMALS)
 
 
-def in_blocks(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray, result: np.ndarray) -> None:
-    """Apply a function of float64 values, one by one, to as many as stay in a core's own cache at a time.
-
-    Args:
-        function: of a float64 array of one axis, which it leaves as it is, to another of the same size.
-        values: numbers of any shape and type.
-        result: contiguous float64 of as many, overwritten.
-    """
-    flat, found = np.ascontiguousarray(values).reshape(-1), result.reshape(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        for start in range(0, flat.size, _BLOCK):
-            block = flat[start : start + _BLOCK].astype(np.float64, copy=False)
-            found[start : start + _BLOCK] = function(block)
+def blocks(numbers: int, rows: int) -> Iterator[slice]:
+    """Of rows of so many numbers, as many of each as stay in a core's own cache at a time."""
+    step = max(_BLOCK // rows, 1)
+    for start in range(0, numbers, step):
+        yield slice(start, start + step)
 
 
 def _of_each(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
-    result = np.empty(np.shape(values))
-    in_blocks(function, values, result)
-    return result
+    """A function of float64 values of one axis, which it leaves as they are, of numbers of any shape and type."""
+    flat = np.ascontiguousarray(values, np.float64).reshape(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        if 0 < flat.size <= _BLOCK:
+            return function(flat).reshape(np.shape(values))
+        result = np.empty(flat.shape)
+        for block in blocks(flat.size, 1):
+            result[block] = function(flat[block])
+    return result.reshape(np.shape(values))
 
 
 def _total(values: np.ndarray) -> np.ndarray:
@@ -160,7 +166,9 @@ def _log(x: np.ndarray) -> np.ndarray:
     e *= _LN2_HIGH
     e -= half_square
     if not regular:
-        e = np.where(x == 0, -np.inf, np.where(x > 0, np.where(x < np.inf, e, np.inf), np.nan))
+        e[x == 0] = -np.inf
+        e[x == np.inf] = np.inf
+        e[~(x >= 0)] = np.nan
     return e
 
 

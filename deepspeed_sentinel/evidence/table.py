@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property
 from typing import Literal
 
 import numpy as np
 
 from deepspeed_sentinel.evidence import exact
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, identity
 
 SENT, RECEIVED = 0, 1
 ZEROS = 0x5EA1ED  # the digest in evidence of a tensor of zeros; 0 is that of no tensor
@@ -145,19 +145,19 @@ class Rows:
 
     @property
     def hard(self) -> np.ndarray:
-        return np.tile(HARD, self.parts)
+        return _of_parts("hard", self.parts)
 
     @property
     def of_pair(self) -> np.ndarray:
-        return np.tile(OF_PAIR, self.parts)
+        return _of_parts("of_pair", self.parts)
 
     @property
     def adds_up(self) -> np.ndarray:
-        return np.tile(ADDS_UP, self.parts)
+        return _of_parts("adds_up", self.parts)
 
     @property
     def to_baseline(self) -> np.ndarray:
-        return np.tile(TO_BASELINE, self.parts)
+        return _of_parts("to_baseline", self.parts)
 
     @property
     def measures(self) -> np.ndarray:
@@ -170,15 +170,15 @@ class Rows:
 
     @property
     def learnt(self) -> np.ndarray:
-        return np.tile(LEARNT, self.parts)
+        return _of_parts("learnt", self.parts)
 
     @property
     def by_judge(self) -> np.ndarray:
-        return np.tile(BY_JUDGE, self.parts)
+        return _of_parts("by_judge", self.parts)
 
     @property
     def floors(self) -> np.ndarray:
-        return np.tile(FLOORS, self.parts)
+        return _of_parts("floor", self.parts)
 
     @staticmethod
     def part(row: int) -> int:
@@ -196,30 +196,48 @@ class Rows:
         return slice(NAMES.index(name), None, len(TABLE))
 
 
+@cache
+def _of_parts(attribute: str, parts: int) -> np.ndarray:
+    """An attribute of all rows, asked for many times a step; not to be written to."""
+    result = np.tile([getattr(row, attribute) for row in TABLE], parts)
+    result.flags.writeable = False
+    return result
+
+
 def comparable(statistics: np.ndarray) -> np.ndarray:
     """Statistics [P * K, ...] in the unit that fences compare, the same bits on every host; NaN (missing) stays NaN.
 
     Float64, whatever is given.
     """
     result = np.empty(statistics.shape)
-    rows = result.reshape(len(result), -1)
-    for index, row in enumerate(TABLE * (len(statistics) // len(TABLE))):
-        exact.in_blocks(partial(_in_unit, row), statistics[index], rows[index])
+    given, found = statistics.reshape(len(statistics), -1), result.reshape(len(result), -1)
+    # Rows of one scale together: of a small mesh a call costs more than its numbers.
+    for scale, rows, resolution in _by_scale(len(statistics) // len(TABLE)):
+        for messages in exact.blocks(given.shape[1], len(rows)):
+            found[rows, messages] = _in_unit(scale, given[rows, messages].astype(np.float64), resolution)
     return result
 
 
-def _in_unit(row: Statistic, values: np.ndarray) -> np.ndarray:
-    """Of one row, float64."""
+@cache
+def _by_scale(parts: int) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """Of each scale its rows, int [N], and what is added to them, float64 [N, 1]."""
+    scales = np.tile([row.scale for row in TABLE], parts)
+    resolutions = np.tile([row.resolution for row in TABLE], parts)[:, None]
+    return [
+        (scale, np.flatnonzero(scales == scale), resolutions[scales == scale]) for scale in np.unique(scales).tolist()
+    ]
+
+
+def _in_unit(scale: str, values: np.ndarray, resolution: np.ndarray) -> np.ndarray:
+    """Of rows of one scale, float64 [N, messages]."""
+    if scale == "arcsine":
+        return exact.arcsin(np.sqrt(values.clip(0.0, 1.0)))
+    if scale == "fisher":
+        return exact.arctanh(values.clip(-_LARGEST_CORRELATION, _LARGEST_CORRELATION))
     infinite = np.isinf(values)
     if infinite.any():
         values = np.where(infinite, np.copysign(_LARGEST, values), values)
-    if row.scale == "log":
-        return exact.log(np.maximum(values, 0.0) + row.resolution)
-    if row.scale == "arcsine":
-        return exact.arcsin(np.sqrt(np.clip(values, 0.0, 1.0)))
-    if row.scale == "fisher":
-        return exact.arctanh(np.clip(values, -_LARGEST_CORRELATION, _LARGEST_CORRELATION))
-    return values
+    return exact.log(np.maximum(values, 0.0) + resolution) if scale == "log" else values
 
 
 @dataclass(frozen=True)
@@ -278,12 +296,10 @@ class Evidence:
     refused: bool = False
     keyed: np.ndarray | None = None
 
-    @property
+    @cached_property
     def served(self) -> np.ndarray:
         """int [S, C], who served each column."""
-        if self.dealt is not None:
-            return self.dealt
-        return np.tile(np.arange(self.mesh.replicas), (self.mesh.stages, 1))
+        return identity(self.mesh) if self.dealt is None else self.dealt
 
     def __post_init__(self) -> None:
         assert self.served.shape == (self.mesh.stages, self.mesh.replicas), self.served.shape

@@ -61,15 +61,17 @@ class Account:
 
     def worker_scores(self, scores: np.ndarray) -> np.ndarray:
         """float64 [S, R], the largest score (of [2, L, C, M]) of what each worker sent."""
-        per_link = scores.max(axis=3)
-        result = np.zeros((self._mesh.stages, self._mesh.replicas))
-        stages = np.arange(self._mesh.stages)[:, None]
-        np.maximum.at(result, (stages[:-1], self._served[:-1]), per_link[FORWARD])
-        np.maximum.at(result, (stages[1:], self._served[1:]), per_link[BACKWARD])
+        per_link = np.maximum.reduce(scores, axis=3)
+        by_column, result = np.zeros((2, self._mesh.stages, self._mesh.replicas))
+        by_column[:-1] = per_link[FORWARD]
+        by_column[1:] = np.maximum(by_column[1:], per_link[BACKWARD])
+        result[np.arange(self._mesh.stages)[:, None], self._served] = by_column
         return result
 
     def findings(self, blame: Blame, judged: Judged, fences: Fences) -> tuple[Finding, ...]:
         """One finding a link and column with messages that are named, what strikes first and the worst first."""
+        if not blame.named.any():
+            return ()
         findings = [
             self._finding((direction, link, column), blame, judged, fences)
             for direction, link, column in np.argwhere(blame.named.any(3)).tolist()
@@ -135,7 +137,9 @@ class Account:
             contradicted: bool [2, L, C, M], those whose two ends report different things; of the others it is the
                 sender's neighbours who do, where it has two.
         """
-        disputes = []
+        disputes: list[Dispute] = []
+        if not first.any():
+            return ()
         for direction, link, column in np.argwhere(first.any(3)).tolist():
             where = (direction, link, column)
             sender, receiver = self._mesh.sender_stage(direction, link), self._mesh.receiver_stage(direction, link)

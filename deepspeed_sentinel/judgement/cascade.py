@@ -33,11 +33,14 @@ def hold_against_fences(
     """
     doubtful = np.zeros(sound.shape[:2], bool)
     replicas = fences.mesh.replicas
-    eligible = _chosen(replicas, sound, whole, whole)
+    eligible = first = _chosen(replicas, sound, whole, whole)
     for _ in range(_PASSES):
         held.measure(eligible, doubtful)
         alarms = (held.largest > 1.0) | surely
-        cascade = followers(alarms | ~whole)
+        spoilt = alarms | ~whole
+        cascade = followers(spoilt)
+        if eligible is first and not spoilt.any():
+            break
         narrowed = _chosen(replicas, sound & ~cascade, whole & ~cascade, whole)
         if np.array_equal(narrowed, eligible):
             left, in_alarm = (np.count_nonzero(which.any(-1), axis=-1) for which in (narrowed, narrowed & alarms))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.judgement.pieces import in_a_row
 from deepspeed_sentinel.judgement.robust import median
 from deepspeed_sentinel.mesh import Mesh
@@ -106,8 +107,10 @@ class Centre:
         """
         reach = in_a_row(reach)
         most = np.where(np.isnan(reach), np.inf, FOLLOWED * reach)
+        if not self._behind.any():
+            return self._centre.reshape(self._settled.shape)
         moved = self._centre + np.clip(np.where(self._behind, lag, 0.0), -most, most)
-        return np.where(self._behind.any(), moved, self._centre).reshape(self._settled.shape)
+        return moved.reshape(self._settled.shape)
 
     def learn(self, centre: np.ndarray, learnt: int) -> None:
         """Remember a step's, float64 [K, 2, L], NaN where there is none."""
@@ -124,7 +127,7 @@ class Centre:
         """See ``end_turns``; with a single replica nothing tells training from tampering."""
         left, right = self._low[:, links], self._high[:, links]
         result = ((current < left) | (current > right)) & (self._mesh.replicas > 1)
-        for where in map(tuple, np.argwhere(result).tolist()):
+        for where in zip(*(axis.tolist() for axis in result.nonzero()), strict=True):
             values = np.where(eligible[where[1]], aligned[where], np.nan)
             beyond = values < left[where] if current[where] < left[where] else values > right[where]
             messages = np.count_nonzero(~np.isnan(values), axis=-1)
@@ -136,13 +139,13 @@ class Centre:
 def certain(eligible: np.ndarray, replicas: int) -> np.ndarray:
     """Links where those who tamper cannot be most of the eligible (bool [..., C, M]) columns, bool [...]."""
     bad = (replicas - 1) // 2
-    columns = np.count_nonzero(eligible.any(-1), axis=-1)
-    return np.asarray((columns > 2 * bad) & more_than(1, 2, eligible, replicas))
+    columns = exact.count(np.logical_or.reduce(eligible, axis=-1))
+    return (columns > max(2 * bad, replicas // 2)) & (replicas > 1)
 
 
 def more_than(numerator: int, denominator: int, eligible: np.ndarray, replicas: int) -> np.ndarray:
     """Links where more than that share of the columns is eligible, bool [...]; never with a single replica."""
-    columns = np.count_nonzero(eligible.any(-1), axis=-1)
+    columns = exact.count(np.logical_or.reduce(eligible, axis=-1))
     return (denominator * columns > numerator * replicas) & (replicas > 1)
 
 

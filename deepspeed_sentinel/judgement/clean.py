@@ -30,6 +30,8 @@ def clean_links(
         events: bool [2, L, C, M], all alarms and disputes that leave a column out.
         convicted: bool [S, C], where the worker that serves a column is convicted.
     """
+    if not (events.any() or convicted.any() or blamed.any() or disputes.any()):
+        return np.ones((*blamed.shape[:3],), bool)
     disputed = np.asarray(disputes.any(-1))
     named = np.asarray(blamed.any(-1)) | disputed
     doubtful = np.zeros_like(convicted)
@@ -46,7 +48,7 @@ def clean_links(
 
 def sent_by(workers_SC: np.ndarray) -> np.ndarray:
     """What is said of workers, [S, C] of any type, by the links over which they send, [2, L, C]."""
-    return np.stack([workers_SC[:-1], workers_SC[1:]])
+    return np.array([workers_SC[:-1], workers_SC[1:]])
 
 
 def _with_followers(links: np.ndarray) -> np.ndarray:

@@ -46,9 +46,9 @@ class Content:
     """
 
     def __init__(self, columns: int, table: Rows = _ONE_PART) -> None:
-        self._own = ~table.of_pair & ~table.hard
+        self._own = np.flatnonzero(~table.of_pair & ~table.hard)
         self.unlike = np.zeros(columns, bool)
-        self._apart = np.zeros((len(_DECAYS), int(np.count_nonzero(self._own)), columns))
+        self._apart = np.zeros((len(_DECAYS), len(self._own), columns))
 
     def step(self, compared: np.ndarray, whole: np.ndarray, iqr: np.ndarray) -> None:
         """Hear what the first stage sent.
@@ -61,7 +61,7 @@ class Content:
         """
         heard = np.where(whole[FORWARD, 0], compared[self._own, FORWARD, 0], np.nan)
         known = ~np.isnan(heard)
-        count = np.count_nonzero(known, axis=-1)
+        count = exact.count(known)
         centre = median(heard.reshape(len(heard), -1))[:, None, None]
         apart = exact.total(np.where(known, heard - centre, 0.0)) / np.maximum(count, 1)
         decay = _DECAYS[:, None, None]

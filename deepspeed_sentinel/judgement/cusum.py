@@ -116,7 +116,8 @@ class Cusum:
         # What a fault may have left does not stay for ever.
         self._sums = np.where(np.isfinite(self._sums), self._sums, 0.0)
         lost = ~(np.isfinite(self._usual) & np.isfinite(self._weight))
-        self._usual, self._weight = np.where(lost, 0.0, self._usual), np.where(lost, 0.0, self._weight)
+        if lost.any():
+            self._usual, self._weight = np.where(lost, 0.0, self._usual), np.where(lost, 0.0, self._weight)
         usual = self._usual / np.maximum(self._weight, _SMALLEST)
         # An error in what is usual adds up like a deviation, so it must be known from some steps.
         difference = np.where(self._weight > _KNOWN, deviation - usual, np.nan)
@@ -176,6 +177,8 @@ class Cusum:
 
     def _forget_usual(self, chosen: np.ndarray, statistics: np.ndarray) -> None:
         """Of these workers (bool [2, L, R]), in some statistics of pairs (bool [K])."""
+        if not chosen.any():
+            return
         forgotten = statistics[:, None, None, None] & chosen
         self._usual = np.where(forgotten, 0.0, self._usual)
         self._weight = np.where(forgotten, 0.0, self._weight)
@@ -210,7 +213,7 @@ class Cusum:
     def _in_spreads(self, mean: np.ndarray) -> np.ndarray:
         """Minus what the replicas share and over its typical size: training drifts, and grows calmer or wilder."""
         # Of fewer than half of them the median may be anybody's: nothing is added up.
-        heard = np.count_nonzero(~np.isnan(mean), axis=-1)
+        heard = exact.count(~np.isnan(mean))
         centre = np.where(2 * heard > self._mesh.replicas, median(mean), np.nan)
         deviation = mean - centre[..., None]
         typical = median(np.abs(deviation))
@@ -239,7 +242,7 @@ class Cusum:
         self, residuals: np.ndarray, level: np.ndarray | None, counted: np.ndarray, served: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mean over each sender's messages that count, [K, 2, L, R], NaN where none does; and how many columns."""
-        by_column, counts = sums(residuals, [counted] * len(residuals), level)
+        by_column, counts = sums(residuals, counted, level)
         senders = sent_by(served)
         rows = np.arange(counts[..., 0].size).reshape(*counts.shape[:-1], 1) * self._mesh.replicas
         # column after column: a matrix product would add in an order of its own
@@ -253,7 +256,9 @@ class Cusum:
 
 def _of_senders(chosen_2SC: np.ndarray, served: np.ndarray) -> np.ndarray:
     """Which workers send for these stages and columns, bool [2, L, R] of [2, S, C]."""
-    senders, chosen = sent_by(served), np.stack([chosen_2SC[0, :-1], chosen_2SC[1, 1:]])
+    senders, chosen = sent_by(served), np.array([chosen_2SC[0, :-1], chosen_2SC[1, 1:]])
     result = np.zeros(senders.shape, bool)
+    if not chosen.any():
+        return result
     np.logical_or.at(result, (*np.indices(senders.shape)[:2], senders), chosen)
     return result

@@ -20,8 +20,6 @@ Arrays follow the axes [statistic, direction, link, column, micro-batch].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from deepspeed_sentinel.evidence import exact
@@ -32,7 +30,7 @@ from deepspeed_sentinel.judgement.pieces import in_a_row, pieces
 from deepspeed_sentinel.judgement.robust import Ordered, median
 from deepspeed_sentinel.judgement.state import LARGEST
 from deepspeed_sentinel.judgement.usual import FARTHEST, Usual
-from deepspeed_sentinel.judgement.window import Window
+from deepspeed_sentinel.judgement.window import SAMPLES, Window
 from deepspeed_sentinel.mesh import Mesh
 
 # Clean scores are heavy-tailed: in our measurements the largest of 1,000 lay 1.6 times above their 99.5th percentile.
@@ -68,6 +66,9 @@ class Fences:
         self.window = window
         self.multiplier = multiplier
         self._rate = target_rate / np.count_nonzero(~table.hard)
+        # With fewer samples than 1 / rate the tail is extended as if scores fell off exponentially.
+        seen = np.maximum(np.arange(max(SAMPLES, window) + 1), 2)
+        self._stretch = np.maximum(1.0, -exact.log(np.array(self._rate)) / exact.log(seen))
         self._floors = table.floors[:, None, None]
         self._rows = (len(table), 2, mesh.links)
         self._residuals = Window(self._rows, window, (0.25, 0.75), seed)
@@ -111,8 +112,11 @@ class Fences:
         """Distance of residuals (float64 [K, N, C, M]) beyond the nearer quartile in reaches; 0 where not available."""
         low, high = in_a_row(self._residuals.quantiles, 2)[:, :, links, None, None]
         reach = in_a_row(self.reach)[:, links, None, None]
-        above, result = residuals - high, low - residuals
-        np.fmax(result, above, out=result)
+        # By the nearest place between the quartiles: which of the two is nearer, no processor can foretell.
+        result = np.minimum(residuals, high)
+        np.maximum(result, low, out=result)
+        np.subtract(residuals, result, out=result)
+        np.abs(result, out=result)
         np.fmax(result, 0.0, out=result)
         result /= np.where(np.isnan(reach), np.inf, reach)
         return result
@@ -128,7 +132,7 @@ class Fences:
         comparable: np.ndarray,
         residuals: np.ndarray,
         clean: np.ndarray,
-        followed: Sequence[np.ndarray],
+        followed: np.ndarray,
         within: np.ndarray,
         unlike: np.ndarray,
         step: int,
@@ -154,8 +158,7 @@ class Fences:
             centre = _medians(comparable, clean, everywhere).reshape(self._rows)
         self.centre.learn(centre, self.learnt_steps)
         if self.compares_replicas:
-            explained = np.broadcast_to(unlike, self.usual.level.shape)
-            self.usual.learn(residuals, followed, within, explained, self.reach)
+            self.usual.learn(residuals, followed, within, unlike, self.reach)
         of_link = (*self._rows, -1)
         self._renew(*self._residuals.learn(residuals.reshape(of_link), step, clean.reshape(of_link[1:])))
 
@@ -185,25 +188,23 @@ class Fences:
         if not links:
             return
         low, high = self._residuals.quantiles[..., links]
-        iqr, full = self.iqr[..., links], self._residuals.steps_heard[..., links] >= self.window
+        iqr, steps = self.iqr[..., links], self._residuals.steps_heard[..., links]
+        full = steps >= self.window
         # Whatever lies far beyond the quartiles is among the least or the largest.
         outer = ordered.outer(int(np.ceil(self._rate * ordered.values.shape[-1])) + 2)
-        beyond = np.sort(np.maximum(np.maximum(low[..., None] - outer, outer - high[..., None]), 0.0), axis=-1)
-        found = np.count_nonzero(~np.isnan(beyond), axis=-1)
+        beyond = Ordered.of(np.maximum(np.maximum(low[..., None] - outer, outer - high[..., None]), 0.0))
         last = np.maximum(ordered.count - 1, 0)
         position = (1.0 - self._rate) * last
         rank = position.astype(np.intp)
 
         def of_rank(rank: np.ndarray) -> np.ndarray:
-            from_end = found - (ordered.count - rank)
-            return np.take_along_axis(beyond, np.maximum(from_end, 0)[..., None], -1)[..., 0]
+            from_end = beyond.count - (ordered.count - rank)
+            return beyond.at(np.maximum(from_end, 0))
 
         at_low, at_high = of_rank(rank), of_rank(np.minimum(rank + 1, last))
         tail = at_low + (at_high - at_low) * (position - rank)
-        seen = np.maximum(ordered.count, 2)
-        # With fewer samples than 1 / rate the tail is extended as if scores fell off exponentially.
-        stretch = np.maximum(1.0, -exact.log(np.array(self._rate)) / exact.log(seen))
-        doubt = 1.0 + STEP_DOUBT / np.sqrt(np.maximum(self._residuals.steps_heard[..., links], 1))
+        doubt = 1.0 + STEP_DOUBT / np.sqrt(np.maximum(steps, 1))
+        stretch = self._stretch[np.minimum(ordered.count, len(self._stretch) - 1)]
         tail_reach = MARGIN * doubt * stretch * tail
         grown_range, grown_reach = GROWTH * self._range[..., links], GROWTH * self.reach[..., links]
         self._range[..., links] = np.maximum(np.where(full, np.fmin(iqr, grown_range), iqr), self._floors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.judgement.record import Record
 from deepspeed_sentinel.judgement.settings import JudgeSettings
 from deepspeed_sentinel.mesh import Mesh, workers_of
@@ -26,13 +27,14 @@ def halt_reason(
             f"{skipped_in_a_row} steps in a row were skipped because every column was excluded "
             f'and nothing new was found ("max_skipped_steps": {settings.max_skipped_steps})'
         )
-    clean = mesh.replicas - int(np.count_nonzero(record.convicted, axis=1).max())
-    if settings.action == "quarantine" and clean < settings.min_clean_columns:
-        return (
-            f"only {clean} columns can be formed without the convicted workers "
-            f"{', '.join(map(str, workers_of(record.convicted)))} "
-            f'("min_clean_columns": {settings.min_clean_columns})'
-        )
+    if settings.action == "quarantine":
+        clean = mesh.replicas - int(exact.count(record.convicted).max())
+        if clean < settings.min_clean_columns:
+            return (
+                f"only {clean} columns can be formed without the convicted workers "
+                f"{', '.join(map(str, workers_of(record.convicted)))} "
+                f'("min_clean_columns": {settings.min_clean_columns})'
+            )
     if settings.action != "halt":
         return None
     if newly.any():

@@ -49,14 +49,14 @@ class Held:
         warming_up: bool,
     ) -> None:
         self._fences, self._replicas = fences, fences.mesh.replicas
-        self._surely, self._hard, self._room, self._warming_up = surely, hard, room, warming_up
+        self._surely, self._hard, self._room, self._warming_up = surely, np.flatnonzero(hard), room, warming_up
         self._whole, self._compared = compared, in_a_row(compared)
         self.residuals = np.empty_like(compared)
         self._residuals = in_a_row(self.residuals)
         rows, links, *_ = self._compared.shape
         self._own = np.zeros((rows, links), bool)
         self._eligible, self._believed = np.zeros(self._compared.shape[1:], bool), np.zeros(links, bool)
-        self._outside, self._looked_at = np.zeros(links, bool), np.zeros(links, bool)
+        self._outside, self._looked_at = np.zeros(links, bool), False
         self._largest = np.zeros(self._compared.shape[1:])
         self._scores: np.ndarray | None = None
         self.largest = self._largest
@@ -71,21 +71,23 @@ class Held:
         """
         believed = in_a_row(certain(eligible, self._replicas) & ~doubtful, 0)
         eligible = in_a_row(eligible, 0)
-        stale = ~self._looked_at | (eligible != self._eligible).any(axis=(1, 2)) | (believed != self._believed)
+        stale = np.ones_like(believed)
+        if self._looked_at:
+            stale = (eligible != self._eligible).any(axis=(1, 2)) | (believed != self._believed)
         self._eligible, self._believed = eligible, believed
         was_outside = self._outside.any()
         for links in self._pieces(stale):
             self._take_residuals(links)
             if not self._warming_up:
                 self._take_first_look(links)
-        self._looked_at[:] = True
+        self._looked_at = True
         if self._outside.any():
             self._look_closely(stale if was_outside else np.ones_like(stale))
         elif was_outside:
             self._scores = None
             for links in self._pieces(~stale):
                 self._take_first_look(links)
-        assert not np.isnan(self._largest).any(), "a score that is no number would be no alarm"
+        assert not np.isnan(self._largest.max()), "a score that is no number would be no alarm"
         largest, surely = self._largest.reshape(self._whole.shape[1:]), self._surely.any(0)
         self.largest = np.where(surely, np.inf, largest) if surely.any() else largest
 

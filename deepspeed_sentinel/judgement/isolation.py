@@ -30,7 +30,7 @@ all three in column 0, and two columns without any.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class Isolation:
         served: np.ndarray,
         involved: np.ndarray,
         unblamed: np.ndarray,
-        accused: Iterable[tuple[Worker, int]],
+        accused: Sequence[tuple[Worker, int]],
         cleared: np.ndarray,
         convicted: np.ndarray,
         changed: bool,
@@ -91,8 +91,10 @@ class Isolation:
         self.news = False
         if not self._acts:
             return
-        more, fewer = False, changed
         self._unexplained = max(self._unexplained - 1, 0)
+        if not (len(self._events) or involved.size or unblamed.any() or accused or changed):
+            return
+        more, fewer = False, changed
         self._events[:, -1] -= 1
         for event, column in np.argwhere(involved[:, 1:-1].any(1)).tolist():
             more |= self._enter(involved[event, :, column], served[:, column], _DISPUTE, convicted)
@@ -110,6 +112,8 @@ class Isolation:
 
     def beside(self, served: np.ndarray) -> np.ndarray:
         """bool [S, R], who is isolated or serves (int [S, C]) a column next to one who is."""
+        if not self.isolated.any():
+            return np.zeros_like(self.isolated)
         here = np.take_along_axis(self.isolated, served, 1)
         near = here.copy()
         near[1:] |= here[:-1]
@@ -273,6 +277,8 @@ def involved(by_ends: np.ndarray, silent: np.ndarray) -> np.ndarray:
         bool [events, S, C]: both ends of such a link, and such a stage with its neighbours.
     """
     links, columns = by_ends.shape
+    if not (by_ends.any() or silent.any()):
+        return np.zeros((0, links + 1, columns), bool)
     workers = np.zeros((links + len(silent), links + 1, columns), bool)
     for link in range(links):
         workers[link, link : link + 2] = by_ends[link]

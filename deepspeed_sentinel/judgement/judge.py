@@ -29,7 +29,7 @@ from deepspeed_sentinel.judgement.halt import halt_reason
 from deepspeed_sentinel.judgement.held import Held
 from deepspeed_sentinel.judgement.isolation import Isolation, involved
 from deepspeed_sentinel.judgement.nothing import Nothing
-from deepspeed_sentinel.judgement.overflow import Overflow
+from deepspeed_sentinel.judgement.overflow import Explained, Overflow
 from deepspeed_sentinel.judgement.passing import Passing, leaving
 from deepspeed_sentinel.judgement.proof import tried, try_twins
 from deepspeed_sentinel.judgement.record import Record
@@ -69,6 +69,9 @@ class Judge:
         self.mesh = mesh
         self.settings = settings
         self.table = Rows(parts)
+        self._hard = np.flatnonzero(self.table.hard).tolist()
+        # which of these the judge finds itself
+        self._found = [place for place, row in enumerate(self._hard) if self.table.by_judge[row]]
         pairs = np.flatnonzero(self.table.of_pair)
         # of one part they stand in a row, and need not be copied
         self._pair_rows = slice(pairs[0], pairs[-1] + 1) if parts == 1 else pairs
@@ -141,12 +144,15 @@ class Judge:
         nothing = self.nothing.step(reports, evidence.digests, served, warming_up)
         void = nothing.void
         values = reports.judged(self.table, void)
-        hard = reports.hard(self.table)
+        hard = reports.hard
         either = hard[SENT] | hard[RECEIVED]
         compared = comparable(values)
-        differ = (evidence.digests[SENT] != evidence.digests[RECEIVED]).any(-1) | (hard[SENT] != hard[RECEIVED])
+        differ = hard[SENT] != hard[RECEIVED]
+        other_digests = evidence.digests[SENT] != evidence.digests[RECEIVED]
+        if other_digests.any():
+            differ |= other_digests.any(-1)
         said = Contradictions.none(differ.shape, len(self.table))
-        if not warming_up:
+        if not (warming_up or reports.alike):
             # As reported: of what is not judged, too, nobody may say other things than its partner.
             said = contradictions(reports, self.fences, self.table)
             if said.neither.any():
@@ -160,15 +166,16 @@ class Judge:
         by_hard = self._without_fence(values, changed, nothing.made)
         whole = ~(disputes | hard[RECEIVED])
         convicted = self._served_by_convicted(served)
-        by_convicted = np.broadcast_to(sent_by(convicted)[..., None], whole.shape)
-        sound = whole & ~by_convicted & ~followers(by_convicted)
+        sound = whole
+        # Of two, each is all that the other can be held against.
+        if self.fences.has_majority and convicted.any():
+            by_convicted = np.broadcast_to(sent_by(convicted)[..., None], whole.shape)
+            sound = whole & ~by_convicted & ~followers(by_convicted)
         if self.fences.compares_replicas and not twins:
             self.content.step(compared, whole, self.fences.iqr)
         unlike = self.content.unlike
-        if not self.fences.has_majority:
-            sound = whole  # of two, each is all that the other can be held against
         by_row = by_hard > 0  # on a way of its own, which no statistic can close
-        firm = np.asarray(by_row.any(0))
+        firm = np.logical_or.reduce(by_row, axis=0)
         held = Held(self.fences, compared, by_row, self.table.hard, self.content.room, warming_up)
         cascade = hold_against_fences(held, self.fences, firm, whole, sound)
         turned = self.fences.centre.end_turns()
@@ -180,7 +187,7 @@ class Judge:
             counted[BACKWARD] &= ~void
             # What is usual of a worker came of the data that it was given. Of one that is dealt anew in every step it
             # is a mean over all columns.
-            if self.settings.wiring != "shuffle":
+            if self.settings.wiring != "shuffle" and (served != self._served).any():
                 self.cusum.forget_usual(columns_of(served) != columns_of(self._served))
             # With what is usual of a column: sums have a usual of their own, which stands still where they grow.
             summed = self.cusum.step(
@@ -197,11 +204,15 @@ class Judge:
             within[of_pair] = self.cusum.quiet(served) | unlike
             scores = np.maximum(scores, np.where(counted, np.maximum.reduce(summed, axis=0)[..., None], 0.0))
         alarms = (scores > 1.0) | firm
-        explained = self.overflow.step(reports.largest, hard, served, overflow_limit)
-        judged = ~explained.shared
-        alarms, scores = alarms & judged, np.where(judged, scores, 0.0)
+        explained = Explained.nothing(alarms.shape)
+        if np.isfinite(overflow_limit):
+            explained = self.overflow.step(reports.largest, hard, served, overflow_limit)
+        judged, all_judged = ~explained.shared, not explained.shared.any()
+        if not all_judged:
+            alarms, scores = alarms & judged, np.where(judged, scores, 0.0)
         trial = None
-        differing, right = np.zeros_like(alarms), np.zeros_like(alarms)
+        nowhere = np.zeros(alarms.shape, bool)
+        differing = right = nowhere
         if twins:
             measures = evidence.statistics[..., self.table.measures]
             trial = try_twins(
@@ -221,12 +232,11 @@ class Judge:
             alarms = alarms & ~differing & (either | ~right)
             scores = np.where(alarms, scores, 0.0)
 
-        certain = np.asarray(by_row[self.table.by_judge[self.table.hard]].any(0))
-        content, but_for_pair, doubted, turn = (np.zeros_like(alarms) for _ in range(4))
-        per_statistic = fenced = np.zeros((len(self.table), *alarms.shape))
+        content = but_for_pair = doubted = turn = undecided = nowhere
+        per_statistic = fenced = np.zeros((len(self.table), 0))  # of no use where nothing is in alarm
         if alarms.any():
             values = values.copy()
-            values[self.table.hard] = by_hard
+            values[self._hard] = by_hard
             per_statistic, fenced = held.per_statistic, held.per_statistic[of_pair]
             # What most replicas did, training did, and what comes of it strikes nobody. Nothing excuses a hard row.
             turned &= ~self.table.hard[:, None, None]
@@ -238,10 +248,11 @@ class Judge:
             # Without what the two ends report differently nothing would be outside.
             doubted = said.doubted.any(0) & (np.where(said.doubted, 0.0, per_statistic).max(0) <= 1.0)
         reported_only = alarms & ~firm & (not self.fences.compares_replicas)
-        undecided = np.zeros_like(alarms)
-        undecided[BACKWARD] = nothing.open & ~either[BACKWARD] & (changed[BACKWARD] == 0)
+        if nothing.open.any():
+            undecided = np.zeros_like(alarms)
+            undecided[BACKWARD] = nothing.open & ~either[BACKWARD] & (changed[BACKWARD] == 0)
         excused = explained.overflow | content | reported_only | right | undecided | doubted | turn
-        blame = Blame.of(alarms, disputes | differing, scores, excused, certain)
+        blame = Blame.of(alarms, disputes | differing, scores, excused, np.asarray(by_row[self._found].any(0)))
         account = Account(self.mesh, served, self.table)
         judged_step = Judged(
             values, residuals, per_statistic, fenced, scores, explained.overflow, content, but_for_pair, doubted, turn
@@ -291,7 +302,7 @@ class Judge:
             excluded |= suspected
         if self.settings.action == "quarantine":
             excluded |= convicted.any(0)
-        shared = bool(explained.shared.any()) and self.settings.action != "observe"
+        shared = not all_judged and self.settings.action != "observe"
         skip = bool(excluded.all()) or shared
         overflow = skip and (shared or bool((alarms & explained.overflow).any()))
         lost = skip and not overflow
@@ -302,14 +313,17 @@ class Judge:
         # In a skipped step no weight changes, and nothing has to be learnt.
         blamed = blame.named & (events | self.fences.compares_replicas)
         self.clean_links = clean_links(blamed, blame.disputes, contested, events, convicted)
-        self.clean_links &= bool(judged.all()) and not skip and not twins
+        self.clean_links &= all_judged and not skip and not twins
         if self.clean_links.any():
-            # One message just inside a fence may break the next, and would be learnt as the fence's own tail.
-            whole_columns = self.clean_links & ~suspected
-            chosen = np.where(whole_columns.any(-1, keepdims=True), whole_columns, self.clean_links)
+            chosen = self.clean_links
+            if suspected.any():
+                # One message just inside a fence may break the next, and would be learnt as the fence's own tail.
+                whole_columns = chosen & ~suspected
+                chosen = np.where(whole_columns.any(-1, keepdims=True), whole_columns, chosen)
             clean_messages = np.broadcast_to(chosen[..., None], alarms.shape)
-            of_messages = clean_messages | content
-            followed = [clean_messages if pair else of_messages for pair in of_pair]
+            followed = clean_messages
+            if content.any():
+                followed = np.where(of_pair[:, None, None, None, None], clean_messages, clean_messages | content)
             self.fences.learn(compared, residuals, clean_messages, followed, within, unlike, evidence.step)
 
         return Verdict(
@@ -418,12 +432,11 @@ class Judge:
 
     def _without_fence(self, values: np.ndarray, changed: np.ndarray, made: np.ndarray) -> np.ndarray:
         """Hard rows, [hard rows, 2, L, C, M]: what is reported, and what the judge finds."""
-        found = values[self.table.hard]
-        rows = np.flatnonzero(self.table.hard).tolist()
-        found[self.table.by_judge[self.table.hard]] = 0.0
-        found[rows.index(_PASSED_ON)] = changed
-        found[rows.index(_FROM_NOTHING), BACKWARD] = made
-        return found
+        result = values[self._hard]
+        result[self._found] = 0.0
+        result[self._hard.index(_PASSED_ON)] = changed
+        result[self._hard.index(_FROM_NOTHING), BACKWARD] = made
+        return result
 
     def _served_by_convicted(self, served: np.ndarray) -> np.ndarray:
         """Where the worker that serves a column is convicted, bool [S, C]."""
@@ -432,4 +445,4 @@ class Judge:
 
 def _serving(workers: np.ndarray, served: np.ndarray) -> np.ndarray:
     """Of [S, R] workers those that serve each column, [S, C]."""
-    return np.take_along_axis(workers, served, axis=1)
+    return workers[np.arange(len(workers))[:, None], served]

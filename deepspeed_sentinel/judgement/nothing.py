@@ -27,6 +27,7 @@ from deepspeed_sentinel.judgement.reports import Reports
 from deepspeed_sentinel.mesh import BACKWARD, Mesh
 
 _KEEPS, _ADDS = -1, 1
+_MAX_ABS = Rows.all_of("max_abs")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Nothing:
             served: int [S, C], who served each column.
             warming_up: what is made of nothing is learnt, not held against anybody.
         """
+        ends = (reports.received,) if reports.alike else (reports.received, reports.sent)
+        if all((end[_MAX_ABS, BACKWARD] != 0).all() for end in ends):
+            nowhere = np.zeros(reports.received.shape[2:], bool)
+            return Made(nowhere, nowhere, nowhere, nowhere)
         received = _zero(reports.received[:, BACKWARD])
         said = np.stack([received if reports.alike else _zero(reports.sent[:, BACKWARD]), received])
         disputed = np.asarray(said[SENT] != said[RECEIVED])
@@ -111,7 +116,7 @@ class Nothing:
 
 def _zero(statistics: np.ndarray) -> np.ndarray:
     """Messages [...] of rows [P * K, ...] all of whose parts are exactly zero."""
-    largest = np.fmax.reduce(statistics[Rows.all_of("max_abs")], axis=0)
+    largest = np.fmax.reduce(statistics[_MAX_ABS], axis=0)
     broken = np.fmax.reduce(statistics[Rows.all_of("non_finite")], axis=0)
     return np.asarray((largest == 0) & (broken == 0))
 

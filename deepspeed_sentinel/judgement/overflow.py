@@ -47,6 +47,11 @@ class Explained:
     overflow: np.ndarray
     shared: np.ndarray
 
+    @classmethod
+    def nothing(cls, messages: tuple[int, ...]) -> Explained:
+        """Where no loss scale is sought, of messages of this shape, [2, L, C, M]."""
+        return cls(np.zeros(messages, bool), np.zeros(messages, bool))
+
 
 class Overflow:
     """Tells overflow under dynamic loss scaling from other non-finite messages.
@@ -66,13 +71,10 @@ class Overflow:
             max_abs: float64 [2 ends, 2, L, C, M], the largest magnitude of each message as reported.
             non_finite: bool [2 ends, 2, L, C, M], messages that each end reports to hold NaN or infinity.
             served: int [S, C], who served each column.
-            limit: the magnitude at which an honest gradient overflows, in the unit of ``max_abs``; infinite where no
-                loss scale is sought.
+            limit: the magnitude at which an honest gradient overflows, in the unit of ``max_abs``.
         """
         by_any, by_both = non_finite[SENT] | non_finite[RECEIVED], non_finite[SENT] & non_finite[RECEIVED]
         nothing = np.zeros_like(by_any)
-        if not np.isfinite(limit):
-            return Explained(nothing, nothing)
         # A magnitude that cannot be is none, whichever end says so, and does not stand in for the other end's.
         said = np.where(np.isfinite(max_abs), max_abs, np.nan)
         largest = np.where(by_any, np.nan, np.fmin(*said))[BACKWARD]

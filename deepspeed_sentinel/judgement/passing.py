@@ -116,9 +116,9 @@ class Passing:
 
 def entering(per_link: np.ndarray) -> np.ndarray:
     """[2, L, ...] -> [2, S - 2, ...]: what entered each middle stage."""
-    return np.stack([per_link[FORWARD, :-1], per_link[BACKWARD, 1:]])
+    return np.array([per_link[FORWARD, :-1], per_link[BACKWARD, 1:]])
 
 
 def leaving(per_link: np.ndarray) -> np.ndarray:
     """[2, L, ...] -> [2, S - 2, ...]: what left each middle stage."""
-    return np.stack([per_link[FORWARD, 1:], per_link[BACKWARD, :-1]])
+    return np.array([per_link[FORWARD, 1:], per_link[BACKWARD, :-1]])

@@ -6,13 +6,13 @@ them costs as much as reading memory does. What is worked out link by link is do
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from deepspeed_sentinel.evidence import exact
 
-_VALUES = 65536
+_VALUES = 131072
 
 
 def pieces(array: np.ndarray) -> Iterator[slice]:
@@ -28,30 +28,30 @@ def in_a_row(array: np.ndarray, axis: int = 1) -> np.ndarray:
     return array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
 
 
-def sums(
-    values: np.ndarray, chosen: Sequence[np.ndarray], plus: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def sums(values: np.ndarray, chosen: np.ndarray, plus: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Over the messages of each column, what is missing left out, and of how many that is.
 
     Args:
         values: float64 [K, 2, L, C, M], NaN where missing.
-        chosen: K times bool [2, L, C, M], which messages count.
+        chosen: bool [2, L, C, M] or [K, 2, L, C, M], which messages count.
         plus: float64 [K, 2, L, C], added to each value; NaN is missing, None nothing.
 
     Returns:
         float64 and int64 [K, 2, L, C].
     """
-    flat, chosen = in_a_row(values), [in_a_row(of_row, 0) for of_row in chosen]
-    everything = all(of_row.all() for of_row in chosen)
+    flat, chosen = in_a_row(values), in_a_row(chosen, chosen.ndim - 4)
+    everything = chosen.all()
+    chosen = np.broadcast_to(chosen, flat.shape)
     more = None if plus is None else in_a_row(plus)[..., None]
     total, count = np.empty(flat.shape[:-1]), np.full(flat.shape[:-1], flat.shape[-1])
     for links in pieces(flat):
         piece = flat[:, links] if more is None else flat[:, links] + more[:, links]
         total[:, links] = exact.total(piece)
-        missing = np.isnan(piece)
-        rows = np.flatnonzero(missing.any(axis=(1, 2, 3))) if everything else np.arange(len(piece))
+        rows = np.arange(len(piece))
+        if everything:  # what is NaN makes the sum NaN
+            rows = np.flatnonzero(np.isnan(total[:, links]).any(axis=(1, 2)))
         if rows.size:
-            known = ~missing[rows] & np.stack([chosen[row][links] for row in rows])
-            count[rows, links] = np.count_nonzero(known, axis=-1)
+            known = ~np.isnan(piece[rows]) & chosen[rows, links]
+            count[rows, links] = exact.count(known)
             total[rows, links] = exact.total(np.where(known, piece[rows], 0.0))
     return total.reshape(values.shape[:-1]), count.reshape(values.shape[:-1])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.mesh import Mesh, Worker
 
 _TRIED_AT_FIRST, _TRIED_AT_LEAST, _PATIENCE, _LONG = 0.5, 1.0 / 64.0, 4, 9
@@ -96,12 +97,12 @@ class Record:
     @property
     def accused(self) -> np.ndarray:
         """Workers with a strike within the window that are not convicted, bool [S, R]."""
-        return np.asarray((self.strikes > 0) & ~self.convicted)
+        return np.asarray(self._struck.any(0) & ~self.convicted)
 
     @property
     def suspects(self) -> np.ndarray:
         """Workers to be tried: with a strike or a doubt within the window, and not convicted, bool [S, R]."""
-        return np.asarray(((self.strikes > 0) | self._doubted.any(0)) & ~self.convicted)
+        return np.asarray((self._struck.any(0) | self._doubted.any(0)) & ~self.convicted)
 
     @property
     def untried(self) -> np.ndarray:
@@ -172,11 +173,12 @@ class Record:
             self._unlike = (self._unlike | tried.unlike) & ~tried.sound.any(1)
         self._counted[slot] = struck & self.strikes_count[:, None]
         self._quiet_steps = np.where(struck | proved, 0, self._quiet_steps + 1)
-        counted = np.count_nonzero(self._counted, axis=0)
+        counted = exact.count(self._counted, axis=0)
         guilty = (counted >= self.strikes_needed) | (self.on_probation & struck)
         if self.by_proof:
             guilty &= self._unlike[:, None] | (self._refused_trials >= _HOPELESS)
-        self._struck[:, cleared] = self._counted[:, cleared] = self._doubted[:, cleared] = False
+        if cleared.any():
+            self._struck[:, cleared] = self._counted[:, cleared] = self._doubted[:, cleared] = False
         self._untried[slot] = False
         newly = ((guilty & ~cleared) | proved) & ~self.convicted & ~self._trusted
         if trial:
@@ -196,8 +198,9 @@ class Record:
         self.convicted = self.convicted & ~released
         self.on_probation = (self.on_probation & ~served) | released
         self._quiet_steps = np.where(released, 0, self._quiet_steps)
-        self._struck[:, released] = self._counted[:, released] = False
-        self._doubted[slot] |= released
+        if released.any():
+            self._struck[:, released] = self._counted[:, released] = False
+            self._doubted[slot] |= released
         return Changes(newly, released, cleared)
 
     def update_again(self, struck: np.ndarray, disputed: np.ndarray) -> Changes:

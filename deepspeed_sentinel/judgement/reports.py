@@ -14,7 +14,7 @@ import numpy as np
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT, Rows
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD
 
-_MAX_ABS = Rows.all_of("max_abs")
+_MAX_ABS, _NON_FINITE = Rows.all_of("max_abs"), Rows.all_of("non_finite")
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Reports:
     def of(cls, statistics: np.ndarray) -> Reports:
         """Of evidence, [2 ends, 2, L, C, M, P * K]."""
         bits = statistics.view(f"i{statistics.itemsize}")
-        alike = np.array_equal(bits[SENT], bits[RECEIVED])
+        alike = not (bits[SENT] != bits[RECEIVED]).any()
         received = _by_statistic(statistics[RECEIVED])
         return cls(received if alike else _by_statistic(statistics[SENT]), received, alike)
 
-    def hard(self, table: Rows) -> np.ndarray:
+    @property
+    def hard(self) -> np.ndarray:
         """Messages in alarm without a fence, as each end reports them, bool [2 ends, 2, L, C, M]."""
-        rows = np.flatnonzero(table.hard & ~table.by_judge)
-        return self._of_ends(lambda values: _any_number(values[rows]))
+        return self._of_ends(lambda values: _any_number(values[_NON_FINITE]))
 
     @property
     def largest(self) -> np.ndarray:
@@ -65,11 +65,11 @@ class Reports:
 
     def _of_ends(self, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         received = function(self.received)
-        return np.stack([received if self.alike else function(self.sent), received])
+        return np.array([received if self.alike else function(self.sent), received])
 
 
 def _by_statistic(statistics: np.ndarray) -> np.ndarray:
-    rows_first = np.moveaxis(statistics, -1, 0)
+    rows_first = statistics.transpose(-1, *range(statistics.ndim - 1))
     if rows_first.flags.c_contiguous:
         return rows_first
     result = np.empty(rows_first.shape, statistics.dtype)
@@ -80,4 +80,7 @@ def _by_statistic(statistics: np.ndarray) -> np.ndarray:
 
 def _any_number(values: np.ndarray) -> np.ndarray:
     """Messages with anything but zero or missing in one of some rows."""
-    return np.asarray(((values != 0) & ~np.isnan(values)).any(0))
+    found = values != 0
+    if found.any():
+        found &= ~np.isnan(values)
+    return np.logical_or.reduce(found, axis=0)

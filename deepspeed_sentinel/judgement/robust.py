@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
+
 
 @dataclass(frozen=True)
 class Ordered:
@@ -21,26 +23,31 @@ class Ordered:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Ordered:
-        ordered = np.sort(values, axis=-1)
-        return cls(ordered, np.count_nonzero(~np.isnan(ordered), axis=-1))
+        ordered = np.array(values, order="C")  # rows in one piece are sorted faster
+        ordered.sort(axis=-1)
+        return cls(ordered, exact.count(~np.isnan(ordered)))
 
     def quantiles(self, probabilities: tuple[float, ...]) -> np.ndarray:
         """float64 [Q, ...], linear between ranks; NaN where every value is NaN."""
-        last = np.maximum(self.count - 1, 0)[..., None]
-        position = np.asarray(probabilities) * last
+        last = np.maximum(self.count - 1, 0)
+        position = np.array(probabilities).reshape(-1, *(1 for _ in last.shape)) * last
         low = position.astype(np.intp)
-        at_low = np.take_along_axis(self.values, low, -1)
-        at_high = np.take_along_axis(self.values, np.minimum(low + 1, last), -1)
-        return np.moveaxis(at_low + (at_high - at_low) * (position - low), -1, 0)
+        at_low, at_high = self.at(low), self.at(np.minimum(low + 1, last))
+        return at_low + (at_high - at_low) * (position - low)
+
+    def at(self, ranks: np.ndarray) -> np.ndarray:
+        """The values of these ranks, int [...] or [Q, ...]."""
+        size = self.values.shape[-1]
+        starts = np.arange(self.count.size).reshape(self.count.shape) * size
+        return self.values.reshape(-1)[starts + ranks]
 
     def outer(self, each: int) -> np.ndarray:
         """The least and the largest values, float64 [..., 2 * each], no value twice; NaN where there are too few."""
-        n = np.arange(each)
-        wanted = np.minimum(n, self.values.shape[-1] - 1)
-        least = np.where(n < self.count[..., None], self.values[..., wanted], np.nan)
-        place = self.count[..., None] - 1 - n
-        largest = np.take_along_axis(self.values, np.maximum(place, 0), -1)
-        return np.concatenate([least, np.where(place >= each, largest, np.nan)], axis=-1)
+        n = np.arange(each).reshape(-1, *(1 for _ in self.count.shape))
+        least = np.where(n < self.count, self.at(np.minimum(n, self.values.shape[-1] - 1)), np.nan)
+        place = self.count - 1 - n
+        largest = np.where(place >= each, self.at(np.maximum(place, 0)), np.nan)
+        return np.moveaxis(np.concatenate([least, largest]), 0, -1)
 
 
 def quantiles(values: np.ndarray, probabilities: tuple[float, ...]) -> np.ndarray:
@@ -61,14 +68,15 @@ def median(values: np.ndarray) -> np.ndarray:
     size = values.shape[-1]
     if size == 0:
         return np.full(values.shape[:-1], np.nan)
-    parted = np.partition(values, size // 2, axis=-1)
-    missing = np.isnan(parted[..., size // 2 :].max(-1))  # NaN stand last
+    parted = values.copy()
+    parted.partition(size // 2)
+    missing = np.isnan(np.maximum.reduce(parted[..., size // 2 :], axis=-1))  # NaN stand last
     result = np.asarray(_middle(parted, size))
     if missing.any():
         rows = values[missing]
-        known = np.count_nonzero(~np.isnan(rows), axis=-1)
+        known = exact.count(~np.isnan(rows))
         medians = np.full(known.shape, np.nan)
-        for count in np.unique(known[known > 0]).tolist():
+        for count in sorted({*known.tolist()} - {0}):
             alike = known == count
             medians[alike] = _middle(np.partition(rows[alike], count // 2, axis=-1), count)
         result[missing] = medians
@@ -78,7 +86,7 @@ def median(values: np.ndarray) -> np.ndarray:
 def _middle(parted: np.ndarray, count: int) -> np.ndarray:
     """The median of the ``count`` least of each row, which stands in place in the middle of them."""
     high = parted[..., count // 2]
-    low = high if count % 2 else parted[..., : count // 2].max(-1)
+    low = high if count % 2 else np.maximum.reduce(parted[..., : count // 2], axis=-1)
     return low + (high - low) * 0.5
 
 
@@ -106,7 +114,7 @@ def shortest_interval(values: np.ndarray, share: float) -> np.ndarray:
 
 def _shortest_of_some(ordered: np.ndarray, share: float) -> np.ndarray:
     """Of rows [N, size] that end with what is missing."""
-    count = np.count_nonzero(~np.isnan(ordered), axis=-1)
+    count = exact.count(~np.isnan(ordered))
     further = np.maximum(np.ceil(share * count).astype(np.intp) - 1, 0)[..., None]
     last = np.arange(ordered.shape[-1]) + further
     ends = np.take_along_axis(ordered, np.minimum(last, ordered.shape[-1] - 1), -1)

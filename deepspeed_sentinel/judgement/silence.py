@@ -61,11 +61,14 @@ class Silence:
         contested = np.zeros(statistics.shape[1:], bool)
         if self._mesh.stages < 3:
             return contested
+        unheard = np.isnan(statistics[Rows.all_of("transfer_cosine")])
+        if not (unheard[:, FORWARD, 1:].any() or unheard[:, BACKWARD, :-1].any() or self._turned.any()):
+            self._again = np.zeros_like(self._again)
+            return contested
         usable = ~np.isnan(statistics[Rows.all_of("energy")])
         usable &= statistics[Rows.all_of("non_finite")] == 0
         usable &= statistics[Rows.all_of("max_abs")] > 0
         usable[:, BACKWARD] &= ~void
-        unheard = np.isnan(statistics[Rows.all_of("transfer_cosine")])
         # [2, S - 2, C, M, P]
         usable, unheard = (np.moveaxis(rows, 0, -1) for rows in (usable, unheard))
         asked = entering(usable) & leaving(usable)

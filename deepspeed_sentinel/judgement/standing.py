@@ -41,6 +41,9 @@ class Standing:
             striking: bool [2, L, C], where a worker is struck for what it sent.
             served: int [S, C], who served each column.
         """
+        if not (striking.any() or self._out.any()):
+            self._since = self._since + 1
+            return
         self._who = np.where(striking, sent_by(served), self._who)
         self._out = self._out + striking
         self._since = np.where(striking, 0, self._since + 1)
@@ -50,7 +53,7 @@ class Standing:
             return
         self._steps = self._steps + followed
         known = ~np.isnan(residuals)
-        count = np.count_nonzero(known, axis=-1)
+        count = exact.count(known)
         mean = exact.total(np.where(known, residuals, 0.0)) / np.maximum(count, 1)
         heard = followed & (count > 0)
         self._sums = np.where(heard, np.clip(self._sums + mean, -FARTHEST, FARTHEST), self._sums)

@@ -102,12 +102,14 @@ class Unsettled:
         Returns:
             workers of middle stages that contradict too many, without those convicted that did not in this step.
         """
+        if not (trial or self._left.any() or by_ends.any() or by_neighbours.any()):
+            self.news, self.doubted = False, np.zeros_like(convicted)
+            return ()
         new = self._between(served, by_ends, by_neighbours, trial)
         if trial:
             self._alike = (self._alike | trial.sound.any(1)) & ~trial.unlike
         self.news = bool((new & (self._left == 0)).any())
-        if new.any() or self._left.any():
-            self._left = np.where(new, self._memory, np.maximum(self._left - 1, 0))
+        self._left = np.where(new, self._memory, np.maximum(self._left - 1, 0))
         # One that contradicts too many of several stages is named once.
         found = tuple({liar.worker: liar for liar in self._too_many(new, convicted)}.values())
         known = convicted.copy()

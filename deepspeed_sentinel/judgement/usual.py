@@ -13,8 +13,6 @@ Arrays follow the axes [statistic, direction, link, column].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from deepspeed_sentinel.judgement.pieces import sums
@@ -42,7 +40,7 @@ class Usual:
     def learn(
         self,
         residuals: np.ndarray,
-        chosen: Sequence[np.ndarray],
+        chosen: np.ndarray,
         within: np.ndarray,
         explained: np.ndarray,
         limit: np.ndarray,
@@ -51,9 +49,9 @@ class Usual:
 
         Args:
             residuals: float64 [K, 2, L, C, M], NaN where not available.
-            chosen: K times bool [2, L, C, M], which messages to learn from.
+            chosen: bool [2, L, C, M] or [K, 2, L, C, M], which messages to learn from.
             within: bool [K, 2, L, C], in which columns.
-            explained: bool [K, 2, L, C], where the change is followed at once.
+            explained: bool [C], columns in which the change is followed at once.
             limit: float64 [K, 2, L], how far off a step may be where it is not; NaN is any distance.
         """
         total, count = sums(residuals, chosen)
@@ -61,12 +59,16 @@ class Usual:
         mean = total / np.maximum(count, 1)
         # What a fault may have left does not stay for ever.
         lost = ~np.isfinite(self.level)
-        self.level, self._seen = np.where(lost, 0.0, self.level), np.where(lost, 0, self._seen)
-        bound = np.where(explained | np.isnan(limit)[..., None], np.inf, limit[..., None])
-        first = np.maximum(1.0 / (self._seen + 1.0), np.where(np.isnan(limit), _FIRST_STEPS, RATE)[..., None])
-        rate = np.where(explained, np.maximum(first, FOLLOWED), first)
-        self.level = np.where(count > 0, self.level + rate * np.clip(mean, -bound, bound), self.level)
-        self._seen = self._seen + (count > 0)
+        if lost.any():
+            self.level, self._seen = np.where(lost, 0.0, self.level), np.where(lost, 0, self._seen)
+        unlimited, known = np.isnan(limit), count > 0
+        bound = np.where(unlimited, np.inf, limit)[..., None]
+        rate = np.maximum(1.0 / (self._seen + 1.0), np.where(unlimited, _FIRST_STEPS, RATE)[..., None])
+        if explained.any():
+            bound = np.where(explained, np.inf, bound)
+            rate = np.where(explained, np.maximum(rate, FOLLOWED), rate)
+        self.level = np.where(known, self.level + rate * mean.clip(-bound, bound), self.level)
+        self._seen = self._seen + known
 
     def adopt(self, links: np.ndarray, residuals: np.ndarray) -> None:
         """Take what stood out of some columns for what is usual of them.

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.judgement.robust import Ordered
 
-_SAMPLES = 2048
+SAMPLES = 2048
 _TURNS = 8
 
 
@@ -41,7 +42,7 @@ class Window:
 
     @property
     def steps_heard(self) -> np.ndarray:
-        return np.count_nonzero(self._heard, axis=-1)
+        return exact.count(self._heard)
 
     def learn(self, values: np.ndarray, step: int, chosen: np.ndarray | None = None) -> tuple[list[int], Ordered]:
         """Remember a step's samples, float64 [*rows, N], NaN where there is none.
@@ -54,32 +55,34 @@ class Window:
         Returns:
             the links whose quantiles are new, and all that is remembered of them, [K, 2, len(links), N].
         """
-        keep = max(1, min(values.shape[-1], _SAMPLES // self._steps))
+        keep = max(1, min(values.shape[-1], SAMPLES // self._steps))
         if keep < values.shape[-1]:
             kept = np.random.default_rng((self._seed, step)).permutation(values.shape[-1])[:keep]
             values, chosen = values[..., kept], None if chosen is None else chosen[..., kept]
-        if chosen is not None:
+        if chosen is not None and not chosen.all():
             values = np.where(chosen, values, np.nan)
         if keep > self._samples.shape[-1]:
             grown = np.full((*self._rows, self._steps, keep), np.nan)
             grown[..., : self._samples.shape[-1]] = self._samples
             self._samples = grown
-        now = np.full(self._samples[..., 0, :].shape, np.nan)
-        now[..., :keep] = values
         # A row of which nothing is heard for long keeps what is known of it.
         heard = ~np.isnan(values).all(-1)
         slot = self.learnt % self._steps
-        self._samples[..., slot, :] = np.where(heard[..., None], now, self._samples[..., slot, :])
+        now = self._samples[..., slot, :]
+        now[..., :keep] = np.where(heard[..., None], values, now[..., :keep])
+        now[heard, keep:] = np.nan
         self._heard[..., slot] |= heard
         self.learnt += 1
         young = (heard & (self.steps_heard <= self._steps // 2)).any(axis=(0, 1))
         links = [link for link in range(self._rows[2]) if young[link] or (link + self.learnt) % _TURNS == 0]
-        remembered = np.empty((*self._rows[:2], len(links), self._steps * self._samples.shape[-1]))
+        filled = min(self.learnt, self._steps)
+        remembered = np.empty((*self._rows[:2], len(links), filled * self._samples.shape[-1]))
         for place, link in enumerate(links):
-            remembered[:, :, place] = self._samples[:, :, link].reshape(*self._rows[:2], -1)
+            remembered[:, :, place] = self._samples[:, :, link, :filled].reshape(*self._rows[:2], -1)
         ordered = Ordered.of(remembered)
-        self.quantiles[..., links] = ordered.quantiles(self._probabilities)
-        self.counts[..., links] = ordered.count
+        if links:
+            self.quantiles[..., links] = ordered.quantiles(self._probabilities)
+            self.counts[..., links] = ordered.count
         return links, ordered
 
     def samples(self, links: list[int]) -> np.ndarray:
