@@ -142,7 +142,7 @@ class Isolation:
     @property
     def limits(self) -> dict[str, tuple[float, float]]:
         """Least and largest value of what may be negative in a state."""
-        largest = max(self._mesh.stages, self._mesh.replicas, self._memory)
+        largest = max(self._mesh.stages, self._mesh.replicas, self._memory, self._patience)
         return {"events": (float(_ALARM), float(largest)), "unexplained": (0.0, float(self._memory))}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:

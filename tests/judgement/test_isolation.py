@@ -195,6 +195,16 @@ def test_its_state_goes_on_elsewhere_and_what_is_impossible_in_it_is_left_out():
     assert len(other.isolation._events) == len(state["events"]) - 1
 
 
+def test_what_is_remembered_for_longer_than_a_dispute_is_taken_up_too():
+    mesh, nobody = Mesh(6, 3), np.zeros((6, 3), bool)
+    isolation = Isolation(mesh, 30, 80, acts=True)
+    unblamed = np.array([True, False, False])
+    isolation.step(identity(mesh), np.zeros((0, 6, 3), bool), unblamed, (), nobody, nobody, False)
+    low, high = isolation.limits["events"]
+    events = isolation.state_dict()["events"]
+    assert events.size and low <= events.min() and events.max() <= high
+
+
 # In the judge.
 
 
