@@ -9,22 +9,25 @@ it is another tensor or its version counter moved. Neither waits for the device.
 counter (``batch_norm`` does, ``.data``, custom kernels). Therefore, after the gate of steps 1, 2, 4, 8, ..., copies are
 compared with what is there, and a module with a buffer that was found changed, in whichever way, has all of its buffers
 copied at the beginning of every step from then on. One that begins to change behind the counter later goes back to its
-older copy until the next comparison: an honest value too. A step that is rehearsed begins with fresh copies of all.
+older copy until the next comparison: an honest value too. Comparisons are made in each step that excludes a column too,
+by all; a step that may be a twin step begins with fresh copies of what is small, one that is rehearsed of all, and of
+modules without buffers.
 
 A buffer above ``_LARGE`` bytes is copied only once its module was seen to change, so that weights kept as buffers
 (quantised models) are not held twice; a digest is compared in place of a copy. One that was replaced by another tensor
 goes back all the same. One that first changes in place in a step that is excluded cannot, which is logged.
 
 A module that keeps count in Python of what its buffers hold (the length of a rotary cache) would contradict buffers
-that went back, so numbers, texts and flags in the ``__dict__`` of a module with buffers go back with them.
+that went back, so numbers, texts, flags and tensors of one element in the ``__dict__`` of a module with buffers go back
+with them.
 
 What counts steps or messages should not go back: all replicas have counted alike, and one that stays behind makes
 other messages than they do for good. So a buffer of one element, or a number, stays as it is where it moved by exactly
 as much as in the step before. What replicas change alike in another way stays behind; ``digest`` tells of it, so that a
 worker is not held to what others make of the same in another state.
 
-Other state that a forward pass may keep (tensors as plain attributes, lists, state outside modules, modules that came
-in the step) is not known and stays.
+Other state that a forward pass may keep (larger tensors as plain attributes, lists, state outside modules, modules and
+first buffers that came in the step) is not known and stays.
 """
 
 from __future__ import annotations
@@ -77,14 +80,17 @@ class _Module:
 
     Attributes:
         buffers, numbers: what it held; earlier: its numbers one step before.
-        moves, counts: its buffers, or its numbers, were seen to change within a step.
+        first: its numbers when it was first seen.
+        scalars: tensors of one element that are plain attributes, and copies of them.
+        moves: its buffers were seen to change within a step.
     """
 
     buffers: dict[str, _Kept | None] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, Any] = field(default_factory=dict)
+    first: dict[str, Any] | None = None
+    scalars: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     moves: bool = False
-    counts: bool = False
 
 
 class ForwardState:
@@ -97,23 +103,25 @@ class ForwardState:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._modules: dict[nn.Module, _Module] = {}
-        self._present: set[nn.Module] = set()
         self._steps = 0
 
     @torch.no_grad()
-    def begin_step(self, everything: bool = False) -> None:
+    def begin_step(self, fresh: bool = False, everything: bool = False) -> None:
         """Before the first forward pass: take what may have to go back.
 
         Args:
-            everything: ``rewind`` comes, so each copy has to be of now.
+            fresh: ``digest`` comes, so copies of what is small have to be of now.
+            everything: ``rewind`` comes, so all have to be, and of all modules.
         """
         stale: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies, and what is to be copied into them
-        found, self._present = _with_buffers(self._root)
+        found = [module for module in _modules(self._root) if everything or module._buffers]
         self._modules = {module: self._modules.get(module, _Module()) for module in found}
         for module, state in self._modules.items():
             state.earlier, state.numbers = state.numbers, _numbers(module)
+            state.first = state.numbers if state.first is None else state.first
+            state.scalars = _scalars(module)
             state.buffers = {
-                name: None if tensor is None else self._renewed(state, name, tensor, everything, stale)
+                name: None if tensor is None else self._renewed(state, name, tensor, fresh, everything, stale)
                 for name, tensor in module._buffers.items()
             }
         if stale:
@@ -123,19 +131,20 @@ class ForwardState:
     @torch.no_grad()
     def rewind(self) -> None:
         """Undo all that passes changed since ``begin_step(everything=True)``, counts too, as if they had not been."""
-        self._put_back(counts_on=False)
         for module, state in self._modules.items():
+            _put_back(module, state, counts_on=False)
             for name, kept in state.buffers.items():
                 tensor = module._buffers[name]
                 if kept is not None and tensor is not None:
                     kept.tensor, kept.version = tensor, _version(tensor)
 
     @torch.no_grad()
-    def end_step(self, counts: bool) -> None:
+    def end_step(self, counts: bool, all_count: bool = True) -> None:
         """After the gate: see what changed, or undo it.
 
         Args:
             counts: the column takes part in this step.
+            all_count: all columns do.
         """
         for module, state in self._modules.items():
             now = dict(module._buffers.items())  # those of a scripted module are no dict
@@ -145,50 +154,42 @@ class ForwardState:
                 else now.get(name) is not kept.tensor or _version(kept.tensor) != kept.version
                 for name, kept in state.buffers.items()
             )
-            state.counts = state.counts or _numbers(module) != state.numbers
-        if not counts or self._steps & (self._steps - 1) == 0:
+        if not (counts and all_count) or self._steps & (self._steps - 1) == 0:
             self._compare()
         if not counts:
-            self._put_back(counts_on=True)
+            for module, state in self._modules.items():
+                _put_back(module, state, counts_on=True)
 
     @torch.no_grad()
     def digest(self, device: torch.device) -> int:
-        """Of what those modules held when the step began that were seen to change in one; 0 where none was.
+        """Of what modules with buffers held when the step began, whether or not it ever changed.
 
-        But for batch normalisation in training, which uses nothing of what it keeps. Waits for the device.
+        But for batch normalisation in training, which uses nothing of what it keeps, for large buffers that were never
+        seen to change, and for numbers that never did, which may be a rank. After ``begin_step(fresh=True)``; waits for
+        the device.
 
         Args:
             device: where it is worked out.
         """
-        moving = [
-            (module, state)
-            for module, state in self._modules.items()
-            if (state.moves or state.counts) and not (isinstance(module, _NormBase) and module.training)
-        ]
-        if not moving:
-            return 0
-        copies = [
-            kept.copy
-            for _, state in moving
-            for kept in state.buffers.values()
-            if kept is not None and kept.copy is not None and _readable(kept.copy)
-        ]
-        numbers = zlib.crc32(repr([state.numbers for _, state in moving]).encode())
-        return int(tensors_digest([*copies, torch.tensor(numbers)], device)) or 1
-
-    def _put_back(self, counts_on: bool) -> None:
+        held: list[torch.Tensor] = []
+        numbers = 0
         for module, state in self._modules.items():
-            _put_back(module, state, counts_on)
-        for module in _with_buffers(self._root)[0]:
-            if module in self._present and module not in self._modules:
-                for name in dict(module._buffers.items()):
-                    del module._buffers[name]
+            if _is_batch_norm(module) and module.training:
+                continue
+            copies = [kept.copy for kept in state.buffers.values() if kept is not None and kept.copy is not None]
+            copies += [copy for _, copy in state.scalars.values()]
+            held += [copy for copy in copies if _readable(copy)]
+            first = state.first or {}
+            moved = [(name, value) for name, value in sorted(state.numbers.items()) if first.get(name, ...) != value]
+            numbers = zlib.crc32(repr(moved).encode(), numbers)
+        return int(tensors_digest([*held, torch.tensor(numbers)], device))
 
     def _renewed(
         self,
         state: _Module,
         name: str,
         tensor: torch.Tensor,
+        fresh: bool,
         everything: bool,
         stale: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> _Kept:
@@ -197,7 +198,8 @@ class ForwardState:
             return _Kept(tensor, version, None)
         whole = everything or state.moves  # whatever its size, and whether or not it is seen to have changed
         large = tensor.numel() * tensor.element_size() > _LARGE and not whole
-        same = kept is not None and kept.tensor is tensor and kept.version == version >= 0 and not whole
+        stays = not (whole or (fresh and not large))
+        same = kept is not None and kept.tensor is tensor and kept.version == version >= 0 and stays
         if kept is not None and same and (not large or kept.copy is None):
             return kept
         if large:
@@ -205,7 +207,7 @@ class ForwardState:
             return _Kept(tensor, version, None, digest)
         old = kept.copy if kept is not None else None
         if old is None or not _plain(tensor) or not _alike(old, tensor):
-            return _Kept(tensor, version, tensor.detach().clone())
+            return _Kept(tensor, version, _cloned(tensor))
         if tensor.numel() == 1 and tensor.dtype != torch.bool:
             return _Kept(tensor, version, tensor.detach().clone(), before=old)
         stale.append((old, tensor))
@@ -227,24 +229,33 @@ class ForwardState:
                 state.moves = state.moves or moved
 
 
-def _with_buffers(root: nn.Module) -> tuple[list[nn.Module], set[nn.Module]]:
-    """Modules with buffers, as ``root.modules()`` finds them, which takes several times as long; and all modules."""
-    found: list[nn.Module] = []
-    seen: set[nn.Module] = set()
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """As ``root.modules()`` finds them, which takes several times as long."""
+    found: dict[nn.Module, None] = {}
     waiting: list[nn.Module | None] = [root]
     while waiting:
         module = waiting.pop()
-        if module is None or module in seen:
-            continue
-        seen.add(module)
-        if module._buffers:
-            found.append(module)
-        waiting.extend(module._modules.values())
-    return found, seen
+        if module is not None and module not in found:
+            found[module] = None
+            waiting.extend(module._modules.values())
+    return list(found)
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if type(value) in _PLAIN}
+
+
+def _scalars(module: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {
+        name: (value, value.detach().clone())
+        for name, value in module.__dict__.items()
+        if type(value) is torch.Tensor and _readable(value) and value.numel() == 1
+    }
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Of torch's own: one of somebody else's may use what it keeps."""
+    return isinstance(module, _NormBase) and type(module).__module__.startswith("torch.nn.modules.")
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -261,7 +272,15 @@ def _copyable(tensor: torch.Tensor) -> bool:
 
 
 def _readable(tensor: torch.Tensor) -> bool:
-    return _copyable(tensor) and _plain(tensor) and not tensor.is_quantized
+    return _copyable(tensor) and type(tensor) is torch.Tensor and _plain(tensor) and not tensor.is_quantized
+
+
+def _cloned(tensor: torch.Tensor) -> torch.Tensor | None:
+    """None of a kind of tensor that torch cannot copy yet."""
+    try:
+        return tensor.detach().clone()
+    except (RuntimeError, TypeError):
+        return None
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -273,7 +292,7 @@ def _differs(copy: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """bool []; what cannot be compared (another shape, or sparse) counts as changed."""
     if not _plain(tensor) or not _alike(copy, tensor):
         return torch.ones((), dtype=torch.bool, device=tensor.device)
-    return (copy != tensor).any()
+    return ((copy != tensor) & ((copy == copy) | (tensor == tensor))).any()  # NaN is no change of NaN
 
 
 def _as_it_was(tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
@@ -307,6 +326,10 @@ def _put_back(module: nn.Module, state: _Module, counts_on: bool) -> None:
             )
     for name in _numbers(module).keys() - state.numbers.keys():
         del module.__dict__[name]
+    for name in _scalars(module).keys() - state.scalars.keys():
+        del module.__dict__[name]
+    for name, (tensor, copy) in state.scalars.items():
+        module.__dict__[name] = _as_it_was(tensor, copy)
     for name, value in state.numbers.items():
         if not (counts_on and _counts_on(module.__dict__.get(name), value, state.earlier.get(name))):
             module.__dict__[name] = value
@@ -317,7 +340,10 @@ def _counted_on(kept: _Kept, now: torch.Tensor | None) -> torch.Tensor:
     assert kept.copy is not None
     if kept.before is None or now is None or not _plain(now) or not _alike(now, kept.copy):
         return kept.copy
-    return torch.where(now - kept.copy == kept.copy - kept.before, now, kept.copy)
+    try:
+        return torch.where(now - kept.copy == kept.copy - kept.before, now, kept.copy)
+    except RuntimeError:  # no arithmetic of unsigned integers of 16 bits and more
+        return kept.copy
 
 
 def _counts_on(now: Any, value: Any, before: Any) -> bool:

@@ -162,7 +162,7 @@ class Gate:
         self._comparison.begin_step()
         self._twins.begin_step(step, self._suspicion)
         self._begin_messages(step)
-        self._forward_state.begin_step(everything=self._replay.due(step))
+        self._forward_state.begin_step(self._twins.possible(self._suspicion), everything=self._replay.due(step))
 
     def rehearse(self, run: Callable[[], None]) -> None:
         """Run this step's schedule once for nothing, if it is one to be replayed. After ``begin_step``.
@@ -251,7 +251,7 @@ class Gate:
         self.share = Share.of(verdict.excluded, self.columns.own)
         if not verdict.skip:
             self.share.apply_(access.gradients(self._engine))
-        self._forward_state.end_step(counts=self.share.included)
+        self._forward_state.end_step(self.share.included, all_count=not verdict.excluded.any())
         self.verdict = verdict
         self._count(verdict)
         self._telling.verdict(verdict)

@@ -22,9 +22,9 @@ held against the others of its stage that were given the same as it was:
   In any case such a column is left out as long as two exact ones remain: all have the same data, so nothing is lost.
   And who claims a kind of its own blinds nobody to the others. Of gradients its word alone clears nobody.
 * Modules may keep a state that forward passes change (running maxima, router biases, counts), each replica another one.
-  Every worker tells a digest of it, before it is known what the step is. Only those of the state that more than half of
-  their stage began with are compared, and nobody else, nor what is made of their work, is held to anything. Where more
-  than half have no such state nobody has, whatever it says.
+  Every worker tells a digest of it, before it is known what the step is. Who began in another state than more than half
+  of its stage is held to nothing, nor is what is made of its work. Its column is left out as long as two exact ones
+  remain, and its strikes count as long as it cannot be compared.
 * Without a truth, workers on unlike hardware are held against the median of all by statistics; if some do not fit,
   those that are near are believed where they are more than can be bad.
 * Without a truth the step says that workers differ and not who is wrong. Of those, who is suspected by its own
@@ -134,6 +134,7 @@ class Trial:
             that of others is.
         forged: bool [2, L, C, M], messages that their senders say are the truth and their receivers that they are not.
         differ: bool [S, R, R], which two workers of a stage made other things of the very same without a truth.
+        apart: bool [S, R], who began in another state than most of its stage.
     """
 
     right: np.ndarray
@@ -147,6 +148,7 @@ class Trial:
     spoilt: np.ndarray
     forged: np.ndarray
     differ: np.ndarray
+    apart: np.ndarray
 
 
 def try_twins(
@@ -184,7 +186,7 @@ def try_twins(
         Voters.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage], bool(unlike[stage]))
         for stage in range(mesh.stages)
     ]
-    alike_SC = _of_one_state(twins, served)
+    apart_SC = _of_another_state(twins, served)
     agreed = exact = np.broadcast_to(twins.given[:, None], (columns, messages))
     # Whether all that a stage's gradients are made of has agreed, and to the last bit.
     entered, entered_exact = (np.zeros((mesh.stages, columns), bool) for _ in range(2))
@@ -193,7 +195,7 @@ def try_twins(
         direction = FORWARD if position < links else BACKWARD
         link = position if direction == FORWARD else 2 * links - 1 - position
         stage, receiver = mesh.sender_stage(direction, link), mesh.receiver_stage(direction, link)
-        asked = agreed & ~disputed_PCM[position] & alike_SC[stage][:, None]
+        asked = agreed & ~disputed_PCM[position] & ~apart_SC[stage][:, None]
         vote = stages[stage].vote(digests_PCMT[position], keyed_PCM[position], measures_PECMN[position], asked, exact)
         agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike | vote.forged | vote.unclear)
         exact = agreed & vote.exact
@@ -211,11 +213,11 @@ def try_twins(
     differ = np.zeros((mesh.stages, mesh.replicas, mesh.replicas), bool)
     sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
     spoilt = np.asarray((wrong | undecided | forged).any(axis=(0, 1, 3)))
-    inexact = np.zeros(columns, bool)
+    inexact = apart_SC.any(0)
     for stage, workers in enumerate(served):
         told: list[tuple[int | None, Vote]] = [(direction, vote) for at, direction, vote in found if at == stage]
         gradients, norms = twins.gradients[stage][workers], twins.norms[stage][workers]
-        asked = entered[stage] & alike_SC[stage]
+        asked = entered[stage] & ~apart_SC[stage]
         if asked.any():
             vote = stages[stage].vote(
                 gradients[:, None, None],
@@ -239,8 +241,21 @@ def try_twins(
     lost = spoilt | disputed.any(axis=(0, 1, 3)) | ~twins.given
     if np.count_nonzero(~lost & ~inexact) >= LEAST:
         spoilt = spoilt | inexact
+    apart = np.zeros_like(sound)
+    np.put_along_axis(apart, served, apart_SC, axis=1)
     return Trial(
-        right, wrong, undecided, tuple(proofs), tuple(differences), sound, same, found_unlike, spoilt, forged, differ
+        right,
+        wrong,
+        undecided,
+        tuple(proofs),
+        tuple(differences),
+        sound,
+        same,
+        found_unlike,
+        spoilt,
+        forged,
+        differ,
+        apart,
     )
 
 
@@ -256,21 +271,19 @@ def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tri
     for worker in (*(proof.worker for proof in (trial.proofs if trial else ())), *otherwise):
         proved[worker] = True
     sound = trial.sound & ~proved if trial else np.zeros_like(proved)
-    return Tried(proved, sound, trial.unlike if trial else np.zeros(mesh.stages, bool), held=trial is not None)
+    unlike = trial.unlike if trial else np.zeros(mesh.stages, bool)
+    return Tried(proved, sound, unlike, held=trial is not None, apart=trial.apart if trial else None)
 
 
-def _of_one_state(twins: Twins, served: np.ndarray) -> np.ndarray:
-    """bool [S, C], who began the step in the state in which more than half of its stage did."""
-    alike = np.ones(served.shape, bool)
+def _of_another_state(twins: Twins, served: np.ndarray) -> np.ndarray:
+    """bool [S, C], who did not begin the step in the state in which more than half of its stage did."""
+    apart = np.zeros(served.shape, bool)
     if twins.states is None:
-        return alike
+        return apart
     for stage, states in enumerate(twins.states):
         known, count = np.unique(states, return_counts=True)
-        usual = known[2 * count > len(states)]
-        if usual.size and usual[0] == 0:
-            continue
-        alike[stage] = np.isin(states, usual)[served[stage]]
-    return alike
+        apart[stage] = ~np.isin(states, known[2 * count > len(states)])[served[stage]]
+    return apart
 
 
 def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: Vote, served: np.ndarray) -> list[Proof]:

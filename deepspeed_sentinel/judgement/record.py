@@ -22,12 +22,14 @@ class Tried:
         sound: bool [S, R], workers all of whose work is.
         unlike: bool [S], stages whose honest replicas do not make the same of the same.
         held: it was a twin step. Else somebody was proved by weights, a reduction or a replay, and nobody was tried.
+        apart: bool [S, R], workers that could not be compared, by the state in which they began; None is nobody.
     """
 
     proved: np.ndarray
     sound: np.ndarray
     unlike: np.ndarray
     held: bool
+    apart: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Record:
         self.on_probation = np.zeros(shape, bool)
         self._quiet_steps = np.zeros(shape, np.int64)
         self._unlike = np.zeros(mesh.stages, bool)
+        self._apart = np.zeros(shape, bool)  # in the last twin step
         self._more_to_find = False
         self._refused_trials = self._fruitless = self._in_vain = 0
         self._explained = np.zeros(shape, bool)
@@ -112,7 +115,7 @@ class Record:
     @property
     def strikes_count(self) -> np.ndarray:
         """Stages in which a strike may come to convict, bool [S], so that it must be looked into."""
-        return self._unlike | (self._refused_trials > 0) | (not self.by_proof)
+        return self._unlike | self._apart.any(1) | (self._refused_trials > 0) | (not self.by_proof)
 
     @property
     def unlike(self) -> np.ndarray:
@@ -171,12 +174,14 @@ class Record:
         if tried is not None:
             proved, cleared = tried.proved, tried.sound & self.suspects
             self._unlike = (self._unlike | tried.unlike) & ~tried.sound.any(1)
+        if trial:
+            self._apart = np.zeros_like(self._apart) if trial.apart is None else trial.apart
         self._counted[slot] = struck & self.strikes_count[:, None]
         self._quiet_steps = np.where(struck | proved, 0, self._quiet_steps + 1)
         counted = exact.count(self._counted, axis=0)
         guilty = (counted >= self.strikes_needed) | (self.on_probation & struck)
         if self.by_proof:
-            guilty &= self._unlike[:, None] | (self._refused_trials >= _HOPELESS)
+            guilty &= self._unlike[:, None] | self._apart | (self._refused_trials >= _HOPELESS)
         if cleared.any():
             self._struck[:, cleared] = self._counted[:, cleared] = self._doubted[:, cleared] = False
         self._untried[slot] = False
@@ -232,6 +237,7 @@ class Record:
             "on_probation": self.on_probation.copy(),
             "quiet_steps": self._quiet_steps.copy(),
             "unlike": self._unlike.copy(),
+            "apart": self._apart.copy(),
             "more_to_find": np.array(self._more_to_find),
             "refused_trials": np.array(self._refused_trials),
             "fruitless": np.array(self._fruitless),
@@ -248,7 +254,7 @@ class Record:
         self.convicted = np.array(state["convicted"])
         self.on_probation = np.array(state["on_probation"])
         self._quiet_steps = np.array(state["quiet_steps"])
-        self._unlike = np.array(state["unlike"])
+        self._unlike, self._apart = np.array(state["unlike"]), np.array(state["apart"])
         self._more_to_find = bool(state["more_to_find"])
         self._refused_trials = int(state["refused_trials"])
         self._fruitless, self._in_vain = int(state["fruitless"]), int(state["in_vain"])

@@ -507,9 +507,33 @@ def test_who_began_in_another_state_is_held_to_nothing_and_nobody_behind_it():
     step.states[1] = [5, 5, 6]
     step.sends(1, 2, FORWARD, lie=7)
     trial = step.trial()
-    assert not trial.proofs and not trial.differences and not trial.spoilt.any()
+    assert not trial.proofs and not trial.differences
+    assert trial.spoilt.tolist() == [False, False, True], "two exact ones remain, and all have the same data"
     assert not trial.sound[1:3, 2].any(), "nobody has seen that it is"
-    assert trial.sound[:, :2].all()
+    assert trial.sound[:, :2].all() and trial.same[:, :2].all()
+    assert np.argwhere(trial.apart).tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("replicas", [3, 4])
+def test_it_is_the_worker_that_began_so_whichever_column_it_serves(replicas):
+    served = np.tile(np.arange(replicas), (4, 1))
+    served[1] = np.roll(served[1], 1)
+    step = Step(replicas=replicas, served=served)
+    step.states[1, 0] = 6
+    step.sends(1, 1, FORWARD, lie=7)
+    trial = step.trial()
+    assert not trial.proofs and np.argwhere(trial.apart).tolist() == [[1, 0]]
+    assert trial.spoilt.tolist() == [column == 1 for column in range(replicas)]
+
+
+def test_of_two_that_began_in_different_states_nobody_is_right():
+    step = Step(replicas=2)
+    step.states[1] = [5, 6]
+    step.suspects[1, 1] = True
+    step.sends(1, 1, FORWARD, lie=7)
+    trial = step.trial()
+    assert not trial.proofs and not trial.differences and not trial.spoilt.any()
+    assert trial.apart[1].all()
 
 
 def test_workers_of_one_state_are_compared_as_ever():
@@ -530,9 +554,9 @@ def test_where_no_state_is_that_of_most_nobody_is_proved_and_nobody_left_out():
     assert not trial.sound[1].any()
 
 
-def test_a_state_that_nobody_else_has_clears_nobody_of_what_it_sends():
-    """Most of the stage keep none: who claims one is compared all the same."""
+def test_gradients_are_those_of_one_state_too():
     step = Step()
-    step.states[1, 2] = 6
-    step.sends(1, 2, FORWARD, lie=7)
-    assert proved(step.trial()) == {(Worker(1, 2), FORWARD)}
+    step.states[3] = [5, 5, 6]
+    step.gradients[3, 2] += 1000
+    trial = step.trial()
+    assert not trial.proofs and trial.spoilt.tolist() == [False, False, True]

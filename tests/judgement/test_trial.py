@@ -1,5 +1,7 @@
 """Twin steps in the judge: suspects are tried, proof convicts, and who is cleared goes on."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from synthetic import World
@@ -204,6 +206,20 @@ def test_where_replicas_differ_by_nature_strikes_convict():
     assert world.step(digests=liar, twins=twins(world)).excluded.tolist() == [False, False, True], "its own column"
     convicted = [world.step(loud(1, 2)).newly_convicted for _ in range(3)]
     assert convicted[2] == (Worker(1, 2),)
+
+
+@pytest.mark.parametrize("states", [(5, 5, 6), (5, 6, 7)], ids=["alone", "all unlike"])
+def test_who_cannot_be_compared_for_its_state_is_convicted_by_strikes(states):
+    """What it says of its state keeps it out of twin steps, and clears nobody."""
+    world = by_proof()
+    told = np.zeros((world.mesh.stages, 3), np.int64)
+    told[1] = states
+    for _ in range(3):
+        quiet = world.step(twins=replace(twins(world), states=told))
+        assert not quiet.findings and not quiet.newly_convicted
+        verdict = world.step(loud(1, 2))
+    assert verdict.newly_convicted == (Worker(1, 2),)
+    assert quiet.excluded.tolist() == [False, False, states[0] == states[1]]
 
 
 def test_where_no_twin_step_can_be_made_strikes_convict():
