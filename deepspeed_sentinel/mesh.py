@@ -75,7 +75,9 @@ class Mesh:
 
 
 def workers_of(marked: np.ndarray) -> tuple[Worker, ...]:
-    """Those that are true of a bool [S, R]."""
+    """Those that are true of a bool [S, R]; of one of any other shape nobody may be."""
+    if not marked.any():
+        return ()
     stages, replicas = marked.nonzero()
     return tuple(map(Worker, stages.tolist(), replicas.tolist()))
 
