@@ -32,10 +32,12 @@ first buffers that came in the step) is not known and stays.
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -80,7 +82,6 @@ class _Module:
 
     Attributes:
         buffers, numbers: what it held; earlier: its numbers one step before.
-        first: its numbers when it was first seen.
         scalars: tensors of one element that are plain attributes, and copies of them.
         moves: its buffers were seen to change within a step.
     """
@@ -88,7 +89,6 @@ class _Module:
     buffers: dict[str, _Kept | None] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, Any] = field(default_factory=dict)
-    first: dict[str, Any] | None = None
     scalars: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     moves: bool = False
 
@@ -103,6 +103,7 @@ class ForwardState:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._modules: dict[nn.Module, _Module] = {}
+        self._first = {module: _numbers(module) for module in _modules(root)}
         self._steps = 0
 
     @torch.no_grad()
@@ -118,7 +119,7 @@ class ForwardState:
         self._modules = {module: self._modules.get(module, _Module()) for module in found}
         for module, state in self._modules.items():
             state.earlier, state.numbers = state.numbers, _numbers(module)
-            state.first = state.numbers if state.first is None else state.first
+            self._first.setdefault(module, state.numbers)
             state.scalars = _scalars(module)
             state.buffers = {
                 name: None if tensor is None else self._renewed(state, name, tensor, fresh, everything, stale)
@@ -179,8 +180,10 @@ class ForwardState:
             copies = [kept.copy for kept in state.buffers.values() if kept is not None and kept.copy is not None]
             copies += [copy for _, copy in state.scalars.values()]
             held += [copy for copy in copies if _readable(copy)]
-            first = state.first or {}
-            moved = [(name, value) for name, value in sorted(state.numbers.items()) if first.get(name, ...) != value]
+            first, now = self._first[module], state.numbers
+            moved = [
+                (name, now.get(name)) for name in sorted(first.keys() | now) if first.get(name, ...) != now.get(name)
+            ]
             numbers = zlib.crc32(repr(moved).encode(), numbers)
         return int(tensors_digest([*held, torch.tensor(numbers)], device))
 
@@ -242,14 +245,16 @@ def _modules(root: nn.Module) -> list[nn.Module]:
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in module.__dict__.items() if type(value) in _PLAIN}
+    return {
+        name: value for name, value in module.__dict__.items() if type(value) in _PLAIN or isinstance(value, np.generic)
+    }
 
 
 def _scalars(module: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {
         name: (value, value.detach().clone())
         for name, value in module.__dict__.items()
-        if type(value) is torch.Tensor and _readable(value) and value.numel() == 1
+        if type(value) is torch.Tensor and _readable(value) and value.numel() == 1 and not value.requires_grad
     }
 
 
@@ -330,8 +335,11 @@ def _put_back(module: nn.Module, state: _Module, counts_on: bool) -> None:
         del module.__dict__[name]
     for name, (tensor, copy) in state.scalars.items():
         module.__dict__[name] = _as_it_was(tensor, copy)
+    taken = {*module._modules.keys(), *module._parameters.keys()}
     for name, value in state.numbers.items():
-        if not (counts_on and _counts_on(module.__dict__.get(name), value, state.earlier.get(name))):
+        if name not in taken and not (
+            counts_on and _counts_on(module.__dict__.get(name), value, state.earlier.get(name))
+        ):
             module.__dict__[name] = value
 
 
@@ -341,7 +349,8 @@ def _counted_on(kept: _Kept, now: torch.Tensor | None) -> torch.Tensor:
     if kept.before is None or now is None or not _plain(now) or not _alike(now, kept.copy):
         return kept.copy
     try:
-        return torch.where(now - kept.copy == kept.copy - kept.before, now, kept.copy)
+        step = now - kept.copy
+        return torch.where((step == kept.copy - kept.before) & step.isfinite(), now, kept.copy)
     except RuntimeError:  # no arithmetic of unsigned integers of 16 bits and more
         return kept.copy
 
@@ -350,4 +359,4 @@ def _counts_on(now: Any, value: Any, before: Any) -> bool:
     """As ``_counted_on``, of numbers."""
     if not all(type(number) in (int, float) for number in (now, value, before)):
         return False
-    return bool(now - value == value - before)
+    return bool(now - value == value - before) and math.isfinite(now - value)

@@ -24,7 +24,7 @@ held against the others of its stage that were given the same as it was:
 * Modules may keep a state that forward passes change (running maxima, router biases, counts), each replica another one.
   Every worker tells a digest of it, before it is known what the step is. Who began in another state than more than half
   of its stage is held to nothing, nor is what is made of its work. Its column is left out as long as two exact ones
-  remain, and its strikes count as long as it cannot be compared.
+  remain or one of the others is wrong, and strikes count as long as somebody cannot be compared for it.
 * Without a truth, workers on unlike hardware are held against the median of all by statistics; if some do not fit,
   those that are near are believed where they are more than can be bad.
 * Without a truth the step says that workers differ and not who is wrong. Of those, who is suspected by its own
@@ -134,7 +134,8 @@ class Trial:
             that of others is.
         forged: bool [2, L, C, M], messages that their senders say are the truth and their receivers that they are not.
         differ: bool [S, R, R], which two workers of a stage made other things of the very same without a truth.
-        apart: bool [S, R], who began in another state than most of its stage.
+        apart: bool [S, R], who began in another state than most of its stage, and all of a stage that could not be
+            tested where there are such.
     """
 
     right: np.ndarray
@@ -191,11 +192,13 @@ def try_twins(
     # Whether all that a stage's gradients are made of has agreed, and to the last bit.
     entered, entered_exact = (np.zeros((mesh.stages, columns), bool) for _ in range(2))
     found: list[tuple[int, int, Vote]] = []
+    tested = np.zeros(mesh.stages, bool)
     for position in range(2 * links):
         direction = FORWARD if position < links else BACKWARD
         link = position if direction == FORWARD else 2 * links - 1 - position
         stage, receiver = mesh.sender_stage(direction, link), mesh.receiver_stage(direction, link)
         asked = agreed & ~disputed_PCM[position] & ~apart_SC[stage][:, None]
+        tested[stage] |= np.count_nonzero(asked.any(-1)) >= LEAST
         vote = stages[stage].vote(digests_PCMT[position], keyed_PCM[position], measures_PECMN[position], asked, exact)
         agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike | vote.forged | vote.unclear)
         exact = agreed & vote.exact
@@ -241,8 +244,13 @@ def try_twins(
     lost = spoilt | disputed.any(axis=(0, 1, 3)) | ~twins.given
     if np.count_nonzero(~lost & ~inexact) >= LEAST:
         spoilt = spoilt | inexact
+    elif (lost & ~inexact).any():
+        # Whoever says that its state is another one may not be what is left when the others are wrong.
+        spoilt = spoilt | apart_SC.any(0)
     apart = np.zeros_like(sound)
     np.put_along_axis(apart, served, apart_SC, axis=1)
+    if apart.any():
+        apart[~tested] = True
     return Trial(
         right,
         wrong,

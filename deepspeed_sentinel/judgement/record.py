@@ -115,7 +115,12 @@ class Record:
     @property
     def strikes_count(self) -> np.ndarray:
         """Stages in which a strike may come to convict, bool [S], so that it must be looked into."""
-        return self._unlike | self._apart.any(1) | (self._refused_trials > 0) | (not self.by_proof)
+        return self._of_stage | self._apart.any(1)
+
+    @property
+    def _of_stage(self) -> np.ndarray:
+        """Stages in which anybody's strike counts, bool [S]."""
+        return np.asarray(self._unlike | (self._refused_trials > 0) | (not self.by_proof))
 
     @property
     def unlike(self) -> np.ndarray:
@@ -176,7 +181,7 @@ class Record:
             self._unlike = (self._unlike | tried.unlike) & ~tried.sound.any(1)
         if trial:
             self._apart = np.zeros_like(self._apart) if trial.apart is None else trial.apart
-        self._counted[slot] = struck & self.strikes_count[:, None]
+        self._counted[slot] = struck & (self._of_stage[:, None] | self._apart)
         self._quiet_steps = np.where(struck | proved, 0, self._quiet_steps + 1)
         counted = exact.count(self._counted, axis=0)
         guilty = (counted >= self.strikes_needed) | (self.on_probation & struck)
@@ -222,7 +227,7 @@ class Record:
         place = (slice(None), *worker)
         for window in (self._struck, self._counted, self._doubted, self._untried):
             window[place] = False
-        for marked in (self.convicted, self.on_probation, self._explained):
+        for marked in (self.convicted, self.on_probation, self._explained, self._apart):
             marked[worker] = False
         self._quiet_steps[worker] = 0
 

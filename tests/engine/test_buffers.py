@@ -486,3 +486,28 @@ def test_one_element_of_any_type_goes_back(dtype):
         kept.moves = True
         kept.end_step(counts)
     assert module.held.tolist() == [0]
+
+
+def test_a_first_infinity_is_no_count():
+    """A maximum that began at minus infinity moved by infinity in the step before."""
+    module = nn.Module()
+    module.register_buffer("held", torch.full((1,), -torch.inf))
+    module.best = -float("inf")
+    kept = ForwardState(module)
+    for value, counts in ((1.0, True), (float("inf"), False)):
+        kept.begin_step()
+        module.held = torch.full((1,), value)
+        module.best = value
+        kept.end_step(counts)
+    assert module.held.tolist() == [1.0] and module.best == 1.0
+
+
+def test_numbers_that_moved_before_the_first_step_are_told_too():
+    device, told = torch.device("cpu"), []
+    for evaluated in (False, True):
+        module = nn.Sequential(Rare("a number", rank=0))
+        kept = ForwardState(module)
+        module(torch.tensor(9.0 if evaluated else 1.0))
+        kept.begin_step(fresh=True)
+        told.append(kept.digest(device))
+    assert told[0] != told[1]

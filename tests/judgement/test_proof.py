@@ -560,3 +560,12 @@ def test_gradients_are_those_of_one_state_too():
     step.gradients[3, 2] += 1000
     trial = step.trial()
     assert not trial.proofs and trial.spoilt.tolist() == [False, False, True]
+
+
+def test_whoever_claims_a_state_is_not_what_is_left_when_the_others_are_wrong():
+    step = Step()
+    step.states[1] = [6, 5, 5]
+    step.sends(1, 0, FORWARD, lie=3)
+    step.sends(2, 1, FORWARD, lie=7)
+    trial = step.trial()
+    assert trial.spoilt.all()

@@ -222,6 +222,16 @@ def test_who_cannot_be_compared_for_its_state_is_convicted_by_strikes(states):
     assert quiet.excluded.tolist() == [False, False, states[0] == states[1]]
 
 
+def test_where_a_first_stage_of_unlike_states_leaves_nothing_to_compare_strikes_convict():
+    world = by_proof()
+    told = np.zeros((world.mesh.stages, 3), np.int64)
+    told[0] = 5, 6, 7
+    for _ in range(3):
+        world.step(twins=replace(twins(world), states=told))
+        verdict = world.step(loud(1, 2))
+    assert verdict.newly_convicted == (Worker(1, 2),)
+
+
 def test_where_no_twin_step_can_be_made_strikes_convict():
     world = by_proof()
     convicted = [world.step(loud(1, 2), refused=True).newly_convicted for _ in range(4)]
