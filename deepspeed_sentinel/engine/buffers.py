@@ -212,7 +212,7 @@ class ForwardState:
         if old is None or not _plain(tensor) or not _alike(old, tensor):
             return _Kept(tensor, version, _cloned(tensor))
         if tensor.numel() == 1 and tensor.dtype != torch.bool:
-            return _Kept(tensor, version, tensor.detach().clone(), before=old)
+            return _Kept(tensor, version, _cloned(tensor), before=old)
         stale.append((old, tensor))
         return _Kept(tensor, version, old)
 

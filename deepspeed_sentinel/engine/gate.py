@@ -162,7 +162,7 @@ class Gate:
         self._comparison.begin_step()
         self._twins.begin_step(step, self._suspicion)
         self._begin_messages(step)
-        self._forward_state.begin_step(self._twins.possible(self._suspicion), everything=self._replay.due(step))
+        self._forward_state.begin_step(self._may_be_twins, everything=self._replay.due(step))
 
     def rehearse(self, run: Callable[[], None]) -> None:
         """Run this step's schedule once for nothing, if it is one to be replayed. After ``begin_step``.
@@ -182,7 +182,7 @@ class Gate:
         self._replay.rehearse(run, put_back)
 
     def _begin_messages(self, step: int) -> None:
-        keyed = self._twins.possible(self._suspicion) or self._replay.due(step)
+        keyed = self._may_be_twins or self._replay.due(step)
         self._collector.begin_step(step, self._engine.micro_batches, keyed)
 
     def _reduce_tied_gradients(self, engine: PipelineEngine) -> None:
@@ -264,9 +264,14 @@ class Gate:
     def _suspicion(self) -> float:
         return self.judge.record.suspicion
 
+    @property
+    def _may_be_twins(self) -> bool:
+        """The step may be a twin step; the same from its begin to its verdict."""
+        return self._twins.possible(self._suspicion)
+
     def _told_of_twins(self) -> tuple[Twins | None, bool]:
         """What the step was, if it is a twin step; and whether it was to be one and could not."""
-        if not self._twins.possible(self._suspicion):
+        if not self._may_be_twins:
             return None, False
         gradients, device = list(access.gradients(self._engine)), torch.device(self._engine.device)
         digest = int(tensors_digest(gradients, device)) if gradients else 0

@@ -483,7 +483,6 @@ def test_one_element_of_any_type_goes_back(dtype):
     for counts in (True, True, False):
         kept.begin_step()
         module.held = torch.zeros(1).to(dtype)
-        kept.moves = True
         kept.end_step(counts)
     assert module.held.tolist() == [0]
 
