@@ -10,8 +10,7 @@ counter (``batch_norm`` does, ``.data``, custom kernels). Therefore, after the g
 compared with what is there, and a module with a buffer that was found changed, in whichever way, has all of its buffers
 copied at the beginning of every step from then on. One that begins to change behind the counter later goes back to its
 older copy until the next comparison: an honest value too. Comparisons are made in each step that excludes a column too,
-by all; a step that may be a twin step begins with fresh copies of what is small, one that is rehearsed of all, and of
-modules without buffers.
+by all; a step that is rehearsed begins with fresh copies of all, and of modules without buffers.
 
 A buffer above ``_LARGE`` bytes is copied only once its module was seen to change, so that weights kept as buffers
 (quantised models) are not held twice; a digest is compared in place of a copy. One that was replaced by another tensor
@@ -23,8 +22,8 @@ with them.
 
 What counts steps or messages should not go back: all replicas have counted alike, and one that stays behind makes
 other messages than they do for good. So a buffer of one element, or a number, stays as it is where it moved by exactly
-as much as in the step before. What replicas change alike in another way stays behind; ``digest`` tells of it, so that a
-worker is not held to what others make of the same in another state.
+as much as in the step before. What replicas change alike in another way stays behind, until they are brought into one
+state again (``shared_state.py``).
 
 Other state that a forward pass may keep (larger tensors as plain attributes, lists, state outside modules, modules and
 first buffers that came in the step) is not known and stays.
@@ -33,20 +32,27 @@ first buffers that came in the step) is not known and stays.
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from deepspeed_sentinel.engine.module_state import (
+    alike,
+    has_values,
+    is_plain,
+    is_readable,
+    numbers,
+    scalars,
+    size_in_bytes,
+    version,
+    with_value,
+)
 from deepspeed_sentinel.evidence.weights import tensors_digest
 from deepspeed_sentinel.telemetry import console
 
 _LARGE = 2**20
-_PLAIN = frozenset((bool, int, float, str, type(None)))
 
 
 @dataclass
@@ -71,7 +77,7 @@ class _Kept:
         """bool []: the tensor holds another value by now."""
         if self.copy is not None:
             return _differs(self.copy, self.tensor)
-        if self.digest is None or not _readable(self.tensor):
+        if self.digest is None or not is_readable(self.tensor):
             return torch.zeros((), dtype=torch.bool)
         return tensors_digest([self.tensor], self.tensor.device) != self.digest
 
@@ -103,26 +109,23 @@ class ForwardState:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._modules: dict[nn.Module, _Module] = {}
-        self._first = {module: _numbers(module) for module in _modules(root)}
         self._steps = 0
 
     @torch.no_grad()
-    def begin_step(self, fresh: bool = False, everything: bool = False) -> None:
+    def begin_step(self, everything: bool = False) -> None:
         """Before the first forward pass: take what may have to go back.
 
         Args:
-            fresh: ``digest`` comes, so copies of what is small have to be of now.
-            everything: ``rewind`` comes, so all have to be, and of all modules.
+            everything: ``rewind`` comes, so all copies have to be of now, and of all modules.
         """
         stale: list[tuple[torch.Tensor, torch.Tensor]] = []  # copies, and what is to be copied into them
         found = [module for module in _modules(self._root) if everything or module._buffers]
         self._modules = {module: self._modules.get(module, _Module()) for module in found}
         for module, state in self._modules.items():
-            state.earlier, state.numbers = state.numbers, _numbers(module)
-            self._first.setdefault(module, state.numbers)
-            state.scalars = _scalars(module)
+            state.earlier, state.numbers = state.numbers, numbers(module)
+            state.scalars = {name: (tensor, tensor.detach().clone()) for name, tensor in scalars(module).items()}
             state.buffers = {
-                name: None if tensor is None else self._renewed(state, name, tensor, fresh, everything, stale)
+                name: None if tensor is None else self._renewed(state, name, tensor, everything, stale)
                 for name, tensor in module._buffers.items()
             }
         if stale:
@@ -137,7 +140,7 @@ class ForwardState:
             for name, kept in state.buffers.items():
                 tensor = module._buffers[name]
                 if kept is not None and tensor is not None:
-                    kept.tensor, kept.version = tensor, _version(tensor)
+                    kept.tensor, kept.version = tensor, version(tensor)
 
     @torch.no_grad()
     def end_step(self, counts: bool, all_count: bool = True) -> None:
@@ -152,69 +155,42 @@ class ForwardState:
             state.moves = state.moves or any(
                 now.get(name) is not None
                 if kept is None
-                else now.get(name) is not kept.tensor or _version(kept.tensor) != kept.version
+                else now.get(name) is not kept.tensor or version(kept.tensor) != kept.version
                 for name, kept in state.buffers.items()
             )
         if not (counts and all_count) or self._steps & (self._steps - 1) == 0:
             self._compare()
         if not counts:
             for module, state in self._modules.items():
-                _put_back(module, state, counts_on=True)
-
-    @torch.no_grad()
-    def digest(self, device: torch.device) -> int:
-        """Of what modules with buffers held when the step began, whether or not it ever changed.
-
-        But for batch normalisation in training, which uses nothing of what it keeps, for large buffers that were never
-        seen to change, and for numbers that never did, which may be a rank. After ``begin_step(fresh=True)``; waits for
-        the device.
-
-        Args:
-            device: where it is worked out.
-        """
-        held: list[torch.Tensor] = []
-        numbers = 0
-        for module, state in self._modules.items():
-            if _is_batch_norm(module) and module.training:
-                continue
-            copies = [kept.copy for kept in state.buffers.values() if kept is not None and kept.copy is not None]
-            copies += [copy for _, copy in state.scalars.values()]
-            held += [copy for copy in copies if _readable(copy)]
-            first, now = self._first[module], state.numbers
-            moved = [
-                (name, now.get(name)) for name in sorted(first.keys() | now) if first.get(name, ...) != now.get(name)
-            ]
-            numbers = zlib.crc32(repr(moved).encode(), numbers)
-        return int(tensors_digest([*held, torch.tensor(numbers)], device))
+                if state.buffers:  # others were kept for a rehearsal alone
+                    _put_back(module, state, counts_on=True)
 
     def _renewed(
         self,
         state: _Module,
         name: str,
         tensor: torch.Tensor,
-        fresh: bool,
         everything: bool,
         stale: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> _Kept:
-        kept, version = state.buffers.get(name), _version(tensor)
-        if not _copyable(tensor):
-            return _Kept(tensor, version, None)
+        kept, now = state.buffers.get(name), version(tensor)
+        if not has_values(tensor):
+            return _Kept(tensor, now, None)
         whole = everything or state.moves  # whatever its size, and whether or not it is seen to have changed
-        large = tensor.numel() * tensor.element_size() > _LARGE and not whole
-        stays = not (whole or (fresh and not large))
-        same = kept is not None and kept.tensor is tensor and kept.version == version >= 0 and stays
+        large = size_in_bytes(tensor) > _LARGE and not whole
+        same = kept is not None and kept.tensor is tensor and kept.version == now >= 0 and not whole
         if kept is not None and same and (not large or kept.copy is None):
             return kept
         if large:
-            digest = tensors_digest([tensor], tensor.device) if _readable(tensor) else None
-            return _Kept(tensor, version, None, digest)
+            digest = tensors_digest([tensor], tensor.device) if is_readable(tensor) else None
+            return _Kept(tensor, now, None, digest)
         old = kept.copy if kept is not None else None
-        if old is None or not _plain(tensor) or not _alike(old, tensor):
-            return _Kept(tensor, version, _cloned(tensor))
+        if old is None or not is_plain(tensor) or not alike(old, tensor):
+            return _Kept(tensor, now, _cloned(tensor))
         if tensor.numel() == 1 and tensor.dtype != torch.bool:
-            return _Kept(tensor, version, _cloned(tensor), before=old)
+            return _Kept(tensor, now, _cloned(tensor), before=old)
         stale.append((old, tensor))
-        return _Kept(tensor, version, old)
+        return _Kept(tensor, now, old)
 
     def _compare(self) -> None:
         """Find modules whose buffers changed behind their version counters."""
@@ -223,7 +199,7 @@ class ForwardState:
             for state in self._modules.values()
             if not state.moves
             for kept in state.buffers.values()
-            if kept is not None and _copyable(kept.tensor) and kept.tensor.numel()
+            if kept is not None and has_values(kept.tensor) and kept.tensor.numel()
         ]
         if compared:
             device = compared[0][1].device
@@ -244,42 +220,6 @@ def _modules(root: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: value for name, value in module.__dict__.items() if type(value) in _PLAIN or isinstance(value, np.generic)
-    }
-
-
-def _scalars(module: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    return {
-        name: (value, value.detach().clone())
-        for name, value in module.__dict__.items()
-        if type(value) is torch.Tensor and _readable(value) and value.numel() == 1 and not value.requires_grad
-    }
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    """Of torch's own: one of somebody else's may use what it keeps."""
-    return isinstance(module, _NormBase) and type(module).__module__.startswith("torch.nn.modules.")
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if not _copyable(tensor) or tensor.is_inference() else tensor._version
-
-
-def _plain(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_nested
-
-
-def _copyable(tensor: torch.Tensor) -> bool:
-    """Whether it has values: none on the meta device, or of a lazy module, have."""
-    return not (nn.parameter.is_lazy(tensor) or tensor.is_meta)
-
-
-def _readable(tensor: torch.Tensor) -> bool:
-    return _copyable(tensor) and type(tensor) is torch.Tensor and _plain(tensor) and not tensor.is_quantized
-
-
 def _cloned(tensor: torch.Tensor) -> torch.Tensor | None:
     """None of a kind of tensor that torch cannot copy yet."""
     try:
@@ -288,28 +228,14 @@ def _cloned(tensor: torch.Tensor) -> torch.Tensor | None:
         return None
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether each can take the other's values."""
-    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
-
-
 def _differs(copy: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """bool []; what cannot be compared (another shape, or sparse) counts as changed."""
-    if not _plain(tensor) or not _alike(copy, tensor):
-        return torch.ones((), dtype=torch.bool, device=tensor.device)
-    return ((copy != tensor) & ((copy == copy) | (tensor == tensor))).any()  # NaN is no change of NaN
-
-
-def _as_it_was(tensor: torch.Tensor, copy: torch.Tensor) -> torch.Tensor:
-    """A buffer with its old values: the same tensor, since others may hold it too, or a new one where that cannot be
-    written to (made by ``expand``, or in inference mode)."""
-    try:
-        if _plain(tensor) and _alike(tensor, copy):
-            return tensor.copy_(copy)
-        tensor.data = copy.clone()
-    except RuntimeError:
-        return copy.clone()
-    return tensor
+    """bool []; what cannot be compared (another shape, sparse, or of bits) counts as changed."""
+    if is_plain(tensor) and alike(copy, tensor):
+        try:
+            return ((copy != tensor) & ((copy == copy) | (tensor == tensor))).any()  # NaN is no change of NaN
+        except RuntimeError:
+            pass
+    return torch.ones((), dtype=torch.bool, device=tensor.device)
 
 
 def _put_back(module: nn.Module, state: _Module, counts_on: bool) -> None:
@@ -323,18 +249,18 @@ def _put_back(module: nn.Module, state: _Module, counts_on: bool) -> None:
             continue
         if kept.copy is not None:
             value = _counted_on(kept, now.get(name)) if counts_on else kept.copy
-            module._buffers[name] = _as_it_was(kept.tensor, value)
-        elif changed or _version(kept.tensor) != kept.version:
+            module._buffers[name] = with_value(kept.tensor, value)
+        elif changed or version(kept.tensor) != kept.version:
             console.say(
                 f"buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
                 "the first time in a step whose column was excluded, and was too large to be kept: it stays as it is"
             )
-    for name in _numbers(module).keys() - state.numbers.keys():
+    for name in numbers(module).keys() - state.numbers.keys():
         del module.__dict__[name]
-    for name in _scalars(module).keys() - state.scalars.keys():
+    for name in scalars(module).keys() - state.scalars.keys():
         del module.__dict__[name]
     for name, (tensor, copy) in state.scalars.items():
-        module.__dict__[name] = _as_it_was(tensor, copy)
+        module.__dict__[name] = with_value(tensor, copy)
     taken = {*module._modules.keys(), *module._parameters.keys()}
     for name, value in state.numbers.items():
         if name not in taken and not (
@@ -346,7 +272,7 @@ def _put_back(module: nn.Module, state: _Module, counts_on: bool) -> None:
 def _counted_on(kept: _Kept, now: torch.Tensor | None) -> torch.Tensor:
     """The value to put back: that of before the step, or of now where it is a count that went on."""
     assert kept.copy is not None
-    if kept.before is None or now is None or not _plain(now) or not _alike(now, kept.copy):
+    if kept.before is None or now is None or not is_plain(now) or not alike(now, kept.copy):
         return kept.copy
     try:
         step = now - kept.copy

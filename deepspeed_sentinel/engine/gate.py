@@ -26,6 +26,7 @@ from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.reduction import Poisoned, Reduction
 from deepspeed_sentinel.engine.replay import Replay
 from deepspeed_sentinel.engine.requests import Decision, Requests
+from deepspeed_sentinel.engine.shared_state import SharedState
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.tied import reduce_tied_gradients
 from deepspeed_sentinel.engine.trace import span
@@ -91,6 +92,9 @@ class Gate:
         self._ranks = access.ranks_of(engine)
         self._reduction = Reduction(engine, self._worker, self._ranks, control)
         self._forward_state = ForwardState(access.stage_module(engine))
+        self._shared_state = SharedState(
+            access.stage_module(engine), self._worker.replica, control, torch.device(engine.device), telling.note
+        )
         self._replay = Replay(
             engine,
             self._mesh,
@@ -125,6 +129,8 @@ class Gate:
         self.judge = self.new_judge(layout.parts if layout else 1)
         self._collector.reset()
         self.share = Share(included=True, factor=1.0)
+        self._counted_R = np.ones(self._mesh.replicas, bool)  # whose columns did in the last step, of this stage
+        self._state = 0  # what this worker tells of the state in which it began the step
         self.poisoned: Poisoned | None = None
 
     def new_judge(self, parts: int) -> Judge:
@@ -162,7 +168,9 @@ class Gate:
         self._comparison.begin_step()
         self._twins.begin_step(step, self._suspicion)
         self._begin_messages(step)
-        self._forward_state.begin_step(self._may_be_twins, everything=self._replay.due(step))
+        if self._may_be_twins or (not self._counted_R.all() and self._twins.configured):
+            self._state = self._shared_state.share(self._counted_R, gives=not self._lenient)
+        self._forward_state.begin_step(everything=self._replay.due(step))
 
     def rehearse(self, run: Callable[[], None]) -> None:
         """Run this step's schedule once for nothing, if it is one to be replayed. After ``begin_step``.
@@ -252,6 +260,7 @@ class Gate:
         if not verdict.skip:
             self.share.apply_(access.gradients(self._engine))
         self._forward_state.end_step(self.share.included, all_count=not verdict.excluded.any())
+        self._counted_R[self.columns.wiring[self._worker.stage]] = ~verdict.excluded
         self.verdict = verdict
         self._count(verdict)
         self._telling.verdict(verdict)
@@ -276,7 +285,7 @@ class Gate:
         gradients, device = list(access.gradients(self._engine)), torch.device(self._engine.device)
         digest = int(tensors_digest(gradients, device)) if gradients else 0
         # First what each has accumulated, then what the step was: nobody can choose the one by the other.
-        own = (digest, norm_bits(gradients), kind(device), self._forward_state.digest(device))
+        own = (digest, norm_bits(gradients), kind(device), self._state)
         accumulated, norms, kinds, states = np.moveaxis(self._control.gather_words(*own).numpy()[self._ranks], -1, 0)
         words = self._control.gather_words(self._twins.word).numpy()[self._ranks][..., 0]
         twins = as_told(words, accumulated, np.ascontiguousarray(norms).view(np.float64), kinds, states)

@@ -92,6 +92,11 @@ class TwinSteps:
         """Draw by other settings from the next step on."""
         self._config = config
 
+    @property
+    def configured(self) -> bool:
+        """Whether any step may ever be a twin step."""
+        return self.possible(1.0)
+
     def possible(self, suspicion: float) -> bool:
         """Whether the step may be a twin step, as all ranks know."""
         return chance(self._config, self._mesh.replicas, suspicion) > 0
@@ -290,7 +295,7 @@ def as_told(
         words_SR: int64 [S, R], the words of all ranks; those of middle stages mean nothing.
         gradients_SR: int64 [S, R], digests of accumulated gradients; norms_SR: float64 [S, R], their norms.
         kinds_SR: int64 [S, R], see ``kind``.
-        states_SR: int64 [S, R], see ``ForwardState.digest``; None where nothing keeps a state.
+        states_SR: int64 [S, R], see ``SharedState.share``; None where nothing keeps a state.
 
     Raises:
         SentinelError: they say different things.

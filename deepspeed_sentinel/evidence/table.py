@@ -251,8 +251,8 @@ class Twins:
             where there is none.
         norms: float64 [S, R], the norm of these gradients.
         kinds: int64 [S, R], equal numbers for equal kinds of hardware and software.
-        states: int64 [S, R], a digest of what each worker's modules held when the step began beside their parameters;
-            None where all held the same.
+        states: int64 [S, R], of each stage equal numbers for workers whose modules held the same when the step began,
+            beside their parameters; None where all did.
     """
 
     source: int

@@ -21,10 +21,10 @@ held against the others of its stage that were given the same as it was:
   if it was given the truth to the last bit; what is near may still be anything, so who is given that is never proved.
   In any case such a column is left out as long as two exact ones remain: all have the same data, so nothing is lost.
   And who claims a kind of its own blinds nobody to the others. Of gradients its word alone clears nobody.
-* Modules may keep a state that forward passes change (running maxima, router biases, counts), each replica another one.
-  Every worker tells a digest of it, before it is known what the step is. Who began in another state than more than half
-  of its stage is held to nothing, nor is what is made of its work. Its column is left out as long as two exact ones
-  remain or one of the others is wrong, and strikes count as long as somebody cannot be compared for it.
+* Modules may keep a state that forward passes change (running maxima, router biases). Before the step a stage's
+  replicas are brought into the state that more than half of them are in (``engine/shared_state.py``), so everybody is
+  held to what these make. Where no more than half are in one state, it is each one's own by nature: that stage is not
+  compared, nor is what is made of its work. Then strikes count, of all, since nobody is compared whole.
 * Without a truth, workers on unlike hardware are held against the median of all by statistics; if some do not fit,
   those that are near are believed where they are more than can be bad.
 * Without a truth the step says that workers differ and not who is wrong. Of those, who is suspected by its own
@@ -134,8 +134,7 @@ class Trial:
             that of others is.
         forged: bool [2, L, C, M], messages that their senders say are the truth and their receivers that they are not.
         differ: bool [S, R, R], which two workers of a stage made other things of the very same without a truth.
-        apart: bool [S, R], who began in another state than most of its stage, and all of a stage that could not be
-            tested where there are such.
+        blind: some stage's replicas were in states of their own, so that not everything could be compared.
     """
 
     right: np.ndarray
@@ -149,7 +148,7 @@ class Trial:
     spoilt: np.ndarray
     forged: np.ndarray
     differ: np.ndarray
-    apart: np.ndarray
+    blind: bool
 
 
 def try_twins(
@@ -187,18 +186,16 @@ def try_twins(
         Voters.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage], bool(unlike[stage]))
         for stage in range(mesh.stages)
     ]
-    apart_SC = _of_another_state(twins, served)
+    unshared = _of_unlike_states(twins, mesh.stages)
     agreed = exact = np.broadcast_to(twins.given[:, None], (columns, messages))
     # Whether all that a stage's gradients are made of has agreed, and to the last bit.
     entered, entered_exact = (np.zeros((mesh.stages, columns), bool) for _ in range(2))
     found: list[tuple[int, int, Vote]] = []
-    tested = np.zeros(mesh.stages, bool)
     for position in range(2 * links):
         direction = FORWARD if position < links else BACKWARD
         link = position if direction == FORWARD else 2 * links - 1 - position
         stage, receiver = mesh.sender_stage(direction, link), mesh.receiver_stage(direction, link)
-        asked = agreed & ~disputed_PCM[position] & ~apart_SC[stage][:, None]
-        tested[stage] |= np.count_nonzero(asked.any(-1)) >= LEAST
+        asked = agreed & ~disputed_PCM[position] & ~unshared[stage]
         vote = stages[stage].vote(digests_PCMT[position], keyed_PCM[position], measures_PECMN[position], asked, exact)
         agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike | vote.forged | vote.unclear)
         exact = agreed & vote.exact
@@ -216,11 +213,11 @@ def try_twins(
     differ = np.zeros((mesh.stages, mesh.replicas, mesh.replicas), bool)
     sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
     spoilt = np.asarray((wrong | undecided | forged).any(axis=(0, 1, 3)))
-    inexact = apart_SC.any(0)
+    inexact = np.zeros(columns, bool)
     for stage, workers in enumerate(served):
         told: list[tuple[int | None, Vote]] = [(direction, vote) for at, direction, vote in found if at == stage]
         gradients, norms = twins.gradients[stage][workers], twins.norms[stage][workers]
-        asked = entered[stage] & ~apart_SC[stage]
+        asked = entered[stage] & ~unshared[stage]
         if asked.any():
             vote = stages[stage].vote(
                 gradients[:, None, None],
@@ -244,13 +241,6 @@ def try_twins(
     lost = spoilt | disputed.any(axis=(0, 1, 3)) | ~twins.given
     if np.count_nonzero(~lost & ~inexact) >= LEAST:
         spoilt = spoilt | inexact
-    elif (lost & ~inexact).any():
-        # Whoever says that its state is another one may not be what is left when the others are wrong.
-        spoilt = spoilt | apart_SC.any(0)
-    apart = np.zeros_like(sound)
-    np.put_along_axis(apart, served, apart_SC, axis=1)
-    if apart.any():
-        apart[~tested] = True
     return Trial(
         right,
         wrong,
@@ -263,7 +253,7 @@ def try_twins(
         spoilt,
         forged,
         differ,
-        apart,
+        bool(unshared.any()),
     )
 
 
@@ -280,18 +270,14 @@ def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tri
         proved[worker] = True
     sound = trial.sound & ~proved if trial else np.zeros_like(proved)
     unlike = trial.unlike if trial else np.zeros(mesh.stages, bool)
-    return Tried(proved, sound, unlike, held=trial is not None, apart=trial.apart if trial else None)
+    return Tried(proved, sound, unlike, held=trial is not None, blind=trial is not None and trial.blind)
 
 
-def _of_another_state(twins: Twins, served: np.ndarray) -> np.ndarray:
-    """bool [S, C], who did not begin the step in the state in which more than half of its stage did."""
-    apart = np.zeros(served.shape, bool)
+def _of_unlike_states(twins: Twins, stages: int) -> np.ndarray:
+    """bool [S], stages of which no more than half of the replicas began the step in one state."""
     if twins.states is None:
-        return apart
-    for stage, states in enumerate(twins.states):
-        known, count = np.unique(states, return_counts=True)
-        apart[stage] = ~np.isin(states, known[2 * count > len(states)])[served[stage]]
-    return apart
+        return np.zeros(stages, bool)
+    return np.array([2 * np.unique(states, return_counts=True)[1].max() <= len(states) for states in twins.states])
 
 
 def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: Vote, served: np.ndarray) -> list[Proof]:

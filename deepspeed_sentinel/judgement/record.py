@@ -22,14 +22,14 @@ class Tried:
         sound: bool [S, R], workers all of whose work is.
         unlike: bool [S], stages whose honest replicas do not make the same of the same.
         held: it was a twin step. Else somebody was proved by weights, a reduction or a replay, and nobody was tried.
-        apart: bool [S, R], workers that could not be compared, by the state in which they began; None is nobody.
+        blind: not all of what workers made could be compared, since some replicas were in states of their own.
     """
 
     proved: np.ndarray
     sound: np.ndarray
     unlike: np.ndarray
     held: bool
-    apart: np.ndarray | None = None
+    blind: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Record:
         mesh: stages and replicas.
         strikes, window: strikes that convict, and the steps within which they must fall.
         probation: steps.
-        by_proof: strikes convict only where nothing can be proved: in a stage whose honest replicas differ, and where
-            three twin steps in a row could not be made. Only strikes of such steps count for it, in which they were
-            looked into.
+        by_proof: strikes convict only where nothing can be proved: in a stage whose honest replicas differ, after a
+            twin step that was blind, and where three twin steps in a row could not be made. Only strikes of such steps
+            count for it, in which they were looked into.
         heals: columns are dealt anew, so that who stood behind a convicted worker can be tried.
     """
 
@@ -82,7 +82,7 @@ class Record:
         self.on_probation = np.zeros(shape, bool)
         self._quiet_steps = np.zeros(shape, np.int64)
         self._unlike = np.zeros(mesh.stages, bool)
-        self._apart = np.zeros(shape, bool)  # in the last twin step
+        self._blind = False  # the last twin step was
         self._more_to_find = False
         self._refused_trials = self._fruitless = self._in_vain = 0
         self._explained = np.zeros(shape, bool)
@@ -115,12 +115,7 @@ class Record:
     @property
     def strikes_count(self) -> np.ndarray:
         """Stages in which a strike may come to convict, bool [S], so that it must be looked into."""
-        return self._of_stage | self._apart.any(1)
-
-    @property
-    def _of_stage(self) -> np.ndarray:
-        """Stages in which anybody's strike counts, bool [S]."""
-        return np.asarray(self._unlike | (self._refused_trials > 0) | (not self.by_proof))
+        return np.asarray(self._unlike | self._blind | (self._refused_trials > 0) | (not self.by_proof))
 
     @property
     def unlike(self) -> np.ndarray:
@@ -180,13 +175,13 @@ class Record:
             proved, cleared = tried.proved, tried.sound & self.suspects
             self._unlike = (self._unlike | tried.unlike) & ~tried.sound.any(1)
         if trial:
-            self._apart = np.zeros_like(self._apart) if trial.apart is None else trial.apart
-        self._counted[slot] = struck & (self._of_stage[:, None] | self._apart)
+            self._blind = trial.blind
+        self._counted[slot] = struck & self.strikes_count[:, None]
         self._quiet_steps = np.where(struck | proved, 0, self._quiet_steps + 1)
         counted = exact.count(self._counted, axis=0)
         guilty = (counted >= self.strikes_needed) | (self.on_probation & struck)
         if self.by_proof:
-            guilty &= self._unlike[:, None] | self._apart | (self._refused_trials >= _HOPELESS)
+            guilty &= self._unlike[:, None] | self._blind | (self._refused_trials >= _HOPELESS)
         if cleared.any():
             self._struck[:, cleared] = self._counted[:, cleared] = self._doubted[:, cleared] = False
         self._untried[slot] = False
@@ -227,7 +222,7 @@ class Record:
         place = (slice(None), *worker)
         for window in (self._struck, self._counted, self._doubted, self._untried):
             window[place] = False
-        for marked in (self.convicted, self.on_probation, self._explained, self._apart):
+        for marked in (self.convicted, self.on_probation, self._explained):
             marked[worker] = False
         self._quiet_steps[worker] = 0
 
@@ -242,7 +237,7 @@ class Record:
             "on_probation": self.on_probation.copy(),
             "quiet_steps": self._quiet_steps.copy(),
             "unlike": self._unlike.copy(),
-            "apart": self._apart.copy(),
+            "blind": np.array(self._blind),
             "more_to_find": np.array(self._more_to_find),
             "refused_trials": np.array(self._refused_trials),
             "fruitless": np.array(self._fruitless),
@@ -259,7 +254,7 @@ class Record:
         self.convicted = np.array(state["convicted"])
         self.on_probation = np.array(state["on_probation"])
         self._quiet_steps = np.array(state["quiet_steps"])
-        self._unlike, self._apart = np.array(state["unlike"]), np.array(state["apart"])
+        self._unlike, self._blind = np.array(state["unlike"]), bool(state["blind"])
         self._more_to_find = bool(state["more_to_find"])
         self._refused_trials = int(state["refused_trials"])
         self._fruitless, self._in_vain = int(state["fruitless"]), int(state["in_vain"])

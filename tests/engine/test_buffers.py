@@ -378,86 +378,6 @@ def test_buffers_without_values_end_no_worker(module, counts):
         kept.end_step(counts)
 
 
-def test_a_state_is_told_where_passes_change_one():
-    """The same for the same, another one for whom was left out; of what training uses alone."""
-    device = torch.device("cpu")
-    modules = [nn.Sequential(Running("in place"), nn.BatchNorm1d(4)) for _ in range(3)]
-    states = [ForwardState(module) for module in modules]
-    told = []
-    for index in range(3):
-        for replica, (module, kept) in enumerate(zip(modules, states, strict=True)):
-            kept.begin_step(fresh=True)
-            module[0](torch.tensor(2.0 + index))
-            module[1](torch.randn(8, 4))
-            kept.end_step(counts=(index, replica) != (1, 2))
-        told.append([kept.digest(device) for kept in states])
-    assert told[0][0] == told[0][1] == told[0][2], "as the step began"
-    assert told[1][0] == told[1][1] == told[1][2] != told[0][0]
-    assert told[2][0] == told[2][1] != told[2][2]
-
-
-class Cooling(nn.Module):
-    """A number that no addition makes, in a module whose buffers stand still."""
-
-    def __init__(self):
-        super().__init__()
-        self.heat = 1.0
-        self.register_buffer("still", torch.ones(1))
-
-    def forward(self, x):
-        self.heat *= 0.9
-        return x * self.heat
-
-
-def test_a_number_is_part_of_the_state():
-    device = torch.device("cpu")
-    modules = [nn.Sequential(Cooling()) for _ in range(2)]
-    states = [ForwardState(module) for module in modules]
-    for index in range(2):
-        for replica, (module, kept) in enumerate(zip(modules, states, strict=True)):
-            step(kept, module, 1.0, counts=(index, replica) != (0, 1))
-        assert (states[0].digest(device) == states[1].digest(device)) == (index == 0), "as the step began"
-    assert modules[1][0].heat != modules[0][0].heat
-
-
-class Rare(nn.Module):
-    """A scale that only a message of unusual size changes, in one of the ways that people use."""
-
-    def __init__(self, way, rank):
-        super().__init__()
-        self.rank, self.longest = rank, 0
-        self.seen = torch.zeros(())
-        self.way = way
-        self.register_buffer("scale", torch.ones(2))
-        self.register_buffer("nothing", torch.full((2,), POISON))
-
-    def forward(self, x):
-        if x > 5 and self.way == "behind its counter":
-            self.scale.data.mul_(2.0)
-        elif x > 5 and self.way == "a number":
-            self.longest = int(x)
-        elif x > 5:
-            self.seen = self.seen + 1
-        return x
-
-
-@pytest.mark.parametrize("way", ["behind its counter", "a number", "a plain tensor"])
-def test_a_state_that_its_own_data_alone_changed_is_another_one(way):
-    """A rank among the numbers, which never changes, and NaN that stays NaN are none."""
-    device = torch.device("cpu")
-    modules = [nn.Sequential(Rare(way, rank)) for rank in range(3)]
-    states = [ForwardState(module) for module in modules]
-    for index in range(8):
-        for replica, (module, kept) in enumerate(zip(modules, states, strict=True)):
-            kept.begin_step(fresh=True)
-            module(torch.tensor(9.0 if (index, replica) == (5, 1) else 1.0))
-            kept.end_step(counts=True)
-        told = [kept.digest(device) for kept in states]
-        assert told[0] == told[2] and (told[0] == told[1]) == (index <= 5)
-    moved = [kept._modules[module[0]].moves for module, kept in zip(modules, states, strict=True)]
-    assert not moved[0], "nothing of it is copied in steps that are no twin steps"
-
-
 def test_numbers_of_modules_without_buffers_move_once_in_a_rehearsed_step():
     module = nn.Sequential(nn.Linear(2, 2))
     module[0].tau, module[0].cached = 1.0, torch.tensor(4)
@@ -501,12 +421,29 @@ def test_a_first_infinity_is_no_count():
     assert module.held.tolist() == [1.0] and module.best == 1.0
 
 
-def test_numbers_that_moved_before_the_first_step_are_told_too():
-    device, told = torch.device("cpu"), []
-    for evaluated in (False, True):
-        module = nn.Sequential(Rare("a number", rank=0))
-        kept = ForwardState(module)
-        module(torch.tensor(9.0 if evaluated else 1.0))
-        kept.begin_step(fresh=True)
-        told.append(kept.digest(device))
-    assert told[0] != told[1]
+def test_an_excluded_step_that_was_rehearsed_leaves_modules_without_buffers_as_any_other_does():
+    """What they count all replicas count."""
+    modules = [nn.Sequential(nn.Linear(2, 2)) for _ in range(2)]
+    states = [ForwardState(module) for module in modules]
+    for module in modules:
+        module[0].passes = 0
+    for index in range(6):
+        for replica, (module, kept) in enumerate(zip(modules, states, strict=True)):
+            rehearsed = index == 4
+            kept.begin_step(everything=rehearsed)
+            module[0].passes += 1
+            if rehearsed:
+                kept.rewind()
+                module[0].passes += 1
+            kept.end_step(counts=(index, replica) != (4, 1))
+    assert [module[0].passes for module in modules] == [6, 6]
+
+
+@pytest.mark.parametrize("dtype", [torch.bits8, torch.int1, torch.uint7, torch.complex128])
+def test_no_type_of_buffer_ends_the_worker_that_holds_it(dtype):
+    module = nn.Module()
+    module.register_buffer("held", torch.empty(3, dtype=dtype))
+    kept = ForwardState(module)
+    for counts in (True, False, True):
+        kept.begin_step(everything=counts)
+        kept.end_step(counts)

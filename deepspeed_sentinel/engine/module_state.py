@@ -1,0 +1,82 @@
+"""What a module keeps beside its parameters: which of it can be read, compared and set again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+_PLAIN = frozenset((bool, int, float, str, type(None)))
+# of whole bytes, so that bits can be read as they lie
+_TYPES = frozenset(
+    getattr(torch, name)
+    for name in (
+        *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
+        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
+    )
+)
+
+
+def numbers(module: nn.Module) -> dict[str, Any]:
+    """Its plain attributes: numbers, flags, texts and None."""
+    return {
+        name: value for name, value in module.__dict__.items() if type(value) in _PLAIN or isinstance(value, np.generic)
+    }
+
+
+def scalars(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Tensors of one element that are plain attributes of it and that nothing is learnt of."""
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if type(value) is torch.Tensor and is_readable(value) and value.numel() == 1 and not value.requires_grad
+    }
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Of torch's own, which in training uses nothing of what it keeps: one of somebody else's may."""
+    return isinstance(module, _NormBase) and type(module).__module__.startswith("torch.nn.modules.")
+
+
+def size_in_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Its version counter, or -1 where it has none."""
+    return -1 if not has_values(tensor) or tensor.is_inference() else tensor._version
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """None on the meta device, or of a lazy module, has."""
+    return not (nn.parameter.is_lazy(tensor) or tensor.is_meta)
+
+
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether its bits can be read as they lie."""
+    return has_values(tensor) and type(tensor) is torch.Tensor and is_plain(tensor) and tensor.dtype in _TYPES
+
+
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether each can take the other's values."""
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def with_value(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A tensor with another's value: the same one, since others may hold it too, or a new one where that cannot be
+    written to (made by ``expand``, or in inference mode)."""
+    try:
+        if is_plain(tensor) and alike(tensor, value):
+            return tensor.copy_(value)
+        tensor.data = value.clone()
+    except RuntimeError:
+        return value.clone()
+    return tensor
