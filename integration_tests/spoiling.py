@@ -9,8 +9,8 @@ import torch
 from deepspeed_sentinel.evidence.table import RECEIVED
 from deepspeed_sentinel.mesh import FORWARD, Worker
 
-SPOILT_AT, LIES_AT, LIAR = 26, 28, Worker(1, 0)
-CONVICTED_AT = 29
+SPOILT_AT, LIES_AT, LIAR = 14, 16, Worker(1, 0)
+CONVICTED_AT = 17
 
 
 def spoil_checkpoint(engine: Any, step: int) -> None:

@@ -10,7 +10,7 @@ from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.variants import some
 
-STEPS, START = 20, 16
+STEPS, START = 15, 12
 ROLL = f"{ROOT / 'integration_tests' / 'attacks_on_parts.py'}:Roll"
 BASE = Scenario(name="", models="integration_tests.models_of_parts", steps=STEPS, hidden=16)
 HONEST = [
@@ -41,7 +41,7 @@ def wanted(selected):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, wanted):
     folder = tmp_path_factory.mktemp("parts")
-    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "seed": 0, "warmup_steps": 12}
+    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "seed": 0, "warmup_steps": 8}
     by_name = {scenario.name: scenario for scenario in HONEST}
     scenarios = []
     for plain in wanted[0]:

@@ -17,8 +17,8 @@ from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.spoiling import CONVICTED_AT, LIAR, LIES_AT
 
-FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1, "start_step": 25}
-BASE = Scenario(name="whole", steps=32, micro_batches=4, hidden=64, lengths=(48,))
+FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1, "start_step": 13}
+BASE = Scenario(name="whole", steps=20, hidden=64, lengths=(48,))
 # What a verdict decides: scores and digests differ, since what is learnt of pairs is learnt anew.
 DECISIONS = ("step", "warming_up", "excluded", "convicted", "alarmed", "disputes", "newly_convicted", "skip")
 
@@ -36,16 +36,17 @@ def runs(folder):
         "output_dir": str(folder / "logs"),
         "inject": [FAULT],
         "seed": 0,
+        "warmup_steps": 8,
         "conviction": "statistics",
     }
-    honest = {"enabled": True, "output_dir": str(folder / "honest"), "seed": 0}
+    honest = {"enabled": True, "output_dir": str(folder / "honest"), "seed": 0, "warmup_steps": 8}
     watched, plain, clean, spoilt, convicted = (
         str(folder / name) for name in ("watched", "plain", "clean", "spoilt", "convicted")
     )
     # Until the attack begins the whole run is a clean one too.
     whole = BASE.with_(
         sentinel=block,
-        save=({"directory": clean, "after_step": 24}, {"directory": watched, "after_step": 26}),
+        save=({"directory": clean, "after_step": 12}, {"directory": watched, "after_step": 14}),
     )
     scenarios = [
         whole,
@@ -55,7 +56,7 @@ def runs(folder):
         whole.with_(
             name="other_window",
             sentinel={**block, "fence_window": 32},
-            steps=27,
+            steps=15,
             save=None,
             load={"directory": watched},
         ),
@@ -69,15 +70,15 @@ def runs(folder):
         BASE.with_(name="elsewhere", steps=CONVICTED_AT + 5, sentinel=honest, load={"directory": convicted}),
         BASE.with_(
             name="spoilt",
-            steps=27,
+            steps=15,
             sentinel=honest,
             load={"directory": clean},
             hook="integration_tests.spoiling:spoil_checkpoint",
-            save={"directory": spoilt, "after_step": 27},
+            save={"directory": spoilt, "after_step": 15},
         ),
         BASE.with_(
             name="healed",
-            steps=40,
+            steps=LIES_AT + READY + 6,
             sentinel=honest,
             load={"directory": spoilt},
             hook="integration_tests.spoiling:lie_once",
@@ -88,15 +89,15 @@ def runs(folder):
 
 def test_a_resumed_run_gives_the_same_decisions_losses_and_weights(runs):
     for whole, resumed in zip(runs["whole"], runs["resumed"], strict=True):
-        assert resumed.record["first_step"] == 26
-        for before, after in zip(whole.verdicts[26:], resumed.verdicts, strict=True):
+        assert resumed.record["first_step"] == 14
+        for before, after in zip(whole.verdicts[14:], resumed.verdicts, strict=True):
             assert {name: before[name] for name in DECISIONS} == {name: after[name] for name in DECISIONS}
-        assert resumed.losses == whole.losses[26:]
+        assert resumed.losses == whole.losses[14:]
         assert resumed.record["weights_sha256"] == whole.record["weights_sha256"]
 
 
 def test_strikes_from_before_the_checkpoint_count(runs):
-    # The attack began at step 25: one strike is in the checkpoint, the third falls at step 27.
+    # The attack began at step 13: one strike is in the checkpoint, the third falls at step 15.
     assert runs["resumed"][0].verdicts[1]["newly_convicted"] == [[1, 2]]
 
 
@@ -128,7 +129,7 @@ def test_a_checkpoint_holds_no_secret_and_nothing_that_is_known_of_pairs(runs, f
     sealed = seal(np.arange(9).reshape(3, 3), keys, seed=0)
     secrets = [unseal(sealed, rank, keys.secret_with(rank)) for rank in range(0, 9, 3)]
     held = [secret._key for secret in (*secrets, *map(keys.secret_with, range(9)))]
-    held += [digest_keys(secret, way, 26, 26).numpy().tobytes()[:16] for secret in secrets for way in (0, 1)]
+    held += [digest_keys(secret, way, 14, 14).numpy().tobytes()[:16] for secret in secrets for way in (0, 1)]
     every = [path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()]
     assert len(every) > 9 and not any(key in content for key in held for content in every)
 
@@ -146,7 +147,7 @@ def _seeds(state):
 
 def test_what_is_known_of_pairs_comes_back_after_a_few_clean_steps(runs):
     """In a clean run that goes on after a checkpoint nobody is accused while it is away, nor when it is back."""
-    before_the_lies = runs["healed"][0].verdicts[: LIES_AT - 27 + 1]
+    before_the_lies = runs["healed"][0].verdicts[: LIES_AT - 15 + 1]
     for verdict in (*runs["spoilt"][0].verdicts, *before_the_lies, *runs["healed"][0].verdicts[READY + 2 :]):
         assert not verdict["warming_up"] and not verdict["findings"] and not verdict["disputed"], verdict["step"]
 

@@ -74,7 +74,7 @@ def check_healed(run, bad, within, start=30):
     assert min(lost) == 1 and sum(lost) <= 1.05 * len(lost), "but for a false alarm now and then"
 
 
-START, SAVED, STEPS = 12, 30, 34
+START, SAVED, STEPS = 10, 24, 27
 
 
 @pytest.fixture(scope="module")

@@ -180,6 +180,18 @@ def run(scenario: Scenario, stages: int, output: Path, result: dict[str, Any]) -
     engine.destroy()
 
 
+def groups() -> set[Any]:
+    return set(torch.distributed.distributed_c10d._world.pg_map)
+
+
+def end_groups(before: set[Any]) -> None:
+    """Destroy the groups that a run has made: each of gloo's has a thread that wakes up a hundred times a second."""
+    kept = list(vars(deepspeed.utils.groups).values())  # DeepSpeed's own, for all engines of a process
+    for group in groups() - before:
+        if not any(group is one for one in kept):
+            torch.distributed.destroy_process_group(group)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--plan", type=Path, required=True)
@@ -211,7 +223,7 @@ def main() -> None:
         scenario = Scenario.from_json(fields)
         result: dict[str, Any] = {"error": None}
         record["scenarios"][scenario.name] = result
-        clock = time.perf_counter()
+        clock, before = time.perf_counter(), groups()
         try:
             run(scenario, options.stages, options.output, result)
         except Exception as error:
@@ -228,6 +240,8 @@ def main() -> None:
             sys.stderr.flush()
             os._exit(1)  # threads of a broken group would keep the process
         gc.collect()
+        if result["error"] is None:
+            end_groups(before)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
