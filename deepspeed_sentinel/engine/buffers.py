@@ -32,6 +32,7 @@ first buffers that came in the step) is not known and stays.
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +110,7 @@ class ForwardState:
     def __init__(self, root: nn.Module) -> None:
         self._root = root
         self._modules: dict[nn.Module, _Module] = {}
+        self._first = weakref.WeakKeyDictionary({module: numbers(module) for module in _modules(root)})
         self._steps = 0
 
     @torch.no_grad()
@@ -123,6 +125,7 @@ class ForwardState:
         self._modules = {module: self._modules.get(module, _Module()) for module in found}
         for module, state in self._modules.items():
             state.earlier, state.numbers = state.numbers, numbers(module)
+            self._first.setdefault(module, state.numbers)
             state.scalars = {name: (tensor, tensor.detach().clone()) for name, tensor in scalars(module).items()}
             state.buffers = {
                 name: None if tensor is None else self._renewed(state, name, tensor, everything, stale)
@@ -131,6 +134,10 @@ class ForwardState:
         if stale:
             torch._foreach_copy_([copy for copy, _ in stale], [tensor for _, tensor in stale])
         self._steps += 1
+
+    def first(self, module: nn.Module) -> dict[str, Any]:
+        """Its numbers when it was first seen: at the beginning, or of the first step after it came."""
+        return self._first.setdefault(module, numbers(module))
 
     @torch.no_grad()
     def rewind(self) -> None:

@@ -26,7 +26,7 @@ from deepspeed_sentinel.engine.interception import Interception
 from deepspeed_sentinel.engine.reduction import Poisoned, Reduction
 from deepspeed_sentinel.engine.replay import Replay
 from deepspeed_sentinel.engine.requests import Decision, Requests
-from deepspeed_sentinel.engine.shared_state import SharedState
+from deepspeed_sentinel.engine.shared_state import UNSHARED, SharedState
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.engine.tied import reduce_tied_gradients
 from deepspeed_sentinel.engine.trace import span
@@ -93,7 +93,13 @@ class Gate:
         self._reduction = Reduction(engine, self._worker, self._ranks, control)
         self._forward_state = ForwardState(access.stage_module(engine))
         self._shared_state = SharedState(
-            access.stage_module(engine), self._worker.replica, control, torch.device(engine.device), telling.note
+            access.stage_module(engine),
+            self._forward_state.first,
+            self._worker.replica,
+            self._mesh.replicas,
+            control,
+            torch.device(engine.device),
+            telling.note,
         )
         self._replay = Replay(
             engine,
@@ -129,8 +135,7 @@ class Gate:
         self.judge = self.new_judge(layout.parts if layout else 1)
         self._collector.reset()
         self.share = Share(included=True, factor=1.0)
-        self._counted_R = np.ones(self._mesh.replicas, bool)  # whose columns did in the last step, of this stage
-        self._state = 0  # what this worker tells of the state in which it began the step
+        self._state = UNSHARED  # what this worker tells of the state in which it began the step
         self.poisoned: Poisoned | None = None
 
     def new_judge(self, parts: int) -> Judge:
@@ -168,8 +173,8 @@ class Gate:
         self._comparison.begin_step()
         self._twins.begin_step(step, self._suspicion)
         self._begin_messages(step)
-        if self._may_be_twins or (not self._counted_R.all() and self._twins.configured):
-            self._state = self._shared_state.share(self._counted_R, gives=not self._lenient)
+        if self._may_be_twins or (self._shared_state.due and self._twins.configured):
+            self._state = self._shared_state.share(gives=not self._lenient)
         self._forward_state.begin_step(everything=self._replay.due(step))
 
     def rehearse(self, run: Callable[[], None]) -> None:
@@ -260,7 +265,9 @@ class Gate:
         if not verdict.skip:
             self.share.apply_(access.gradients(self._engine))
         self._forward_state.end_step(self.share.included, all_count=not verdict.excluded.any())
-        self._counted_R[self.columns.wiring[self._worker.stage]] = ~verdict.excluded
+        out_R = np.zeros(self._mesh.replicas, bool)
+        out_R[self.columns.wiring[self._worker.stage]] = verdict.excluded
+        self._shared_state.left_out(out_R)
         self.verdict = verdict
         self._count(verdict)
         self._telling.verdict(verdict)

@@ -3,35 +3,40 @@
 What modules keep beside their parameters and forward passes change (running maxima, router biases, annealed numbers)
 is in what they send. A replica that was left out in a step is behind the others, and honest work of unlike states
 cannot be compared. Nor may a worker's word for its state excuse it from being compared: whoever tampers would always
-say so. Therefore, before such a step and after one in which a column was left out:
+say so. Therefore the replicas of a stage tell a digest of their state before such a step, and after one in which a
+column was left out until they are in one state again:
 
-* Every replica of a stage tells a digest of its state. Where more than half of them tell the same, the others are given
-  that state by one of those, checked against a cryptographic digest that more than half told as well. From then on all
-  honest replicas of the stage make the same of the same, and everybody is held to it.
-* Where no more than half tell the same, the state is a replica's own by nature (it follows its data), and nothing that
-  is made of it is compared. Bad workers cannot bring that about as long as honest replicas that hold the same are more
-  than half.
-* A state that only replicas of left-out columns hold is given to nobody: training has gone on without it. Until one of
-  their columns has counted, nothing is compared either.
+* The state is that which more than half of those tell whose columns have counted since all were in one, and more of
+  them than may be bad. The others are given it, checked against SHA-256. From then on all honest replicas of the stage
+  make the same of the same, and everybody is held to it.
+* Where there is no such state, it is a replica's own by nature (it follows its data), and nothing that is made of it is
+  compared. Fewer bad workers than half of a stage bring that about only together with a replica that was left out.
+* A stale state is given to nobody, whoever else says that it is his: only those count who were not left out.
 
 The state is made of the dense buffers of modules, and of numbers, flags and tensors of one element in the ``__dict__``
-of modules that have buffers; of numbers those alone that have moved since the beginning, for one that never does may be
-a rank. What torch's batch normalisation keeps is no part of it in training, which uses nothing of that. A large buffer
-is a part of it once it has changed, and is read once for each version of it: a change behind its version counter shows
-in smaller ones alone.
+of modules that have buffers; of numbers those alone that have moved since they were first seen, for one that never does
+may be a rank. What torch's batch normalisation keeps is no part of it in training, which uses nothing of that. A large
+buffer is read once for each version of it: a change behind its version counter is not seen.
+
+To give, a replica sends a list of what its state is made of, with a SHA-256 of each; of the list itself most have told
+one. Who differs says which of it is not what it has, and is sent the bits of those. Nothing is looked at before its
+size and its digest are what they should be.
 
 Worked example, three replicas that count steps in a buffer: column 1 was left out in step 7, and its workers put back
-what they had. Before step 8 the digests are those of 8, 7, 8: replica 1 is given 8, and in the twin step that follows
-all three send the same. Were it a running maximum of each one's own data, they would be those of 3.1, 2.7, 2.9, nobody
-would be given anything, and this stage would not be compared.
+what they had. Before step 8 the digests are those of 8, 7, 8, and replicas 0 and 2 have counted: replica 1 is given 8,
+and in the twin step that follows all three send the same. Were it a running maximum of each one's own data, they would
+be those of 3.1, 2.7, 2.9, nobody would be given anything, and this stage would not be compared.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import weakref
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,189 +44,258 @@ import torch
 from torch import nn
 
 from deepspeed_sentinel.engine.module_state import (
+    alike,
     is_batch_norm,
+    is_plain,
     is_readable,
     numbers,
     scalars,
     size_in_bytes,
     version,
-    with_value,
 )
-from deepspeed_sentinel.engine.parcel import from_bytes, most_bytes, to_bytes
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.weights import tensors_digest
 
+UNSHARED = 0  # what is told of a state that is not that of all
 _LARGE = 2**18  # bytes
-_BUFFER, _SCALAR, _NUMBER = range(3)
-_GONE, _NUMPY = "gone", "numpy"  # of a number that was there at the beginning; of a scalar of numpy's
-Key = tuple[int, str, str]  # what it is, path of its module, name
-State = dict[Key, Any]
+_BUFFER, _ATTRIBUTE = "buffer", "attribute"
+_GONE, _UNREADABLE = ["gone"], ["unreadable"]
+Key = tuple[str, str, str]  # what it is, path of its module, name
+State = dict[Key, Any]  # tensors, or what a number is written as
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a large tensor was when it was read."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+    value: Any
+
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        return self.tensor() is tensor and self.version == version(tensor) >= 0
 
 
 class SharedState:
     """What one rank does so that its stage's replicas begin a step in one state.
 
+    Attributes:
+        due: a column was left out since all were in one state.
+
     Args:
         root: what the stage runs; modules may come and go.
-        replica: this worker's.
+        first: numbers of a module when it was first seen.
+        replica, replicas: this worker's, and how many there are.
         control: of the small exchanges.
         device: where digests are worked out.
         say: takes a line for people.
     """
 
     def __init__(
-        self, root: nn.Module, replica: int, control: Control, device: torch.device, say: Callable[[str], None]
+        self,
+        root: nn.Module,
+        first: Callable[[nn.Module], dict[str, Any]],
+        replica: int,
+        replicas: int,
+        control: Control,
+        device: torch.device,
+        say: Callable[[str], None],
     ) -> None:
-        self._root, self._replica, self._control, self._device, self._say = root, replica, control, device, say
-        self._first = {path: numbers(module) for path, module in root.named_modules()}
-        # of large buffers, where they lay and in which version, when nothing had changed them
-        self._untouched = {key: _seen(tensor) for key, tensor in self._buffers() if size_in_bytes(tensor) > _LARGE}
-        self._read: dict[Key, tuple[tuple[weakref.ref[torch.Tensor], int], torch.Tensor]] = {}
+        self._root, self._first, self._replica, self._control = root, first, replica, control
+        self._device, self._say = device, say
+        self._quorum = max((replicas - 1) // 2 + 1, 2)
+        self._counted_R = np.ones(replicas, bool)  # in all steps since all were in one state
+        self._digests: dict[Key, _Read] = {}
+        self._hashes: dict[Key, _Read] = {}
         self._told: set[str] = set()
 
+    @property
+    def due(self) -> bool:
+        return not self._counted_R.all()
+
+    def left_out(self, out_R: np.ndarray) -> None:
+        """Take down whose columns did not count in a step, bool [R]."""
+        self._counted_R &= ~out_R
+        if np.count_nonzero(self._counted_R) < self._quorum:
+            self._counted_R[:] = ~out_R
+
     @torch.no_grad()
-    def share(self, counted_R: np.ndarray, gives: bool = True) -> int:
-        """A number that replicas in one state tell alike. Collective in the stage.
+    def share(self, gives: bool = True) -> int:
+        """A number that replicas in one state tell alike; UNSHARED where they are not in one. Collective in the stage.
 
         Args:
-            counted_R: bool [R], replicas of this stage whose columns counted in the last step.
-            gives: who differs from most is given their state.
+            gives: who differs is given the state that is right.
         """
         state = self._state()
         digest = self._digest(state)
-        told_R = self._control.of_row(torch.tensor([digest])).numpy()
-        most_R = _most(told_R)
-        if most_R is None:
-            if len(told_R) > 2:
-                self._say_once(
-                    "what modules of this stage keep beside their weights differs between its replicas, and no more "
-                    "than half hold the same: its twin steps compare nothing, and strikes convict"
-                )
+        told_RW = self._control.of_row(torch.tensor([digest])).numpy()
+        if (told_RW == told_RW[0]).all():
+            self._counted_R[:] = True
             return digest
-        if most_R.all():
-            return digest
-        if gives and (most_R & counted_R).any() and self._give(state):
+        if gives and self._right(told_RW) is not None and self._give(state):
+            self._counted_R[:] = True
             return self._digest(self._state())
-        return -1 - self._replica  # no two say the same
+        if gives and len(told_RW) > 2:
+            self._say_once(
+                "what modules of this stage keep beside their weights differs between its replicas, and it is not "
+                "known which is right: a twin step compares nothing of it, and strikes convict"
+            )
+        return UNSHARED
+
+    def _right(self, told_RW: np.ndarray) -> np.ndarray | None:
+        """Who tells what is right, bool [R]; None where that is not known."""
+        same_RR = (told_RW[:, None] == told_RW[None]).all(-1)
+        votes_R = (same_RR & self._counted_R).sum(1)
+        first = int(votes_R.argmax())
+        enough = votes_R[first] >= self._quorum and 2 * votes_R[first] > np.count_nonzero(self._counted_R)
+        return same_RR[first] if enough else None
 
     def _give(self, state: State) -> bool:
-        """Whether more than half hold the same to the last bit; who did not was given it."""
-        mine = [[list(key), value] for key, value in state.items()]
-        told_RW = self._control.of_row(torch.tensor(_fingerprint(mine))).numpy()
-        right_R = _most(told_RW)
+        """Whether it is known to the last bit what is right; who had something else was given it then."""
+        entries = [[*key, self._written(key, value)] for key, value in state.items()]
+        manifest = json.dumps(entries).encode()
+        told_RW = self._control.of_row(
+            torch.tensor([*_words(manifest), len(manifest), len(entries), sum(map(_bytes_of, entries))])
+        ).numpy()
+        right_R = self._right(told_RW)
         if right_R is None:
             return False
         right, ill = np.flatnonzero(right_R).tolist(), not right_R[self._replica]
+        *_, size, count, most = told_RW[right[0]].tolist()
         for source in right:
-            file_N = to_bytes(mine) if source == self._replica else torch.empty(0, dtype=torch.uint8)
-            file_N = self._control.of_replica(file_N, source, most=most_bytes(mine))
-            ill = ill and not self._take(file_N, tuple(told_RW[right[0]].tolist()))
-            if not self._control.of_row(torch.tensor([int(ill)])).any():
+            sent = self._sent(manifest, source, size)
+            known = not ill or _words(sent) == tuple(told_RW[right[0], :2].tolist())
+            theirs = json.loads(sent) if ill and known else entries
+            wanted_N = torch.zeros(
+                count + 1, dtype=torch.uint8
+            )  # and one more, so that there is always something to say
+            if ill and known:
+                mine = {tuple(entry[:3]): entry[3] for entry in entries}
+                for place, entry in enumerate(theirs):
+                    wanted_N[place] = mine.get(tuple(entry[:3])) != entry[3]
+            asked_N = self._control.of_row(wanted_N)[torch.from_numpy(~right_R), :count].any(0).tolist()
+            bits = b""
+            if not ill:
+                asked = [value for value, asked in zip(state.values(), asked_N, strict=True) if asked]
+                bits = b"".join(_bits(value) for value in asked if isinstance(value, torch.Tensor))
+            sent = self._sent(bits, source, most)
+            if ill and known:
+                ill = not self._take(state, theirs, asked_N, sent)
+            if not self._control.of_row(torch.tensor([int(ill)]))[torch.from_numpy(~right_R)].any():
                 break
         return True
 
-    def _take(self, file_N: torch.Tensor, wanted: tuple[int, int]) -> bool:
-        """Whether what another replica has sent is what most hold; then it is this one's from now on."""
-        try:
-            theirs = from_bytes(file_N, self._device)
-            if _fingerprint(theirs) != wanted:
+    def _sent(self, mine: bytes, source: int, most: int) -> bytes:
+        """What a replica sends, at most so many bytes."""
+        file_N = torch.frombuffer(bytearray(mine or b"\0"), dtype=torch.uint8)[: len(mine)]
+        if source != self._replica:
+            file_N = torch.empty(0, dtype=torch.uint8)
+        return self._control.of_replica(file_N, source, most=most).numpy().tobytes()
+
+    def _take(self, state: State, theirs: list[list[Any]], asked_N: list[bool], bits: bytes) -> bool:
+        """Whether these are the bits that were asked for; then this state is this one's from now on."""
+        given: dict[Key, Any] = {}
+        for (kind, path, name, what), asked in zip(theirs, asked_N, strict=True):
+            given[kind, path, name] = what
+            size = _bytes_of([what])
+            if not asked or not size:
+                continue
+            part, bits = bits[:size], bits[size:]
+            if _sha(part) != what[4]:
                 return False
-        except Exception as error:  # bytes of a stranger
-            self._say_once(f"another replica of this stage sent no state: {error}")
-            return False
-        changed = self._adopt({(kind, path, name): value for (kind, path, name), value in theirs})
+            given[kind, path, name] = _tensor(part, what).to(self._device if what[3] else "cpu")
+        changed = self._adopt(state, given)
         self._say_once(
             "took over from the other replicas of its stage what modules keep beside their weights: "
             + ", ".join(changed)
         )
         return True
 
-    def _adopt(self, theirs: State) -> list[str]:
+    def _adopt(self, mine: State, theirs: State) -> list[str]:
         """Hold this state; names of what changed."""
-        modules, mine, changed = dict(self._root.named_modules()), self._state(), []
-        for key in mine.keys() | theirs.keys():
+        modules, changed = dict(self._root.named_modules()), []
+        tensors = [value for value in mine.values() if isinstance(value, torch.Tensor)]
+        held_by = Counter(_place(tensor) for tensor in (*tensors, *self._root.parameters()))
+        for key in sorted(mine.keys() | theirs.keys()):
             kind, path, name = key
-            module = modules.get(path)
-            if module is None:
-                continue
-            if key in mine and key in theirs and _fingerprint([mine[key]]) == _fingerprint([theirs[key]]):
+            module, told = modules.get(path), theirs.get(key)
+            same = isinstance(told, list) and key in mine and told == self._written(key, mine[key])
+            if module is None or same or told == _UNREADABLE:
                 continue
             changed.append(f"{path}.{name}")
-            self._read.pop(key, None)
-            if kind == _NUMBER:
-                self._set_number(module, path, name, theirs.get(key))
-            elif key not in theirs:
-                self._take_away(key, module, mine[key])
+            place = module._buffers if kind == _BUFFER else module.__dict__
+            held = dict(place.items()).get(name)  # buffers of a scripted module are no dict
+            if isinstance(told, list) and told[0] == "tensor":
+                told = _tensor(b"", told)  # an empty one, of which no bits were sent
+            if isinstance(told, torch.Tensor):
+                alone = isinstance(held, torch.Tensor) and held_by[_place(held)] <= 1
+                place[name] = _put(held, told, alone)
+            elif kind == _BUFFER:
+                module._buffers[name] = None
+            elif told is None and name in self._first(module):
+                module.__dict__[name] = self._first(module)[name]
+            elif told is None or told == _GONE:
+                module.__dict__.pop(name, None)
             else:
-                place = module._buffers if kind == _BUFFER else module.__dict__
-                held = dict(place.items()).get(name)  # those of a scripted module are no dict
-                given = theirs[key].clone()
-                place[name] = given if held is None else with_value(held, given.to(held.device))
-        return sorted(changed)
-
-    def _set_number(self, module: nn.Module, path: str, name: str, value: Any) -> None:
-        """``value`` is as in ``_state``; None where the others' never moved."""
-        first = self._first.get(path, {})
-        if value is None and name in first:
-            module.__dict__[name] = first[name]
-        elif value is None or value == [_GONE]:
-            module.__dict__.pop(name, None)
-        elif value[0] == _NUMPY:
-            module.__dict__[name] = np.frombuffer(bytes.fromhex(value[2]), np.dtype(value[1]))[0]
-        else:
-            module.__dict__[name] = value[0]
-
-    def _take_away(self, key: Key, module: nn.Module, tensor: torch.Tensor) -> None:
-        """What the others do not hold: a buffer or a tensor of one element."""
-        kind, _, name = key
-        if kind == _SCALAR:
-            module.__dict__.pop(name, None)
-        elif size_in_bytes(tensor) > _LARGE:
-            self._untouched[key] = _seen(tensor)  # theirs never changed
-        else:
-            module._buffers[name] = None
-
-    def _buffers(self) -> Iterator[tuple[Key, torch.Tensor]]:
-        for path, module in self._root.named_modules():
-            if module._buffers and not (is_batch_norm(module) and module.training):
-                for name, tensor in module._buffers.items():
-                    if tensor is not None and is_readable(tensor):
-                        yield (_BUFFER, path, name), tensor
+                module.__dict__[name] = _number(told)
+        self._digests.clear()
+        self._hashes.clear()
+        return changed
 
     def _state(self) -> State:
-        """What there is now. Tensors are the modules' own; numbers stand in lists."""
-        state: State = {
-            key: tensor
-            for key, tensor in self._buffers()
-            if size_in_bytes(tensor) <= _LARGE or not _is(tensor, self._untouched.get(key))
-        }
+        """What there is now. Tensors are the modules' own."""
+        state: State = {}
         for path, module in self._root.named_modules():
             if not module._buffers or (is_batch_norm(module) and module.training):
                 continue
-            state |= {(_SCALAR, path, name): tensor for name, tensor in scalars(module).items()}
-            now = numbers(module)
-            first = self._first.setdefault(path, now)
-            for name in first.keys() | now.keys():
-                known, told = (_told(some[name]) if name in some else [_GONE] for some in (first, now))
-                # A text is the name of a device, as a rule.
-                if repr(known) != repr(told) and not isinstance(now.get(name, first.get(name)), str):
-                    state[_NUMBER, path, name] = told
+            for name, tensor in module._buffers.items():
+                if tensor is not None:
+                    state[_BUFFER, path, name] = tensor if is_readable(tensor) else _UNREADABLE
+            state |= {(_ATTRIBUTE, path, name): tensor for name, tensor in scalars(module).items()}
+            state |= {(_ATTRIBUTE, path, name): told for name, told in self._moved(module)}
         return dict(sorted(state.items()))
+
+    def _moved(self, module: nn.Module) -> Iterator[tuple[str, list[Any]]]:
+        """Numbers that are not what they were when the module was first seen."""
+        now, first = numbers(module), self._first(module)
+        for name in first.keys() | now.keys():
+            if name not in now and isinstance(module.__dict__.get(name), torch.Tensor):
+                continue
+            known, told = (_written(some[name]) if name in some else _GONE for some in (first, now))
+            # A text is the name of a device, as a rule.
+            if known != told and not isinstance(now.get(name, first.get(name)), str):
+                yield name, told
 
     def _digest(self, state: State) -> int:
         """Of a state; waits for the device."""
-        tensors = []
-        for key, value in state.items():
-            if isinstance(value, torch.Tensor):
-                tensors.append(self._digest_of_large(key, value) if size_in_bytes(value) > _LARGE else value)
+        tensors = [
+            self._once(self._digests, key, value, lambda tensor: tensors_digest([tensor], tensor.device))
+            if size_in_bytes(value) > _LARGE
+            else value
+            for key, value in state.items()
+            if isinstance(value, torch.Tensor)
+        ]
         text = repr([(key, None if isinstance(value, torch.Tensor) else value) for key, value in state.items()])
-        return int(tensors_digest([*tensors, torch.tensor(zlib.crc32(text.encode()))], self._device))
+        digest = int(tensors_digest([*tensors, torch.tensor(zlib.crc32(text.encode()))], self._device))
+        return digest if digest != UNSHARED else 1
 
-    def _digest_of_large(self, key: Key, tensor: torch.Tensor) -> torch.Tensor:
-        known = self._read.get(key)
-        if known is None or not _is(tensor, known[0]):
-            known = self._read[key] = (_seen(tensor), tensors_digest([tensor], tensor.device))
-        return known[1]
+    def _written(self, key: Key, value: Any) -> list[Any]:
+        """An entry of the list of what there is."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        sha = self._once(self._hashes, key, value, lambda tensor: _sha(_bits(tensor)))
+        dtype = str(value.dtype).removeprefix("torch.")
+        return ["tensor", dtype, list(value.shape), value.device.type != "cpu", sha, size_in_bytes(value)]
+
+    def _once(
+        self, known: dict[Key, _Read], key: Key, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]
+    ) -> Any:
+        """What is read of a tensor; of a large one once for each version."""
+        if size_in_bytes(tensor) <= _LARGE:
+            return read(tensor)
+        if key not in known or not known[key].is_of(tensor):
+            known[key] = _Read(weakref.ref(tensor), version(tensor), read(tensor))
+        return known[key].value
 
     def _say_once(self, text: str) -> None:
         if text not in self._told:
@@ -229,44 +303,60 @@ class SharedState:
             self._say(text)
 
 
-def _most(told_RW: np.ndarray) -> np.ndarray | None:
-    """Who says what more than half of all say, bool [R]; None where there is no such thing."""
-    same_RR = (told_RW[:, None] == told_RW[None]).all(-1)
-    first = int(same_RR.sum(1).argmax())
-    return same_RR[first] if 2 * np.count_nonzero(same_RR[first]) > len(told_RW) else None
-
-
-def _seen(tensor: torch.Tensor) -> tuple[weakref.ref[torch.Tensor], int]:
-    return weakref.ref(tensor), version(tensor)
-
-
-def _is(tensor: torch.Tensor, seen: tuple[weakref.ref[torch.Tensor], int] | None) -> bool:
-    """It is the tensor that was seen, and its counter has not moved."""
-    return seen is not None and seen[0]() is tensor and seen[1] == version(tensor) >= 0
-
-
-def _told(number: Any) -> list[Any]:
+def _written(number: Any) -> list[Any]:
     if isinstance(number, np.generic):
-        return [_NUMPY, number.dtype.str, number.tobytes().hex()]
-    return [number]
+        return ["numpy", number.dtype.str, number.tobytes().hex()]
+    if type(number) is float:
+        return ["float", number.hex()]
+    return [type(number).__name__, number]
 
 
-def _fingerprint(parts: list[Any]) -> tuple[int, int]:
-    """Of nested lists of numbers, texts and tensors: half of a SHA-256, as two whole numbers of 64 bits."""
-    sha = hashlib.sha256()
+def _number(written: list[Any]) -> Any:
+    kind, value, *more = written
+    if kind == "numpy":
+        return np.frombuffer(bytes.fromhex(more[0]), np.dtype(value))[0]
+    return float.fromhex(value) if kind == "float" else value
 
-    def add(part: Any) -> None:
-        if isinstance(part, torch.Tensor):
-            sha.update(f"tensor {part.dtype} {tuple(part.shape)};".encode())
-            bits = part.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-            sha.update(bits.numpy().data)
-        elif isinstance(part, list):
-            sha.update(f"list {len(part)};".encode())
-            for one in part:
-                add(one)
-        else:
-            sha.update(f"{part!r};".encode())
 
-    add(parts)
-    first, second = np.frombuffer(sha.digest()[:16], "<i8").tolist()
+def _bytes_of(entry: list[Any]) -> int:
+    """How many bits an entry of the list announces, in bytes."""
+    what = entry[-1]
+    return what[5] if what[0] == "tensor" else 0
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy().tobytes()
+
+
+def _tensor(bits: bytes, what: list[Any]) -> torch.Tensor:
+    _, dtype, shape, *_ = what
+    flat = torch.frombuffer(bytearray(bits or b"\0"), dtype=torch.uint8)[: len(bits)]
+    return flat.view(getattr(torch, dtype)).reshape(shape)
+
+
+def _put(held: Any, given: torch.Tensor, alone: bool) -> torch.Tensor:
+    """The tensor to hold: the same one where it can take the value and nothing else in the state is made of it."""
+    if not isinstance(held, torch.Tensor):
+        return given
+    given = given.to(held.device)
+    if alone and is_plain(held) and alike(held, given) and not held.is_inference():
+        try:
+            return held.copy_(given)
+        except RuntimeError:  # made by ``expand``
+            return given
+    return given
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _words(content: bytes) -> tuple[int, int]:
+    """Half of a SHA-256, as two whole numbers of 64 bits."""
+    first, second = np.frombuffer(hashlib.sha256(content).digest()[:16], "<i8").tolist()
     return first, second

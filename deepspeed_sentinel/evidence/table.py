@@ -251,8 +251,9 @@ class Twins:
             where there is none.
         norms: float64 [S, R], the norm of these gradients.
         kinds: int64 [S, R], equal numbers for equal kinds of hardware and software.
-        states: int64 [S, R], of each stage equal numbers for workers whose modules held the same when the step began,
-            beside their parameters; None where all did.
+        states: int64 [S, R], of each stage equal numbers other than 0 for workers whose modules held the same when the
+            step began, beside their parameters; 0 where its replicas were in states of their own. None where all held
+            the same.
     """
 
     source: int

@@ -274,10 +274,11 @@ def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tri
 
 
 def _of_unlike_states(twins: Twins, stages: int) -> np.ndarray:
-    """bool [S], stages of which no more than half of the replicas began the step in one state."""
+    """bool [S], stages of which no more than half of the replicas tell of one state that is that of all."""
     if twins.states is None:
         return np.zeros(stages, bool)
-    return np.array([2 * np.unique(states, return_counts=True)[1].max() <= len(states) for states in twins.states])
+    most = [np.unique(states[states != 0], return_counts=True)[1].max(initial=0) for states in twins.states]
+    return 2 * np.array(most) <= twins.states.shape[1]
 
 
 def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: Vote, served: np.ndarray) -> list[Proof]:

@@ -28,7 +28,7 @@ class Step:
         self.given = np.ones(replicas, bool)
         self.kinds, self.norms = np.zeros((stages, replicas), np.int64), np.ones((stages, replicas))
         self.measures = np.ones((2, *shape[:4], 2))
-        self.states = np.zeros((stages, replicas), np.int64)
+        self.states = np.ones((stages, replicas), np.int64)
 
     def sends(self, stage, column, direction, lie, micro_batches=slice(None)):
         """A wrong message, and what honest work makes of it in all that follows."""
@@ -522,7 +522,7 @@ def test_nobody_is_left_out_for_its_state():
     assert not trial.proofs and not trial.spoilt.any() and trial.sound.all() and trial.same.all()
 
 
-@pytest.mark.parametrize("states", [[5, 6], [5, 6, 7], [5, 5, 6, 7], [5, 5, 6, 6]], ids=str)
+@pytest.mark.parametrize("states", [[5, 6], [5, 6, 7], [5, 5, 6, 7], [5, 5, 6, 6], [0, 0, 0], [0, 0, 5, 5]], ids=str)
 def test_where_no_state_is_that_of_most_nobody_is_proved_and_nobody_left_out(states):
     """Two of three make the same of the same by chance, as running maxima that are clamped do."""
     step = Step(replicas=len(states))

@@ -212,7 +212,7 @@ def test_where_replicas_differ_by_nature_strikes_convict():
 def test_where_the_states_of_a_stage_are_all_unlike_strikes_convict_in_every_stage(stage):
     """Nobody's gradients are compared then, nor what anybody sends backward."""
     world = by_proof()
-    told = np.zeros((world.mesh.stages, 3), np.int64)
+    told = np.ones((world.mesh.stages, 3), np.int64)
     told[stage] = 5, 6, 7
     for _ in range(3):
         quiet = world.step(twins=replace(twins(world), states=told))
@@ -223,7 +223,7 @@ def test_where_the_states_of_a_stage_are_all_unlike_strikes_convict_in_every_sta
 
 def test_who_tampers_and_says_that_its_state_is_another_one_is_proved():
     world = by_proof()
-    told = np.zeros((world.mesh.stages, 3), np.int64)
+    told = np.ones((world.mesh.stages, 3), np.int64)
     told[1, 2] = 6
     verdict = world.step(digests=odd(1, 2), twins=replace(twins(world), states=told))
     assert verdict.newly_convicted == (Worker(1, 2),)
