@@ -1,11 +1,16 @@
 """The same tests run three ways: the references on a CPU, the kernels in Triton's interpreter (test_interpreter.py
 starts that, in a process of its own, since Triton decides when it is imported), and the kernels on a GPU."""
 
+import dataclasses
+import inspect
+import types
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from deepspeed_sentinel.kernels import sliced_wasserstein, token_sketch
-from deepspeed_sentinel.kernels.dispatch import INTERPRETED
+from deepspeed_sentinel.kernels.dispatch import INTERPRETED, tl
 
 # What a formula is good for is shown on its reference, and kernels are held against references.
 OF_FORMULAS = {
@@ -24,6 +29,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         of_half = hasattr(item, "callspec") and torch.float16 in item.callspec.params.values()
         if of_half or getattr(item, "originalname", item.name) in OF_FORMULAS:
             item.add_marker(pytest.mark.long)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """The interpreter without two thirds of its work, from which nothing follows.
+
+    For each function that a kernel calls it looks through all of triton.language for what it has put its own in the
+    place of, and it computes which sums of integers overflow, which is told under ``debug`` alone.
+    """
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    places = (tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base)
+    names = {
+        place: [name for name, member in inspect.getmembers(place) if tl.core.is_builtin(member)] for place in places
+    }
+
+    def members(place: object) -> list[tuple[str, object]]:
+        return [(name, getattr(place, name)) for name in names[place]] if place in names else inspect.getmembers(place)
+
+    seen_inspect = types.ModuleType("inspect")
+    seen_inspect.__dict__.update({**vars(inspect), "getmembers": members})
+    builder = interpreter.interpreter_builder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "inspect", seen_inspect)
+        patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+        yield
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
