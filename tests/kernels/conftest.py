@@ -18,6 +18,8 @@ OF_FORMULAS = {
     "test_cosine_is_known_equally_well_however_little_a_stage_changes",
     "test_digests_of_two_keys_have_nothing_in_common",
     "test_what_changes_nothing_but_highest_bits_shows_under_every_key",
+    "test_inner_products_are_unbiased_with_the_variance_of_independent_signs_or_less",
+    "test_reference_takes_no_decision_from_data_off_the_cpu",
     "test_nothing_waits_for_the_device_in_the_message_path",
     "test_kernels_are_imported_and_not_used",
 }

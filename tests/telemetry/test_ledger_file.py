@@ -39,10 +39,12 @@ def written(path, number=3):
     return ledger
 
 
+# A ledger of devices that are given never asks torch, which takes seconds to load.
 WRITER = textwrap.dedent("""
-    import sys
+    import sys, types
     from pathlib import Path
     import numpy as np
+    sys.modules["torch"] = types.ModuleType("torch")
     from deepspeed_sentinel.telemetry.devices import Device
     from deepspeed_sentinel.telemetry.ledger import Ledger
 
