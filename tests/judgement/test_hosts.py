@@ -17,7 +17,7 @@ from deepspeed_sentinel.evidence.table import NAMES, Evidence
 from deepspeed_sentinel.judgement.judge import Judge
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD
 
-STAGES, REPLICAS, MICRO_BATCHES, STEPS = 8, 8, 8, 120
+STAGES, REPLICAS, MICRO_BATCHES, STEPS = 7, 7, 4, 80
 ENERGY, GAIN, SLOPE = (NAMES.index(name) for name in ("energy", "transfer_gain", "prediction_slope"))
 # numpy's own choice of code, and that of the C library for what numpy leaves to it
 LESSER_HOSTS = {
@@ -36,12 +36,12 @@ def record(path):
         values = world.statistics()
         # each end measures against a baseline of its own
         values[0, ..., :4] *= 1 + 1e-3 * generator.standard_normal(values[0, ..., :4].shape)
-        if step >= 40:
+        if step >= 30:
             values[:, FORWARD, 2, 3, :, GAIN] += 0.02  # adds up
-        if step >= 60 and step % 4 == 0:
+        if step >= 45 and step % 4 == 0:
             values[:, BACKWARD, 3, 5, 1:4, ENERGY] *= 1.7  # about the fence, and what follows
             values[:, BACKWARD, :3, 5, 1:4, ENERGY] *= 40.0
-        if step >= 100 and step % 2 == 0:
+        if step >= 66 and step % 2 == 0:
             values[:, FORWARD, 1, 4, :, ENERGY] *= 60.0  # far out, of one worker: a conviction
         if step % 17 == 16:
             values[1, FORWARD, 4, 1, 2, SLOPE] = np.nan  # a dispute

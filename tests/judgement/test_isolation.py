@@ -80,16 +80,30 @@ def lies(steps, generator, share, reach, cunning):
     return events
 
 
-@given(
-    st.integers(4, 7),
-    st.integers(3, 8),
-    st.integers(0, 1 << 30),
-    st.sampled_from([0.2, 0.6, 1.0]),
-    st.sampled_from([2, 3]),
-    st.booleans(),
-)
-@settings(max_examples=60, deadline=None)
-def test_whoever_lies_few_columns_are_lost_beyond_the_bad_of_one_stage(stages, replicas, seed, share, reach, cunning):
+LIARS = {
+    "stages": st.integers(4, 7),
+    "replicas": st.integers(3, 8),
+    "seed": st.integers(0, 1 << 30),
+    "share": st.sampled_from([0.2, 0.6, 1.0]),
+    "reach": st.sampled_from([2, 3]),
+    "cunning": st.booleans(),
+}
+
+
+@given(**LIARS)
+@settings(max_examples=20, deadline=None)
+def test_whoever_lies_few_columns_are_lost_beyond_the_bad_of_one_stage(**drawn):
+    few_columns_are_lost(**drawn)
+
+
+@pytest.mark.long
+@given(**LIARS)
+@settings(max_examples=100, deadline=None)
+def test_it_is_so_of_many_liars(**drawn):
+    few_columns_are_lost(**drawn)
+
+
+def few_columns_are_lost(stages, replicas, seed, share, reach, cunning):
     """However often, about whom, from whatever wiring, and whoever is convicted in the meantime."""
     mesh, generator = Mesh(stages, replicas), np.random.default_rng(seed)
     bad = some_bad(mesh, generator)
@@ -275,9 +289,23 @@ def test_one_liar_moves_nobody_and_others_train():
     assert (loop.dealer.wiring == identity(loop.mesh)).all()
 
 
-@given(st.integers(4, 6), st.integers(3, 5), st.integers(0, 1 << 30), st.sampled_from([baseline, silent]))
-@settings(max_examples=8, deadline=None)
+MESHES = st.integers(4, 6), st.integers(3, 5), st.integers(0, 1 << 30), st.sampled_from([baseline, silent])
+
+
+@given(*MESHES)
+@settings(max_examples=3, deadline=None)
 def test_the_clean_columns_are_all_but_the_bad_of_one_stage(stages, replicas, seed, lie):
+    clean_columns_train(stages, replicas, seed, lie)
+
+
+@pytest.mark.long
+@given(*MESHES)
+@settings(max_examples=20, deadline=None)
+def test_they_are_so_in_many_meshes(stages, replicas, seed, lie):
+    clean_columns_train(stages, replicas, seed, lie)
+
+
+def clean_columns_train(stages, replicas, seed, lie):
     """After steps in which somebody new was found out, whoever lies, from whatever wiring."""
     mesh, generator = Mesh(stages, replicas), np.random.default_rng(seed)
     bad = some_bad(mesh, generator, most=1)  # with more, most ends of a link may differ, which is nobody's dispute

@@ -6,6 +6,7 @@ from synthetic import World
 
 from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD
+from integration_tests.variants import some
 
 ENERGY = NAMES.index("energy")
 
@@ -37,10 +38,10 @@ def test_where_every_column_has_a_bad_worker_observing_goes_on_seeing_them():
     assert world.judge.record.convicted.sum() == 3
 
 
-@pytest.mark.parametrize(
-    ("replicas", "bad", "breaks_the_next"),
-    [(4, 1, False), (8, 1, False), (4, 1, True), (8, 1, True), (3, 4, False), (2, 3, False)],
-)
+INSIDE = [(4, 1, False), (8, 1, True), (3, 4, False), (2, 3, False), (8, 1, False), (4, 1, True)]
+
+
+@pytest.mark.parametrize(("replicas", "bad", "breaks_the_next"), some(INSIDE, INSIDE[:4]))
 def test_who_stays_just_inside_its_fence_cannot_carry_it_along(replicas, bad, breaks_the_next):
     """Some of four micro-batches at nine tenths of the fence as it stands; the honest stages behind may go far out.
 

@@ -37,7 +37,7 @@ def test_branches_end_as_runs_alone(options, tmp_path):
         "    def __call__(self, message, context):\n        return self.scale(message)\n"
     )
     attacks = [*WITH_MEMORY, (f"{mine}:Sum", {}), (f"{mine}:Holds", {})]
-    common = {"sentinel": EARLY, "steps": 9}
+    common = {"sentinel": EARLY, "start": 4, "steps": 6}
     runs = [options(attack=name, attack_arguments=arguments, **common) for name, arguments in attacks]
     runs.append(options(attack="scaling", direction="backward", malicious=0.5, majority=True, **common))
     Trunk.grow(runs).write(tmp_path / "trunk")
@@ -94,17 +94,17 @@ def test_columns_kept_apart_add_up_to_any_choice_of_them(options):
 
 
 def test_a_run_may_end_when_all_are_found(options):
-    whole = Simulation(options(attack="nan", steps=25, start=3)).run()
-    short = Simulation(options(attack="nan", steps=25, start=3, stop_after=2)).run()
-    assert short["details"]["steps"] < whole["details"]["steps"] == 25
+    whole = Simulation(options(attack="nan", steps=11, start=3)).run()
+    short = Simulation(options(attack="nan", steps=11, start=3, stop_after=2)).run()
+    assert short["details"]["steps"] < whole["details"]["steps"] == 11
     assert short["convicted"] == whole["convicted"] and short["f1"] == 1.0
-    unseen = Simulation(options(attack="low_precision", steps=8, start=3, stop_after=1)).run()
-    assert unseen["details"]["steps"] == 8
+    unseen = Simulation(options(attack="low_precision", steps=5, start=3, stop_after=1)).run()
+    assert unseen["details"]["steps"] == 5
 
 
 def test_messages_are_counted_with_their_cascade(options):
-    result = Simulation(options(attack="nan", steps=12, start=3, direction="forward")).run()
+    result = Simulation(options(attack="nan", steps=6, start=3, direction="forward")).run()
     assert result["details"]["messages"] == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
-    silent = Simulation(options(attack="low_precision", steps=8, start=3)).run()
+    silent = Simulation(options(attack="low_precision", steps=5, start=3)).run()
     assert silent["details"]["messages"]["recall"] == 0.0 and silent["details"]["messages"]["precision"] is None
     assert np.isfinite(silent["loss"]["guarded"])

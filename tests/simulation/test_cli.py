@@ -8,7 +8,7 @@ from deepspeed_sentinel.__main__ import main
 from deepspeed_sentinel.attacks import attack_names
 
 MESH = ["simulate", "--stages", "4", "--replicas", "4"]
-RUN = [*MESH, "--steps", "8", "--start", "2", "--sequence", "16", "--micro-batch-size", "1"]
+RUN = [*MESH, "--steps", "4", "--start", "2", "--sequence", "16", "--micro-batch-size", "1"]
 KEYS = [
     "mesh", "attack", "malicious", "convicted", "precision", "recall", "f1", "detection_steps_mean",
     "detection_steps_max", "judged_messages", "false_alarms", "false_convictions", "false_alarm_rate", "loss",

@@ -103,7 +103,7 @@ def test_repeated_violations_ban_for_good_and_the_ends_are_trusted():
 
 def test_a_constant_activation_is_found_and_attacks_must_wait_for_the_honest_steps(options):
     some = {"attack": "constant", "procedure": "paper", "direction": "forward", "stages": 4, "replicas": 4}
-    result = Simulation(options(**some, honest_steps=40, start=40, steps=70)).run()
+    result = Simulation(options(**some, honest_steps=10, start=10, steps=25)).run()
     assert result["recall"] == 1.0 and result["details"]["messages"]["recall"] > 0.9
     assert result["details"]["procedure"] == "paper"
     with pytest.raises(ValueError, match="must not be below honest_steps"):

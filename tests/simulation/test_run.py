@@ -29,8 +29,8 @@ def run(options):
 
 def test_with_nobody_tampering_watching_changes_no_bit(options):
     settings = {**EARLY, "action": "observe"}
-    watched, seen = run(options(sentinel=settings))
-    plain, _ = run(options(guard="off"))
+    watched, seen = run(options(sentinel=settings, steps=7))
+    plain, _ = run(options(guard="off", steps=7))
     assert seen["judged_messages"] > 0 and not seen["convicted"]
     assert watched.losses == plain.losses
     assert all(torch.equal(one, other) for one, other in zip(weights(watched), weights(plain), strict=True))
@@ -84,13 +84,13 @@ def test_a_step_without_any_column_left_changes_nothing(options):
 
 
 def test_attackers_are_found_convicted_and_share_a_column_that_is_left_out(options):
-    simulation, result = run(options(attack="nan", steps=25, start=3))
+    simulation, result = run(options(attack="nan", steps=12, start=3))
     malicious = np.argwhere(draw_attackers(simulation.mesh, 1, 0)).tolist()
     assert result["malicious"] == result["convicted"] == malicious
     assert (result["precision"], result["recall"], result["f1"]) == (1.0, 1.0, 1.0)
     assert result["false_convictions"] == 0
     healed = result["details"]["until_healed"]
-    assert 0 < healed["lost_columns"] <= result["details"]["excluded_columns"] and healed["steps"] <= 22
+    assert 0 < healed["lost_columns"] <= result["details"]["excluded_columns"] and healed["steps"] <= 9
     assert result["loss"]["guarded"] == pytest.approx(simulation.held_out_loss())
     columns = {int(np.flatnonzero(simulation._served[stage] == replica)[0]) for stage, replica in malicious}
     assert len(columns) == 1 and simulation.step().excluded.nonzero()[0].tolist() == list(columns)
@@ -99,13 +99,14 @@ def test_attackers_are_found_convicted_and_share_a_column_that_is_left_out(optio
 @pytest.mark.parametrize("wiring", ["heal", pytest.param("static", marks=pytest.mark.long), "shuffle"])
 def test_columns_are_dealt_as_asked(options, wiring):
     """Two bad workers in two columns of four: where they are moved they share one."""
-    some = options(attack="nan", attackers=[[1, 1], [2, 3]], start=2, steps=30, wiring=wiring, sentinel=EARLY)
+    some = options(attack="nan", attackers=[[1, 1], [2, 3]], start=2, steps=16, wiring=wiring, sentinel=EARLY)
     simulation, wirings = Simulation(some), []
     result = simulation.run(lambda verdict: wirings.append(verdict.wiring))
-    assert len({one.tobytes() for one in wirings[:-1]}) > 20 or wiring != "shuffle"
+    assert len({one.tobytes() for one in wirings[:-1]}) > 10 or wiring != "shuffle"
     assert all((one == identity(simulation.mesh)).all() for one in wirings) or wiring != "static"
-    lost = result["details"]["excluded_columns"] / 28
+    lost = result["details"]["excluded_columns"] / 14
     assert lost > 1.5 if wiring == "static" else lost < 1.5
+    assert result["malicious"] == result["convicted"] == [[1, 1], [2, 3]], "by name, and no others"
     assert result["details"]["wiring"] == wiring and result["details"]["skipped_steps"] == 0
 
 
@@ -120,7 +121,7 @@ def test_columns_are_dealt_as_asked(options, wiring):
     ],
 )
 def test_the_same_settings_give_the_same_result(options, attack, arguments):
-    some = options(attack=attack, attack_arguments=arguments, sentinel=EARLY)
+    some = options(attack=attack, attack_arguments=arguments, sentinel=EARLY, start=4, steps=7)
     results = []
     for _ in range(2):
         _, result = run(some)
@@ -136,22 +137,17 @@ LONG = ("forward", "backward")  # "both" has them in it
 
 @pytest.mark.parametrize("direction", ["both", *(pytest.param(way, marks=pytest.mark.long) for way in LONG)])
 def test_micro_batch_by_micro_batch_is_the_same(options, direction):
-    common = {"attack": "constant", "direction": direction, "sentinel": EARLY, "steps": 8}
+    common = {"attack": "constant", "direction": direction, "sentinel": EARLY, "start": 3, "steps": 5}
     whole, parts = (run(options(chunk=chunk, **common)) for chunk in (0, 1))
     np.testing.assert_allclose(whole[0].losses, parts[0].losses, rtol=1e-4)
     assert whole[1]["malicious"] == parts[1]["malicious"]
 
 
-def test_attackers_by_name_are_these_and_no_others(options):
-    _, result = run(options(attack="nan", attackers=[[1, 1], [2, 3]], start=2))
-    assert result["malicious"] == result["convicted"] == [[1, 1], [2, 3]]
-
-
 def test_a_guard_that_is_off_lets_the_attack_through(options):
-    _, result = run(options(attack="constant", guard="off", start=2))
+    _, result = run(options(attack="constant", guard="off", start=2, steps=5))
     assert result["loss"]["attacked"] is not None and result["loss"]["guarded"] is None
     assert result["judged_messages"] == 0 and len(result["malicious"]) == 2
-    _, diverged = run(options(attack="nan", guard="off", start=2))
+    _, diverged = run(options(attack="nan", guard="off", start=2, steps=5))
     assert diverged["loss"]["attacked"] is None, "JSON has no NaN"
 
 
@@ -211,14 +207,14 @@ def test_a_stored_bit_alters_the_gradient_that_leaves_and_nothing_else(options, 
 
 
 def test_framing_is_a_dispute_and_convicts_no_honest_worker(options):
-    simulation, result = run(options(attack="framing", verifier="receiver", sentinel=EARLY))
+    simulation, result = run(options(attack="framing", verifier="receiver", sentinel=EARLY, start=4, steps=9))
     assert result["details"]["disputes"] > 0
     assert result["malicious"] == np.argwhere(draw_attackers(simulation.mesh, 1, 0)).tolist()
     assert not [worker for worker in result["convicted"] if worker not in result["malicious"]]
 
 
 def test_a_mixture_of_experts_runs(options):
-    _, result = run(options(moe=True, attack="nan", steps=4, start=1))
+    _, result = run(options(moe=True, attack="nan", steps=2, start=1))
     assert result["details"]["moe"] and result["loss"]["guarded"] > 0
 
 

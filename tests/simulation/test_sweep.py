@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from deepspeed_sentinel.__main__ import main
+from deepspeed_sentinel.simulation import sweep as sweeps
 from deepspeed_sentinel.simulation.sweep import Sweep, read_table, write_parquet
+from integration_tests.variants import some
 
 BASE = """
 [base]
@@ -50,7 +53,11 @@ def test_all_combinations(tmp_path):
     assert sweep.out == tmp_path / "table.jsonl"
 
 
-def test_a_sweep_is_resumed_where_it_stopped(tmp_path, capsys):
+@pytest.mark.parametrize("where", some(("this process", "its own"), ("this process",)))
+def test_a_sweep_is_resumed_where_it_stopped(tmp_path, capsys, monkeypatch, where):
+    """Which runs are done and what is written; a process of its own, as the tests below have, loads torch anew."""
+    if where == "this process":
+        monkeypatch.setattr(sweeps, "one_thread_pool", lambda processes: ThreadPoolExecutor(1))
     path = write(tmp_path, FILE.replace("seed = [0, 1]", "seed = [0]"))
     assert main(["simulate", "--sweep", str(path), "--processes", "2"]) == 0
     table, clean = tmp_path / "table.jsonl", tmp_path / "table_clean.jsonl"
