@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from deepspeed_sentinel.ending import HALTED_EXIT_CODE
-from integration_tests.harness import named
+from integration_tests.harness import named, start_job
 
 JOB = "integration_tests/jobs/failure.py"
 STAGES, REPLICAS = 3, 2
 SIZE = STAGES * REPLICAS
+VICTIM = 3  # stage 1, replica 1
 STORY = ((3, "ALARM"), (3, "LEFT OUT"), (3, "SUSPECT"), (5, "CONVICTED"))
 # Raised where a call of the rank's own failed, else told by its heart, which then ends it.
 LOST = f"lost {named(3, REPLICAS)}. Resume"
@@ -22,14 +24,31 @@ def start(jobs, tmp_path: Path, mode: str, steps: int, **options):
     return jobs(JOB, STAGES, REPLICAS, args=[mode, str(tmp_path), str(steps)], **options)
 
 
-def test_a_killed_worker_is_named_by_all_others_and_the_last_checkpoint_resumes(jobs, tmp_path):
-    victim = 3  # stage 1, replica 1
-    with start(jobs, tmp_path, "plain", 10_000) as job:
-        job.wait_for(rank=0, text="step 5 ", timeout=150)
-        job.kill(victim)
-        result = job.wait(timeout=45)
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Jobs that break, by mode, at the same time, since they mostly wait; of two stages where these do."""
+    folders: dict[str, Path] = {}
+    with ExitStack() as opened:
+
+        def begin(mode, stages, steps):
+            folder = folders[mode] = tmp_path_factory.mktemp(mode)
+            return opened.enter_context(
+                start_job(JOB, stages, REPLICAS, folder=folder / "job", args=[mode, folder, steps])
+            )
+
+        plain = begin("plain", STAGES, 10_000)
+        others = {"deal": begin("deal", STAGES, 100), "empty": begin("empty", 2, 10)}
+        plain.wait_for(rank=0, text="step 5 ", timeout=150)
+        plain.kill(VICTIM)
+        others |= {"mismatch": begin("mismatch", 2, 10), "dealt": begin("dealt", STAGES, 10)}
+        results = {"plain": plain.wait(timeout=45)}
+        return results | {mode: job.wait(timeout=150) for mode, job in others.items()}, folders
+
+
+def test_a_killed_worker_is_named_by_all_others_and_the_last_checkpoint_resumes(jobs, broken):
+    result, tmp_path = (by_mode["plain"] for by_mode in broken)
     assert not result.timed_out
-    for rank in set(range(SIZE)) - {victim}:
+    for rank in set(range(SIZE)) - {VICTIM}:
         assert result.returncodes[rank] != 0
         told = [line for line in result.stderr[rank].splitlines() if LOST in line]
         assert told, result.describe()
@@ -62,39 +81,36 @@ def test_who_ends_by_an_error_of_its_own_is_not_taken_for_lost(jobs, tmp_path):
         assert LOST in result.stderr[rank], result.describe()
 
 
-def ended_by_a_mismatch(jobs, tmp_path, how):
-    with start(jobs, tmp_path, how, 10) as job:
-        result = job.wait(timeout=150)
+def ended_by_a_mismatch(broken, how):
+    result = broken[0][how]
     assert not result.timed_out, result.describe()
-    for rank in range(SIZE):
+    for rank in range(len(result.returncodes)):
         assert result.returncodes[rank] != 0
         assert f"VerdictMismatch: verdicts differ at step 3: {named(2, REPLICAS)}" in result.stderr[rank]
     return result
 
 
-def test_different_verdicts_stop_all_ranks_before_the_step(jobs, tmp_path):
-    result = ended_by_a_mismatch(jobs, tmp_path, "mismatch")
-    for rank in range(SIZE):
+def test_different_verdicts_stop_all_ranks_before_the_step(broken):
+    result = ended_by_a_mismatch(broken, "mismatch")
+    for rank in range(4):
         assert "step 3 " in result.stdout[rank] and "step 4 " not in result.stdout[rank]
 
 
-def test_different_wirings_stop_all_ranks_before_anybody_moves(jobs, tmp_path):
-    ended_by_a_mismatch(jobs, tmp_path, "dealt")
+def test_different_wirings_stop_all_ranks_before_anybody_moves(broken):
+    ended_by_a_mismatch(broken, "dealt")
 
 
-def test_a_worker_that_dies_as_columns_are_dealt_anew_is_named(jobs, tmp_path):
-    with start(jobs, tmp_path, "deal", 100) as job:
-        result = job.wait(timeout=150)
+def test_a_worker_that_dies_as_columns_are_dealt_anew_is_named(broken):
+    result = broken[0]["deal"]
     assert not result.timed_out and result.returncodes[3] == -signal.SIGKILL, result.describe()
     for rank in (0, 1, 2, 4, 5):
         assert result.returncodes[rank] != 0 and LOST in result.stderr[rank], result.describe()
 
 
-def test_an_error_on_one_rank_reaches_all_with_its_text(jobs, tmp_path):
-    with start(jobs, tmp_path, "empty", 10) as job:
-        result = job.wait(timeout=150)
+def test_an_error_on_one_rank_reaches_all_with_its_text(broken):
+    result = broken[0]["empty"]
     assert not result.timed_out, result.describe()
-    for rank in range(SIZE):
+    for rank in range(4):
         assert result.returncodes[rank] != 0
         said = "cannot reshape tensor of 0 elements" if rank == 1 else f"{named(1, REPLICAS)} failed"
         assert said in result.stderr[rank], result.describe()
