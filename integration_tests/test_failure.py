@@ -37,10 +37,11 @@ def broken(tmp_path_factory):
             )
 
         plain = begin("plain", STAGES, 10_000)
-        others = {"deal": begin("deal", STAGES, 100), "empty": begin("empty", 2, 10)}
+        others = {"empty": begin("empty", 2, 10)}
         plain.wait_for(rank=0, text="step 5 ", timeout=150)
         plain.kill(VICTIM)
         others |= {"mismatch": begin("mismatch", 2, 10), "dealt": begin("dealt", STAGES, 10)}
+        others |= {mode: begin(mode, STAGES, 20) for mode in ("full", "halt")}
         results = {"plain": plain.wait(timeout=45)}
         return results | {mode: job.wait(timeout=150) for mode, job in others.items()}, folders
 
@@ -100,8 +101,10 @@ def test_different_wirings_stop_all_ranks_before_anybody_moves(broken):
     ended_by_a_mismatch(broken, "dealt")
 
 
-def test_a_worker_that_dies_as_columns_are_dealt_anew_is_named(broken):
-    result = broken[0]["deal"]
+@pytest.mark.long
+def test_a_worker_that_dies_as_columns_are_dealt_anew_is_named(jobs, tmp_path):
+    with start(jobs, tmp_path, "deal", 100) as job:
+        result = job.wait(timeout=150)
     assert not result.timed_out and result.returncodes[3] == -signal.SIGKILL, result.describe()
     for rank in (0, 1, 2, 4, 5):
         assert result.returncodes[rank] != 0 and LOST in result.stderr[rank], result.describe()
@@ -116,9 +119,8 @@ def test_an_error_on_one_rank_reaches_all_with_its_text(broken):
         assert said in result.stderr[rank], result.describe()
 
 
-def test_a_halt_whose_checkpoint_one_rank_cannot_write_ends_all_with_the_reason_first(jobs, tmp_path):
-    with start(jobs, tmp_path, "full", 20) as job:
-        result = job.wait(timeout=150)
+def test_a_halt_whose_checkpoint_one_rank_cannot_write_ends_all_with_the_reason_first(broken):
+    result = broken[0]["full"]
     assert not result.timed_out and result.returncodes == (HALTED_EXIT_CODE,) * SIZE, result.describe()
     for rank, text in enumerate(result.stderr):
         (line,) = [line for line in text.splitlines() if "SentinelHalt: training stopped in step 5" in line]
@@ -128,9 +130,11 @@ def test_a_halt_whose_checkpoint_one_rank_cannot_write_ends_all_with_the_reason_
 
 
 @pytest.mark.parametrize("launcher", ["bare", pytest.param("torchrun", marks=pytest.mark.long)])
-def test_halt_stops_all_ranks_with_a_checkpoint(jobs, tmp_path, launcher):
-    with start(jobs, tmp_path, "halt", 20, launcher=launcher) as job:
-        result = job.wait(timeout=150)
+def test_halt_stops_all_ranks_with_a_checkpoint(jobs, broken, tmp_path, launcher):
+    if launcher == "bare":
+        result, tmp_path = (by_mode["halt"] for by_mode in broken)
+    else:
+        result = start(jobs, tmp_path, "halt", 20, launcher=launcher).wait(timeout=150)
     assert not result.timed_out
     # A launcher has an exit code of its own.
     assert result.returncodes == ((HALTED_EXIT_CODE,) * SIZE if launcher == "bare" else (1,)), result.describe()
