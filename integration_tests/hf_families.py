@@ -1,4 +1,4 @@
-"""Part of jobs/hf.py: every family as a pipeline of 4 x 2 and 2 x 4, and the same model trained in one piece.
+"""Part of jobs/hf.py: every family as a pipeline of 3 x 2 and 2 x 3, and the same model trained in one piece.
 
 Each rank records the largest differences of its own part from the whole model: of the first step's gradients before
 clipping, and of the weights after ``STEPS`` steps.
@@ -19,8 +19,8 @@ from deepspeed_sentinel import hf
 from integration_tests import groups
 from integration_tests.hf_models import batches, build, configs
 
-STEPS = 3
-MICRO_BATCHES = 8  # of a step, over all replicas
+STEPS = 2
+MICRO_BATCHES = 6  # of a step, over all replicas
 OPTIMIZER = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 CLIP = 1.0
 HELD_OUT = 99  # a step that is not trained on
@@ -30,15 +30,15 @@ EXTRA = ("gemma2",)
 CHECKPOINTED = {"activation_checkpoint_interval": 1}
 # name: (family, stages, kind of batches, options of to_pipeline)
 CASES: dict[str, tuple[str, int, str, dict[str, Any]]] = {
-    **{f"{family}/4": (family, 4, "padded", {}) for family in configs()},
+    **{f"{family}/3": (family, 3, "padded", {}) for family in configs()},
     **{f"{family}/2": (family, 2, "padded", {}) for family in configs() if family not in EXTRA},
-    "llama/plain": ("llama", 4, "plain", {}),
-    "llama/packed": ("llama", 4, "packed", {}),
-    "qwen2/packed": ("qwen2", 4, "packed", {}),
-    "llama/checkpointed": ("llama", 4, "padded", CHECKPOINTED),
-    "mixtral/checkpointed": ("mixtral", 4, "padded", CHECKPOINTED),
+    "llama/plain": ("llama", 3, "plain", {}),
+    "llama/packed": ("llama", 3, "packed", {}),
+    "qwen2/packed": ("qwen2", 3, "packed", {}),
+    "llama/checkpointed": ("llama", 3, "padded", CHECKPOINTED),
+    "mixtral/checkpointed": ("mixtral", 3, "padded", CHECKPOINTED),
     # the last stage holds the head alone
-    "llama/uniform": ("llama", 4, "padded", {**CHECKPOINTED, "partition_method": "uniform"}),
+    "llama/uniform": ("llama", 3, "padded", {**CHECKPOINTED, "partition_method": "uniform"}),
     "gemma/1": ("gemma", 1, "padded", {}),
 }
 
@@ -140,13 +140,13 @@ def run(
 
 
 def refusals() -> dict[str, str]:
-    """What is said of pipelines that cannot be, with 8 processes."""
+    """What is said of pipelines that cannot be, with 6 processes."""
     llama = configs()["llama"]
     asked: dict[str, tuple[Any, int, dict[str, Any]]] = {
-        "stages": (llama, 3, {}),
-        "layers": (llama, 8, {}),
-        "interval": (llama, 4, {"activation_checkpoint_interval": 2}),
-        "partition": (llama, 4, {"partition_method": "best"}),
+        "stages": (llama, 4, {}),
+        "layers": (llama, 6, {}),
+        "interval": (llama, 3, {"activation_checkpoint_interval": 2}),
+        "partition": (llama, 3, {"partition_method": "best"}),
     }
     said = {}
     for name, (config, stages, options) in asked.items():
@@ -159,7 +159,7 @@ def refusals() -> dict[str, str]:
 
 
 def run_all(wanted: Sequence[str], folder: Path) -> dict[str, Any]:
-    """All cases, one after the other, on every rank of 8; the references are shared out over the ranks."""
+    """All cases, one after the other, on every rank; the references are shared out over the ranks."""
     rank, results = torch.distributed.get_rank(), {}
     references = sorted({(CASES[name][0], CASES[name][2]) for name in wanted})
     for family, kind in references[rank :: torch.distributed.get_world_size()]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from deepspeed_sentinel.ending import HALTED_EXIT_CODE
-from integration_tests.harness import named
+from integration_tests.harness import named, start_job
 
 JOB = "integration_tests/jobs/failure.py"
 STAGES, REPLICAS = 3, 2
 SIZE = STAGES * REPLICAS
+VICTIM = 3  # stage 1, replica 1
 STORY = ((3, "ALARM"), (3, "LEFT OUT"), (3, "SUSPECT"), (5, "CONVICTED"))
 # Raised where a call of the rank's own failed, else told by its heart, which then ends it.
 LOST = f"lost {named(3, REPLICAS)}. Resume"
@@ -22,14 +24,32 @@ def start(jobs, tmp_path: Path, mode: str, steps: int, **options):
     return jobs(JOB, STAGES, REPLICAS, args=[mode, str(tmp_path), str(steps)], **options)
 
 
-def test_a_killed_worker_is_named_by_all_others_and_the_last_checkpoint_resumes(jobs, tmp_path):
-    victim = 3  # stage 1, replica 1
-    with start(jobs, tmp_path, "plain", 10_000) as job:
-        job.wait_for(rank=0, text="step 5 ", timeout=150)
-        job.kill(victim)
-        result = job.wait(timeout=45)
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Jobs that break, by mode, at the same time, since they mostly wait; of two stages where these do."""
+    folders: dict[str, Path] = {}
+    with ExitStack() as opened:
+
+        def begin(mode, stages, steps):
+            folder = folders[mode] = tmp_path_factory.mktemp(mode)
+            return opened.enter_context(
+                start_job(JOB, stages, REPLICAS, folder=folder / "job", args=[mode, folder, steps])
+            )
+
+        plain = begin("plain", STAGES, 10_000)
+        others = {"empty": begin("empty", 2, 10)}
+        plain.wait_for(rank=0, text="step 5 ", timeout=150)
+        plain.kill(VICTIM)
+        others |= {"mismatch": begin("mismatch", 2, 10), "dealt": begin("dealt", STAGES, 10)}
+        others |= {mode: begin(mode, STAGES, 20) for mode in ("full", "halt")}
+        results = {"plain": plain.wait(timeout=45)}
+        return results | {mode: job.wait(timeout=150) for mode, job in others.items()}, folders
+
+
+def test_a_killed_worker_is_named_by_all_others_and_the_last_checkpoint_resumes(jobs, broken):
+    result, tmp_path = (by_mode["plain"] for by_mode in broken)
     assert not result.timed_out
-    for rank in set(range(SIZE)) - {victim}:
+    for rank in set(range(SIZE)) - {VICTIM}:
         assert result.returncodes[rank] != 0
         told = [line for line in result.stderr[rank].splitlines() if LOST in line]
         assert told, result.describe()
@@ -62,26 +82,26 @@ def test_who_ends_by_an_error_of_its_own_is_not_taken_for_lost(jobs, tmp_path):
         assert LOST in result.stderr[rank], result.describe()
 
 
-def ended_by_a_mismatch(jobs, tmp_path, how):
-    with start(jobs, tmp_path, how, 10) as job:
-        result = job.wait(timeout=150)
+def ended_by_a_mismatch(broken, how):
+    result = broken[0][how]
     assert not result.timed_out, result.describe()
-    for rank in range(SIZE):
+    for rank in range(len(result.returncodes)):
         assert result.returncodes[rank] != 0
         assert f"VerdictMismatch: verdicts differ at step 3: {named(2, REPLICAS)}" in result.stderr[rank]
     return result
 
 
-def test_different_verdicts_stop_all_ranks_before_the_step(jobs, tmp_path):
-    result = ended_by_a_mismatch(jobs, tmp_path, "mismatch")
-    for rank in range(SIZE):
+def test_different_verdicts_stop_all_ranks_before_the_step(broken):
+    result = ended_by_a_mismatch(broken, "mismatch")
+    for rank in range(4):
         assert "step 3 " in result.stdout[rank] and "step 4 " not in result.stdout[rank]
 
 
-def test_different_wirings_stop_all_ranks_before_anybody_moves(jobs, tmp_path):
-    ended_by_a_mismatch(jobs, tmp_path, "dealt")
+def test_different_wirings_stop_all_ranks_before_anybody_moves(broken):
+    ended_by_a_mismatch(broken, "dealt")
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_as_columns_are_dealt_anew_is_named(jobs, tmp_path):
     with start(jobs, tmp_path, "deal", 100) as job:
         result = job.wait(timeout=150)
@@ -90,19 +110,17 @@ def test_a_worker_that_dies_as_columns_are_dealt_anew_is_named(jobs, tmp_path):
         assert result.returncodes[rank] != 0 and LOST in result.stderr[rank], result.describe()
 
 
-def test_an_error_on_one_rank_reaches_all_with_its_text(jobs, tmp_path):
-    with start(jobs, tmp_path, "empty", 10) as job:
-        result = job.wait(timeout=150)
+def test_an_error_on_one_rank_reaches_all_with_its_text(broken):
+    result = broken[0]["empty"]
     assert not result.timed_out, result.describe()
-    for rank in range(SIZE):
+    for rank in range(4):
         assert result.returncodes[rank] != 0
         said = "cannot reshape tensor of 0 elements" if rank == 1 else f"{named(1, REPLICAS)} failed"
         assert said in result.stderr[rank], result.describe()
 
 
-def test_a_halt_whose_checkpoint_one_rank_cannot_write_ends_all_with_the_reason_first(jobs, tmp_path):
-    with start(jobs, tmp_path, "full", 20) as job:
-        result = job.wait(timeout=150)
+def test_a_halt_whose_checkpoint_one_rank_cannot_write_ends_all_with_the_reason_first(broken):
+    result = broken[0]["full"]
     assert not result.timed_out and result.returncodes == (HALTED_EXIT_CODE,) * SIZE, result.describe()
     for rank, text in enumerate(result.stderr):
         (line,) = [line for line in text.splitlines() if "SentinelHalt: training stopped in step 5" in line]
@@ -112,9 +130,11 @@ def test_a_halt_whose_checkpoint_one_rank_cannot_write_ends_all_with_the_reason_
 
 
 @pytest.mark.parametrize("launcher", ["bare", pytest.param("torchrun", marks=pytest.mark.long)])
-def test_halt_stops_all_ranks_with_a_checkpoint(jobs, tmp_path, launcher):
-    with start(jobs, tmp_path, "halt", 20, launcher=launcher) as job:
-        result = job.wait(timeout=150)
+def test_halt_stops_all_ranks_with_a_checkpoint(jobs, broken, tmp_path, launcher):
+    if launcher == "bare":
+        result, tmp_path = (by_mode["halt"] for by_mode in broken)
+    else:
+        result = start(jobs, tmp_path, "halt", 20, launcher=launcher).wait(timeout=150)
     assert not result.timed_out
     # A launcher has an exit code of its own.
     assert result.returncodes == ((HALTED_EXIT_CODE,) * SIZE if launcher == "bare" else (1,)), result.describe()

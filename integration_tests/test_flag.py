@@ -12,7 +12,6 @@ import pytest
 
 from integration_tests.harness import run_job
 from integration_tests.processes import ROOT, base_environment, free_port, warm_extensions
-from integration_tests.variants import some
 
 SEEN = ("dict", "path", "comments", "base64", "args", "config_params", "zero 3", "transformers", "accelerate")
 
@@ -66,12 +65,13 @@ def installed(tmp_path_factory):
     run([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel])
     lent = [path for path in sys.path if path.endswith("site-packages")]
     (packages / "lent.pth").write_text("\n".join(lent), encoding="utf-8")
-    shutil.copy(ROOT / "integration_tests" / "jobs" / "plain.py", folder / "train.py")
+    for name, copy in {"plain.py": "train.py", "torchrun.py": "torchrun.py"}.items():
+        shutil.copy(ROOT / "integration_tests" / "jobs" / name, folder / copy)
     return folder, python
 
 
-def run(command, cwd=None, extra=None):
-    environment = {**base_environment(), **(extra or {})}
+def run(command, cwd=None):
+    environment = base_environment()
     del environment["PYTHONPATH"]  # the checkout
     command = [*map(str, command)]
     done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
@@ -103,37 +103,67 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", some(LAUNCHERS, ("torchrun",)))
-def test_an_installed_wheel_guards_an_unchanged_script_by_the_flag_alone(installed, tmp_path, launcher):
-    folder, python = installed
-    warm_extensions()
-    block = {"enabled": True, "warmup_steps": 2}
-    launch = [part.format(port=free_port()) for part in LAUNCHERS[launcher]]
-    arguments = [
-        folder / "train.py",
-        "--deepspeed_config",
-        config_file(tmp_path, block),
-        "--steps=6",
-    ]
-    told = run([python, *launch, *arguments], cwd=tmp_path).stdout
+def arguments(folder, here, block):
+    return [folder / "train.py", "--deepspeed_config", config_file(here, block), "--steps=6"]
+
+
+def check_guarded(told, here):
     assert told.count("[sentinel] guarding 2 stages x 2 replicas, action 'quarantine'") == 1
     assert told.count("judging begins: ") == 1
     assert told.count("trained: finite True") == 4 and "nan" not in told.split("losses")[-1]
-    events = [json.loads(line) for line in (tmp_path / "logs" / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (here / "logs" / "events.jsonl").read_text().splitlines()]
     assert [event["columns"] for event in events if event["kind"] == "excluded"] == [[1], [1]]
 
 
-def test_an_installed_wheel_imports_and_says_nothing_without_a_block(installed, tmp_path):
-    folder, python = installed
-    script = f"""
+BLOCK = {"enabled": True, "warmup_steps": 2}
+SECOND = "the second begins\n"
+UNGUARDED = """
 import runpy, sys
-sys.argv = ["train.py", "--stages=1", "--steps=1", "--deepspeed_config", {str(config_file(tmp_path, None))!r}]
-runpy.run_path({str(folder / "train.py")!r}, run_name="__main__")
+script = sys.argv.pop(1)
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
 ours = [name for name in sys.modules if name.startswith("deepspeed_sentinel")]
 assert ours == ["deepspeed_sentinel", "deepspeed_sentinel.flag"], ours
 print(sys.modules["deepspeed_sentinel"].__file__)
 """
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    done = run([python, "-c", script], cwd=tmp_path, extra={**alone, "MASTER_PORT": str(free_port())})
-    assert done.stdout.splitlines()[-1].startswith(str(folder / "venv"))
-    assert "[sentinel]" not in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(installed, tmp_path_factory):
+    """The script without a block and with one, forked from one process: (what both wrote, the second's folder)."""
+    folder, python = installed
+    warm_extensions()
+    here = {name: tmp_path_factory.mktemp(name) for name in ("unguarded", "guarded")}
+    (folder / "unguarded.py").write_text(UNGUARDED, encoding="utf-8")
+    without = [folder / "unguarded.py", *arguments(folder, here["unguarded"], None), "--stages=1"]
+    guarded = arguments(folder, here["guarded"], BLOCK)
+    first, second = (
+        [f"--nproc_per_node={workers}", f"--master_port={free_port()}", "--monitor-interval=0.1", *map(str, command)]
+        for workers, command in ((1, without), (4, guarded))
+    )
+    launch = f"import torchrun; torchrun.main({first}); print({SECOND!r}, end='', flush=True)"
+    # the package's import alone changes nothing, and need not be made four times
+    done = run([python, "-c", f"{launch}; import deepspeed_sentinel.engine.sentinel; torchrun.main({second})"], folder)
+    assert "[sentinel]" not in done.stderr
+    return done.stdout.split(SECOND), here["guarded"]
+
+
+def test_an_installed_wheel_guards_an_unchanged_script_by_the_flag_alone(trained):
+    (_, told), here = trained
+    check_guarded(told, here)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_an_installed_wheel_guards_under_every_launcher(installed, tmp_path, launcher):
+    folder, python = installed
+    warm_extensions()
+    launch = [part.format(port=free_port()) for part in LAUNCHERS[launcher]]
+    check_guarded(run([python, *launch, *arguments(folder, tmp_path, BLOCK)], cwd=tmp_path).stdout, tmp_path)
+
+
+def test_an_installed_wheel_imports_and_says_nothing_without_a_block(installed, trained):
+    folder, _ = installed
+    (told, _), _ = trained
+    assert told.splitlines()[-1].startswith(str(folder / "venv"))
+    assert "trained: finite True" in told and "[sentinel]" not in told

@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from integration_tests.harness import named
+from integration_tests.harness import JobHandle, named
+from integration_tests.processes import ROOT, free_port
 
 JOB = "integration_tests/jobs/lifecycle.py"
+TORCHRUN = "integration_tests/jobs/torchrun.py"
 EXIT = 70
 GONE = f"lost {named(1, 1)}: no heartbeat for 5 s, and everybody waits"
 STUCK = f"stuck: {named(1, 1)} in ForwardPass of step 3, for which the others wait"
@@ -18,9 +20,19 @@ def start(jobs, tmp_path: Path, mode: str, **options):
 
 
 def test_a_job_that_torchrun_starts_anew_goes_on_from_its_checkpoint(jobs, tmp_path):
-    with start(jobs, tmp_path, "restart", launcher="torchrun", restarts=2) as job:
+    logs = ["--redirects=3", f"--log-dir={tmp_path / 'torchrun'}"]
+    torchrun = [
+        "--nproc_per_node=2",
+        "--max-restarts=2",
+        "--monitor-interval=0.1",
+        f"--master_port={free_port()}",
+        *logs,
+    ]
+    agent = jobs(TORCHRUN, 1, 1, args=[*torchrun, ROOT / JOB, "restart", tmp_path / "restart"], folder=tmp_path)
+    with JobHandle(2, 1, tmp_path, "torchrun", agent.processes) as job:
         result = job.wait(timeout=240).check()
-    assert "ValueError: transient" in result.stderr[1]
+    assert "ValueError: transient" in agent.log(0, "stderr")
+    assert result.stdout[0].count("[sentinel] guarding 2 stages x 1 replica") == 2, "by the flag, in both attempts"
     for text in result.stdout:
         assert text.count("resumed at step 2") == text.count("finished") == 1, result.describe()
 

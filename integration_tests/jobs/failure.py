@@ -26,7 +26,7 @@ import deepspeed_sentinel
 from integration_tests.models import build_model
 from integration_tests.scenario import Scenario
 
-STAGES, TOKENS = 3, 32
+REPLICAS, TOKENS = 2, 32
 SMALL = Scenario(name="failure")
 FAULT = {"stage": 1, "replica": 1, "attack": "nan", "start_step": 3}
 
@@ -68,7 +68,7 @@ def full(*_: object, **__: object) -> None:
 def main(mode: str, folder: str, steps: str = "8") -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60), verbose=False)
-    module = build_model(SMALL, STAGES)
+    module = build_model(SMALL, torch.distributed.get_world_size() // REPLICAS)
     block = {"enabled": True, "output_dir": f"{folder}/sentinel", "warmup_steps": 2, "conviction": "statistics"}
     if mode.startswith("twin"):
         block |= {"twins": {"every": 1}}

@@ -1,7 +1,7 @@
 """Job script of test_huggingface.py.
 
     hf.py plain         transformers' own Trainer, one process
-    hf.py pipeline      the families and SentinelTrainer, 8 processes; names of cases after it select some
+    hf.py pipeline      the families and SentinelTrainer, 6 processes; names of cases after it select some
 
 Each rank writes JOB_FOLDER/<rank>.json: {"families": ..., "training": ...}.
 """
@@ -39,7 +39,7 @@ def main(mode: str, *wanted: str) -> None:
         results["refusals"] = hf_families.refusals()
         results["families_seconds"] = time.perf_counter() - begin
         if not wanted or "training" in wanted:
-            results["training"] = hf_training.run_all(folder / "pipeline", stages=4)
+            results["training"] = hf_training.run_all(folder / "pipeline", stages=3)
     results["seconds"] = time.perf_counter() - begin
     path = folder / f"{rank}.json"
     path.write_text(json.dumps(results), encoding="utf-8")

@@ -2,10 +2,10 @@
 
     lifecycle.py MODE FOLDER
 
-``restart`` fails once inside ``train_batch``, and goes on from its checkpoint when torchrun starts it anew. ``stopped``
-waits at step 3 for a signal. ``dead`` dies at step 3, and no wait of rank 0 ever raises, as under NCCL. ``stuck`` never
-comes back from a forward pass. ``slow`` takes its time for data, between two steps and in an evaluation. ``observe``
-never comes back either, for longer than patience lasts, and then does.
+``restart`` is guarded by the flag alone, fails once inside ``train_batch``, and goes on from its checkpoint when
+torchrun starts it anew. ``stopped`` waits at step 3 for a signal. ``dead`` dies at step 3, and no wait of rank 0 ever
+raises, as under NCCL. ``stuck`` never comes back from a forward pass. ``slow`` takes its time for data, between two
+steps and in an evaluation. ``observe`` never comes back either, for longer than patience lasts, and then does.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def main(mode: str, folder: str) -> None:
     block = {"enabled": True, "output_dir": f"{folder}/sentinel", "heartbeat_timeout": 5}
     if mode == "observe":
         block["action"] = "observe"
-    engine, *_ = deepspeed_sentinel.initialize(
+    initialize = deepspeed.initialize if mode == "restart" else deepspeed_sentinel.initialize
+    engine, *_ = initialize(
         model=module,
         model_parameters=list(module.parameters()),
         config={**SMALL.deepspeed_config(), "sentinel": block},
