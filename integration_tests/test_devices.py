@@ -16,14 +16,14 @@ import torch
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-START, STEPS = 2, 10
+START, STEPS = 2, 6
 BASE = Scenario(name="first", steps=STEPS, micro_batches=2, hidden=16, lengths=(16,))
 FAULT = {"stage": 1, "replica": 2, "attack": "low_precision", "start_step": START}
 SLOT = 5  # the process of worker (1, 2) where each stage has three replicas; of worker (2, 1) where it has two
 
 
 def block(folder: Path, name: str, **more: Any) -> dict[str, Any]:
-    quick = {"warmup_steps": 4, "seed": 3, "twins": {"every": 2}}
+    quick = {"warmup_steps": 2, "seed": 3, "twins": {"every": 2}}
     return {"enabled": True, "output_dir": str(folder / name), **quick, **more}
 
 
@@ -55,7 +55,11 @@ def of_three(folder):
             save={"directory": str(folder / "checkpoint"), "after_step": STEPS},
         ),
         BASE.with_(name="second", steps=1, sentinel=block(folder, "logs")),
-        BASE.with_(name="observed", sentinel=block(folder, "observed", action="observe", inject=[FAULT])),
+        BASE.with_(
+            name="observed",
+            steps=4,
+            sentinel=block(folder, "observed", action="observe", inject=[FAULT], twins={"every": 1}),
+        ),
     ]
     return run_scenarios(scenarios, 3, 3, folder=folder / "three", timeout=400)
 

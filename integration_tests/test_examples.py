@@ -18,7 +18,7 @@ TEXT = f"--text={argparse.__file__}"
 @pytest.mark.parametrize(
     ("launcher", "replicas"),
     [
-        ("bare", 1),
+        pytest.param("bare", 1, marks=pytest.mark.long),
         pytest.param("torchrun", 1, marks=pytest.mark.long),
         pytest.param("torchrun", 3, marks=pytest.mark.long),
         pytest.param("accelerate", 3, marks=pytest.mark.long),
@@ -35,9 +35,13 @@ def test_the_trainer_example_trains_and_saves(tmp_path, launcher, replicas):
         launcher=launcher,
         timeout=300,
     ).check()
+    check(job, tmp_path / "out")
+
+
+def check(job, saved):
     assert "'eval_loss'" in job.stdout[0]
     assert "sentinel/alarms" in job.stdout[0]
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(saved)
 
 
 def losses(text):
@@ -53,7 +57,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happene
         TEXT,
         "--max_steps=9",
         "--logging_steps=1",
-        "--eval_strategy=no",
+        "--eval_steps=9",
         "--disable_tqdm=True",
     ]
     args += ["--save_strategy=steps", "--save_steps=3", "--save_total_limit=1", "--stages=2"]
@@ -78,6 +82,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_nothing_had_happene
     both = sorted(before.keys() & after.keys())
     assert both and [after[epoch] for epoch in both] == [before[epoch] for epoch in both]
     assert len(before.keys() | after.keys()) == 9
+    check(job, out)
 
 
 def test_the_native_example_learns(tmp_path):

@@ -7,13 +7,11 @@ the checkpoint goes through DeepSpeed's own conversion to a universal one.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from integration_tests.processes import base_environment
+from integration_tests.harness import start_job
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.variants import some
@@ -38,10 +36,11 @@ def runs(request, tmp_path_factory):
     if request.param == "fp32_zero1":
         tag = (folder / "checkpoint" / "latest").read_text(encoding="utf-8").strip()
         source, target = folder / "checkpoint" / tag, folder / "checkpoint" / f"{tag}_universal"
-        convert = [sys.executable, "-m", CONVERT, f"--input_folder={source}", f"--output_folder={target}"]
-        workers = ["--num_extract_workers=1", "--num_merge_workers=1"]
-        # asked for by checkpoints of any model but Megatron's
-        subprocess.run([*convert, *workers, "--inject_missing_state"], check=True, env=base_environment())
+        convert = [f"--input_folder={source}", f"--output_folder={target}"]
+        convert += ["--num_extract_workers=1", "--num_merge_workers=1"]
+        convert += ["--inject_missing_state"]  # asked for by checkpoints of any model but Megatron's
+        with start_job(CONVERT, 1, 1, folder=folder / "convert", args=convert, module=True) as job:
+            job.wait().check()
         (folder / "checkpoint" / "latest_universal").write_text(target.name, encoding="utf-8")
         settings = {"checkpoint": {"load_universal": True}}
     goes_on = base.with_(name="plain", steps=STEPS, load=checkpoint, config=settings)
