@@ -18,7 +18,7 @@ goes back all the same. One that first changes in place in a step that is exclud
 
 A module that keeps count in Python of what its buffers hold (the length of a rotary cache) would contradict buffers
 that went back, so numbers, texts, flags and tensors of one element in the ``__dict__`` of a module with buffers go back
-with them.
+with them. They stay where the module keeps larger tensors there too (a table and its length), which cannot go back.
 
 What counts steps or messages should not go back: all replicas have counted alike, and one that stays behind makes
 other messages than they do for good. So a buffer of one element, or a number, stays as it is where it moved by exactly
@@ -42,6 +42,7 @@ from torch import nn
 from deepspeed_sentinel.engine.module_state import (
     alike,
     has_values,
+    is_cache,
     is_plain,
     is_readable,
     numbers,
@@ -262,6 +263,8 @@ def _put_back(module: nn.Module, state: _Module, counts_on: bool) -> None:
                 f"buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
                 "the first time in a step whose column was excluded, and was too large to be kept: it stays as it is"
             )
+    if is_cache(module):
+        return
     for name in numbers(module).keys() - state.numbers.keys():
         del module.__dict__[name]
     for name in scalars(module).keys() - state.scalars.keys():

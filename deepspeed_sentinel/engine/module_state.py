@@ -21,6 +21,11 @@ _TYPES = frozenset(
 )
 
 
+def is_cache(module: nn.Module) -> bool:
+    """It keeps whole tensors as plain attributes, of which its numbers tell something (a table and its length)."""
+    return any(isinstance(value, torch.Tensor) and value.numel() > 1 for value in module.__dict__.values())
+
+
 def numbers(module: nn.Module) -> dict[str, Any]:
     """Its plain attributes: numbers, flags, texts and None."""
     return {

@@ -6,17 +6,20 @@ cannot be compared. Nor may a worker's word for its state excuse it from being c
 say so. Therefore the replicas of a stage tell a digest of their state before such a step, and after one in which a
 column was left out until they are in one state again:
 
-* The state is that which more than half of those tell whose columns have counted since all were in one, and more of
-  them than may be bad. The others are given it, checked against SHA-256. From then on all honest replicas of the stage
+* The state is that which more than half of those tell that were left out least since all were in one, and more of them
+  than may be bad. The others are given it, checked against SHA-256. From then on all honest replicas of the stage
   make the same of the same, and everybody is held to it.
 * Where there is no such state, it is a replica's own by nature (it follows its data), and nothing that is made of it is
   compared. Fewer bad workers than half of a stage bring that about only together with a replica that was left out.
-* A stale state is given to nobody, whoever else says that it is his: only those count who were not left out.
+* A stale state is given to nobody, whoever else says that it is his: those count who were left out least, and of these
+  whose column counted in the last step.
 
-The state is made of the dense buffers of modules, and of numbers, flags and tensors of one element in the ``__dict__``
-of modules that have buffers; of numbers those alone that have moved since they were first seen, for one that never does
-may be a rank. What torch's batch normalisation keeps is no part of it in training, which uses nothing of that. A large
-buffer is read once for each version of it: a change behind its version counter is not seen.
+The state is made of the dense buffers of modules, and of numbers, flags, texts and tensors of one element in the
+``__dict__`` of modules that have buffers; of numbers and texts those alone that have moved since they were first seen,
+for one that never does may be a rank, and none that is the name of a device. A module that keeps larger tensors there,
+of which its numbers tell something, keeps both. What torch's batch normalisation keeps is no part of it in training,
+which uses nothing of that. A large buffer is read once for each version of it: a change behind its version counter is
+not seen.
 
 To give, a replica sends a list of what its state is made of, with a SHA-256 of each; of the list itself most have told
 one. Who differs says which of it is not what it has, and is sent the bits of those. Nothing is looked at before its
@@ -30,11 +33,11 @@ be those of 3.1, 2.7, 2.9, nobody would be given anything, and this stage would 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import weakref
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +49,7 @@ from torch import nn
 from deepspeed_sentinel.engine.module_state import (
     alike,
     is_batch_norm,
-    is_plain,
+    is_cache,
     is_readable,
     numbers,
     scalars,
@@ -58,8 +61,8 @@ from deepspeed_sentinel.evidence.weights import tensors_digest
 
 UNSHARED = 0  # what is told of a state that is not that of all
 _LARGE = 2**18  # bytes
-_BUFFER, _ATTRIBUTE = "buffer", "attribute"
-_GONE, _UNREADABLE = ["gone"], ["unreadable"]
+_BUFFER, _UNSAVED, _ATTRIBUTE = "buffer", "unsaved buffer", "attribute"
+_GONE, _EMPTY, _UNREADABLE = ["gone"], ["empty"], ["unreadable"]
 Key = tuple[str, str, str]  # what it is, path of its module, name
 State = dict[Key, Any]  # tensors, or what a number is written as
 
@@ -104,20 +107,20 @@ class SharedState:
         self._root, self._first, self._replica, self._control = root, first, replica, control
         self._device, self._say = device, say
         self._quorum = max((replicas - 1) // 2 + 1, 2)
-        self._counted_R = np.ones(replicas, bool)  # in all steps since all were in one state
+        self._missed_R = np.zeros(replicas, np.int64)  # steps since all were in one state
+        self._counted_R = np.ones(replicas, bool)  # in the last step
         self._digests: dict[Key, _Read] = {}
         self._hashes: dict[Key, _Read] = {}
         self._told: set[str] = set()
 
     @property
     def due(self) -> bool:
-        return not self._counted_R.all()
+        return bool(self._missed_R.any())
 
     def left_out(self, out_R: np.ndarray) -> None:
         """Take down whose columns did not count in a step, bool [R]."""
-        self._counted_R &= ~out_R
-        if np.count_nonzero(self._counted_R) < self._quorum:
-            self._counted_R[:] = ~out_R
+        self._missed_R += out_R
+        self._counted_R = ~out_R
 
     @torch.no_grad()
     def share(self, gives: bool = True) -> int:
@@ -130,10 +133,10 @@ class SharedState:
         digest = self._digest(state)
         told_RW = self._control.of_row(torch.tensor([digest])).numpy()
         if (told_RW == told_RW[0]).all():
-            self._counted_R[:] = True
+            self._missed_R[:] = 0
             return digest
         if gives and self._right(told_RW) is not None and self._give(state):
-            self._counted_R[:] = True
+            self._missed_R[:] = 0
             return self._digest(self._state())
         if gives and len(told_RW) > 2:
             self._say_once(
@@ -145,9 +148,11 @@ class SharedState:
     def _right(self, told_RW: np.ndarray) -> np.ndarray | None:
         """Who tells what is right, bool [R]; None where that is not known."""
         same_RR = (told_RW[:, None] == told_RW[None]).all(-1)
-        votes_R = (same_RR & self._counted_R).sum(1)
+        least = np.sort(self._missed_R)[min(self._quorum, len(told_RW)) - 1]
+        heard_R = self._counted_R & (self._missed_R <= least)
+        votes_R = (same_RR & heard_R).sum(1)
         first = int(votes_R.argmax())
-        enough = votes_R[first] >= self._quorum and 2 * votes_R[first] > np.count_nonzero(self._counted_R)
+        enough = votes_R[first] >= self._quorum and 2 * votes_R[first] > np.count_nonzero(heard_R)
         return same_RR[first] if enough else None
 
     def _give(self, state: State) -> bool:
@@ -166,9 +171,8 @@ class SharedState:
             sent = self._sent(manifest, source, size)
             known = not ill or _words(sent) == tuple(told_RW[right[0], :2].tolist())
             theirs = json.loads(sent) if ill and known else entries
-            wanted_N = torch.zeros(
-                count + 1, dtype=torch.uint8
-            )  # and one more, so that there is always something to say
+            # and one more, so that there is always something to say
+            wanted_N = torch.zeros(count + 1, dtype=torch.uint8)
             if ill and known:
                 mine = {tuple(entry[:3]): entry[3] for entry in entries}
                 for place, entry in enumerate(theirs):
@@ -195,12 +199,13 @@ class SharedState:
     def _take(self, state: State, theirs: list[list[Any]], asked_N: list[bool], bits: bytes) -> bool:
         """Whether these are the bits that were asked for; then this state is this one's from now on."""
         given: dict[Key, Any] = {}
+        rest = memoryview(bits)
         for (kind, path, name, what), asked in zip(theirs, asked_N, strict=True):
             given[kind, path, name] = what
             size = _bytes_of([what])
             if not asked or not size:
                 continue
-            part, bits = bits[:size], bits[size:]
+            part, rest = rest[:size], rest[size:]
             if _sha(part) != what[4]:
                 return False
             given[kind, path, name] = _tensor(part, what).to(self._device if what[3] else "cpu")
@@ -213,34 +218,58 @@ class SharedState:
 
     def _adopt(self, mine: State, theirs: State) -> list[str]:
         """Hold this state; names of what changed."""
-        modules, changed = dict(self._root.named_modules()), []
-        tensors = [value for value in mine.values() if isinstance(value, torch.Tensor)]
-        held_by = Counter(_place(tensor) for tensor in (*tensors, *self._root.parameters()))
-        for key in sorted(mine.keys() | theirs.keys()):
+        modules = dict(self._root.named_modules())
+        differs = [key for key in mine.keys() | theirs.keys() if not self._is(key, mine.get(key), theirs.get(key))]
+        in_place = self._set_in_place(mine, theirs, set(differs))
+        for key in sorted(differs, key=lambda key: (key in theirs, key)):  # what goes may make place for what comes
             kind, path, name = key
             module, told = modules.get(path), theirs.get(key)
-            same = isinstance(told, list) and key in mine and told == self._written(key, mine[key])
-            if module is None or same or told == _UNREADABLE:
+            if module is None or key in in_place:
                 continue
-            changed.append(f"{path}.{name}")
-            place = module._buffers if kind == _BUFFER else module.__dict__
-            held = dict(place.items()).get(name)  # buffers of a scripted module are no dict
-            if isinstance(told, list) and told[0] == "tensor":
-                told = _tensor(b"", told)  # an empty one, of which no bits were sent
+            place = module.__dict__ if kind == _ATTRIBUTE else module._buffers
+            if kind != _ATTRIBUTE and told is not None:
+                unsaved = module._non_persistent_buffers_set
+                unsaved.add(name) if kind == _UNSAVED else unsaved.discard(name)
             if isinstance(told, torch.Tensor):
-                alone = isinstance(held, torch.Tensor) and held_by[_place(held)] <= 1
-                place[name] = _put(held, told, alone)
-            elif kind == _BUFFER:
-                module._buffers[name] = None
-            elif told is None and name in self._first(module):
-                module.__dict__[name] = self._first(module)[name]
-            elif told is None or told == _GONE:
-                module.__dict__.pop(name, None)
-            else:
-                module.__dict__[name] = _number(told)
-        self._digests.clear()
-        self._hashes.clear()
-        return changed
+                held = mine.get(key)
+                place[name] = told.to(held.device) if isinstance(held, torch.Tensor) else told
+            elif told == _EMPTY:
+                place[name] = None
+            elif told is None and kind == _ATTRIBUTE and name in self._first(module):
+                place[name] = self._first(module)[name]
+            elif told is not None and told != _GONE:
+                place[name] = _number(told)
+            elif name in dict(place.items()):  # those of a scripted module are no dict
+                del place[name]
+        return sorted(f"{path}.{name}" for _, path, name in differs)
+
+    def _set_in_place(self, mine: State, theirs: State, differs: set[Key]) -> set[Key]:
+        """Give tensors their new values where all that is made of the same memory comes out right; those that were."""
+        made_of: dict[int, list[Key]] = {}
+        for key, value in mine.items():
+            if isinstance(value, torch.Tensor):
+                made_of.setdefault(_place(value), []).append(key)
+        for parameter in self._root.parameters():
+            made_of.pop(_place(parameter), None)
+        done: set[Key] = set()
+        for keys in made_of.values():
+            changing = [key for key in keys if key in differs]
+            before = {key: mine[key].clone() for key in changing}
+            for key in changing:
+                _copy(mine[key], theirs.get(key))
+                self._hashes.pop(key, None)
+                self._digests.pop(key, None)
+            if all(self._is(key, mine[key], theirs.get(key)) for key in keys):
+                done.update(changing)
+                continue
+            for key in changing:
+                _copy(mine[key], before[key])
+        return done
+
+    def _is(self, key: Key, held: Any, told: Any) -> bool:
+        """Whether what is held here is what was told, a tensor or an entry of the list; None is nothing."""
+        held, told = (self._written(key, one) if isinstance(one, torch.Tensor) else one for one in (held, told))
+        return told == _UNREADABLE or held == told
 
     def _state(self) -> State:
         """What there is now. Tensors are the modules' own."""
@@ -249,10 +278,12 @@ class SharedState:
             if not module._buffers or (is_batch_norm(module) and module.training):
                 continue
             for name, tensor in module._buffers.items():
-                if tensor is not None:
-                    state[_BUFFER, path, name] = tensor if is_readable(tensor) else _UNREADABLE
-            state |= {(_ATTRIBUTE, path, name): tensor for name, tensor in scalars(module).items()}
-            state |= {(_ATTRIBUTE, path, name): told for name, told in self._moved(module)}
+                readable = tensor is not None and is_readable(tensor)
+                kind = _UNSAVED if name in module._non_persistent_buffers_set else _BUFFER
+                state[kind, path, name] = _EMPTY if tensor is None else tensor if readable else _UNREADABLE
+            if not is_cache(module):
+                state |= {(_ATTRIBUTE, path, name): tensor for name, tensor in scalars(module).items()}
+                state |= {(_ATTRIBUTE, path, name): told for name, told in self._moved(module)}
         return dict(sorted(state.items()))
 
     def _moved(self, module: nn.Module) -> Iterator[tuple[str, list[Any]]]:
@@ -262,8 +293,7 @@ class SharedState:
             if name not in now and isinstance(module.__dict__.get(name), torch.Tensor):
                 continue
             known, told = (_written(some[name]) if name in some else _GONE for some in (first, now))
-            # A text is the name of a device, as a rule.
-            if known != told and not isinstance(now.get(name, first.get(name)), str):
+            if known != told and not _is_device(now.get(name, first.get(name))):
                 yield name, told
 
     def _digest(self, state: State) -> int:
@@ -329,30 +359,39 @@ def _bits(tensor: torch.Tensor) -> bytes:
     return plain.view(torch.uint8).numpy().tobytes()
 
 
-def _tensor(bits: bytes, what: list[Any]) -> torch.Tensor:
+def _tensor(bits: bytes | memoryview, what: list[Any]) -> torch.Tensor:
     _, dtype, shape, *_ = what
     flat = torch.frombuffer(bytearray(bits or b"\0"), dtype=torch.uint8)[: len(bits)]
     return flat.view(getattr(torch, dtype)).reshape(shape)
 
 
-def _put(held: Any, given: torch.Tensor, alone: bool) -> torch.Tensor:
-    """The tensor to hold: the same one where it can take the value and nothing else in the state is made of it."""
-    if not isinstance(held, torch.Tensor):
-        return given
+def _copy(held: torch.Tensor, given: Any) -> None:
+    """Have a tensor hold another one's value, if it can."""
+    if not isinstance(given, torch.Tensor) or held.is_inference():
+        return
     given = given.to(held.device)
-    if alone and is_plain(held) and alike(held, given) and not held.is_inference():
-        try:
-            return held.copy_(given)
-        except RuntimeError:  # made by ``expand``
-            return given
-    return given
+    if alike(held, given):
+        with contextlib.suppress(RuntimeError):  # of one made by ``expand``
+            held.copy_(given)
 
 
 def _place(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    """Equal numbers for what is made of the same memory."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, ValueError):  # sparse ones, subclasses and lazy parameters have none
+        return id(tensor)
 
 
-def _sha(content: bytes) -> str:
+def _is_device(value: Any) -> bool:
+    """The name of one, which a module may keep and which is another one on each rank."""
+    try:
+        return isinstance(value, str) and bool(torch.device(value))
+    except RuntimeError:
+        return False
+
+
+def _sha(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()
 
 

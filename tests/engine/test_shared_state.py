@@ -194,15 +194,19 @@ def test_those_that_counted_say_what_it_is(replicas, out, blind):
         assert torch.equal(stage.modules[0][0].heat, before * 0.9**4), "what had counted is what is right"
 
 
+def take_after(bad, stale):
+    """A bad worker's state becomes that of one that was left out."""
+    bad.heat, bad.history = stale.heat.clone(), None if stale.history is None else stale.history.clone()
+    bad.tau, bad.longest, bad.seen = stale.tau, stale.longest, stale.seen.clone()
+
+
 def test_nobody_is_given_a_stale_state_by_a_bad_worker_that_says_it_is_his():
     stage = Stage(Annealed)
     stage.step([1.0] * 3)
-    stale = {name: value.clone() for name, value in stage.modules[1][0].__dict__["_buffers"].items()}
     for _ in range(3):
         stage.step([1.0] * 3, out=[1])
-        bad, heat = stage.modules[0][0], stage.modules[2][0].heat.clone()
-        bad.heat, bad.history = stale["heat"].clone(), stale["history"].clone()
-        bad.tau, bad.longest, bad.seen = stage.modules[1][0].tau, 2, torch.tensor(1)
+        heat = stage.modules[2][0].heat.clone()
+        take_after(stage.modules[0][0], stage.modules[1][0])
         assert not stage.shares() and torch.equal(stage.modules[2][0].heat, heat)
 
 
@@ -420,9 +424,10 @@ def test_what_one_alone_has_is_taken_away_again():
     stage.step([1.0, 9.0, 1.0])
     assert stage.shares()
     held = stage.modules[1][0]
-    assert held.cache is None and not hasattr(held, "cached") and not hasattr(held, "length")
+    assert not hasattr(held, "cache") and not hasattr(held, "cached") and not hasattr(held, "length")
     made = stage.outputs()
     assert made[0] == made[1]
+    stage.outputs(9.0)
 
 
 def test_buffers_of_a_scripted_module_are_given_too():
@@ -440,3 +445,125 @@ def test_buffers_of_a_scripted_module_are_given_too():
         stage.step([torch.ones(1)] * 3, out=out)
     assert stage.shares()
     assert [module[0].passes.tolist() for module in stage.modules] == [[7.0]] * 3
+
+
+class Parts(nn.Module):
+    """A tensor that a module and its part both hold, and a view of it."""
+
+    def __init__(self, replica):
+        super().__init__()
+        self.register_buffer("heat", torch.ones(4))
+        self.register_buffer("beginning", self.heat[:2])
+        self.part = nn.Module()
+        self.part.register_buffer("heat", self.heat, persistent=False)
+
+    def forward(self, x):
+        self.heat.mul_(0.9)
+        return x * self.heat.sum() + self.beginning.sum() + self.part.heat.sum()
+
+
+def test_what_is_made_of_one_tensor_stays_so():
+    stage = Stage(Parts)
+    for out in ([], [1], []):
+        stage.step([1.0] * 3, out=out)
+        assert stage.shares()
+    made = stage.outputs()
+    assert made[0] == made[1] == made[2]
+    for module in stage.modules:
+        assert module[0].heat is module[0].part.heat and module[0].beginning.data_ptr() == module[0].heat.data_ptr()
+    states = [sorted(module.state_dict()) for module in stage.modules]
+    assert states[0] == states[1] == ["0.beginning", "0.heat"]
+
+
+def test_what_a_new_buffer_is_saved_as_comes_with_it():
+    class Cached(nn.Module):
+        def __init__(self, replica):
+            super().__init__()
+            self.register_buffer("base", torch.ones(2))
+
+        def forward(self, x):
+            self.register_buffer("cache", torch.full((4,), float(x)), persistent=False)
+            return x
+
+    stage = Stage(Cached)
+    stage.modules[1][0].register_buffer("cache", torch.ones(4))
+    stage.step([2.0] * 3, out=[1])
+    assert stage.shares()
+    assert [sorted(module.state_dict()) for module in stage.modules] == [["0.base"]] * 3
+
+
+def test_a_text_is_part_of_it():
+    class Phases(nn.Module):
+        def __init__(self, replica):
+            super().__init__()
+            self.register_buffer("base", torch.ones(2))
+            self.phase, self.where = "warm", None
+
+        def forward(self, x):
+            self.phase, self.where = "train", f"cuda:{id(self)}"[:6]
+            return x * (1 if self.phase == "warm" else 2)
+
+    stage = Stage(Phases)
+    stage.step([1.0] * 3, out=[1])
+    assert stage.shares() and stage.modules[1][0].phase == "train"
+
+
+def test_a_module_that_keeps_a_table_as_a_plain_tensor_keeps_its_length():
+    """As the rotary embedding of transformers' Wav2Vec2-BERT; lengths that do not fit their table end a worker."""
+
+    class Cached(nn.Module):
+        def __init__(self, replica):
+            super().__init__()
+            self.register_buffer("frequencies", torch.ones(2))
+            self.length, self.table = None, None
+
+        def forward(self, x):
+            if self.length != int(x):
+                self.length, self.table = int(x), torch.arange(int(x)).float()
+            return torch.ones(int(x)) * self.table
+
+    stage = Stage(Cached)
+    for inputs, out in (([5, 8, 8], []), ([8, 5, 8], [1]), ([8, 8, 8], []), ([5, 5, 5], [0]), ([8, 5, 5], [])):
+        stage.step(inputs, out=out)
+        assert stage.shares()
+
+
+@pytest.mark.parametrize("kind", ["wrapper", "lazy", "sparse"])
+def test_parameters_that_lie_nowhere_end_nobody(kind):
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls):
+            return torch.Tensor._make_wrapper_subclass(cls, (2, 2))
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            return args[0] if "detach" in str(function) else torch.zeros(2, 2)
+
+    class Held(Annealed):
+        def __init__(self, replica):
+            super().__init__(replica)
+            if kind == "lazy":
+                self.linear = nn.LazyLinear(2)
+            else:
+                made = Wrapper() if kind == "wrapper" else torch.eye(2).to_sparse()
+                self.weight = nn.Parameter(made, requires_grad=False)
+
+    stage = Stage(Held)
+    stage.step([1.0] * 3, out=[1])
+    assert stage.shares()
+
+
+def test_who_was_left_out_once_more_does_not_make_a_stale_state_count():
+    """A bad worker says something of its own while another is left out, and then what that one has."""
+    says = {"own": 1}
+    stage = Stage(Annealed, lies={0: lambda mine: mine + says["own"] if mine.dtype == torch.int64 else mine})
+    for _ in range(3):
+        stage.step([1.0] * 3, out=[1])
+        assert set(stage.share()[1:]) == {UNSHARED}
+    stage.step([1.0] * 3, out=[2])
+    says["own"] = 0
+    for _ in range(3):
+        take_after(stage.modules[0][0], stage.modules[1][0])
+        heat = stage.modules[2][0].heat.clone()
+        assert not stage.shares() and torch.equal(stage.modules[2][0].heat, heat)
+        stage.step([1.0] * 3)
