@@ -201,7 +201,9 @@ def pipeline_only(runs: Runs) -> None:
     guard = {"enabled": True, "output_dir": str(runs.folder / "events"), "warmup_steps": 4}
     checkpoint = str(runs.folder / "long" / f"checkpoint-{SAVED}")
     attacked = {"sentinel": {**guard, "inject": [FAULT]}}
-    runs.finish(runs.run("attacked", model(seed=9), attacked, resume=checkpoint))
+    trainer = runs.run("attacked", model(seed=9), attacked, resume=checkpoint)
+    runs.results["attacked"]["of_all_rows"] = trainer.predict(HELD_OUT).metrics["test_loss"]
+    runs.finish(trainer)
     from_config = {
         "optimizer": {
             "type": "AdamW",

@@ -179,7 +179,8 @@ def test_an_evaluation_leaves_out_the_rows_that_a_convicted_worker_spoils(runs):
     for rank in runs[1]:
         honest = logged(rank["long"]["history"], "eval_loss")[STEPS]
         evaluated = logged(rank["attacked"]["history"], "eval_loss")[STEPS]
-        assert evaluated == pytest.approx(honest, rel=0.05), "it would be no number"
+        assert evaluated == pytest.approx(honest, rel=0.05)
+        assert rank["attacked"]["of_all_rows"] != pytest.approx(evaluated, rel=1e-4)
 
 
 def test_with_no_attack_nothing_is_told(runs):
