@@ -83,7 +83,7 @@ def runs(tmp_path_factory, wanted):
     scenarios = [scenario(name, fault, folder) for name, fault in {**SEEN, **DISPUTED}.items() if name in wanted]
     clean = BASE.with_(
         name="clean",
-        steps=30,
+        steps=22,
         sentinel={"enabled": True, "output_dir": str(folder / "logs_clean"), "warmup_steps": 8},
         save={"directory": str(folder / "clean"), "after_step": RESUMED},
     )
@@ -126,7 +126,7 @@ def test_a_disputed_link_excludes_its_column_and_convicts_nobody(runs, name):
 def test_no_false_conviction_and_few_false_alarms_in_clean_traffic(runs):
     run = runs["clean"][0]
     judged = run.record["counts"]["judged_messages"]
-    assert judged >= 500
+    assert judged >= 300
     assert run.record["counts"]["alarms"] < 0.01 * judged
     assert not any(verdict["newly_convicted"] or verdict["disputed"] for verdict in run.verdicts)
 

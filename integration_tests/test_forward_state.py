@@ -51,11 +51,13 @@ def test_one_bad_message_leaves_nothing_behind(runs, kind):
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory):
+def three(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("three_replicas")
     constant = {"stage": 1, "attack": "constant", "value": 1e4}
     scenarios = []
     for name, fault, every in (("annealed", constant, 0), ("running_maximum", {"stage": 0, "attack": "nan"}, 2)):
+        if name not in selected("name"):
+            continue
         inject = [{"replica": 1, "start_step": START, "stop_step": START + 1, **fault}]
         block = {"enabled": True, "output_dir": str(folder / name), "seed": 4, "warmup_steps": 7, "inject": inject}
         block["twins"] = {"every": every}  # and on suspicion
@@ -64,7 +66,7 @@ def three(tmp_path_factory):
     return run_scenarios(scenarios, stages=3, replicas=3, folder=folder, timeout=400)
 
 
-@pytest.mark.parametrize("name", ["annealed", "running_maximum"])
+@pytest.mark.parametrize("name", ["annealed", pytest.param("running_maximum", marks=pytest.mark.long)])
 def test_twin_steps_prove_no_worker_whose_state_is_another_than_the_others(three, name):
     """One was left out for what its neighbour did, and is given the others' state; or each has one of its own."""
     verdicts = three[name][0].verdicts

@@ -7,11 +7,11 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-JUDGED = Scenario(name="fp32", steps=11, micro_batches=4, hidden=64, lengths=(32,))
+JUDGED = Scenario(name="fp32", steps=10, micro_batches=4, hidden=64, lengths=(32,))
 SHORT = JUDGED.with_(steps=4)
 VARIANTS = [
     JUDGED,
-    JUDGED.with_(name="bf16_zero1", precision="bf16_zero1"),
+    SHORT.with_(name="bf16_zero1", precision="bf16_zero1", steps=7),
     SHORT.with_(name="tied", tied=True, gradient_clipping=1.0),
     SHORT.with_(name="fp16_zero1", precision="fp16_zero1"),
     SHORT.with_(name="dynamic", dynamic_shape=True, lengths=(16, 24, 9)),
@@ -38,7 +38,7 @@ NAMES = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("identity")
-    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "warmup_steps": 4}
+    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "warmup_steps": 3}
     wanted = [variant for variant in (*VARIANTS, *MORE) if variant in VARIANTS[:2] or variant.name in selected("name")]
     pairs = [(plain, plain.with_(name=f"guarded_{plain.name}", sentinel=block)) for plain in wanted]
     scenarios = [scenario for pair in pairs for scenario in pair]
@@ -68,5 +68,5 @@ def test_both_ends_report_the_same_and_all_ranks_judge_the_same(runs, name):
 
 
 def test_the_long_runs_were_really_judged(runs):
-    for name in ("fp32", "bf16_zero1"):
-        assert runs[f"guarded_{name}"][0].record["counts"]["judged_messages"] >= 150
+    for name, least in (("fp32", 150), ("bf16_zero1", 90)):
+        assert runs[f"guarded_{name}"][0].record["counts"]["judged_messages"] >= least

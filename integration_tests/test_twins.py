@@ -12,7 +12,7 @@ from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.variants import some
 
-STEPS, START = 10, 4
+STEPS, START = 8, 3
 BASE = Scenario(name="base", steps=STEPS, hidden=32, lengths=(16,))
 CULPRIT = [1, 2]
 INJECTED: dict[str, dict[str, Any]] = {
