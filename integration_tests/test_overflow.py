@@ -39,7 +39,6 @@ def test_an_overflow_of_one_replica_costs_its_column_that_step_and_nobody_a_stri
     for plain, guarded in zip(runs["plain"], runs["attacked"], strict=True):
         before = guarded.verdicts[:START]
         assert plain.record["skipped_steps"] >= 3, "else nothing was searched for"
-        assert guarded.losses[:START] == plain.losses[:START]
         findings = [finding for verdict in before for finding in verdict["findings"]]
         assert not any(finding["strikes"] for finding in findings)
         assert {finding["statistic"] for finding in findings} <= {"non_finite"}

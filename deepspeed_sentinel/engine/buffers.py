@@ -17,16 +17,17 @@ A buffer above ``_LARGE`` bytes is copied only once its module was seen to chang
 goes back all the same. One that first changes in place in a step that is excluded cannot, which is logged.
 
 A module that keeps count in Python of what its buffers hold (the length of a rotary cache) would contradict buffers
-that went back, so numbers, texts, flags and tensors of one element in the ``__dict__`` of a module with buffers go back
-with them. They stay where the module keeps larger tensors there too (a table and its length), which cannot go back.
+that went back, so numbers, texts, flags and tensors in the ``__dict__`` of a module with buffers go back with them. Of
+these tensors those of one element are copied; a larger one, such as a table of so many rows, is another tensor when it
+changes, as a rule, and it is the old one that goes back.
 
 What counts steps or messages should not go back: all replicas have counted alike, and one that stays behind makes
 other messages than they do for good. So a buffer of one element, or a number, stays as it is where it moved by exactly
 as much as in the step before. What replicas change alike in another way stays behind, until they are brought into one
 state again (``shared_state.py``).
 
-Other state that a forward pass may keep (larger tensors as plain attributes, lists, state outside modules, modules and
-first buffers that came in the step) is not known and stays.
+Other state that a forward pass may keep (larger tensors as plain attributes that change in place, lists, state outside
+modules, modules and first buffers that came in the step) is not known and stays.
 """
 
 from __future__ import annotations
@@ -42,12 +43,11 @@ from torch import nn
 from deepspeed_sentinel.engine.module_state import (
     alike,
     has_values,
-    is_cache,
     is_plain,
     is_readable,
     numbers,
-    scalars,
     size_in_bytes,
+    tensors,
     version,
     with_value,
 )
@@ -90,14 +90,14 @@ class _Module:
 
     Attributes:
         buffers, numbers: what it held; earlier: its numbers one step before.
-        scalars: tensors of one element that are plain attributes, and copies of them.
+        tensors: those that are plain attributes, and copies of those of one element.
         moves: its buffers were seen to change within a step.
     """
 
     buffers: dict[str, _Kept | None] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, Any] = field(default_factory=dict)
-    scalars: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    tensors: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=dict)
     moves: bool = False
 
 
@@ -127,7 +127,10 @@ class ForwardState:
         for module, state in self._modules.items():
             state.earlier, state.numbers = state.numbers, numbers(module)
             self._first.setdefault(module, state.numbers)
-            state.scalars = {name: (tensor, tensor.detach().clone()) for name, tensor in scalars(module).items()}
+            state.tensors = {
+                name: (tensor, tensor.detach().clone() if tensor.numel() == 1 else None)
+                for name, tensor in tensors(module).items()
+            }
             state.buffers = {
                 name: None if tensor is None else self._renewed(state, name, tensor, everything, stale)
                 for name, tensor in module._buffers.items()
@@ -263,14 +266,12 @@ def _put_back(module: nn.Module, state: _Module, counts_on: bool) -> None:
                 f"buffer {name!r} of {type(module).__name__} ({kept.tensor.numel()} elements) changed for "
                 "the first time in a step whose column was excluded, and was too large to be kept: it stays as it is"
             )
-    if is_cache(module):
-        return
     for name in numbers(module).keys() - state.numbers.keys():
         del module.__dict__[name]
-    for name in scalars(module).keys() - state.scalars.keys():
+    for name in tensors(module).keys() - state.tensors.keys():
         del module.__dict__[name]
-    for name, (tensor, copy) in state.scalars.items():
-        module.__dict__[name] = with_value(tensor, copy)
+    for name, (tensor, copy) in state.tensors.items():
+        module.__dict__[name] = tensor if copy is None else with_value(tensor, copy)
     taken = {*module._modules.keys(), *module._parameters.keys()}
     for name, value in state.numbers.items():
         if name not in taken and not (

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 _PLAIN = frozenset((bool, int, float, str, type(None)))
+_TORCHS_OWN = vars(nn.Module()).keys() - {"training"}  # which hooks there are, and the like
 # of whole bytes, so that bits can be read as they lie
 _TYPES = frozenset(
     getattr(torch, name)
@@ -21,24 +22,21 @@ _TYPES = frozenset(
 )
 
 
-def is_cache(module: nn.Module) -> bool:
-    """It keeps whole tensors as plain attributes, of which its numbers tell something (a table and its length)."""
-    return any(isinstance(value, torch.Tensor) and value.numel() > 1 for value in module.__dict__.values())
-
-
 def numbers(module: nn.Module) -> dict[str, Any]:
     """Its plain attributes: numbers, flags, texts and None."""
     return {
-        name: value for name, value in module.__dict__.items() if type(value) in _PLAIN or isinstance(value, np.generic)
+        name: value
+        for name, value in module.__dict__.items()
+        if name not in _TORCHS_OWN and (type(value) in _PLAIN or isinstance(value, np.number | np.bool_))
     }
 
 
-def scalars(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Tensors of one element that are plain attributes of it and that nothing is learnt of."""
+def tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Those that are plain attributes of it and that nothing is learnt of."""
     return {
         name: value
         for name, value in module.__dict__.items()
-        if type(value) is torch.Tensor and is_readable(value) and value.numel() == 1 and not value.requires_grad
+        if type(value) is torch.Tensor and is_readable(value) and not value.requires_grad
     }
 
 

@@ -14,12 +14,11 @@ column was left out until they are in one state again:
 * A stale state is given to nobody, whoever else says that it is his: those count who were left out least, and of these
   whose column counted in the last step.
 
-The state is made of the dense buffers of modules, and of numbers, flags, texts and tensors of one element in the
-``__dict__`` of modules that have buffers; of numbers and texts those alone that have moved since they were first seen,
-for one that never does may be a rank, and none that is the name of a device. A module that keeps larger tensors there,
-of which its numbers tell something, keeps both. What torch's batch normalisation keeps is no part of it in training,
-which uses nothing of that. A large buffer is read once for each version of it: a change behind its version counter is
-not seen.
+The state is made of the dense buffers of modules, and of numbers, flags, texts and dense tensors in the ``__dict__`` of
+modules that have buffers; of numbers and texts those alone that have moved since they were first seen, for one that
+never does may be a rank, and none that is the name of one device. What torch's batch normalisation keeps is no part of
+it in training, which uses nothing of that. A large tensor is read once for each version of it: a change behind its
+version counter is not seen.
 
 To give, a replica sends a list of what its state is made of, with a SHA-256 of each; of the list itself most have told
 one. Who differs says which of it is not what it has, and is sent the bits of those. Nothing is looked at before its
@@ -49,11 +48,10 @@ from torch import nn
 from deepspeed_sentinel.engine.module_state import (
     alike,
     is_batch_norm,
-    is_cache,
     is_readable,
     numbers,
-    scalars,
     size_in_bytes,
+    tensors,
     version,
 )
 from deepspeed_sentinel.evidence.control import Control
@@ -249,8 +247,10 @@ class SharedState:
         for key, value in mine.items():
             if isinstance(value, torch.Tensor):
                 made_of.setdefault(_place(value), []).append(key)
-        for parameter in self._root.parameters():
-            made_of.pop(_place(parameter), None)
+        for module in self._root.modules():
+            others = () if module._buffers else tensors(module).values()
+            for tensor in (*module.parameters(recurse=False), *others):
+                made_of.pop(_place(tensor), None)
         done: set[Key] = set()
         for keys in made_of.values():
             changing = [key for key in keys if key in differs]
@@ -281,9 +281,8 @@ class SharedState:
                 readable = tensor is not None and is_readable(tensor)
                 kind = _UNSAVED if name in module._non_persistent_buffers_set else _BUFFER
                 state[kind, path, name] = _EMPTY if tensor is None else tensor if readable else _UNREADABLE
-            if not is_cache(module):
-                state |= {(_ATTRIBUTE, path, name): tensor for name, tensor in scalars(module).items()}
-                state |= {(_ATTRIBUTE, path, name): told for name, told in self._moved(module)}
+            state |= {(_ATTRIBUTE, path, name): tensor for name, tensor in tensors(module).items()}
+            state |= {(_ATTRIBUTE, path, name): told for name, told in self._moved(module)}
         return dict(sorted(state.items()))
 
     def _moved(self, module: nn.Module) -> Iterator[tuple[str, list[Any]]]:
@@ -298,15 +297,17 @@ class SharedState:
 
     def _digest(self, state: State) -> int:
         """Of a state; waits for the device."""
-        tensors = [
+        read = [
             self._once(self._digests, key, value, lambda tensor: tensors_digest([tensor], tensor.device))
             if size_in_bytes(value) > _LARGE
             else value
             for key, value in state.items()
             if isinstance(value, torch.Tensor)
         ]
-        text = repr([(key, None if isinstance(value, torch.Tensor) else value) for key, value in state.items()])
-        digest = int(tensors_digest([*tensors, torch.tensor(zlib.crc32(text.encode()))], self._device))
+        text = repr(
+            [(key, _strides(value) if isinstance(value, torch.Tensor) else value) for key, value in state.items()]
+        )
+        digest = int(tensors_digest([*read, torch.tensor(zlib.crc32(text.encode()))], self._device))
         return digest if digest != UNSHARED else 1
 
     def _written(self, key: Key, value: Any) -> list[Any]:
@@ -315,7 +316,8 @@ class SharedState:
             return value
         sha = self._once(self._hashes, key, value, lambda tensor: _sha(_bits(tensor)))
         dtype = str(value.dtype).removeprefix("torch.")
-        return ["tensor", dtype, list(value.shape), value.device.type != "cpu", sha, size_in_bytes(value)]
+        where = [value.device.type != "cpu", sha, size_in_bytes(value)]
+        return ["tensor", dtype, list(value.shape), *where, _strides(value)]
 
     def _once(
         self, known: dict[Key, _Read], key: Key, tensor: torch.Tensor, read: Callable[[torch.Tensor], Any]
@@ -360,9 +362,18 @@ def _bits(tensor: torch.Tensor) -> bytes:
 
 
 def _tensor(bits: bytes | memoryview, what: list[Any]) -> torch.Tensor:
-    _, dtype, shape, *_ = what
+    _, dtype, shape, *_, strides = what
     flat = torch.frombuffer(bytearray(bits or b"\0"), dtype=torch.uint8)[: len(bits)]
-    return flat.view(getattr(torch, dtype)).reshape(shape)
+    packed = flat.view(getattr(torch, dtype)).reshape(shape)
+    return torch.empty_strided(shape, strides, dtype=packed.dtype).copy_(packed) if strides else packed
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """Of a dense tensor that is not packed in the order of its axes, on which the last bits of a product may depend."""
+    dense = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    steps = np.cumprod([1, *(size for _, size in dense)])[:-1]
+    is_dense = tensor.numel() > 0 and all(stride == step for (stride, _), step in zip(dense, steps, strict=True))
+    return list(tensor.stride()) if is_dense and not tensor.is_contiguous() else []
 
 
 def _copy(held: torch.Tensor, given: Any) -> None:
@@ -384,9 +395,9 @@ def _place(tensor: torch.Tensor) -> int:
 
 
 def _is_device(value: Any) -> bool:
-    """The name of one, which a module may keep and which is another one on each rank."""
+    """The name of one of several, which a module may keep and which is another one on each rank."""
     try:
-        return isinstance(value, str) and bool(torch.device(value))
+        return isinstance(value, str) and torch.device(value).index is not None
     except RuntimeError:
         return False
 

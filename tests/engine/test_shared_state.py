@@ -500,12 +500,12 @@ def test_a_text_is_part_of_it():
             self.phase, self.where = "warm", None
 
         def forward(self, x):
-            self.phase, self.where = "train", f"cuda:{id(self)}"[:6]
+            self.phase, self.where = "lazy", f"cuda:{id(self)}"[:6]
             return x * (1 if self.phase == "warm" else 2)
 
     stage = Stage(Phases)
     stage.step([1.0] * 3, out=[1])
-    assert stage.shares() and stage.modules[1][0].phase == "train"
+    assert stage.shares() and stage.modules[1][0].phase == "lazy"
 
 
 def test_a_module_that_keeps_a_table_as_a_plain_tensor_keeps_its_length():
@@ -526,6 +526,81 @@ def test_a_module_that_keeps_a_table_as_a_plain_tensor_keeps_its_length():
     for inputs, out in (([5, 8, 8], []), ([8, 5, 8], [1]), ([8, 8, 8], []), ([5, 5, 5], [0]), ([8, 5, 5], [])):
         stage.step(inputs, out=out)
         assert stage.shares()
+
+
+class OlderRotary(nn.Module):
+    """As in transformers 4: what it began with is a plain attribute, the very tensor that is the buffer then."""
+
+    def __init__(self, replica):
+        super().__init__()
+        self.register_buffer("frequencies", torch.ones(3), persistent=False)
+        self.original, self.longest = self.frequencies, 8
+
+    def forward(self, x):
+        if x > self.longest:
+            self.register_buffer("frequencies", torch.full((3,), 1.0 / float(x)), persistent=False)
+            self.longest = int(x)
+        elif x < 6 and self.longest > 8:
+            self.register_buffer("frequencies", self.original, persistent=False)
+            self.longest = 8
+        return x * self.frequencies
+
+
+@pytest.mark.parametrize("inputs", [[1.0, 20.0, 1.0], [20.0, 1.0, 20.0], [20.0, 20.0, 20.0]], ids=str)
+@pytest.mark.parametrize("out", [[], [1]], ids=["none out", "one out"])
+def test_what_a_buffer_was_made_of_is_not_written_over(inputs, out):
+    stage = Stage(OlderRotary)
+    stage.step(inputs, out=out)
+    assert stage.shares()
+    for x in (7.0, 15.0, 4.0, 30.0, 4.0):
+        made = stage.outputs(x)
+        assert made[0] == made[1] == made[2], x
+    assert all(module[0].original.tolist() == [1.0] * 3 for module in stage.modules)
+
+
+def test_tensors_of_a_size_that_follows_the_data_hide_no_number():
+    class Reporting(nn.Module):
+        def __init__(self, replica):
+            super().__init__()
+            self.register_buffer("base", torch.ones(3))
+            self.temperature, self.dead = 2.0, None
+
+        def forward(self, x):
+            self.temperature *= 0.9
+            self.dead = torch.zeros(int(x))
+            return x * self.base * self.temperature
+
+    stage = Stage(Reporting)
+    for inputs in ([3, 1, 3], [3, 0, 3], [1, 3, 1], [2, 2, 2]):
+        stage.step(inputs)
+        assert stage.shares()
+        assert len({module[0].temperature for module in stage.modules}) == 1 != stage.modules[0][0].temperature / 2.0
+
+
+def test_how_a_tensor_lies_is_part_of_it():
+    class Basis(nn.Module):
+        def __init__(self, replica):
+            super().__init__()
+            self.register_buffer("basis", torch.ones(2, 2))
+
+        def forward(self, x):
+            self.basis = torch.arange(6.0).reshape(2, 3).T if x > 1 else torch.arange(6.0).reshape(3, 2)
+            return x
+
+    stage = Stage(Basis)
+    stage.step([2.0] * 3, out=[1])
+    assert stage.shares()
+    assert {module[0].basis.stride() for module in stage.modules} == {(1, 3)}
+    assert all(torch.equal(module[0].basis, torch.arange(6.0).reshape(2, 3).T) for module in stage.modules)
+
+
+def test_hooks_of_one_replica_stay():
+    stage, called = Stage(Annealed), []
+    stage.modules[0][0].register_full_backward_hook(lambda *_: called.append(1))
+    stage.step([1.0] * 3, out=[0])
+    assert stage.shares()
+    stage.modules[0](torch.ones(3, requires_grad=True)).sum().backward()
+    assert called == [1]
 
 
 @pytest.mark.parametrize("kind", ["wrapper", "lazy", "sparse"])
