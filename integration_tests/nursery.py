@@ -70,7 +70,7 @@ class Nursery:
 
     Args:
         environment: of the nursery; only jobs with the same one may start here, see ``fits``.
-        imports: names of modules, to be imported in this order.
+        imports: names of modules, to be imported in this order; "module:function" is called too.
         folder: the repository's root.
     """
 
@@ -230,7 +230,10 @@ def main(imports: Sequence[str]) -> None:
     os.dup2(2, 1)  # what an import prints is no answer
     before = dict(os.environ)
     for name in imports:
-        importlib.import_module(name)
+        module, _, function = name.partition(":")
+        imported = importlib.import_module(module)
+        if function:
+            getattr(imported, function)()
         gc.collect()
         gc.freeze()  # or each child would copy everything to look for cycles in it
     if len(os.listdir("/proc/self/task")) > 1:
@@ -248,7 +251,10 @@ def main(imports: Sequence[str]) -> None:
             code = 1
         end(code or 0)
     except Exception:
-        sys.excepthook(*sys.exc_info())
+        try:
+            sys.excepthook(*sys.exc_info())
+        except SystemExit as exit:  # the code that a halt has set
+            end(exit.code if isinstance(exit.code, int) else 1)
         end(1)
     # KeyboardInterrupt is python's own, which ends by the signal.
     end(0)

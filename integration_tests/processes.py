@@ -86,13 +86,14 @@ def nursery() -> Nursery:
     imports = ["torch", "deepspeed"]
     if importlib.util.find_spec("transformers") is not None:
         imports += ["transformers.models.llama.modeling_llama", "transformers.trainer"]
+        imports += ["integration_tests.warming:conversions"]
     # What every process would import once it is under way: with the first group, with the first ZeRO or 16-bit
     # optimizer (two seconds of CPU, torch's compiler among it), and Sentinel, whose import alone changes nothing.
     imports += ["torch.utils.cpp_extension"]
     there = importlib.util.find_spec("deepspeed")
     if there and there.origin and Path(there.origin).with_name("runtime").joinpath("zero", "muon").is_dir():
         imports += ["deepspeed.runtime.zero.muon.muon_optimizer"]  # DeepSpeed 0.16 has none
-    imports += ["deepspeed_sentinel.engine.sentinel"]
+    imports += ["deepspeed_sentinel.engine.launch", "integration_tests.warming:engine"]
     started = Nursery(base_environment(), imports, ROOT)
     atexit.register(started.close)
     return started
