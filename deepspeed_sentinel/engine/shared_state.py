@@ -107,6 +107,8 @@ class SharedState:
         self._quorum = max((replicas - 1) // 2 + 1, 2)
         self._missed_R = np.zeros(replicas, np.int64)  # steps since all were in one state
         self._counted_R = np.ones(replicas, bool)  # in the last step
+        # tensors that modules had as plain attributes from the beginning, which they will not do without
+        self._there = {path: tensors(module).keys() for path, module in root.named_modules()}
         self._digests: dict[Key, _Read] = {}
         self._hashes: dict[Key, _Read] = {}
         self._told: set[str] = set()
@@ -237,8 +239,8 @@ class SharedState:
                 place[name] = self._first(module)[name]
             elif told is not None and told != _GONE:
                 place[name] = _number(told)
-            elif name in dict(place.items()):  # those of a scripted module are no dict
-                del place[name]
+            elif name in dict(place.items()) and (kind != _ATTRIBUTE or name not in self._there.get(path, ())):
+                del place[name]  # ``items``, since buffers of a scripted module are no dict
         return sorted(f"{path}.{name}" for _, path, name in differs)
 
     def _set_in_place(self, mine: State, theirs: State, differs: set[Key]) -> set[Key]:

@@ -594,6 +594,24 @@ def test_how_a_tensor_lies_is_part_of_it():
     assert all(torch.equal(module[0].basis, torch.arange(6.0).reshape(2, 3).T) for module in stage.modules)
 
 
+def test_an_attribute_that_was_there_from_the_beginning_is_never_taken_away():
+    """On one replica it was a tensor by then, on the others a number that has not moved since."""
+
+    class Grown(nn.Module):
+        def __init__(self, replica):
+            super().__init__()
+            self.register_buffer("base", torch.ones(2))
+            self.longest = torch.tensor(40) if replica == 0 else 16
+
+        def forward(self, x):
+            return x * self.base * int(self.longest)
+
+    stage = Stage(Grown)
+    stage.share()
+    stage.outputs()
+    assert int(stage.modules[0][0].longest) == 40
+
+
 def test_hooks_of_one_replica_stay():
     stage, called = Stage(Annealed), []
     stage.modules[0][0].register_full_backward_hook(lambda *_: called.append(1))
