@@ -55,6 +55,7 @@ from deepspeed_sentinel.engine.module_state import (
     version,
 )
 from deepspeed_sentinel.evidence.control import Control
+from deepspeed_sentinel.evidence.statement import raw
 from deepspeed_sentinel.evidence.weights import tensors_digest
 
 UNSHARED = 0  # what is told of a state that is not that of all
@@ -157,7 +158,7 @@ class SharedState:
 
     def _give(self, state: State) -> bool:
         """Whether it is known to the last bit what is right; who had something else was given it then."""
-        entries = [[*key, self._written(key, value)] for key, value in state.items()]
+        entries = [[*key, self._entry(key, value)] for key, value in state.items()]
         manifest = json.dumps(entries).encode()
         told_RW = self._control.of_row(
             torch.tensor([*_words(manifest), len(manifest), len(entries), sum(map(_bytes_of, entries))])
@@ -181,7 +182,7 @@ class SharedState:
             bits = b""
             if not ill:
                 asked = [value for value, asked in zip(state.values(), asked_N, strict=True) if asked]
-                bits = b"".join(_bits(value) for value in asked if isinstance(value, torch.Tensor))
+                bits = b"".join(raw(value).numpy().tobytes() for value in asked if isinstance(value, torch.Tensor))
             sent = self._sent(bits, source, most)
             if ill and known:
                 ill = not self._take(state, theirs, asked_N, sent)
@@ -270,7 +271,7 @@ class SharedState:
 
     def _is(self, key: Key, held: Any, told: Any) -> bool:
         """Whether what is held here is what was told, a tensor or an entry of the list; None is nothing."""
-        held, told = (self._written(key, one) if isinstance(one, torch.Tensor) else one for one in (held, told))
+        held, told = (self._entry(key, one) if isinstance(one, torch.Tensor) else one for one in (held, told))
         return told == _UNREADABLE or held == told
 
     def _state(self) -> State:
@@ -312,11 +313,11 @@ class SharedState:
         digest = int(tensors_digest([*read, torch.tensor(zlib.crc32(text.encode()))], self._device))
         return digest if digest != UNSHARED else 1
 
-    def _written(self, key: Key, value: Any) -> list[Any]:
+    def _entry(self, key: Key, value: Any) -> list[Any]:
         """An entry of the list of what there is."""
         if not isinstance(value, torch.Tensor):
             return value
-        sha = self._once(self._hashes, key, value, lambda tensor: _sha(_bits(tensor)))
+        sha = self._once(self._hashes, key, value, lambda tensor: _sha(raw(tensor).numpy().data))
         dtype = str(value.dtype).removeprefix("torch.")
         where = [value.device.type != "cpu", sha, size_in_bytes(value)]
         return ["tensor", dtype, list(value.shape), *where, _strides(value)]
@@ -356,11 +357,6 @@ def _bytes_of(entry: list[Any]) -> int:
     """How many bits an entry of the list announces, in bytes."""
     what = entry[-1]
     return what[5] if what[0] == "tensor" else 0
-
-
-def _bits(tensor: torch.Tensor) -> bytes:
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy().tobytes()
 
 
 def _tensor(bits: bytes | memoryview, what: list[Any]) -> torch.Tensor:

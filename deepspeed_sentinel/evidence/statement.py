@@ -153,7 +153,7 @@ class Statement:
     def body(self) -> torch.Tensor:
         """uint8 [N] on the CPU."""
         known = [tensor for one in self.known if one for tensor in (one.expected_K, one.w_KK)]
-        return torch.cat([_raw(tensor) for tensor in (*known, *self.tensors)])
+        return torch.cat([raw(tensor) for tensor in (*known, *self.tensors)])
 
     @classmethod
     def from_parts(cls, header: Header, body_N: torch.Tensor, device: torch.device) -> Statement:
@@ -214,7 +214,8 @@ def _filled(values: list[int] | tuple[int, ...], room: int) -> list[int]:
     return [*values, *[0] * (room - len(values))]
 
 
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of a dense tensor of whole bytes, in the order of its axes: uint8 [N] on the CPU."""
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 

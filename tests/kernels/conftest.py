@@ -55,10 +55,9 @@ def quick_interpreter() -> Iterator[None]:
     def members(place: object) -> list[tuple[str, object]]:
         if place not in names:
             return inspect.getmembers(place)
-        found = [(name, getattr(place, name)) for name in names[place][:1]]
-        if found and not tl.core.is_builtin(found[0][1]):
-            return []  # all of a place are replaced or none
-        return [(name, getattr(place, name)) for name in names[place]]
+        found = [(name, getattr(place, name)) for name in names[place]]
+        replaced = bool(found) and not tl.core.is_builtin(found[0][1])  # all of a place are or none
+        return [] if replaced else found
 
     def reduced(self, given):
         if self.combine_fn is not tl.standard._xor_combine:
