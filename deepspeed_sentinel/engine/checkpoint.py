@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import io
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from deepspeed_sentinel.engine.packed import can_be_packed, pack, unpack
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.mesh import DIRECTIONS
 from deepspeed_sentinel.telemetry import console
@@ -71,9 +71,8 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
                 )
             return path, client_state
         without = {divmod(index, sentinel.mesh.links) for index, bit in enumerate(words_W[1:]) if bit}
-        told = {name: state.get(name) for name in _OF_FIRST_STAGE}
-        told["convicts"] = saved(tuple(read_saved(state.get("convicts")).values()))
-        state |= _from_bytes(sentinel.of_first_stage(_to_bytes(told)))
+        mine = pack(_told(state) if sentinel.worker.stage == 0 else None)
+        state |= unpack(sentinel.of_first_stage(mine))
         sentinel.load_state_dict(state, without)
         if dist.get_rank() == 0:
             for direction, link in sorted(without):
@@ -84,6 +83,12 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
         return path, client_state
 
     return load_checkpoint
+
+
+def _told(state: dict[str, Any]) -> dict[str, Any]:
+    """What the first stage hands the others."""
+    told = {name: state.get(name) for name in _OF_FIRST_STAGE}
+    return {**told, "convicts": saved(tuple(read_saved(state.get("convicts")).values()))}
 
 
 def _bits(links: Collection[tuple[int, int]], count: int) -> list[int]:
@@ -109,7 +114,9 @@ def _problem(state: Any, sentinel: Sentinel) -> str | None:
     parts = state["shape"].get("parts", 1)
     if type(parts) is not int or not 1 <= parts <= _MOST_PARTS:
         return f"is of messages of {parts} parts"
-    return sentinel.problem(state, parts) if sentinel.worker.stage == 0 else None
+    if sentinel.worker.stage != 0:
+        return None
+    return sentinel.problem(state, parts) if can_be_packed(_told(state)) else "has a Sentinel state of another kind"
 
 
 def _are_baselines(evidence: Any) -> bool:
@@ -118,18 +125,6 @@ def _are_baselines(evidence: Any) -> bool:
     if not isinstance(baselines, dict):
         return False
     return all(str(part).isdecimal() and Baselines.holds(one) for part, one in baselines.items())
-
-
-def _to_bytes(state: Any) -> torch.Tensor:
-    """A nested dict of tensors as uint8 [N]."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-
-
-def _from_bytes(file_N: torch.Tensor) -> Any:
-    """The inverse of ``_to_bytes``."""
-    return torch.load(io.BytesIO(file_N.numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
 def to_tensors(state: Any) -> Any:

@@ -9,17 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-_PLAIN = frozenset((bool, int, float, str, type(None)))
+from deepspeed_sentinel.engine.packed import PLAIN, has_bits
+
 _TORCHS_OWN = vars(nn.Module()).keys() - {"training"}  # which hooks there are, and the like
-# of whole bytes, so that bits can be read as they lie
-_TYPES = frozenset(
-    getattr(torch, name)
-    for name in (
-        *("bool", "uint8", "int8", "int16", "int32", "int64", "uint16", "uint32", "uint64"),
-        *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
-        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
-    )
-)
 
 
 def numbers(module: nn.Module) -> dict[str, Any]:
@@ -27,7 +19,7 @@ def numbers(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in module.__dict__.items()
-        if name not in _TORCHS_OWN and (type(value) in _PLAIN or isinstance(value, np.number | np.bool_))
+        if name not in _TORCHS_OWN and (type(value) in PLAIN or isinstance(value, np.number | np.bool_))
     }
 
 
@@ -65,7 +57,7 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 def is_readable(tensor: torch.Tensor) -> bool:
     """Whether its bits can be read as they lie."""
-    return has_values(tensor) and type(tensor) is torch.Tensor and is_plain(tensor) and tensor.dtype in _TYPES
+    return has_values(tensor) and type(tensor) is torch.Tensor and has_bits(tensor)
 
 
 def alike(one: torch.Tensor, other: torch.Tensor) -> bool:

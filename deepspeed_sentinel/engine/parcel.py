@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-_PLAIN = (bool, int, float, str, type(None))
+from deepspeed_sentinel.engine.packed import pack, unpack
+
 # Replicas draw alike, so a parcel of another one is about as large as one's own. Where lengths differ it may be so many
 # times as large, or have so many bytes.
 _TIMES, _FREE_BYTES = 16, 1 << 28
@@ -27,15 +27,6 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
     if type(value) in (tuple, list):
         return type(value)(map_tensors(one, function) for one in value)
     return value
-
-
-def can_be_sent(value: Any) -> bool:
-    """Whether all of it is tensors, numbers, text and None in nested tuples, lists and dicts."""
-    if type(value) is dict:
-        return all(type(key) in _PLAIN and can_be_sent(one) for key, one in value.items())
-    if type(value) in (tuple, list):
-        return all(map(can_be_sent, value))
-    return isinstance(value, torch.Tensor) or type(value) in _PLAIN
 
 
 def checksums(parts: Sequence[Any]) -> tuple[int, int]:
@@ -75,14 +66,13 @@ def to_bytes(parts: Sequence[Any]) -> torch.Tensor:
     """uint8 [N], for ``from_bytes``."""
     on_device: list[bool] = []
 
-    def copied(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: torch.Tensor) -> torch.Tensor:
         on_device.append(tensor.device.type != "cpu")
-        # Of a view, torch would save all that it is a view of.
-        return tensor.detach().as_subclass(torch.Tensor).cpu().clone()
+        return tensor
 
-    file = io.BytesIO()
-    torch.save(([map_tensors(part, copied) for part in parts], on_device), file)
-    return torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.uint8)
+    for part in parts:
+        map_tensors(part, note)
+    return pack([list(parts), on_device])
 
 
 def from_bytes(file_N: torch.Tensor, device: torch.device) -> list[Any]:
@@ -91,6 +81,6 @@ def from_bytes(file_N: torch.Tensor, device: torch.device) -> list[Any]:
     Raises:
         Exception: any, where it is something else.
     """
-    parts, on_device = torch.load(io.BytesIO(file_N.numpy().tobytes()), map_location="cpu", weights_only=True)
+    parts, on_device = unpack(file_N)
     places = iter(on_device)
     return [map_tensors(part, lambda tensor: tensor.to(device) if next(places) else tensor) for part in parts]

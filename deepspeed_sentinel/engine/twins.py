@@ -35,7 +35,8 @@ from torch import backends
 
 from deepspeed_sentinel.compat import precisions
 from deepspeed_sentinel.config import SentinelConfig
-from deepspeed_sentinel.engine.parcel import can_be_sent, checksums, from_bytes, most_bytes, to_bytes
+from deepspeed_sentinel.engine.packed import can_be_packed
+from deepspeed_sentinel.engine.parcel import checksums, from_bytes, most_bytes, to_bytes
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.keys import Secret
@@ -53,7 +54,7 @@ _HINDERED = {
     _SHAPES: "the shapes of micro-batches differ between replicas, and messages are not announced one by one. Pack or "
     "pad to a fixed length",
     _KINDS: "the data types of micro-batches differ between replicas. Let all loaders make the same",
-    _FOREIGN: "a micro-batch holds something else than tensors, numbers and text in tuples, lists and dicts",
+    _FOREIGN: "a micro-batch holds something else than dense tensors, numbers and text in tuples, lists and dicts",
 }
 
 
@@ -203,7 +204,7 @@ class TwinSteps:
         own = _NOTHING
         if self._ended is not None:
             own = _ENDED
-        elif parts is None or not can_be_sent(parts):
+        elif parts is None or not can_be_packed(parts):
             own = _FOREIGN
         words = torch.tensor([own, *checksums(parts or []), int(self._engine.dynamic_shape)])
         own_K, kinds_K, shapes_K, announced_K = self._control.of_row(words)[torch.from_numpy(drawn.given)].T

@@ -9,6 +9,7 @@ from torch import nn
 
 from deepspeed_sentinel.engine.buffers import ForwardState
 from deepspeed_sentinel.engine.shared_state import UNSHARED, SharedState
+from deepspeed_sentinel.engine.stage_state import StageState
 
 
 class Row:
@@ -267,16 +268,29 @@ def test_large_buffers_are_given_whoever_changed_them(way, long, out):
 
 def test_a_large_buffer_is_read_once_for_each_version(monkeypatch):
     stage, read = Stage(lambda replica: Table("in place")), []
-    digest = SharedState._once
+    digest = StageState._once
 
     def noted(self, known, key, tensor, function):
         return digest(self, known, key, tensor, lambda large: read.append(large.numel()) or function(large))
 
-    monkeypatch.setattr(SharedState, "_once", noted)
+    monkeypatch.setattr(StageState, "_once", noted)
     for message in (1.0, 1.0, 9.0, 1.0):
         stage.share()
         stage.step([message] * 3)
     assert read == [2**17] * 6, "of three replicas two versions"
+
+
+@pytest.mark.parametrize("kind", ["buffer", "attribute"])
+def test_a_tensor_without_elements_is_given_too(kind):
+    stage = Stage(Annealed)
+    stage.share()
+    stage.step([1.0] * 3)
+    for replica in (0, 2):
+        module = stage.modules[replica][0]
+        empty = torch.empty(0, 3)
+        module.register_buffer("recent", empty) if kind == "buffer" else setattr(module, "recent", empty)
+    assert stage.shares()
+    assert stage.modules[1][0].recent.shape == (0, 3) and len(stage.told) == 1
 
 
 class Turning(nn.Module):
