@@ -1,13 +1,14 @@
 """Processes that are forked from one warm parent, so that they need not import torch and deepspeed themselves.
 
-The parent, the nursery, has done imports and nothing more: no thread, no group, no tensor. ``Nursery`` is its side in
-pytest; run as a module, this file is the nursery. Its stdin brings a line of JSON for each request, its stdout
-takes a line of JSON for each answer:
+The parent, the nursery, has done imports and nothing more: no thread, no group, no tensor. Run as a module, this file
+is the mother of nurseries: it imports, and forks one for each process that connects to its socket. ``Nursery`` is that
+process's side. Pytest's workers share a mother, who ends with the process that owns her. Over the socket go a line of
+JSON for each request and one for each answer:
 
     {"start": fields of a Task}  ->  pid
     {"poll": pid}                ->  returncode, null while the process runs
 
-When stdin ends, at the latest with pytest itself, the nursery kills what it has started and ends.
+When the connection ends, at the latest with pytest itself, its nursery kills what it has started and ends.
 
 Forked processes share the nursery's hash seed, where fresh ones draw one each, unless PYTHONHASHSEED is set. What
 imports print is in the nursery's log, not in theirs. They end without taking their modules down, see ``end``.
@@ -19,12 +20,16 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import gc
 import importlib
 import json
 import os
 import runpy
+import selectors
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -37,7 +42,7 @@ from typing import Any, BinaryIO, NoReturn
 # All that may differ between a job's environment and the nursery's: torch and transformers read hundreds of variables
 # at import, but none of these. Gloo reads its own with the first group.
 OF_A_JOB = {"JOB_FOLDER", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTEST_CURRENT_TEST"}
-OF_A_JOB |= {"TORCH_GLOO_LAZY_INIT"}
+OF_A_JOB |= {"TORCH_GLOO_LAZY_INIT", "PYTEST_XDIST_WORKER"}
 PR_SET_PDEATHSIG = 1
 
 
@@ -66,27 +71,38 @@ class NurseryError(RuntimeError):
 
 
 class Nursery:
-    """Starts and owns a nursery.
+    """This process's nursery; starts a mother if there is none yet.
 
     Args:
-        environment: of the nursery; only jobs with the same one may start here, see ``fits``.
+        environment: of the mother; only jobs with the same one may start here, see ``fits``.
         imports: names of modules, to be imported in this order; "module:function" is called too.
         folder: the repository's root.
+        meeting: where processes that share a mother find her; None for one of one's own.
+        owner: the process with which she ends; None for this one.
+
+    Attributes:
+        pid: the nursery's.
     """
 
-    def __init__(self, environment: Mapping[str, str], imports: Sequence[str], folder: Path) -> None:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the nursery
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "integration_tests.nursery", *imports],
-            env=environment,
-            cwd=folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            start_new_session=True,  # Ctrl-C is for pytest, which then ends the jobs
-        )
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        imports: Sequence[str],
+        folder: Path,
+        meeting: Path | None = None,
+        owner: int | None = None,
+    ) -> None:
+        meeting = Path(tempfile.mkdtemp(prefix="nursery_")) if meeting is None else meeting
+        meeting.mkdir(exist_ok=True)
         self._before = dict(environment)
-        self._after: dict[str, str] = self._answer()
+        with (meeting / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            line = _connection(meeting) or _new_mother(environment, imports, folder, meeting, owner or os.getpid())
+        self._requests, self._answers = line.makefile("wb", buffering=0), line.makefile("rb")
+        line.close()  # when its files are
+        self.pid: int
+        self._after: dict[str, str]
+        self.pid, self._after = self._answer()
 
     def fits(self, environment: Mapping[str, str]) -> bool:
         """A fresh process with this environment would have imported the same as the nursery has.
@@ -102,27 +118,55 @@ class Nursery:
 
     def ask(self, request: dict[str, Any]) -> Any:
         """The answer to a request."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer either, and _answer says why
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either, and _answer says so
+            self._requests.write(json.dumps(request).encode() + b"\n")
         return self._answer()
 
     def close(self) -> None:
-        """End the nursery and every process of it."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended already
-            self._process.stdin.close()
-        self._process.wait()
+        """End every process of this nursery."""
+        with contextlib.suppress(OSError):  # it has ended already
+            socket.socket(fileno=os.dup(self._requests.fileno())).shutdown(socket.SHUT_WR)
+        self._answers.read()
 
     def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            self._log.seek(0)
-            raise NurseryError(f"the nursery ended with exit code {code}:\n{self._log.read().decode(errors='replace')}")
-        return json.loads(line)
+        with contextlib.suppress(ConnectionResetError):
+            if line := self._answers.readline():
+                return json.loads(line)
+        raise NurseryError("the nursery has ended")
+
+
+def _connection(meeting: Path) -> socket.socket | None:
+    """To the mother who listens there, if one does."""
+    line = socket.socket(socket.AF_UNIX)
+    try:
+        line.connect(str(meeting / "socket"))
+    except (FileNotFoundError, ConnectionRefusedError):
+        line.close()
+        return None
+    return line
+
+
+def _new_mother(
+    environment: Mapping[str, str], imports: Sequence[str], folder: Path, meeting: Path, owner: int
+) -> socket.socket:
+    """Start her, wait until she listens, and connect."""
+    with (meeting / "log").open("wb") as log:
+        mother = subprocess.Popen(
+            [sys.executable, "-u", "-m", "integration_tests.nursery", str(meeting), str(owner), *imports],
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is for pytest, which then ends the jobs
+        )
+    while (line := _connection(meeting)) is None:
+        if mother.poll() is not None:
+            text = (meeting / "log").read_text(errors="replace")
+            shutil.rmtree(meeting)
+            raise NurseryError(f"the nursery ended with exit code {mother.returncode}:\n{text}")
+        time.sleep(0.02)
+    return line
 
 
 class Child:
@@ -147,6 +191,28 @@ class Child:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
             time.sleep(0.01)
         return code
+
+
+def listen(meeting: Path, owner: int) -> socket.socket | None:
+    """Fork a nursery for each connection. Returns its connection in each of them, None when the owner has ended."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(meeting / "socket"))
+    listener.listen()
+    owned = os.pidfd_open(owner)
+    with selectors.DefaultSelector() as events:
+        events.register(listener, selectors.EVENT_READ)
+        events.register(owned, selectors.EVENT_READ)
+        while all(key.fileobj is listener for key, _ in events.select()):
+            line, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                os.close(owned)
+                return line
+            line.close()
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+    return None
 
 
 def serve(requests: BinaryIO, answers: BinaryIO, set_by_imports: Mapping[str, str]) -> Task | None:
@@ -221,13 +287,8 @@ def end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def main(imports: Sequence[str]) -> None:
-    """Import, say so, and serve; in a forked process run its task."""
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)  # what an import prints is no answer
+def main(meeting: str, owner: str, *imports: str) -> None:
+    """Import and listen; in a forked nursery say so, and serve; in a process of one run its task."""
     before = dict(os.environ)
     for name in imports:
         module, _, function = name.partition(":")
@@ -238,10 +299,15 @@ def main(imports: Sequence[str]) -> None:
         gc.freeze()  # or each child would copy everything to look for cycles in it
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("an import has started a thread, which forked processes would lack")
-    answers.write(json.dumps(dict(os.environ)).encode() + b"\n")
+    line = listen(Path(meeting), int(owner))
+    if line is None:
+        shutil.rmtree(meeting)
+        return
+    requests, answers = os.fdopen(os.dup(line.fileno()), "rb"), os.fdopen(line.detach(), "wb", buffering=0)
+    answers.write(json.dumps([os.getpid(), dict(os.environ)]).encode() + b"\n")
     task = serve(requests, answers, {name: value for name, value in os.environ.items() if before.get(name) != value})
     if task is None:
-        return
+        os._exit(0)
     try:
         run(task)
     except SystemExit as exit:
@@ -261,4 +327,4 @@ def main(imports: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

@@ -12,10 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -82,7 +84,7 @@ def warm_extensions() -> None:
 
 @lru_cache
 def nursery() -> Nursery:
-    """The one of this pytest session; it starts with the first job and ends with pytest."""
+    """The one of this process; with the first job starts a mother for all of pytest's workers, who ends with pytest."""
     imports = ["torch", "deepspeed"]
     if importlib.util.find_spec("transformers") is not None:
         imports += ["transformers.models.llama.modeling_llama", "transformers.trainer"]
@@ -94,7 +96,10 @@ def nursery() -> Nursery:
     if there and there.origin and Path(there.origin).with_name("runtime").joinpath("zero", "muon").is_dir():
         imports += ["deepspeed.runtime.zero.muon.muon_optimizer"]  # DeepSpeed 0.16 has none
     imports += ["deepspeed_sentinel.engine.launch", "integration_tests.warming:engine"]
-    started = Nursery(base_environment(), imports, ROOT)
+    shared: dict[str, Any] = {}
+    if session := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
+        shared = {"meeting": Path(tempfile.gettempdir(), f"nursery_{session}"), "owner": os.getppid()}
+    started = Nursery(base_environment(), imports, ROOT, **shared)
     atexit.register(started.close)
     return started
 

@@ -171,7 +171,7 @@ import json, sys, time
 from integration_tests.nursery import Nursery, Task
 fields = json.loads(sys.argv[1])
 nursery = Nursery(fields["environment"], [], sys.argv[2])
-print(nursery._process.pid, nursery.start(Task(**fields)).pid, flush=True)
+print(nursery.pid, nursery.start(Task(**fields)).pid, flush=True)
 time.sleep(60)
 """
 
@@ -182,6 +182,14 @@ def lives(process: psutil.Process) -> bool:
     return False
 
 
+def ended(*processes: psutil.Process) -> None:
+    deadline = time.monotonic() + 20
+    for process in processes:
+        while lives(process):
+            assert time.monotonic() < deadline, f"{process} lives on"
+            time.sleep(0.02)
+
+
 @pytest.mark.parametrize("killed", ["pytest", "nursery"])
 def test_nothing_outlives_its_parent(tmp_path, killed):
     what = task(tmp_path, "import time; time.sleep(60)")
@@ -190,10 +198,33 @@ def test_nothing_outlives_its_parent(tmp_path, killed):
     with subprocess.Popen(command, env=base_environment(), stdout=subprocess.PIPE, text=True) as starter:
         assert starter.stdout is not None
         nursery, child = (psutil.Process(int(pid)) for pid in starter.stdout.readline().split())
+        mother = nursery.parent()
         (starter if killed == "pytest" else nursery).kill()
-        deadline = time.monotonic() + 20
-        for process in (nursery, child):
-            while lives(process):
-                assert time.monotonic() < deadline, f"{process} lives on"
-                time.sleep(0.02)
+        ended(nursery, child)
+        assert killed == "pytest" or lives(mother), "others may be with her"
         starter.kill()
+        ended(mother)
+
+
+COUNTED = "import os; os.write(os.open(os.environ['COUNT'], os.O_WRONLY | os.O_APPEND), b'imported ')"
+
+
+def test_processes_share_a_mother_and_end_what_they_started_alone(tmp_path):
+    (tmp_path / "counted.py").write_text(COUNTED)
+    (count := tmp_path / "count").write_text("")
+    environment = {**base_environment(), "PYTHONPATH": f"{ROOT}:{tmp_path}", "COUNT": str(count)}
+    first, second = (
+        Nursery({**environment, "PYTEST_XDIST_WORKER": name}, ["counted"], ROOT, meeting=tmp_path / "meeting")
+        for name in ("gw0", "gw1")
+    )
+    assert count.read_text() == "imported "
+    assert psutil.Process(first.pid).parent() == psutil.Process(second.pid).parent()
+    assert second.fits({**environment, "PYTEST_XDIST_WORKER": "gw1"})
+    waits = task(tmp_path, "import time; time.sleep(60)")
+    theirs, ours = psutil.Process(first.start(waits).pid), second.start(waits)
+    first.close()
+    ended(theirs)
+    assert ours.poll() is None and second.start(task(tmp_path, "print('on')")).wait(30) == 0
+    with pytest.raises(NurseryError, match="has ended"):
+        first.start(waits)
+    second.close()
