@@ -1,14 +1,16 @@
-"""Twin steps for longer and on a larger mesh: 200 clean steps, and 4 x 4 with one step in five."""
+"""Twin steps for longer, on a larger mesh and sharded: 200 clean steps, 4 x 4 with one step in five, ZeRO-1."""
 
 from __future__ import annotations
 
 import pytest
 
+from deepspeed_sentinel.mesh import Worker
 from integration_tests.runs import run_scenarios
-from integration_tests.test_twins import BASE, CLEAN, CULPRIT, HOOKS, INJECTED, START, block, hook, of_twins
+from integration_tests.test_twins import BASE, CLEAN, CULPRIT, HOOKS, INJECTED, REDUCED, START, block, hook, of_twins
 
 pytestmark = pytest.mark.long
 STEPS = 200
+SHARDED = ("fp32_zero1", "bf16_zero1", "bf16_zero1_bf16")
 FOR_LONG = ("fp32", "bf16", "bf16_zero1", "tied", "checkpointed")
 
 
@@ -32,6 +34,22 @@ def faulty(tmp_path_factory):
     return run_scenarios(scenarios, stages=4, replicas=4, folder=folder, timeout=2400)
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    scenarios = [
+        BASE.with_(
+            name=f"{name}_{precision}",
+            precision=precision,
+            sentinel=block(folder, f"{name}_{precision}"),
+            hook=hook(REDUCED[name]),
+        )
+        for precision in SHARDED
+        for name in REDUCED
+    ]
+    return run_scenarios(scenarios, stages=3, replicas=3, folder=folder, timeout=600)
+
+
 @pytest.mark.parametrize("name", FOR_LONG)
 def test_two_hundred_clean_steps_prove_nothing(clean, name):
     for run in clean[name]:
@@ -50,3 +68,19 @@ def test_on_four_by_four_the_first_twin_step_proves_it(faulty, name):
         assert acted and acted[0]["newly_convicted"] == [CULPRIT]
         assert all(proof == CULPRIT for verdict in run.verdicts for proof in verdict["proofs"])
         assert all(sum(map(sum, verdict["convicted"])) <= 1 for verdict in run.verdicts)
+
+
+@pytest.mark.parametrize("precision", SHARDED)
+@pytest.mark.parametrize("name", REDUCED)
+def test_a_sharded_reduction_that_is_fed_something_else_is_seen_and_not_applied(sharded, name, precision):
+    runs = sharded[f"{name}_{precision}"]
+    for run in runs:
+        assert run.error is None, run.error
+        acted = [verdict["step"] for verdict in of_twins(run) if verdict["step"] >= START]
+        seen = [step for step, told in enumerate(run.record["poisoned"]) if told]
+        assert seen == (acted[:1] if name == "memory" else acted)
+        assert run.record["skipped_steps"] == len(seen)
+        named = f"{Worker(*CULPRIT)} handed over" in run.record["poisoned"][seen[0]]
+        assert named == (name == "memory")
+    for stage in range(3):
+        assert len({run.record["weights_sha256"] for run in runs if run.stage == stage}) == 1

@@ -28,6 +28,15 @@ def stale_weights(engine: Any, step: int) -> None:
             parameter.data.copy_(old)
 
 
+def _turn_gradients(engine: Any) -> None:
+    if hasattr(engine.optimizer, "get_grads_for_reduction"):  # BF16_Optimizer: flat buffers beside the parameters
+        for gradient in engine.optimizer.get_grads_for_reduction()[0]:
+            gradient.neg_()
+        return
+    for parameter in engine.module.parameters():
+        parameter.grad.neg_()
+
+
 def poisoned_memory(engine: Any, step: int) -> None:
     """From START on, gradients change their sign between what was reported of them and the reduction."""
     if not _is_culprit(engine) or step != START:
@@ -35,8 +44,7 @@ def poisoned_memory(engine: Any, step: int) -> None:
     ours = engine._INSTRUCTION_MAP[schedule.ReduceGrads]
 
     def reduce(self: Any) -> None:
-        for parameter in self.module.parameters():
-            parameter.grad.neg_()
+        _turn_gradients(engine)
         ours(self)
 
     engine._INSTRUCTION_MAP = {**engine._INSTRUCTION_MAP, schedule.ReduceGrads: reduce}
@@ -46,14 +54,15 @@ def poisoned_reduction(engine: Any, step: int) -> None:
     """From START on, another gradient goes into the all-reduce than the one that was shown to the guard."""
     if not _is_culprit(engine) or step != START:
         return
-    honest = engine.allreduce_gradients
+    flat = hasattr(engine.optimizer, "get_grads_for_reduction")
+    name = "_bf16_reduce_grads" if flat else "allreduce_gradients"
+    honest = getattr(engine, name)
 
     def reduce(**options: Any) -> None:
-        for parameter in engine.module.parameters():
-            parameter.grad.neg_()
+        _turn_gradients(engine)
         honest(**options)
 
-    engine.allreduce_gradients = reduce
+    setattr(engine, name, reduce)
 
 
 def _round_anew(engine: Any) -> None:
