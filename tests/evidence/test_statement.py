@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from deepspeed_sentinel.evidence.keeping import look_again
 from deepspeed_sentinel.evidence.parts import Layout, digest_of
-from deepspeed_sentinel.evidence.statement import _DTYPES, WORDS, Header, Malformed, Statement
+from deepspeed_sentinel.evidence.statement import _DTYPES, WORDS, Header, Malformed, Statement, raw
 from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.evidence.transfer import Known
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS
@@ -41,6 +41,11 @@ def test_a_statement_travels_bit_by_bit(known):
         assert (one is None) == (other is None)
         if one:
             assert torch.equal(one.expected_K, other.expected_K) and torch.equal(one.w_KK, other.w_KK)
+
+
+@pytest.mark.parametrize("tensor", [torch.tensor(3).expand(1), torch.tensor(3).expand(1, 1), torch.tensor(3).expand(2)])
+def test_the_bits_of_an_expanded_tensor_are_those_of_its_copy(tensor):
+    assert torch.equal(raw(tensor).view(torch.int64), tensor.clone().flatten())
 
 
 def test_any_bits_travel():
