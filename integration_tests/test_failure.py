@@ -40,7 +40,7 @@ def broken(tmp_path_factory):
         others = {"empty": begin("empty", 2, 10)}
         plain.wait_for(rank=0, text="step 3 ", timeout=150)
         plain.kill(VICTIM)
-        others |= {"mismatch": begin("mismatch", 2, 10), "dealt": begin("dealt", STAGES, 10)}
+        others |= {"mismatch": begin("mismatch", 2, 10), "dealt": begin("dealt", 2, 10)}
         others |= {mode: begin(mode, STAGES, 20) for mode in ("full", "halt")}
         results = {"plain": plain.wait(timeout=45)}
         return results | {mode: job.wait(timeout=150) for mode, job in others.items()}, folders
