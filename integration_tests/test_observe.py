@@ -18,7 +18,7 @@ from integration_tests.scenario import Scenario
 
 def test_what_cannot_be_judged_is_said_once_and_passes(tmp_path):
     base = Scenario(
-        name="", models="integration_tests.models_unseen", steps=3, micro_batches=2, dynamic_shape=True, hidden=16
+        name="", models="integration_tests.models_unseen", steps=4, micro_batches=2, dynamic_shape=True, hidden=16
     )
     logs = tmp_path / "full"
     logs.mkdir()
