@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 
 from deepspeed_sentinel import hf
 
-STAGES, MICRO_BATCHES, ROWS, TOKENS, STEPS = 3, 4, 4, 64, 40
+STAGES, MICRO_BATCHES, ROWS, TOKENS, STEPS = 3, 4, 4, 64, 30
 OUTPUT = sys.argv[1] if len(sys.argv) > 1 else "native_out"
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": ROWS,

@@ -24,10 +24,11 @@ from transformers import (
 )
 
 from integration_tests.hf_models import SIZE, VOCABULARY, build
+from integration_tests.jobs.scenarios import end_groups, groups
 
-STEPS, SHORT, SAVED = 12, 4, 5
+STEPS, SHORT, SAVED, FEW = 8, 4, 3, 2
 MICRO_BATCHES = 8  # of a step, over all replicas
-FAULT = {"stage": 1, "replica": 1, "attack": "nan", "start_step": 8}
+FAULT = {"stage": 1, "replica": 1, "attack": "nan", "start_step": 5}
 
 
 def rows(count: int, seed: int) -> list[dict[str, list[int]]]:
@@ -108,6 +109,7 @@ def arguments(folder: Path, replicas: int, deepspeed: dict[str, Any] | None, **c
 
 BASE = {"zero_optimization": {"stage": 0}}  # accelerate insists on it
 SHORTLY = {"max_steps": SHORT, "eval_strategy": "no"}
+BRIEFLY = {**SHORTLY, "max_steps": FEW}
 ZERO1 = {"zero_optimization": {"stage": 1}}
 Z_LOSS = {"trainer_options": {"compute_loss_func": z_loss}, "micro_batches": 6}  # for two replicas and for three
 
@@ -118,6 +120,7 @@ class Runs:
     def __init__(self, folder: Path, stages: int | None, micro_batches: int = MICRO_BATCHES) -> None:
         self.folder, self.stages, self.micro_batches = folder, stages, micro_batches
         self.results: dict[str, Any] = {}
+        self._groups = groups()
 
     def run(
         self,
@@ -165,6 +168,9 @@ class Runs:
         if self.stages is not None:
             trainer._release_engine()
         gc.collect()
+        if self.stages is not None:
+            torch.distributed.barrier()
+            end_groups(self._groups)
 
 
 def listener(told: list[Any]) -> Any:
@@ -187,9 +193,9 @@ def both(runs: Runs) -> None:
     saving = {"save_strategy": "steps", "save_steps": SAVED}
     final = runs.folder / "final"
     runs.finish(runs.run("long", model(), guard, save_to=str(final / "long"), **metrics, **saving))
-    runs.finish(runs.run("mixtral", model("mixtral"), save_to=str(final / "mixtral"), **SHORTLY))
-    # Two steps and a half of micro-batches of two rows, so that the last step of an epoch has fewer micro-batches
-    few = {"trainer_options": {"train_dataset": TRAIN[: 5 * runs.micro_batches]}}
+    runs.finish(runs.run("mixtral", model("mixtral"), save_to=str(final / "mixtral"), **BRIEFLY))
+    # A step and a half of micro-batches of two rows, so that the last step of an epoch has fewer micro-batches
+    few = {"trainer_options": {"train_dataset": TRAIN[: 3 * runs.micro_batches]}}
     epochs = {**SHORTLY, "max_steps": -1, "num_train_epochs": 2}
     runs.finish(runs.run("epochs", model(), guard, **few, **epochs, gradient_checkpointing=True))
     halves = {"save_strategy": "steps", "save_steps": SHORT // 2}
@@ -212,7 +218,7 @@ def pipeline_only(runs: Runs) -> None:
         "gradient_clipping": "auto",
         "bf16": {"enabled": True},
     }
-    runs.finish(runs.run("bf16", model(), from_config, **{**SHORTLY, "weight_decay": 0.0}, bf16=True))
+    runs.finish(runs.run("bf16", model(), from_config, **{**BRIEFLY, "weight_decay": 0.0}, bf16=True))
     from deepspeed_sentinel.hf import SentinelTrainer
 
     trainer = SentinelTrainer(

@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from integration_tests.hf_models import VOCABULARY
 from integration_tests.hf_training import BASE, arguments, model, z_loss
+from integration_tests.jobs.scenarios import end_groups, groups
 from integration_tests.trainer_runs import WeightedRows
 
 STEPS, MICRO_BATCHES, EPOCH = 3, 2, 3
@@ -115,6 +116,7 @@ def in_pipeline(folder: Path, names: Sequence[str], twins: dict[str, Any]) -> di
             return loss
 
     results: dict[str, Any] = {}
+    before = groups()
     block = {"enabled": True, "output_dir": str(folder / "events"), "seed": 3, "twins": twins}
     config = {**BASE, "pipeline": {"stages": 2}, "sentinel": block}
     for name in names:
@@ -131,6 +133,8 @@ def in_pipeline(folder: Path, names: Sequence[str], twins: dict[str, Any]) -> di
         results[name] = {"history": trainer.state.log_history, "read": read[:STEPS], "words": words}
         trainer._release_engine()
         gc.collect()
+        torch.distributed.barrier()
+        end_groups(before)
     return results
 
 

@@ -16,14 +16,14 @@ import torch
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-START, STEPS = 2, 6
+START, STEPS = 1, 4
 BASE = Scenario(name="first", steps=STEPS, micro_batches=2, hidden=16, lengths=(16,))
 FAULT = {"stage": 1, "replica": 2, "attack": "low_precision", "start_step": START}
 SLOT = 5  # the process of worker (1, 2) where each stage has three replicas; of worker (2, 1) where it has two
 
 
 def block(folder: Path, name: str, **more: Any) -> dict[str, Any]:
-    quick = {"warmup_steps": 2, "seed": 3, "twins": {"every": 2}}
+    quick = {"warmup_steps": 2, "seed": 4, "twins": {"every": 2}}
     return {"enabled": True, "output_dir": str(folder / name), **quick, **more}
 
 
@@ -57,7 +57,7 @@ def of_three(folder):
         BASE.with_(name="second", steps=1, sentinel=block(folder, "logs")),
         BASE.with_(
             name="observed",
-            steps=4,
+            steps=2,
             sentinel=block(folder, "observed", action="observe", inject=[FAULT], twins={"every": 1}),
         ),
     ]

@@ -12,7 +12,7 @@ from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.variants import some
 
-BASE = Scenario(name="", steps=4)
+BASE = Scenario(name="", steps=3)
 SITUATIONS = [
     BASE.with_(name="prescaled", config={"prescale_gradients": True, "gradient_predivide_factor": 2.0}),
     BASE.with_(name="fp16_static_scale", precision="fp16", config={"fp16": {"enabled": True, "loss_scale": 128}}),

@@ -16,8 +16,8 @@ from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.variants import some
 
-SAVED, STEPS = 6, 8
-ROUNDS = {"stage": 1, "replica": 2, "attack": "low_precision", "start_step": 2}
+SAVED, STEPS = 4, 6
+ROUNDS = {"stage": 1, "replica": 2, "attack": "low_precision", "start_step": 1}
 SLOT = 5
 CONVERT = "deepspeed.checkpoint.ds_to_universal"
 
@@ -26,9 +26,9 @@ CONVERT = "deepspeed.checkpoint.ds_to_universal"
 def runs(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fewer")
     checkpoint = {"directory": str(folder / "checkpoint")}
-    block = {"enabled": True, "output_dir": str(folder / "logs"), "warmup_steps": 4, "seed": 3}
+    block = {"enabled": True, "output_dir": str(folder / "logs"), "warmup_steps": 2, "seed": 3}
     base = Scenario(name="three", precision=request.param, steps=SAVED)
-    guarded = {**block, "twins": {"every": 2}, "inject": [ROUNDS]}
+    guarded = {**block, "twins": {"every": 1}, "inject": [ROUNDS]}
     three = run_scenarios(
         [base.with_(sentinel=guarded, save={**checkpoint, "after_step": SAVED})], 3, 3, folder=folder / "three"
     )

@@ -80,7 +80,7 @@ def run(command, cwd=None):
 
 
 def config_file(folder, block):
-    fault = {"stage": 0, "replica": 1, "attack": "nan", "start_step": 4}
+    fault = {"stage": 0, "replica": 1, "attack": "nan", "start_step": 2}
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 4,
@@ -104,7 +104,7 @@ LAUNCHERS = {
 
 
 def arguments(folder, here, block):
-    return [folder / "train.py", "--deepspeed_config", config_file(here, block), "--steps=6"]
+    return [folder / "train.py", "--deepspeed_config", config_file(here, block), "--steps=4"]
 
 
 def check_guarded(told, here):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 
-from integration_tests.harness import named, run_job
+from integration_tests.harness import named, run_job, start_job
 from integration_tests.jobs.twins_data import MICRO_BATCHES, STEPS, number
-from integration_tests.test_failure import start
+from integration_tests.test_failure import JOB, REPLICAS, STAGES
 
 SCRIPT = "integration_tests/jobs/twins_data.py"
 GIVEN, SOURCE = 2, 3
@@ -54,11 +56,25 @@ def test_a_loader_that_ends_reaches_the_script_as_it_would_and_who_waits_for_it_
         assert "failed: StopIteration" in text, job.describe()
 
 
-@pytest.mark.parametrize("victim", [1, 5])
-def test_who_dies_as_micro_batches_are_handed_over_is_named_by_all_others(jobs, tmp_path, victim):
+VICTIMS = (1, 5)
+
+
+@pytest.fixture(scope="module")
+def dying(tmp_path_factory):
+    """Both jobs at the same time, since they mostly wait."""
+    with ExitStack() as opened:
+        begun = {}
+        for victim in VICTIMS:
+            folder = tmp_path_factory.mktemp(f"twin{victim}")
+            args = [f"twin{victim}", folder, 10]
+            begun[victim] = opened.enter_context(start_job(JOB, STAGES, REPLICAS, folder=folder / "job", args=args))
+        return {victim: job.wait(timeout=150) for victim, job in begun.items()}
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_who_dies_as_micro_batches_are_handed_over_is_named_by_all_others(dying, victim):
     """In the first stage and in the last; the middle one takes no part in it."""
-    with start(jobs, tmp_path, f"twin{victim}", 10) as job:
-        result = job.wait(timeout=150)
+    result = dying[victim]
     assert not result.timed_out, result.describe()
     name = f"lost {named(victim, replicas=2)}. Resume"
     for rank in set(range(6)) - {victim}:

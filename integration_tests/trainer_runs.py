@@ -18,8 +18,9 @@ from transformers import Trainer
 from deepspeed_sentinel.engine.internals import release
 from integration_tests.hf_training import HELD_OUT, TRAIN, Runs, collator, model
 
-LORA_STEPS, SAVED = 8, 5
-FEW = {"max_steps": 3, "eval_strategy": "no"}
+LORA_STEPS, SAVED = 6, 4
+FEW = {"max_steps": 2, "eval_strategy": "no"}
+THREE = {**FEW, "max_steps": 3}
 EVALUATED = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
 
 
@@ -119,10 +120,10 @@ def both(runs: Runs) -> None:
     # in bf16 only with a pipeline: the frozen tied weight then has no gradient of any kind
     bf16 = {} if runs.stages is None else {"bf16": True}
     config = {**zero1, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    upper = {**FEW, "learning_rate": 2e-2, "save_to": str(final / "lora_upper"), **bf16}
+    upper = {**THREE, "learning_rate": 2e-2, "save_to": str(final / "lora_upper"), **bf16}
     runs.finish(runs.run("lora_upper", lora("tied", **UPPER), config, **upper))
     unclipped = {"max_grad_norm": 0.0, "include_num_input_tokens_seen": "all", "label_smoothing_factor": 0.1}
-    runs.finish(runs.run("times_ten", model(), guard, mixin=TimesTen, **unclipped, **EVALUATED))
+    runs.finish(runs.run("times_ten", model(), guard, mixin=TimesTen, **unclipped, **{**EVALUATED, "max_steps": 2}))
     rows = {"trainer_options": {"data_collator": weighted}, "remove_unused_columns": False}
     # the checkpoint with the highest loss, as "best": it is not the last
     best = {"load_best_model_at_end": True, "greater_is_better": True, "save_strategy": "steps", "save_steps": 2}
@@ -130,7 +131,7 @@ def both(runs: Runs) -> None:
     runs.results["best"] = {"metric": trainer.state.best_metric, "evaluated": trainer.evaluate()["eval_loss"]}
     runs.finish(trainer)
     stream = {"trainer_options": {"train_dataset": Stream()}, "include_num_input_tokens_seen": "non_padding"}
-    runs.finish(runs.run("stream", model(), guard, micro_batches=8, **stream, **FEW))
+    runs.finish(runs.run("stream", model(), guard, micro_batches=8, **stream, **THREE))
     trainer = runs.run("lower", frozen("lower"), zero1, **FEW)
     trainer.data_collator = unlabelled
     predicted = trainer.predict(HELD_OUT)

@@ -2,7 +2,7 @@
 
     failure.py MODE FOLDER [STEPS]
 
-``plain`` trains and saves a checkpoint after step 4. ``resume`` loads it first. ``mismatch`` makes
+``plain`` trains and saves a checkpoint after step 2. ``resume`` loads it first. ``mismatch`` makes
 rank 2 come to another verdict at step 3. ``empty`` hands replica 1 a batch without tokens at step 3. ``halt`` halts
 when stage 1 of replica 1 tampers. Rank 3 dies at step 3: in ``loss`` when losses are averaged; in ``leave`` before
 the step, and rank 5 ends by an error of its own then. ``twinN``: rank N dies at step 3, when micro-batches are handed
@@ -113,7 +113,7 @@ def main(mode: str, folder: str, steps: str = "8") -> None:
         rows = torch.randint(256, (2, 2, tokens + 1), generator=generator)
         loss = float(engine.train_batch(iter([(row[:, :-1], row[:, 1:]) for row in rows])))
         print(f"step {engine.global_steps} loss {loss}", flush=True)
-        if mode == "plain" and engine.global_steps == 4:
+        if mode == "plain" and engine.global_steps == 2:
             engine.save_checkpoint(f"{folder}/checkpoints")
     print("finished", flush=True)
     torch.distributed.destroy_process_group()

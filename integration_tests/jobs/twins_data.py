@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 import deepspeed_sentinel
 
 FOLDER = Path(os.environ.get("JOB_FOLDER", "."))
-STEPS, MICRO_BATCHES, WIDTH = 4, 2, 4
+STEPS, MICRO_BATCHES, WIDTH = 2, 2, 4
 
 
 def number(replica: int, index: int) -> int:

@@ -90,6 +90,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, capsys):
 def test_no_process_outlives_a_sweep_that_is_ended(tmp_path, how):
     file = f"clean = false\n{BASE.replace('steps = 4', 'steps = 100000')}"
     command = [sys.executable, "-m", "deepspeed_sentinel", "simulate", "--sweep", str(write(tmp_path, file))]
+    command += ["--processes=1"]
     # Its children are found by their process group.
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as sweep:
         try:
