@@ -20,7 +20,7 @@ from integration_tests.spoiling import CONVICTED_AT, LIAR, LIES_AT, SPOILT_AT
 FAULT_AT = SPOILT_AT + 1
 WATCHED = FAULT_AT + 1
 FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1, "start_step": FAULT_AT}
-BASE = Scenario(name="whole", steps=13, hidden=64, lengths=(48,))
+BASE = Scenario(name="whole", steps=13, seed=1, hidden=64, lengths=(48,))
 # What a verdict decides: scores and digests differ, since what is learnt of pairs is learnt anew.
 DECISIONS = ("step", "warming_up", "excluded", "convicted", "alarmed", "disputes", "newly_convicted", "skip")
 
@@ -67,10 +67,10 @@ def runs(folder):
             hook=None,
             load={"directory": watched},
         ),
-        BASE.with_(name="elsewhere", steps=CONVICTED_AT + 4, sentinel=honest, load={"directory": convicted}),
+        BASE.with_(name="elsewhere", steps=CONVICTED_AT + 3, sentinel=honest, load={"directory": convicted}),
         BASE.with_(
             name="healed",
-            steps=LIES_AT + READY + 6,
+            steps=LIES_AT + READY + 4,
             sentinel=honest,
             load={"directory": spoilt},
             hook="integration_tests.spoiling:lie_once",
