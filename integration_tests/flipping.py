@@ -10,7 +10,7 @@ from deepspeed_sentinel.engine import access
 from deepspeed_sentinel.engine.replicated import replicated
 from deepspeed_sentinel.mesh import Worker
 
-EVERY = 5
+EVERY = 3
 AT, LATER, BETWEEN = EVERY, 2 * EVERY, EVERY + 1
 IN_WEIGHTS = (Worker(0, 0), Worker(1, 2))  # the first replica of one stage, so that another one heals it
 IN_STATE = Worker(1, 1)

@@ -9,13 +9,14 @@ import torch
 from deepspeed_sentinel.evidence.table import RECEIVED
 from deepspeed_sentinel.mesh import FORWARD, Worker
 
-SPOILT_AT, LIES_AT, LIAR = 14, 16, Worker(1, 0)
-CONVICTED_AT = 17
+SPOILT_AT, LIES_AT, LIAR = 7, 9, Worker(1, 0)
+CONVICTED_AT = 11
 
 
 def spoil_checkpoint(engine: Any, step: int) -> None:
-    """What stage 1 saves of its baseline of what it receives has a NaN in it."""
+    """What stage 1 saves after one step of its baseline of what it receives has a NaN in it."""
     sentinel = engine.sentinel
+    sentinel.__dict__.pop("state_dict", None)
     if step != SPOILT_AT or sentinel.worker.stage != 1:
         return
     sound = sentinel.state_dict

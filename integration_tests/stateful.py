@@ -34,13 +34,13 @@ def annealed(engine: Any, step: int) -> None:
 
 
 def adapting(engine: Any, step: int) -> None:
-    """A scale that a block begins to follow in step 9, behind its version counter, as quantisers do after a warm-up."""
+    """A scale that a block begins to follow in step 6, behind its version counter, as quantisers do after a warm-up."""
     for block in _new_blocks(engine, "scale") if engine.stage_id == 1 else ():
         block.register_buffer("scale", torch.ones(()))
         block.register_forward_hook(_followed)
     for block in engine.module.modules():
         if hasattr(block, "scale"):
-            block.follows = step >= 9
+            block.follows = step >= 6
 
 
 def _new_blocks(engine: Any, name: str) -> Iterator[Any]:

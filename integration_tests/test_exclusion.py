@@ -18,8 +18,8 @@ BASE = Scenario(name="fp32", steps=5, optimizer="sgd", learning_rate=0.5, gradie
 TOLERANCE = {"fp32": 2e-6, "fp32_zero1": 2e-6, "tied": 2e-6, "bf16": 8e-3, "bf16_zero1": 8e-3, "fp16": 2e-3}
 VARIANTS = [
     BASE,
-    BASE.with_(name="tied", tied=True),
-    *(BASE.with_(name=name, precision=name) for name in ("fp32_zero1", "bf16", "bf16_zero1", "fp16")),
+    BASE.with_(name="tied", tied=True, steps=4),
+    *(BASE.with_(name=name, precision=name, steps=4) for name in ("fp32_zero1", "bf16", "bf16_zero1", "fp16")),
 ]
 
 

@@ -14,7 +14,7 @@ from integration_tests.scenario import Scenario
 from integration_tests.variants import some
 
 # One clean run warms up for all: the others go on from its checkpoint.
-RESUMED, START, STEPS = 10, 12, 15
+RESUMED, START, STEPS = 6, 7, 10
 BASE = Scenario(name="base", steps=STEPS, hidden=64, lengths=(48,))
 CULPRIT = [1, 2]
 SEEN = {
@@ -63,7 +63,7 @@ def scenario(name: str, fault: dict, folder) -> Scenario:
     block = {
         "enabled": True,
         "conviction": "statistics",
-        "warmup_steps": 8,
+        "warmup_steps": 4,
         "wiring": "static",  # a link at fault is a link of two workers, as long as they stay neighbours
         "output_dir": str(folder / f"logs_{name}"),
         "events": "steps",
@@ -83,8 +83,8 @@ def runs(tmp_path_factory, wanted):
     scenarios = [scenario(name, fault, folder) for name, fault in {**SEEN, **DISPUTED}.items() if name in wanted]
     clean = BASE.with_(
         name="clean",
-        steps=22,
-        sentinel={"enabled": True, "output_dir": str(folder / "logs_clean"), "warmup_steps": 8},
+        steps=17,
+        sentinel={"enabled": True, "output_dir": str(folder / "logs_clean"), "warmup_steps": 4},
         save={"directory": str(folder / "clean"), "after_step": RESUMED},
     )
     return run_scenarios([clean, *scenarios], stages=3, replicas=3, folder=folder, timeout=420)

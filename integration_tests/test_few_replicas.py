@@ -10,7 +10,7 @@ from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
 # The run on other data warms up for all: the others go on from its checkpoint.
-RESUMED, START, ATTACKED, TURN, STEPS = 11, 13, 17, 13, 24
+RESUMED, START, ATTACKED, TURN, STEPS = 7, 8, 11, 8, 17
 BASE = Scenario(name="turn", steps=STEPS, hidden=64, lengths=(48,))
 
 
@@ -21,7 +21,7 @@ def runs(request, tmp_path_factory):
     saved = {"directory": str(folder / "saved")}
 
     def block(*faults):
-        return {"enabled": True, "output_dir": str(folder / "logs"), "inject": list(faults), "warmup_steps": 8}
+        return {"enabled": True, "output_dir": str(folder / "logs"), "inject": list(faults), "warmup_steps": 5}
 
     worker = {"stage": 1, "replica": replicas - 1, "start_step": START}
     turn = BASE.with_(sentinel=block(), other_text_from=(TURN,) * replicas, save={**saved, "after_step": RESUMED})

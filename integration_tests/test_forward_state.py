@@ -9,7 +9,7 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-START, STEPS = 10, 15
+START, STEPS = 6, 10
 BASE = Scenario(name="plain", steps=STEPS, hidden=64, lengths=(32,), evaluate_every=3)
 KINDS = {"running_maximum": {"attack": "constant", "value": 1e4}, "batch_norm": {"attack": "nan"}}
 NAMES = ["batch_norm", pytest.param("running_maximum", marks=pytest.mark.long)]
@@ -18,7 +18,7 @@ NAMES = ["batch_norm", pytest.param("running_maximum", marks=pytest.mark.long)]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("forward_state")
-    block = {"enabled": True, "output_dir": str(folder / "logs"), "seed": 0, "warmup_steps": 7}
+    block = {"enabled": True, "output_dir": str(folder / "logs"), "seed": 0, "warmup_steps": 4}
     scenarios = []
     for kind in sorted(selected("kind")):
         attack = KINDS[kind]
@@ -59,10 +59,10 @@ def three(tmp_path_factory, selected):
         if name not in selected("name"):
             continue
         inject = [{"replica": 1, "start_step": START, "stop_step": START + 1, **fault}]
-        block = {"enabled": True, "output_dir": str(folder / name), "seed": 4, "warmup_steps": 7, "inject": inject}
+        block = {"enabled": True, "output_dir": str(folder / name), "seed": 4, "warmup_steps": 4, "inject": inject}
         block["twins"] = {"every": every}  # and on suspicion
         hook = f"integration_tests.stateful:{name}"
-        scenarios.append(BASE.with_(name=name, hook=hook, sentinel=block, steps=START + 8, evaluate_every=0))
+        scenarios.append(BASE.with_(name=name, hook=hook, sentinel=block, steps=START + 7, evaluate_every=0))
     return run_scenarios(scenarios, stages=3, replicas=3, folder=folder, timeout=400)
 
 

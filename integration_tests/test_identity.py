@@ -12,12 +12,22 @@ SHORT = JUDGED.with_(steps=4)
 VARIANTS = [
     JUDGED,
     SHORT.with_(name="bf16_zero1", precision="bf16_zero1", steps=7),
+    # Two things each, which MORE has one by one.
+    SHORT.with_(name="fp16_zero1_dynamic", precision="fp16_zero1", dynamic_shape=True, lengths=(16, 24, 9)),
+    SHORT.with_(
+        name="tied_checkpointing",
+        tied=True,
+        gradient_clipping=1.0,
+        activation_checkpoint_interval=1,
+        layers_per_stage=2,
+        evaluate_every=2,
+    ),
+]
+MORE = [
     SHORT.with_(name="tied", tied=True, gradient_clipping=1.0),
     SHORT.with_(name="fp16_zero1", precision="fp16_zero1"),
     SHORT.with_(name="dynamic", dynamic_shape=True, lengths=(16, 24, 9)),
     SHORT.with_(name="checkpointing", activation_checkpoint_interval=1, layers_per_stage=2, evaluate_every=2),
-]
-MORE = [
     SHORT.with_(name="bf16", precision="bf16"),
     SHORT.with_(name="fp32_zero1", precision="fp32_zero1"),
     SHORT.with_(name="fp16", precision="fp16"),

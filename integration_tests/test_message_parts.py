@@ -10,7 +10,7 @@ from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.variants import some
 
-STEPS, START = 15, 12
+STEPS, START = 9, 7
 ROLL = f"{ROOT / 'integration_tests' / 'attacks_on_parts.py'}:Roll"
 BASE = Scenario(name="", models="integration_tests.models_of_parts", steps=STEPS, hidden=16)
 HONEST = [
@@ -34,14 +34,14 @@ IN_EVERY_RUN = ("mask_first", "carried", "ids_rolled", "hidden_behind_a_mask")
 @pytest.fixture(scope="module")
 def wanted(selected):
     attacks = [name for name in ATTACKS if name in selected("name")]
-    kinds = {*selected("name"), *(ATTACKS[name][0] for name in attacks)}
+    kinds = {"mask_first", *selected("name"), *(ATTACKS[name][0] for name in attacks)}
     return [scenario for scenario in HONEST if scenario.name in kinds], attacks
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, wanted):
     folder = tmp_path_factory.mktemp("parts")
-    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "seed": 0, "warmup_steps": 8}
+    block = {"enabled": True, "output_dir": str(folder / "sentinel"), "seed": 0, "warmup_steps": 5}
     by_name = {scenario.name: scenario for scenario in HONEST}
     scenarios = []
     for plain in wanted[0]:
@@ -52,10 +52,9 @@ def runs(tmp_path_factory, wanted):
         fault = {"stage": CULPRIT[0], "replica": CULPRIT[1], "start_step": START, **attack}
         honest = {"directory": str(folder / kind)}
         scenarios.append(by_name[kind].with_(name=name, sentinel={**block, "inject": [fault]}, load=honest))
-    saved = {"directory": str(folder / "checkpoint")}
-    two_parts = by_name["mask_first"].with_(name="two_parts", sentinel=block, steps=3, save={**saved, "after_step": 3})
-    one_part = two_parts.with_(name="one_part", kind="unlabelled", steps=5, save=None, load=saved)
-    scenarios += [two_parts, one_part, two_parts.with_(name="two_again", steps=5, save=None, load=saved)]
+    two_parts = {"sentinel": block, "steps": START + 2, "load": {"directory": str(folder / "mask_first")}}
+    scenarios.append(by_name["unlabelled"].with_(name="one_part", **two_parts))
+    scenarios.append(by_name["mask_first"].with_(name="two_again", **two_parts))
     return run_scenarios(scenarios, stages=3, replicas=2, folder=folder, timeout=400)
 
 
@@ -95,7 +94,7 @@ def test_a_state_of_another_number_of_parts_starts_anew(runs):
     said = "messages have 1 judged parts, and the state taken over is of 2: fences and convictions start anew"
     assert (runs.job.stdout[0] + runs.job.stderr[0]).count(said) == 1
     for name in ("one_part", "two_again"):
-        assert [verdict["step"] for verdict in runs[name][0].verdicts] == [3, 4]
+        assert [verdict["step"] for verdict in runs[name][0].verdicts] == [START, START + 1]
         assert not any(verdict["findings"] or verdict["disputed"] for verdict in runs[name][0].verdicts)
 
 

@@ -11,7 +11,7 @@ from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 from integration_tests.variants import some
 
-STEPS = 12
+STEPS = 8
 BASE = Scenario(name="base", steps=STEPS, micro_batches=4, hidden=32, lengths=(16,))
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -32,7 +32,7 @@ def runs(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("replay")
 
     def block(name: str) -> dict[str, Any]:
-        more = {"seed": 3, "warmup_steps": 8, "twins": {"replay": 1}}
+        more = {"seed": 3, "warmup_steps": 5, "twins": {"replay": 1}}
         return {"enabled": True, "output_dir": str(folder / name), **more}
 
     scenarios = []
@@ -60,5 +60,5 @@ def test_who_computes_something_else_the_second_time_is_proved_and_the_step_is_n
         assert run.error is None, run.error
         odd = [verdict for verdict in run.verdicts if verdict["newly_convicted"]]
         assert [(verdict["step"], verdict["newly_convicted"], verdict["skip"]) for verdict in odd] == [
-            (9, [[1, 0]], True)
+            (6, [[1, 0]], True)
         ]

@@ -15,10 +15,12 @@ from deepspeed_sentinel.evidence.stage_secret import digest_keys, seal, unseal
 from integration_tests.harness import named
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
-from integration_tests.spoiling import CONVICTED_AT, LIAR, LIES_AT
+from integration_tests.spoiling import CONVICTED_AT, LIAR, LIES_AT, SPOILT_AT
 
-FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1, "start_step": 13}
-BASE = Scenario(name="whole", steps=20, hidden=64, lengths=(48,))
+FAULT_AT = SPOILT_AT + 1
+WATCHED = FAULT_AT + 1
+FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1, "start_step": FAULT_AT}
+BASE = Scenario(name="whole", steps=13, seed=1, hidden=64, lengths=(48,))
 # What a verdict decides: scores and digests differ, since what is learnt of pairs is learnt anew.
 DECISIONS = ("step", "warming_up", "excluded", "convicted", "alarmed", "disputes", "newly_convicted", "skip")
 
@@ -36,49 +38,39 @@ def runs(folder):
         "output_dir": str(folder / "logs"),
         "inject": [FAULT],
         "seed": 0,
-        "warmup_steps": 8,
+        "warmup_steps": 5,
         "conviction": "statistics",
     }
-    honest = {"enabled": True, "output_dir": str(folder / "honest"), "seed": 0, "warmup_steps": 8}
-    watched, plain, clean, spoilt, convicted = (
-        str(folder / name) for name in ("watched", "plain", "clean", "spoilt", "convicted")
-    )
+    honest = {"enabled": True, "output_dir": str(folder / "honest"), "seed": 0, "warmup_steps": 5}
+    watched, plain, spoilt, convicted = (str(folder / name) for name in ("watched", "plain", "spoilt", "convicted"))
     # Until the attack begins the whole run is a clean one too.
     whole = BASE.with_(
         sentinel=block,
-        save=({"directory": clean, "after_step": 12}, {"directory": watched, "after_step": 14}),
+        hook="integration_tests.spoiling:spoil_checkpoint",
+        save=({"directory": spoilt, "after_step": SPOILT_AT + 1}, {"directory": watched, "after_step": WATCHED}),
     )
     scenarios = [
         whole,
-        whole.with_(name="resumed", save=None, load={"directory": watched}),
-        BASE.with_(name="plain", steps=3, save={"directory": plain, "after_step": 3}),
-        BASE.with_(name="without_state", steps=5, sentinel=block, load={"directory": plain}),
         whole.with_(
-            name="other_window",
-            sentinel={**block, "fence_window": 32},
-            steps=15,
-            save=None,
-            load={"directory": watched},
-        ),
-        whole.with_(
-            name="convicting",
-            steps=CONVICTED_AT + 1,
+            name="resumed",
             load={"directory": watched},
             hook="integration_tests.spoiling:convict_elsewhere",
             save={"directory": convicted, "after_step": CONVICTED_AT + 1},
         ),
-        BASE.with_(name="elsewhere", steps=CONVICTED_AT + 5, sentinel=honest, load={"directory": convicted}),
-        BASE.with_(
-            name="spoilt",
-            steps=15,
-            sentinel=honest,
-            load={"directory": clean},
-            hook="integration_tests.spoiling:spoil_checkpoint",
-            save={"directory": spoilt, "after_step": 15},
+        BASE.with_(name="plain", steps=1, save={"directory": plain, "after_step": 1}),
+        BASE.with_(name="without_state", steps=2, sentinel=block, load={"directory": plain}),
+        whole.with_(
+            name="other_window",
+            sentinel={**block, "fence_window": 32},
+            steps=WATCHED + 1,
+            save=None,
+            hook=None,
+            load={"directory": watched},
         ),
+        BASE.with_(name="elsewhere", steps=CONVICTED_AT + 3, sentinel=honest, load={"directory": convicted}),
         BASE.with_(
             name="healed",
-            steps=LIES_AT + READY + 6,
+            steps=LIES_AT + READY + 4,
             sentinel=honest,
             load={"directory": spoilt},
             hook="integration_tests.spoiling:lie_once",
@@ -89,20 +81,20 @@ def runs(folder):
 
 def test_a_resumed_run_gives_the_same_decisions_losses_and_weights(runs):
     for whole, resumed in zip(runs["whole"], runs["resumed"], strict=True):
-        assert resumed.record["first_step"] == 14
-        for before, after in zip(whole.verdicts[14:], resumed.verdicts, strict=True):
+        assert resumed.record["first_step"] == WATCHED
+        for before, after in zip(whole.verdicts[WATCHED:], resumed.verdicts, strict=True):
             assert {name: before[name] for name in DECISIONS} == {name: after[name] for name in DECISIONS}
-        assert resumed.losses == whole.losses[14:]
+        assert resumed.losses == whole.losses[WATCHED:]
         assert resumed.record["weights_sha256"] == whole.record["weights_sha256"]
 
 
 def test_strikes_from_before_the_checkpoint_count(runs):
-    # The attack began at step 13: one strike is in the checkpoint, the third falls at step 15.
+    # One strike is in the checkpoint, the third falls in the second step after it.
     assert runs["resumed"][0].verdicts[1]["newly_convicted"] == [[1, 2]]
 
 
 def test_a_conviction_does_not_hold_for_another_machine_in_that_place_and_all_ranks_say_so(runs, folder):
-    assert all(run.verdicts[-1]["convicted"][1] == [False, False, True] for run in runs["convicting"])
+    assert all(run.verdicts[-1]["convicted"][1] == [False, False, True] for run in runs["resumed"])
     for run in runs["elsewhere"]:
         assert run.verdicts and not any(map(any, run.verdicts[-1]["convicted"]))
         assert not any(verdict["newly_convicted"] or any(verdict["excluded"]) for verdict in run.verdicts)
@@ -129,7 +121,7 @@ def test_a_checkpoint_holds_no_secret_and_nothing_that_is_known_of_pairs(runs, f
     sealed = seal(np.arange(9).reshape(3, 3), keys, seed=0)
     secrets = [unseal(sealed, rank, keys.secret_with(rank)) for rank in range(0, 9, 3)]
     held = [secret._key for secret in (*secrets, *map(keys.secret_with, range(9)))]
-    held += [digest_keys(secret, way, 14, 14).numpy().tobytes()[:16] for secret in secrets for way in (0, 1)]
+    held += [digest_keys(secret, way, WATCHED, WATCHED).numpy().tobytes()[:16] for secret in secrets for way in (0, 1)]
     every = [path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()]
     assert len(every) > 9 and not any(key in content for key in held for content in every)
 
@@ -147,8 +139,8 @@ def _seeds(state):
 
 def test_what_is_known_of_pairs_comes_back_after_a_few_clean_steps(runs):
     """In a clean run that goes on after a checkpoint nobody is accused while it is away, nor when it is back."""
-    before_the_lies = runs["healed"][0].verdicts[: LIES_AT - 15 + 1]
-    for verdict in (*runs["spoilt"][0].verdicts, *before_the_lies, *runs["healed"][0].verdicts[READY + 2 :]):
+    before_the_lies = runs["healed"][0].verdicts[: LIES_AT - SPOILT_AT]
+    for verdict in (*before_the_lies, *runs["healed"][0].verdicts[READY + 2 :]):
         assert not verdict["warming_up"] and not verdict["findings"] and not verdict["disputed"], verdict["step"]
 
 
