@@ -7,16 +7,15 @@ import pytest
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
-START, STEPS = 15, 18
+START, STEPS = 18, 21
 # The scale begins far too high: the first steps overflow, and it has come down to the limit when the attack begins.
 BASE = Scenario(
     name="plain",
     precision="fp16_zero1",
     steps=STEPS,
-    data_seed=1,  # of these one replica overflows where the other does not, in step 2
     micro_batches=4,
     hidden=64,
-    config={"fp16": {"enabled": True, "initial_scale_power": 25, "loss_scale_window": 1000, "hysteresis": 1}},
+    config={"fp16": {"enabled": True, "initial_scale_power": 26, "loss_scale_window": 1000, "hysteresis": 1}},
 )
 # One column each of two stages: no majority of either says that it is the scale.
 FAULTS = [
@@ -28,7 +27,7 @@ FAULTS = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("overflow")
-    block = {"enabled": True, "output_dir": str(folder / "logs"), "conviction": "statistics", "warmup_steps": 5}
+    block = {"enabled": True, "output_dir": str(folder / "logs"), "conviction": "statistics", "warmup_steps": 8}
     scenarios = [
         BASE,
         BASE.with_(name="attacked", sentinel={**block, "inject": FAULTS}),
@@ -41,7 +40,7 @@ def test_an_overflow_of_one_replica_costs_its_column_that_step_and_nobody_a_stri
         before = guarded.verdicts[:START]
         assert plain.record["skipped_steps"] >= 3, "else nothing was searched for"
         findings = [finding for verdict in before for finding in verdict["findings"]]
-        assert [False, True] in [verdict["excluded"] for verdict in before]
+        assert any(sum(verdict["excluded"]) == 1 for verdict in before), "one overflowed and the other did not"
         assert not any(finding["strikes"] for finding in findings)
         assert {finding["statistic"] for finding in findings} <= {"non_finite"}
 
