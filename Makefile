@@ -32,8 +32,9 @@ $(STAMP): requirements.txt requirements-dev.txt $(PINNED) setup.py
 demo: venv
 	$(CPU_ENV) $(PY) -m deepspeed_sentinel demo
 
-# Files side by side: unit tests take one core, jobs wait for each other. A job has up to 16 processes, 0.3 GB each.
-JOBS ?= 2
+# Files side by side: unit tests take one core, and jobs wait, of which two leave cores idle. A job has up to 16 processes,
+# 0.3 GB each.
+JOBS ?= 3
 PYTEST = $(CPU_ENV) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: venv
