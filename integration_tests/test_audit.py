@@ -29,10 +29,8 @@ ATTACKS = {
     "shuffle_forward": {"stage": 1, "attack": "token_shuffle"},
     "flip_backward": {"stage": 2, "direction": "backward", **FLIP},
 }
-IN_EVERY_RUN = (
-    "lie_forward",
-    "shuffle_forward",
-)  # of the others the silent one is waited for, two minutes the first time
+# Of the others the silent one is waited for, two minutes the first time.
+IN_EVERY_RUN = ("lie_forward", "shuffle_forward")
 STANDS_ALONE = ["flip_forward"]  # the mean of its messages gives it away too, so nothing hangs on its neighbours' word
 
 
