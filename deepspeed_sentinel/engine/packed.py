@@ -94,9 +94,9 @@ def tensor_of(bits_N: torch.Tensor, dtype: str, shape: Sequence[int], strides: S
         ValueError: they are of no such tensor.
     """
     kind = TYPES.get(dtype)
-    axes = (*shape, *strides)
-    sound = kind is not None and all(type(one) is int and one >= 0 for one in axes)
-    if not sound or math.prod(shape) * kind.itemsize != bits_N.numel() or (strides and not _is_dense(shape, strides)):
+    sound = all(type(one) is int and one >= 0 for one in (*shape, *strides))
+    sound = sound and (not strides or _is_dense(shape, strides))
+    if kind is None or not sound or math.prod(shape) * kind.itemsize != bits_N.numel():
         raise ValueError(f"{bits_N.numel()} bytes are no tensor {dtype} {shape} with strides {strides}")
     tensor = torch.empty_strided(shape, strides, dtype=kind) if strides else torch.empty(shape, dtype=kind)
     return tensor.copy_(bits_N.clone().view(kind).reshape(tuple(shape))) if bits_N.numel() else tensor
