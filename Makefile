@@ -35,7 +35,8 @@ demo: venv
 # Files side by side: unit tests take one core, and jobs wait, of which two leave cores idle. A job has up to 16 processes,
 # 0.3 GB each.
 JOBS ?= 3
-PYTEST = $(CPU_ENV) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Workers share what they have compiled of the tests.
+PYTEST = env -u PYTHONDONTWRITEBYTECODE $(CPU_ENV) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: venv
 	$(PYTEST) $(CHOSEN)

@@ -95,7 +95,8 @@ def nursery() -> Nursery:
     there = importlib.util.find_spec("deepspeed")
     if there and there.origin and Path(there.origin).with_name("runtime").joinpath("zero", "muon").is_dir():
         imports += ["deepspeed.runtime.zero.muon.muon_optimizer"]  # DeepSpeed 0.16 has none
-    imports += ["deepspeed_sentinel.engine.launch", "integration_tests.warming:engine"]
+    imports += ["deepspeed_sentinel.engine.launch", "cryptography.hazmat.backends.openssl"]
+    imports += ["integration_tests.warming:engine"]
     shared: dict[str, Any] = {}
     if session := os.environ.get("PYTEST_XDIST_TESTRUNUID"):
         shared = {"meeting": Path(tempfile.gettempdir(), f"nursery_{session}"), "owner": os.getppid()}

@@ -17,7 +17,7 @@ from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
 
 START, STEPS = 1, 4
-BASE = Scenario(name="first", steps=STEPS, micro_batches=2, hidden=16, lengths=(16,))
+BASE = Scenario(name="first", steps=STEPS, micro_batches=1, hidden=16, lengths=(16,))
 FAULT = {"stage": 1, "replica": 2, "attack": "low_precision", "start_step": START}
 SLOT = 5  # the process of worker (1, 2) where each stage has three replicas; of worker (2, 1) where it has two
 

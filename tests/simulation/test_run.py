@@ -14,6 +14,7 @@ from deepspeed_sentinel.simulation.data import Text
 from deepspeed_sentinel.simulation.model import build_stages
 from deepspeed_sentinel.simulation.pipeline import Wire, train_pass
 from deepspeed_sentinel.simulation.run import Simulation
+from integration_tests.variants import some
 
 EARLY = {"warmup_steps": 2, "fence_window": 8}
 
@@ -96,7 +97,7 @@ def test_attackers_are_found_convicted_and_share_a_column_that_is_left_out(optio
     assert len(columns) == 1 and simulation.step().excluded.nonzero()[0].tolist() == list(columns)
 
 
-@pytest.mark.parametrize("wiring", ["heal", pytest.param("static", marks=pytest.mark.long), "shuffle"])
+@pytest.mark.parametrize("wiring", some(("heal", "static", "shuffle"), ("heal",)))
 def test_columns_are_dealt_as_asked(options, wiring):
     """Two bad workers in two columns of four: where they are moved they share one."""
     some = options(attack="nan", attackers=[[1, 1], [2, 3]], start=2, steps=16, wiring=wiring, sentinel=EARLY)

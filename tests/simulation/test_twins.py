@@ -37,6 +37,7 @@ def test_attackers_that_compare_what_they_are_given_keep_still_in_twin_steps():
     assert run(**many, twins_every=2, steps=8)["f1"] == 0.0
 
 
+@pytest.mark.long
 def test_fewer_columns_in_a_twin_step_find_those_whose_partner_was_given_other_data():
     some = {"warmup_steps": 20, "twins": {"every": 2, "columns": 4}}
     many = {"replicas": 6, "malicious": 0.34, "attack": "comparing", "attack_arguments": {"inner": "low_precision"}}
