@@ -26,6 +26,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import selectors
 import shutil
 import signal
@@ -185,11 +186,15 @@ class Child:
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit code once the process has ended; ``subprocess.TimeoutExpired`` if it does not in time."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and was asked for already
+            ended = os.pidfd_open(self.pid)
+            try:
+                select.select([ended], [], [], timeout)
+            finally:
+                os.close(ended)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return code
 
 
