@@ -8,13 +8,14 @@ import pytest
 
 from integration_tests.runs import run_scenarios
 from integration_tests.scenario import Scenario
+from integration_tests.variants import some
 
 # The run on other data warms up for all: the others go on from its checkpoint.
 RESUMED, START, ATTACKED, TURN, STEPS = 7, 8, 11, 8, 17
 BASE = Scenario(name="turn", steps=STEPS, hidden=64, lengths=(48,))
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=some((1, 2), (2,)))
 def runs(request, tmp_path_factory):
     replicas = request.param
     folder = tmp_path_factory.mktemp(f"replicas{replicas}")

@@ -47,9 +47,10 @@ def test_who_serves_a_column_changes_no_loss_and_no_weight(shuffled, name):
     assert len({str(one["wiring"]) for one in verdicts}) > 2, "of four that there are"
 
 
-# ---- Bad workers in every column ----
+# ---- Bad workers in several columns ----
 
-BAD = [[1, 0], [2, 1], [3, 2]]
+# Where nobody moved, one column of three would be left; the long run has one in every column.
+FEW, BAD = [[1, 0], [2, 1]], [[1, 0], [2, 1], [3, 2]]
 
 
 def attacked(folder, bad, attack, steps, /, start=30, warmup_steps=20, seed=0, **arguments):
@@ -74,8 +75,8 @@ def check_healed(run, bad, within, start=30):
     assert min(lost) == 1 and sum(lost) <= 1.05 * len(lost), "but for a false alarm now and then"
 
 
-# With this seed twin steps come soon, so all three are convicted at step 14.
-START, SAVED, STEPS, SEED = 6, 17, 19, 5
+# With this seed twin steps come soon, so both are convicted by step 9.
+START, SAVED, STEPS, SEED = 5, 12, 14, 3
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +86,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def healed(folder):
-    run = attacked(folder, BAD, "scaling", STEPS, start=START, warmup_steps=4, seed=SEED, factor=-1.0)
+    run = attacked(folder, FEW, "scaling", STEPS, start=START, warmup_steps=4, seed=SEED, factor=-1.0)
     saved = run.with_(save={"directory": str(folder / "saved"), "after_step": SAVED}, evaluate_every=STEPS)
     resumed = run.with_(name="resumed", load={"directory": str(folder / "saved")}, evaluate_every=STEPS)
     static = resumed.with_(
         name="static", steps=SAVED + 1, sentinel={**run.sentinel, "wiring": "static", "action": "quarantine"}
     )
-    return run_scenarios([saved, resumed, static], stages=5, replicas=3, folder=folder, timeout=500)
+    return run_scenarios([saved, resumed, static], stages=4, replicas=3, folder=folder, timeout=500)
 
 
 def test_columns_are_dealt_anew_around_bad_workers(healed):
-    check_healed(healed["scaling"][0], BAD, 12, START)
+    check_healed(healed["scaling"][0], FEW, 12, START)
 
 
 def test_a_run_goes_on_from_a_checkpoint_with_its_wiring(healed):
@@ -112,7 +113,7 @@ def test_a_run_goes_on_from_a_checkpoint_with_its_wiring(healed):
 def test_a_checkpoint_says_so_where_nobody_may_be_moved(healed):
     assert 'of columns dealt anew, and "wiring" is "static" here' in healed.job.stderr[0] + healed.job.stdout[0]
     (verdict,) = healed["static"][0].verdicts
-    assert verdict["excluded"] == [True] * 3 and verdict["skip"]
+    assert verdict["excluded"] == [True, True, False]
 
 
 def test_moves_are_told_and_convicted_workers_but_once(healed, folder):
@@ -120,7 +121,7 @@ def test_moves_are_told_and_convicted_workers_but_once(healed, folder):
     told = healed.job.stderr[0] + healed.job.stdout[0]
     moves = [event for event in events if event["kind"] == "wiring"]
     assert moves and moves[0]["step"] == START + 1
-    assert all(stage in (1, 2, 3) for event in moves for stage, *_ in event["moved"])
+    assert all(stage in (1, 2) for event in moves for stage, *_ in event["moved"])
     assert "columns dealt anew: stage " in told
     convicted = next(event["step"] for event in events if event["kind"] == "conviction" and event["stage"] == 1)
     after = [event for event in events if event["kind"] in ("alarm", "proof") and event["step"] > convicted]
@@ -138,9 +139,9 @@ def test_an_evaluation_leaves_out_what_convicted_workers_spoil(healed):
 
 def test_machines_are_written_down_at_the_end(healed, folder):
     what = json.loads((folder / "scaling" / "exclude.json").read_text())
-    assert [[one["stage"], one["replica"]] for one in what["workers"]] == BAD
-    assert [one["rank"] for one in what["workers"]] == [3, 7, 11] == [one["slot"] for one in what["workers"]]
-    assert what["deepspeed"] == f"--exclude={what['hosts'][0]}:3,7,11" and what["replicas_left"] == 2
+    assert [[one["stage"], one["replica"]] for one in what["workers"]] == FEW
+    assert [one["rank"] for one in what["workers"]] == [3, 7] == [one["slot"] for one in what["workers"]]
+    assert what["deepspeed"] == f"--exclude={what['hosts'][0]}:3,7" and what["replicas_left"] == 2
 
 
 ATTACKS = {
