@@ -35,8 +35,9 @@ demo: venv
 # Files side by side: unit tests take one core, and jobs wait, of which two leave cores idle. A job has up to 16 processes,
 # 0.3 GB each.
 JOBS ?= 3
-# Workers share what they have compiled of the tests.
-PYTEST = env -u PYTHONDONTWRITEBYTECODE $(CPU_ENV) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Workers share what they, or `make lint`, have compiled of the tests.
+ONE_PYTEST = env -u PYTHONDONTWRITEBYTECODE $(CPU_ENV) $(PY) -m pytest
+PYTEST = $(ONE_PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: venv
 	$(PYTEST) $(CHOSEN)
@@ -52,7 +53,8 @@ OLDEST = tests/test_versions.py tests/engine/test_internals.py tests/hf $(addpre
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest PINNED=requirements-oldest.txt CHOSEN="$(OLDEST)"
 
-# Types and layers are checked on the installed layout, where kernels/ is deepspeed_sentinel.kernels.
+# Types and layers are checked on the installed layout, where kernels/ is deepspeed_sentinel.kernels. Tests that `make test`
+# leaves out can at least be collected.
 LAYOUT = build/layout
 lint: venv
 	$(PY) -m ruff check .
@@ -60,6 +62,7 @@ lint: venv
 	$(PY) setup.py --quiet build_py --build-lib $(LAYOUT) 2>/dev/null
 	cd $(LAYOUT) && $(abspath $(PY)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p deepspeed_sentinel
 	cd $(LAYOUT) && $(abspath $(VENV))/bin/lint-imports --config $(CURDIR)/pyproject.toml
+	$(ONE_PYTEST) --collect-only -q -m "" > $(LAYOUT)/collected.txt || { tail -50 $(LAYOUT)/collected.txt; exit 1; }
 
 format: venv
 	$(PY) -m ruff check --fix .

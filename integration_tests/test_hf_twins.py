@@ -8,6 +8,7 @@ import pytest
 
 from integration_tests.harness import run_job
 from integration_tests.hf_twins import CASES, STEPS
+from integration_tests.variants import some
 
 SCRIPT = "integration_tests/jobs/hf_twins.py"
 NONE, APART, GIVEN, SOURCE, REFUSED = range(5)
@@ -51,18 +52,23 @@ class Both:
                 assert found == pytest.approx(expected, rel=CLOSE), (name, key)
 
 
+NAMES = (*CASES, "native")
+IN_EVERY_RUN = ("plain", "mixtral", "mixed", "refused", "stream", "native")
+
+
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    return Both(tmp_path_factory.mktemp("hf_twins"), 2, {"every": 1}, [*CASES, "native"])
+def both(tmp_path_factory, selected):
+    names = {*IN_EVERY_RUN, *selected("name")}
+    return Both(tmp_path_factory.mktemp("hf_twins"), 2, {"every": 1}, [name for name in NAMES if name in names])
 
 
-@pytest.mark.parametrize("name", [*CASES, "native"])
+@pytest.mark.parametrize("name", some(NAMES, IN_EVERY_RUN))
 def test_loss_and_gradient_norm_are_those_of_the_source_alone(both, name):
     both.check(name)
 
 
 def test_the_runs_do_what_they_are_named_for(both):
-    for name in (*CASES, "native"):
+    for name in both.ranks[0]:
         words = both.words(name)
         assert len(words) == STEPS
         if name == "refused":

@@ -93,6 +93,7 @@ def test_columns_kept_apart_add_up_to_any_choice_of_them(options):
             weight.grad = None
 
 
+@pytest.mark.long
 def test_a_run_may_end_when_all_are_found(options):
     whole = Simulation(options(attack="nan", steps=11, start=3)).run()
     short = Simulation(options(attack="nan", steps=11, start=3, stop_after=2)).run()
