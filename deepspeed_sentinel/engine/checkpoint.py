@@ -58,9 +58,8 @@ def loader(original: Callable[..., Any], sentinel: Sentinel) -> Callable[..., An
         state = client_state.pop(KEY, None)
         sentinel.devices.load_state_dict(state)
         weights_only = inspect.signature(original).bind(*args, **kwargs).arguments.get("load_module_only", False)
-        problem = "was loaded for its weights only" if weights_only else _problem(state, sentinel)
         # Every stage reads a file of its own, and what one of them cannot use the others must not use either.
-        spoilt = () if problem else sentinel.spoilt_links(state)
+        problem, spoilt = ("was loaded for its weights only", ()) if weights_only else _looked_at(state, sentinel)
         words_W = sentinel.gather_words(int(bool(problem)), *_bits(spoilt, sentinel.mesh.links)).amax(0).tolist()
         if words_W[0]:
             sentinel.reset()
@@ -94,6 +93,15 @@ def _told(state: dict[str, Any]) -> dict[str, Any]:
 def _bits(links: Collection[tuple[int, int]], count: int) -> list[int]:
     """One whole number for each direction and link: whether it is among them."""
     return [int((direction, link) in links) for direction in range(len(DIRECTIONS)) for link in range(count)]
+
+
+def _looked_at(state: Any, sentinel: Sentinel) -> tuple[str | None, Collection[tuple[int, int]]]:
+    """Why a state cannot be used, and the links of it that cannot."""
+    try:
+        problem = _problem(state, sentinel)
+        return problem, () if problem else sentinel.spoilt_links(state)
+    except Exception as error:  # a file may hold anything, and this rank must say so while the others wait for its word
+        return f"has a Sentinel state of another kind ({type(error).__name__})", ()
 
 
 def _problem(state: Any, sentinel: Sentinel) -> str | None:

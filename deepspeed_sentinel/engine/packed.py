@@ -1,8 +1,7 @@
 """Nested values as bytes and back, for what one rank hands another.
 
 A JSON text says what there is, and the bits of all tensors follow it. Nothing is unpickled, and a tensor takes no more
-memory than the bytes that came for it, so who bounds the bytes bounds what they unfold to: of text alone, to some
-twenty times as much.
+memory than the bytes that came for it. Text unfolds to some thirty times its size, so there may be ``MOST_TEXT`` of it.
 """
 
 from __future__ import annotations
@@ -26,13 +25,16 @@ TYPES = {
         *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"),
     )
 }
+MOST_TEXT = 1 << 24  # bytes
 _HEAD = 8  # bytes that say how long the text is
+_MOST_AXES, _MOST_DIGITS = 64, 4000  # torch's, and what Python reads of a whole number
 
 
 def has_bits(tensor: torch.Tensor) -> bool:
-    """Whether its bits can be read as they lie."""
+    """Whether its bits can be read as they lie, and are all that it is."""
     dense = tensor.layout == torch.strided and not tensor.is_nested
-    return dense and not tensor.is_meta and tensor.dtype in TYPES.values()
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return plain and dense and not tensor.is_meta and tensor.dtype in TYPES.values()
 
 
 def can_be_packed(value: Any) -> bool:
@@ -41,6 +43,8 @@ def can_be_packed(value: Any) -> bool:
         return all(type(key) in PLAIN and can_be_packed(one) for key, one in value.items())
     if type(value) in (tuple, list):
         return all(map(can_be_packed, value))
+    if type(value) is int:
+        return value.bit_length() < 3 * _MOST_DIGITS
     return has_bits(value) if isinstance(value, torch.Tensor) else type(value) in PLAIN
 
 
@@ -66,6 +70,8 @@ def unpack(file_N: torch.Tensor) -> Any:
         ValueError: this is nothing that ``pack`` gives.
     """
     size = int.from_bytes(file_N[:_HEAD].numpy().tobytes(), "little")
+    if size > MOST_TEXT:
+        raise ValueError(f"{size} bytes of text announced, at most {MOST_TEXT} are taken")
     text, bits = file_N[_HEAD : _HEAD + size], _Bits(file_N[_HEAD + size :])
     try:
         value = _read(json.loads(text.numpy().tobytes()), bits)
@@ -93,13 +99,17 @@ def tensor_of(bits_N: torch.Tensor, dtype: str, shape: Sequence[int], strides: S
     Raises:
         ValueError: they are of no such tensor.
     """
-    kind = TYPES.get(dtype)
-    sound = all(type(one) is int and one >= 0 for one in (*shape, *strides))
-    sound = sound and (not strides or _is_dense(shape, strides))
-    if kind is None or not sound or math.prod(shape) * kind.itemsize != bits_N.numel():
+    if _size(dtype, shape) != bits_N.numel() or (strides and not (_are_axes(strides) and _is_dense(shape, strides))):
         raise ValueError(f"{bits_N.numel()} bytes are no tensor {dtype} {shape} with strides {strides}")
-    tensor = torch.empty_strided(shape, strides, dtype=kind) if strides else torch.empty(shape, dtype=kind)
-    return tensor.copy_(bits_N.clone().view(kind).reshape(tuple(shape))) if bits_N.numel() else tensor
+    kind = TYPES[dtype]
+    if not bits_N.numel():
+        return torch.empty(shape, dtype=kind)
+    whole = bits_N.clone().view(kind).reshape(tuple(shape))
+    if not strides:
+        return whole
+    # As whole numbers: a copy of flags would make 1 of every byte that is not 0.
+    integers = torch.uint8 if kind == torch.bool else kind
+    return torch.empty_strided(shape, strides, dtype=integers).copy_(whole.view(integers)).view(kind)
 
 
 class _Bits:
@@ -113,8 +123,8 @@ class _Bits:
         return self._bits_N.numel()
 
     def take(self, dtype: str, shape: list[int], strides: list[int]) -> torch.Tensor:
-        size = math.prod(shape) * TYPES[dtype].itemsize
-        if not 0 <= size <= self.left:
+        size = _size(dtype, shape)
+        if size > self.left:
             raise ValueError(f"a tensor {dtype} {shape} is no part of {self.left} bytes")
         mine_N, self._bits_N = self._bits_N[:size], self._bits_N[size:]
         return tensor_of(mine_N, dtype, shape, strides)
@@ -123,7 +133,7 @@ class _Bits:
 def _written(value: Any, bits: list[torch.Tensor]) -> Any:
     """What JSON has for a value; the bits of its tensors are added to a list."""
     if isinstance(value, torch.Tensor):
-        bits.append(raw(value.as_subclass(torch.Tensor)))
+        bits.append(raw(value))
         return ["tensor", str(value.dtype).removeprefix("torch."), list(value.shape), strides_of(value)]
     if type(value) is dict:
         return ["dict", *([key, _written(one, bits)] for key, one in value.items())]
@@ -143,6 +153,19 @@ def _read(written: Any, bits: _Bits) -> Any:
     if kind == "dict":
         return {key: _read(one, bits) for key, one in rest}
     return {"tuple": tuple, "list": list}[kind](_read(one, bits) for one in rest)
+
+
+def _are_axes(sizes: object) -> bool:
+    """Whether these may be the sizes or the strides of a tensor: they are a stranger's."""
+    whole = isinstance(sizes, Sequence) and len(sizes) <= _MOST_AXES
+    return whole and all(type(one) is int and 0 <= one < 2**63 for one in sizes)  # type: ignore[attr-defined]
+
+
+def _size(dtype: str, shape: Sequence[int]) -> int:
+    """Of such a tensor in bytes. Raises ValueError where there is none."""
+    if dtype not in TYPES or not _are_axes(shape):
+        raise ValueError(f"no tensor has the type {dtype!r:.40} and the shape {shape!r:.200}")
+    return math.prod(shape) * TYPES[dtype].itemsize
 
 
 def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:

@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import backends
+from torch.utils._pytree import tree_map_only
 
 from deepspeed_sentinel.compat import precisions
 from deepspeed_sentinel.config import SentinelConfig
@@ -132,7 +133,7 @@ class TwinSteps:
         if not self._waiting:
             self._draw_own()
         if self._ended is None:
-            self._waiting.extend(list(self._waiting))
+            self._waiting.extend([_copied(batch) for batch in self._waiting])
 
     def next_batch(self) -> Any:
         """What this replica is given next: ``engine._next_batch``."""
@@ -176,7 +177,7 @@ class TwinSteps:
         self._loader = self._engine.data_iterator
         while len(self._waiting) < self._engine.micro_batches and self._ended is None:
             try:
-                self._waiting.append(self._own_next())
+                self._waiting.append(_copied(self._own_next()))
             except Exception as error:
                 self._ended = error
 
@@ -206,7 +207,8 @@ class TwinSteps:
             own = _ENDED
         elif parts is None or not can_be_packed(parts):
             own = _FOREIGN
-        words = torch.tensor([own, *checksums(parts or []), int(self._engine.dynamic_shape)])
+        seen = parts if own == _NOTHING and parts else []
+        words = torch.tensor([own, *checksums(seen), int(self._engine.dynamic_shape)])
         own_K, kinds_K, shapes_K, announced_K = self._control.of_row(words)[torch.from_numpy(drawn.given)].T
         if own_K.any():
             return int(own_K.max())
@@ -246,6 +248,11 @@ class TwinSteps:
     def _in_place(self, own: Any, given: Any) -> Any:
         """A micro-batch in which this stage's part is another replica's."""
         return (given, *own[1:]) if self._worker.stage == 0 else (own[0], given, *own[2:])
+
+
+def _copied(batch: Any) -> Any:
+    """A micro-batch whose tensors are its own: a loader may fill the same ones again for the next."""
+    return tree_map_only(torch.Tensor, torch.Tensor.clone, batch)
 
 
 def kind(device: torch.device) -> int:

@@ -216,7 +216,10 @@ def _filled(values: list[int] | tuple[int, ...], room: int) -> list[int]:
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
     """The bits of a dense tensor of whole bytes, in the order of its axes: uint8 [N] on the CPU."""
-    flat_N = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if tensor.dtype == torch.bool:
+        tensor = tensor.view(torch.uint8)  # a copy of flags makes 1 of every byte that is not 0
+    flat_N = tensor.contiguous().reshape(-1)
     # a single element that was expanded is contiguous with a stride of 0, which no view of its bytes can have
     return flat_N.as_strided(flat_N.shape, (1,)).view(torch.uint8)
 

@@ -127,7 +127,7 @@ def _division(stage: int, held: list[int]) -> Division:
 
 def _rows(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The elements as rows of ``WIDTH`` [N, WIDTH], and what is left over."""
-    flat = tensor.reshape(-1)
+    flat = tensor.resolve_conj().resolve_neg().reshape(-1)
     if flat.element_size() > _LARGEST_INTEGER:
         flat = flat.view(torch.float64)
     whole = flat.numel() // WIDTH * WIDTH

@@ -76,3 +76,31 @@ def test_what_cannot_be_taken_over_is_told(spoil):
 @pytest.mark.parametrize("state", [None, [], 3, {}])
 def test_what_is_no_state_at_all_is_told(state):
     assert isinstance(checkpoint._problem(state, sentinel()), str)
+
+
+def deep(depth=2000):
+    nested = []
+    for _ in range(depth):
+        nested = [nested]
+    return nested
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state.update(columns=deep()),
+        lambda state: state["shape"].update(stages=10**5000),
+        lambda state: state["evidence"]["baselines"]["0"].update(
+            average_0_0=torch.zeros(5, device="meta"), count_0_0=1
+        ),
+        lambda state: state["evidence"]["baselines"]["0"].update(average_0_0=torch.zeros(5).to_sparse(), count_0_0=1),
+    ],
+    ids=["deep", "huge", "meta", "sparse"],
+)
+def test_what_cannot_even_be_looked_at_is_told(spoil):
+    """Else this rank alone would end, and the others wait for its word."""
+    state, reader = good(), sentinel()
+    reader.spoilt_links = lambda state: [Baselines.spoilt(one) for one in state["evidence"]["baselines"].values()]
+    spoil(state)
+    problem, spoilt = checkpoint._looked_at(state, reader)
+    assert isinstance(problem, str) and not spoilt

@@ -109,3 +109,32 @@ def test_what_nobody_packed_is_refused_and_takes_no_memory(name):
     with pytest.raises(ValueError):
         unpack(FOREIGN[name])
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_bytes_of_flags_stay():
+    bits = torch.tensor([0, 1, 2, 255], dtype=torch.uint8)
+    for flags in (bits.view(torch.bool), torch.stack([bits, bits]).T.contiguous().T.view(torch.bool)):
+        found = unpack(pack(flags))
+        assert torch.equal(found.view(torch.uint8), flags.view(torch.uint8)) and found.stride() == flags.stride()
+
+
+class Canvas(torch.Tensor):
+    """What a subclass adds would be lost."""
+
+
+def test_what_is_more_than_its_bits_cannot_be_packed():
+    assert not can_be_packed([torch.zeros(2).as_subclass(Canvas)])
+    assert not can_be_packed([10**5000]) and can_be_packed([10**3000])
+    assert can_be_packed([torch.nn.Parameter(torch.zeros(2))])
+
+
+def test_an_endless_shape_is_refused_before_it_is_multiplied():
+    """The product of 100,000 factors would keep every thread of the process waiting for seconds."""
+    for shape in ([9] * 65, [9] * 100_000, [10**4000], [2**63]):
+        with pytest.raises(ValueError, match="no tensor has the type"):
+            unpack(made(["tensor", "float32", shape, []], 4))
+
+
+def test_more_text_than_anybody_needs_is_not_read():
+    with pytest.raises(ValueError, match="bytes of text announced"):
+        unpack(torch.cat([made("[]")[:3], torch.ones(5, dtype=torch.uint8), torch.zeros(100, dtype=torch.uint8)]))

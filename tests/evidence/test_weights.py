@@ -119,3 +119,11 @@ def test_it_says_who_holds_what():
     )
     (one,) = divisions(np.array([[1, 2]]))
     assert str(one).startswith("stage 0: worker (stage 0, replica 0) holds"), "where nobody is right, all are named"
+
+
+def test_what_is_conjugated_or_negated_when_it_is_read_has_the_digest_of_what_it_is():
+    for dtype in (torch.complex64, torch.complex128):
+        held = torch.randn(3, 5, dtype=dtype).conj()
+        assert tensors_digest([held], CPU) == tensors_digest([held.resolve_conj()], CPU)
+        negative = held.imag
+        assert tensors_digest([negative], CPU) == tensors_digest([negative.clone()], CPU)
