@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import runpy
 import sys
 from typing import Any
 
-from deepspeed_sentinel.config import SentinelConfig, load_block
+from deepspeed_sentinel.config import SentinelConfig, load_block, read_config
+from deepspeed_sentinel.flag import meant, mistyped
 
 _NO_BLOCK = 'no "sentinel" block: sentinel stays off. Add "sentinel": {"enabled": true} to switch it on.'
 
@@ -100,19 +102,22 @@ def _run(arguments: list[str], from_launcher: list[str]) -> int:
 
 def _check(path: str) -> int:
     try:
-        block = load_block(path)
+        whole = read_config(path)
+        block = load_block(whole)
         config = SentinelConfig.parse(block if block is not None else {})
     except (OSError, ValueError) as error:
         print(f"{path}: {error}", file=sys.stderr)
         return 1
+    for name in whole if block is None else ():
+        if mistyped(name):
+            print(f"{path}: {meant(name)}", file=sys.stderr)
+            return 1
     if block is None:
         print(f"{path}: {_NO_BLOCK}")
         return 0
-    print(f"{path}: valid. Effective settings (* given, others default):")
-    for name in SentinelConfig.model_fields:
-        value = getattr(config, name)
-        shown = [entry.model_dump() for entry in value] if name == "inject" else value
-        print(f" {'*' if name in block else ' '} {name} = {shown!r}")
+    print(f"{path}: valid. Settings (* given, others default; null follows from the mesh):")
+    for name, value in config.model_dump(mode="json").items():
+        print(f" {'*' if name in block else ' '} {name} = {json.dumps(value)}")
     return 0
 
 

@@ -97,12 +97,18 @@ def block_of(engine: Any) -> Any:
         return None
     if config.get(BLOCK) is None:
         for name in config:
-            if _mistyped(name):
-                say(f'"{name}" in the DeepSpeed config guards nothing; did you mean "{BLOCK}"?')
+            if mistyped(name):
+                say(meant(name))
     return config.get(BLOCK)
 
 
-def _mistyped(name: Any) -> bool:
+def meant(name: Any) -> str:
+    """What to say of such a name."""
+    return f'"{name}" in the DeepSpeed config guards nothing; did you mean "{BLOCK}"?'
+
+
+def mistyped(name: Any) -> bool:
+    """Whether a name is nearly the block's."""
     from difflib import SequenceMatcher
 
     matcher = SequenceMatcher(None, BLOCK, str(name).lower())

@@ -32,7 +32,7 @@ def test_check_loads_neither_torch_nor_numpy(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *said, loaded = done.stdout.splitlines()
-    assert loaded == "[]" and " * action = 'halt'" in said and "\x1b" not in done.stdout
+    assert loaded == "[]" and ' * action = "halt"' in said and "\x1b" not in done.stdout
 
 
 def test_check_knows_attacks_where_faults_are_injected(tmp_path, capsys):

@@ -144,7 +144,7 @@ def test_check_reads_what_deepspeed_reads(tmp_path, capsys):
         '{\n  // a drill\n  "sentinel": {"enabled": true, "inject": [{"stage": 1, "replica": 0, "attack": "nan"},]},\n}'
     )
     assert main(["check", str(path)]) == 0
-    assert "'attack': 'nan'" in capsys.readouterr().out
+    assert '"attack": "nan"' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,21 @@ def test_check_says_when_there_is_no_block(tmp_path, capsys):
     path.write_text("{}")
     assert main(["check", str(path)]) == 0
     assert "stays off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"sentinal": {"enabled": true}}', 'guards nothing; did you mean "sentinel"?'),
+        ('{"sentinel": ', "not valid JSON"),
+        ("[1]", "a DeepSpeed config is a JSON object, not a list"),
+    ],
+)
+def test_check_refuses_what_would_guard_nothing(tmp_path, capsys, text, said):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    assert main(["check", str(path)]) == 1
+    assert said in capsys.readouterr().err
 
 
 def test_run_gives_the_script_its_arguments(tmp_path, capsys):

@@ -6,7 +6,7 @@ from base64 import b64decode
 import numpy as np
 import pytest
 
-from deepspeed_sentinel.telemetry.report.digest import digest
+from deepspeed_sentinel.telemetry.report.digest import _since, digest
 from deepspeed_sentinel.telemetry.report.heat import FENCE, heat, level
 from deepspeed_sentinel.telemetry.report.losses import find_loss, read_loss
 from deepspeed_sentinel.telemetry.report.page import spans
@@ -228,3 +228,18 @@ def test_a_conviction_without_exclusions_says_that_lines_are_missing(recorded):
     document = digest(read_run(folder))
     assert document["todo"]["lines"] == [] and any("exclude.json is not there" in note for note in document["notes"])
     assert document["todo"]["advice"][0].startswith("Take node-03, slot 3,")
+
+
+@pytest.mark.parametrize(
+    ("steps", "convicted", "said"),
+    [
+        ([30, 31, 33], 31, "in alarm from step 30 on and was "),
+        ([20, 30, 33], 31, "in alarm from step 30 on (and in 1 earlier step) and was "),
+        ([3, 9, 25, 28, 30], 30, "in alarm from step 25 on (and in 2 earlier steps) and was "),
+        ([40, 41], 31, "in alarm from step 40 on and was "),
+        ([7, 8], None, "in alarm from step 7 on and was "),
+        ([], 31, ""),
+    ],
+)
+def test_an_alarm_long_before_is_not_where_it_began(steps, convicted, said):
+    assert _since({"alarm_steps": steps, "convicted": {"step": convicted}}) == said

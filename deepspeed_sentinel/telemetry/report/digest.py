@@ -15,6 +15,7 @@ from deepspeed_sentinel.telemetry.report.suspects import name_of, suspects
 
 _PASTED = re.compile(r"--exclude=[A-Za-z0-9._:,@-]+")  # nothing that a shell would act on
 _HOST_LINE = re.compile(r"[A-Za-z0-9._:-]+ slots=\d+")
+_GAP = 5  # steps without an alarm after which one before is no part of what followed
 _TROUBLE = ("proofs", "unequal_weights", "disputes", "alarmed_steps")
 
 
@@ -219,11 +220,13 @@ def _sentences(document: dict[str, Any]) -> list[str]:
     by = {state: [one for one in workers if one["state"] == state] for state in ("convicted", "proved", "suspect")}
     if by["convicted"]:
         one, further = by["convicted"][0], len(by["convicted"]) - 1
-        since = f"in alarm from step {one['alarm_steps'][0]} on and was " if one["alarm_steps"] else ""
+        since = _since(one)
         how = {True: "convicted by proof", False: "convicted by statistics, not by proof,", None: "convicted"}
         step = one["convicted"]["step"]
         when = "before this run" if step is None else f"in step {step}"
-        others = f"; {further} more {'is' if further == 1 else 'are'} convicted" if further else ""
+        names = ", ".join(other["name"] for other in by["convicted"][1:4])
+        names += f" and {further - 3} more" if further > 3 else ""
+        others = f"; so {'was' if further == 1 else 'were'} {names}" if further else ""
         second = f"{one['name']} was {since}{how[one['convicted']['proved']]} {when}{others}."
     elif by["proved"]:
         more = f", and {len(by['proved']) - 1} more" if by["proved"][1:] else ""
@@ -253,6 +256,20 @@ def _sentences(document: dict[str, Any]) -> list[str]:
         )
         third = f"{out}, and {on}." if cost["column_steps"] else f"No column was left out, and {on}."
     return [first, second[0].upper() + second[1:], third]
+
+
+def _since(one: dict[str, Any]) -> str:
+    """From when on a convicted worker was in alarm: an alarm long before may have been a false one."""
+    steps, convicted = one["alarm_steps"], one["convicted"]["step"]
+    if not steps:
+        return ""
+    before = [step for step in steps if convicted is None or step <= convicted]
+    onset = len(before) - 1
+    while onset > 0 and before[onset] - before[onset - 1] <= _GAP:
+        onset -= 1
+    first = before[onset] if before else steps[0]
+    earlier = f" (and in {onset} earlier {'step' if onset == 1 else 'steps'})" if onset > 0 else ""
+    return f"in alarm from step {first} on{earlier} and was "
 
 
 def utc(seconds: float | None) -> str:
