@@ -48,17 +48,17 @@ def runs(tmp_path_factory, selected):
         save={"directory": str(folder / "clean"), "after_step": RESUMED},
     )
     wanted = selected("name")
-    scenarios = [
-        BASE.with_(
+    attacked = {
+        name: BASE.with_(
             name=name,
             steps=STEPS,
             sentinel={**block, "output_dir": str(folder / f"logs_{name}"), "inject": [{**FAULT, **fault}]},
             load={"directory": str(folder / "clean")},
         )
         for name, fault in faults.items()
-        if name in wanted
-    ]
-    lying = next(scenario for scenario in scenarios if scenario.name == "lie_forward")
+    }
+    scenarios = [scenario for name, scenario in attacked.items() if name in wanted]
+    lying = attacked["lie_forward"]
     for name in (name for name in WITNESSES if name in wanted):
         block = {**lying.sentinel, "output_dir": str(folder / f"logs_{name}")}
         hook = f"integration_tests.witnesses:{name}"
