@@ -108,13 +108,12 @@ def _check(path: str) -> int:
     except (OSError, ValueError) as error:
         print(f"{path}: {error}", file=sys.stderr)
         return 1
-    for name in whole if block is None else ():
-        if mistyped(name):
-            print(f"{path}: {meant(name)}", file=sys.stderr)
-            return 1
     if block is None:
-        print(f"{path}: {_NO_BLOCK}")
-        return 0
+        wrong = next(filter(mistyped, whole), None)
+        print(
+            f"{path}: {_NO_BLOCK if wrong is None else meant(wrong)}", file=sys.stdout if wrong is None else sys.stderr
+        )
+        return 0 if wrong is None else 1
     print(f"{path}: valid. Settings (* given, others default; null follows from the mesh):")
     for name, value in config.model_dump(mode="json").items():
         print(f" {'*' if name in block else ' '} {name} = {json.dumps(value)}")

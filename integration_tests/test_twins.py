@@ -89,17 +89,22 @@ def test_without_a_fault_nothing_is_proved_and_nobody_is_left_out(runs, clean):
             assert all(verdict["alike"]), "a clean twin step finds all gradients of a stage equal"
 
 
+def check_seen(run, name: str) -> None:
+    """What a culprit fed to a reduction was seen in the twin steps in which it acted, and not applied."""
+    assert run.error is None, run.error
+    acted = [verdict["step"] for verdict in of_twins(run) if verdict["step"] >= START]
+    seen = [step for step, told in enumerate(run.record["poisoned"]) if told]
+    # Who is convicted hands nothing to a reduction any more.
+    assert seen == (acted[:1] if name == "memory" else acted)
+    assert run.record["skipped_steps"] == len(seen)
+    named = f"{Worker(*CULPRIT)} handed over" in run.record["poisoned"][seen[0]]
+    assert named == (name == "memory")
+
+
 @pytest.mark.parametrize("name", some(REDUCED, IN_EVERY_RUN))
 def test_a_reduction_that_is_fed_something_else_is_seen_and_not_applied(runs, name):
     for run in runs[name]:
-        assert run.error is None, run.error
-        acted = [verdict["step"] for verdict in of_twins(run) if verdict["step"] >= START]
-        seen = [step for step, told in enumerate(run.record["poisoned"]) if told]
-        # Who is convicted hands nothing to a reduction any more.
-        assert seen == (acted[:1] if name == "memory" else acted)
-        assert run.record["skipped_steps"] == len(seen)
-        named = f"{Worker(*CULPRIT)} handed over" in run.record["poisoned"][seen[0]]
-        assert named == (name == "memory")
+        check_seen(run, name)
         convicted = [worker for verdict in run.verdicts for worker in verdict["newly_convicted"]]
         assert convicted == ([CULPRIT] if name == "memory" else [])
 

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from deepspeed_sentinel.mesh import Worker
 from integration_tests.runs import run_scenarios
-from integration_tests.test_twins import BASE, CLEAN, CULPRIT, HOOKS, INJECTED, REDUCED, START, block, hook, of_twins
+from integration_tests.test_twins import (
+    BASE,
+    CLEAN,
+    CULPRIT,
+    HOOKS,
+    INJECTED,
+    REDUCED,
+    START,
+    block,
+    check_seen,
+    hook,
+    of_twins,
+)
 
 pytestmark = pytest.mark.long
 STEPS = 200
@@ -75,12 +86,6 @@ def test_on_four_by_four_the_first_twin_step_proves_it(faulty, name):
 def test_a_sharded_reduction_that_is_fed_something_else_is_seen_and_not_applied(sharded, name, precision):
     runs = sharded[f"{name}_{precision}"]
     for run in runs:
-        assert run.error is None, run.error
-        acted = [verdict["step"] for verdict in of_twins(run) if verdict["step"] >= START]
-        seen = [step for step, told in enumerate(run.record["poisoned"]) if told]
-        assert seen == (acted[:1] if name == "memory" else acted)
-        assert run.record["skipped_steps"] == len(seen)
-        named = f"{Worker(*CULPRIT)} handed over" in run.record["poisoned"][seen[0]]
-        assert named == (name == "memory")
+        check_seen(run, name)
     for stage in range(3):
         assert len({run.record["weights_sha256"] for run in runs if run.stage == stage}) == 1
