@@ -15,6 +15,7 @@ from integration_tests.variants import some
 
 # One clean run warms up for all: the others go on from its checkpoint.
 RESUMED, START, STEPS = 6, 7, 10
+LATER = {"forward_delay": 3}  # it has to have messages that old, and fences that are no longer those of the beginning
 BASE = Scenario(name="base", steps=STEPS, hidden=64, lengths=(48,))
 CULPRIT = [1, 2]
 SEEN = {
@@ -56,10 +57,14 @@ ENDS = {  # link, sender, receiver of the disputed messages
 }
 
 
+def start_of(name: str) -> int:
+    return START + LATER.get(name, 0)
+
+
 def scenario(name: str, fault: dict, folder) -> Scenario:
     """From the clean run's checkpoint on, with a fault from START on."""
     direction = "backward" if name.startswith("backward") else "forward"
-    inject = {"stage": 1, "replica": 2, "direction": direction, "start_step": START, **fault}
+    inject = {"stage": 1, "replica": 2, "direction": direction, "start_step": start_of(name), **fault}
     block = {
         "enabled": True,
         "conviction": "statistics",
@@ -69,7 +74,8 @@ def scenario(name: str, fault: dict, folder) -> Scenario:
         "events": "steps",
         "inject": [inject],
     }
-    return BASE.with_(name=name, sentinel=block, load={"directory": str(folder / "clean")})
+    steps = STEPS + LATER.get(name, 0)
+    return BASE.with_(name=name, steps=steps, sentinel=block, load={"directory": str(folder / "clean")})
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +96,19 @@ def runs(tmp_path_factory, wanted):
     return run_scenarios([clean, *scenarios], stages=3, replicas=3, folder=folder, timeout=420)
 
 
-def attacked(run):
-    return [verdict for verdict in run.verdicts if verdict["step"] >= START]
+def attacked(runs, name):
+    return [verdict for verdict in runs[name][0].verdicts if verdict["step"] >= start_of(name)]
 
 
 @pytest.mark.parametrize("name", some(SEEN, SHORTLY))
 def test_a_tampering_worker_is_found_excluded_and_convicted(runs, name):
-    run = runs[name][0]
-    assert attacked(run)[0]["findings"], "not found in the step in which it began"
-    for verdict in attacked(run):
+    seen = attacked(runs, name)
+    assert seen[0]["findings"], "not found in the step in which it began"
+    for verdict in seen:
         assert verdict["excluded"][2], verdict["step"]
         assert CULPRIT in [finding["worker"] for finding in verdict["findings"]], verdict["step"]
-    assert attacked(run)[2]["newly_convicted"] == [CULPRIT]
-    convicted = [worker for verdict in run.verdicts for worker in verdict["newly_convicted"]]
+    assert seen[2]["newly_convicted"] == [CULPRIT]
+    convicted = [worker for verdict in runs[name][0].verdicts for worker in verdict["newly_convicted"]]
     assert convicted == [CULPRIT]
 
 
@@ -115,12 +121,11 @@ def test_weights_and_losses_stay_finite(runs, name):
 
 @pytest.mark.parametrize("name", some(DISPUTED, SHORTLY))
 def test_a_disputed_link_excludes_its_column_and_convicts_nobody(runs, name):
-    run = runs[name][0]
     link, sender, receiver = ENDS[name]
-    for verdict in attacked(run):
+    for verdict in attacked(runs, name):
         assert verdict["excluded"] == [False, False, True]
         assert [(d["link"], d["sender"], d["receiver"]) for d in verdict["disputed"]] == [(link, sender, receiver)]
-    assert not any(verdict["newly_convicted"] for verdict in run.verdicts)
+    assert not any(verdict["newly_convicted"] for verdict in runs[name][0].verdicts)
 
 
 def test_no_false_conviction_and_few_false_alarms_in_clean_traffic(runs):
@@ -133,8 +138,8 @@ def test_no_false_conviction_and_few_false_alarms_in_clean_traffic(runs):
 
 def test_before_the_attack_nobody_is_convicted_or_disputed(runs, wanted):
     for name in wanted:
-        before = [verdict for verdict in runs[name][0].verdicts if verdict["step"] < START]
-        assert len(before) == START - RESUMED and not any(verdict["warming_up"] for verdict in before)
+        before = [verdict for verdict in runs[name][0].verdicts if verdict["step"] < start_of(name)]
+        assert len(before) == start_of(name) - RESUMED and not any(verdict["warming_up"] for verdict in before)
         assert not any(verdict["newly_convicted"] or verdict["disputed"] for verdict in before)
 
 
