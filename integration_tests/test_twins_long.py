@@ -26,9 +26,10 @@ FOR_LONG = ("fp32", "bf16", "bf16_zero1", "tied", "checkpointed")
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory):
+def clean(tmp_path_factory, selected):
     folder = tmp_path_factory.mktemp("clean")
-    scenarios = [BASE.with_(name=name, steps=STEPS, sentinel=block(folder, name), **CLEAN[name]) for name in FOR_LONG]
+    kinds = [name for name in FOR_LONG if name in selected("name")]
+    scenarios = [BASE.with_(name=name, steps=STEPS, sentinel=block(folder, name), **CLEAN[name]) for name in kinds]
     return run_scenarios(scenarios, stages=3, replicas=3, folder=folder, timeout=2400)
 
 
