@@ -29,8 +29,12 @@ held against the others of its stage that were given the same as it was:
   those that are near are believed where they are more than can be bad.
 * Without a truth the step says that workers differ and not who is wrong. Of those, who is suspected by its own
   statistics is left out alone, if the others agree; with two replicas it is the one that is wrong.
-* Where more workers differ, each from each other, than can be bad, honest ones are among them: the stage's work is not
-  the same bit for bit, and its replicas cannot be compared so. Where that is known of a stage, fewer need differ.
+* Where so few workers agree that the others are more than can be bad, honest ones are among those: the stage's work is
+  not the same bit for bit, and its replicas cannot be compared so. Where each makes something else, nobody is left out
+  for it. Where some agree they are out once, since half of a stage may have been bribed. Where that is known of a
+  stage, nobody is out for differing without a truth, and who differs from a truth is held to it by statistics, as unlike hardware is: what differs
+  now and then by nature makes a majority and an odd one as well. It takes many twin steps without a difference until
+  such a stage is compared to the last bit again.
 
 Worked example, 4 stages x 3 replicas, one micro-batch, what crossed each link by column:
 
@@ -130,6 +134,7 @@ class Trial:
         sound: bool [S, R], workers all of whose messages are right, and whose gradients are.
         same: bool [S, R], workers whose gradients are right to the last bit.
         unlike: bool [S], stages whose honest replicas differ: nothing of them is proved bit for bit.
+        alike: bool [S], stages of which all that could be compared made the same to the last bit, and more than one did.
         spoilt: bool [C], columns that must not count: something in them is wrong or undecided, or it is not exact and
             that of others is.
         forged: bool [2, L, C, M], messages that their senders say are the truth and their receivers that they are not.
@@ -145,6 +150,7 @@ class Trial:
     sound: np.ndarray
     same: np.ndarray
     unlike: np.ndarray
+    alike: np.ndarray
     spoilt: np.ndarray
     forged: np.ndarray
     differ: np.ndarray
@@ -209,7 +215,7 @@ def try_twins(
     undecided = undecided | cascade | unclear
     proofs: list[Proof] = []
     differences: list[Difference] = []
-    found_unlike = np.zeros(mesh.stages, bool)
+    found_unlike, split = np.zeros(mesh.stages, bool), np.zeros(mesh.stages, bool)
     differ = np.zeros((mesh.stages, mesh.replicas, mesh.replicas), bool)
     sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
     spoilt = np.asarray((wrong | undecided | forged).any(axis=(0, 1, 3)))
@@ -231,6 +237,7 @@ def try_twins(
             told.append((None, vote))
         for way, one in told:
             found_unlike[stage] |= bool(one.unlike.any())
+            split[stage] |= bool(one.split.any())
             differ[stage][np.ix_(workers, workers)] |= one.differ
             inexact |= one.near.any(-1)
             proofs += _proofs(mesh, stage, way, one, workers)
@@ -250,6 +257,7 @@ def try_twins(
         sound,
         same,
         found_unlike,
+        ~split & (np.count_nonzero(sound & same, axis=1) >= LEAST),
         spoilt,
         forged,
         differ,
@@ -269,8 +277,9 @@ def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tri
     for worker in (*(proof.worker for proof in (trial.proofs if trial else ())), *otherwise):
         proved[worker] = True
     sound = trial.sound & ~proved if trial else np.zeros_like(proved)
-    unlike = trial.unlike if trial else np.zeros(mesh.stages, bool)
-    return Tried(proved, sound, unlike, held=trial is not None, blind=trial is not None and trial.blind)
+    nothing = np.zeros(mesh.stages, bool)
+    unlike, alike = (trial.unlike, trial.alike) if trial else (nothing, nothing)
+    return Tried(proved, sound, unlike, alike, held=trial is not None, blind=trial is not None and trial.blind)
 
 
 def _of_unlike_states(twins: Twins, stages: int) -> np.ndarray:

@@ -11,6 +11,9 @@ from deepspeed_sentinel.mesh import Mesh, Worker
 
 _TRIED_AT_FIRST, _TRIED_AT_LEAST, _PATIENCE, _LONG = 0.5, 1.0 / 64.0, 4, 9
 _HOPELESS = 3  # twin steps in a row that could not be made, after which strikes convict until one can
+# Twin steps in a row in which a stage that is unlike by nature must have made the same before it is taken for alike:
+# what differs now and then, such as sums in an order of their own, is the same most of the time.
+_LIKE_AGAIN = 8
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Tried:
         proved: bool [S, R], workers whose work is not their stage's.
         sound: bool [S, R], workers all of whose work is.
         unlike: bool [S], stages whose honest replicas do not make the same of the same.
+        alike: bool [S], stages of which all that could be compared made the same to the last bit, and more than one did.
         held: it was a twin step. Else somebody was proved by weights, a reduction or a replay, and nobody was tried.
         blind: not all of what workers made could be compared, since some replicas were in states of their own.
     """
@@ -28,6 +32,7 @@ class Tried:
     proved: np.ndarray
     sound: np.ndarray
     unlike: np.ndarray
+    alike: np.ndarray
     held: bool
     blind: bool = False
 
@@ -81,7 +86,7 @@ class Record:
         self.convicted = np.zeros(shape, bool)
         self.on_probation = np.zeros(shape, bool)
         self._quiet_steps = np.zeros(shape, np.int64)
-        self._unlike = np.zeros(mesh.stages, bool)
+        self._unlike = np.zeros(mesh.stages, np.int64)  # twin steps that must find a stage alike before it is so
         self._blind = False  # the last twin step was
         self._more_to_find = False
         self._refused_trials = self._fruitless = self._in_vain = 0
@@ -115,12 +120,12 @@ class Record:
     @property
     def strikes_count(self) -> np.ndarray:
         """Stages in which a strike may come to convict, bool [S], so that it must be looked into."""
-        return np.asarray(self._unlike | self._blind | (self._refused_trials > 0) | (not self.by_proof))
+        return np.asarray(self.unlike | self._blind | (self._refused_trials > 0) | (not self.by_proof))
 
     @property
     def unlike(self) -> np.ndarray:
         """Stages whose honest replicas are known not to make the same of the same, bool [S]."""
-        return self._unlike.copy()
+        return np.asarray(self._unlike > 0)
 
     @property
     def suspicion(self) -> float:
@@ -173,7 +178,7 @@ class Record:
         self._refused_trials = 0 if trial else self._refused_trials + refused
         if tried is not None:
             proved, cleared = tried.proved, tried.sound & self.suspects
-            self._unlike = (self._unlike | tried.unlike) & ~tried.sound.any(1)
+            self._unlike = np.where(tried.unlike, _LIKE_AGAIN, np.maximum(self._unlike - tried.alike, 0))
         if trial:
             self._blind = trial.blind
         self._counted[slot] = struck & self.strikes_count[:, None]
@@ -181,7 +186,7 @@ class Record:
         counted = exact.count(self._counted, axis=0)
         guilty = (counted >= self.strikes_needed) | (self.on_probation & struck)
         if self.by_proof:
-            guilty &= self._unlike[:, None] | self._blind | (self._refused_trials >= _HOPELESS)
+            guilty &= self.unlike[:, None] | self._blind | (self._refused_trials >= _HOPELESS)
         if cleared.any():
             self._struck[:, cleared] = self._counted[:, cleared] = self._doubted[:, cleared] = False
         self._untried[slot] = False

@@ -24,7 +24,9 @@ Numbers that rest on a baseline count for nothing here: each end has a copy of i
 move it. Nor does a neighbour that has nothing to say (``silence.py``): the worker between may have brought it about.
 Both go to ``isolation.py``, which convicts nobody.
 What is unsettled within a stage counts only where two of its workers have made the very same of the same before:
-replicas whose work is not the same bit for bit differ and are honest.
+replicas whose work is not the same bit for bit differ and are honest. Where more of a stage's workers would be convicted
+by each other than can be bad, that is refuted: nobody is, and nothing within that stage counts until some of its
+workers make the same again.
 """
 
 from __future__ import annotations
@@ -151,7 +153,7 @@ class Unsettled:
             stage, column = np.nonzero(where.any(0))
             new[distance, stage, served[stage, column], served[stage + distance, column]] = True
         if trial:
-            new[0] = trial.differ
+            new[0] = trial.differ & ~trial.unlike[:, None, None]
         return new
 
     def _too_many(self, new: np.ndarray, convicted: np.ndarray) -> Iterator[Contradicted]:
@@ -163,7 +165,11 @@ class Unsettled:
                 if other == stage and not self._alike[stage]:
                     continue
                 of_stage = between & ~convicted[other]
-                guilty = (np.count_nonzero(of_stage, axis=1) > bad) & (now.any(1) | ~convicted[stage])
+                contradicts = np.count_nonzero(of_stage, axis=1) > bad
+                if other == stage and np.count_nonzero(contradicts) > bad:
+                    self._alike[stage] = False
+                    continue
+                guilty = contradicts & (now.any(1) | ~convicted[stage])
                 for replica in np.flatnonzero(guilty).tolist():
                     partners = np.flatnonzero(of_stage[replica]).tolist()
                     yield Contradicted(Worker(stage, replica), tuple(Worker(other, partner) for partner in partners))

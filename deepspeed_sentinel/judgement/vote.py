@@ -25,7 +25,8 @@ class Vote:
         exact: bool [C, M], those that are right to the last bit.
         near: bool [C, M], those that could be held to the truth by statistics alone.
         agreeing, compared: int [M], workers behind the truth, and all that were asked.
-        unlike: bool [M], more differ than can be bad.
+        unlike: bool [M], honest ones differ: too few say the same for all others to be bad.
+        split: bool [M], of those that could be compared to the last bit not all say the same.
         forged: bool [C, M], those that say the same as the truth, and by whom it reached is something else: the sender
             has made it up or the receiver lies, and of these two one is bad.
         unclear: bool [C, M], those that say the same, while those whom it reached do not, without a majority.
@@ -41,6 +42,7 @@ class Vote:
     agreeing: np.ndarray
     compared: np.ndarray
     unlike: np.ndarray
+    split: np.ndarray
     forged: np.ndarray
     unclear: np.ndarray
     differ: np.ndarray
@@ -56,7 +58,8 @@ class Voters:
         accused: bool [C], who is suspected or convicted.
         of_two: there are two replicas, so that who is accused is wrong where they differ.
         bad: how many of the stage's workers can be bad.
-        unlike: its work is known not to be the same bit for bit.
+        unlike: its work is known not to be the same bit for bit, so that who says another thing than most is held
+            to it by statistics.
     """
 
     heard: np.ndarray
@@ -118,11 +121,14 @@ class Voters:
         best, agreeing, voters = self._count(version, compared)
         known = (agreeing >= quorum) & (2 * agreeing > voters)
         true = asked & known & (version == best)
-        near = asked & ~compared & ~true
+        near = asked & ~true & (~compared | (known & self.unlike))
         apart_ECM = _apart(measures_ECMN, true, asked) > ROUNDING
         apart, together = apart_ECM.all(0), ~apart_ECM.any(0)
         versions = np.count_nonzero(compared & (version == np.arange(columns)[:, None]), axis=0)
-        unlike = ~known & (agreeing <= 1) & (self.unlike | (voters >= max(self.bad + 2, LEAST + 1)))
+        by_nature = ~known & (agreeing < voters - self.bad) & (voters > LEAST)
+        known_of_it = ~known & self.unlike & ((agreeing < voters) | (voters == 1))
+        # Some that agree may be a half that was bribed: they are out once, as where nobody can tell.
+        unlike = known_of_it | (by_nature & (agreeing == 1))
         # Of those that differ, who is suspected is left out alone, if the others make one thing of it.
         differ = compared & ~known & (versions > 1) & ~unlike
         guilty, innocent = differ & self.accused[:, None], differ & ~self.accused[:, None]
@@ -144,7 +150,7 @@ class Voters:
         one_thing &= ~(forged | unclear)
         return Vote(
             right=(true & one_thing) | (near & known & together) | (innocent & one_thing & self.of_two),
-            wrong=(compared & known & ~true) | (near & known & exact & apart) | (guilty & self.of_two),
+            wrong=(compared & known & ~true & ~near) | (near & known & exact & apart) | (guilty & self.of_two),
             undecided=(differ & ~innocent & ~(guilty & self.of_two))
             | (near & known & exact & ~apart & ~together)
             | torn,
@@ -153,7 +159,8 @@ class Voters:
             near=near,
             agreeing=agreeing,
             compared=voters,
-            unlike=unlike,
+            unlike=unlike | by_nature,
+            split=versions > 1,
             forged=forged,
             unclear=unclear,
             differ=(differ[:, None] & differ[None] & ~same).any(-1),

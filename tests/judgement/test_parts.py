@@ -64,7 +64,13 @@ def test_a_step_can_be_entered_again(by_proof):
     quiet = np.zeros((3, 2), bool)
     for _ in range(40):
         struck, disputed = rng.random((4, 2)) < 0.4, rng.random((3, 2)) < 0.2
-        shown = Tried(rng.random((4, 2)) < 0.1, rng.random((4, 2)) < 0.3, rng.random(4) < 0.1, rng.random() < 0.5)
+        shown = Tried(
+            rng.random((4, 2)) < 0.1,
+            rng.random((4, 2)) < 0.3,
+            rng.random(4) < 0.1,
+            rng.random(4) < 0.5,
+            rng.random() < 0.5,
+        )
         step = {"tried": shown if rng.random() < 0.3 else None, "refused": bool(rng.random() < 0.3)}
         one.update(struck, quiet, **step)
         mine, theirs = one.update_again(struck, disputed), other.update(struck, disputed, **step)

@@ -248,12 +248,49 @@ def test_where_work_is_known_to_differ_by_nature_a_dispute_leaves_nobody_else_ou
     assert not trial.proofs and not trial.differences and not trial.spoilt.any() and trial.unlike[1]
 
 
-def test_where_work_is_known_to_differ_by_nature_a_truth_is_one_nevertheless():
+def test_where_work_is_known_to_differ_by_nature_who_differs_from_a_truth_is_held_to_it_by_statistics():
     step = Step(replicas=3)
     step.unlike[1] = True
     step.sends(1, 2, FORWARD, lie=5)
     trial = step.trial()
+    assert not trial.proofs and trial.spoilt.tolist() == [False, False, True], "an odd one may be so by chance"
+    assert trial.sound[1, :2].all() and not trial.alike[1] and trial.alike[[0]].all()
+    step.measures[:, FORWARD, 1, 2] *= 1.1
+    trial = step.trial()
     assert proved(trial) == {(Worker(1, 2), FORWARD)} and trial.sound[1].tolist() == [True, True, False]
+
+
+GROUPS = [[0, 0, 1, 1], [0, 0, 1, 2, 3], [0, 0, 1, 1, 2], [0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1], [0] * 4 + [1] * 4]
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=str)
+def test_where_more_differ_from_most_than_can_be_bad_work_differs_by_nature(groups):
+    """Such as two kernels that tuning has chosen between."""
+    step = Step(replicas=len(groups))
+    for column, group in enumerate(groups):
+        if group:
+            step.sends(1, column, FORWARD, lie=group)
+    trial = step.trial()
+    assert not trial.proofs and trial.unlike.tolist() == [False, True, False, False]
+    assert trial.differences and trial.spoilt.all(), "half of them may be bad: out once"
+    step.unlike[1] = True
+    trial = step.trial()
+    assert not trial.proofs and not trial.differences and not trial.spoilt.any() and trial.unlike[1]
+
+
+@pytest.mark.parametrize(("replicas", "bad"), [(4, 1), (5, 2), (6, 2), (7, 3), (8, 3)])
+def test_as_many_as_can_be_bad_make_no_stage_unlike(replicas, bad):
+    for alike in (True, False):
+        step = Step(replicas=replicas)
+        for column in range(bad):
+            step.sends(1, column, FORWARD, lie=1 if alike else 1 + column)
+        trial = step.trial()
+        assert proved(trial) == {(Worker(1, column), FORWARD) for column in range(bad)} and not trial.unlike.any()
+        step = Step(replicas=replicas)
+        step.disputed[FORWARD, 0, bad:-1] = True
+        for column in range(bad):
+            step.sends(1, column, FORWARD, lie=1 if alike else 1 + column)
+        assert not step.trial().unlike.any(), "whoever of the honest is out before"
 
 
 def test_columns_that_were_given_other_data_are_not_compared():

@@ -1,5 +1,6 @@
 """Who contradicts more workers of one stage than can be bad is convicted, and no honest worker ever is."""
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -172,6 +173,17 @@ def test_of_one_stage_that_counts_only_where_work_is_the_same_bit_for_bit():
     steps.step(identity(mesh), trial=trial(mesh, sound=[(1, 1), (1, 2)]))
     steps.step(identity(mesh), trial=trial(mesh, unlike=[1]))
     assert not steps.step(identity(mesh), trial=trial(mesh, [(1, 0, 1), (1, 0, 2)]))
+
+
+@pytest.mark.parametrize("groups", [[0, 0, 1, 1], [0, 0, 1, 2, 3], [0, 0, 1, 1, 2, 2]], ids=str)
+def test_more_of_a_stage_than_can_be_bad_do_not_convict_each_other(groups):
+    """As those would that make one of two honest versions."""
+    mesh = Mesh(4, len(groups))
+    pairs = [(1, *pair) for pair in combinations(range(mesh.replicas), 2) if groups[pair[0]] != groups[pair[1]]]
+    steps = Steps(mesh, np.zeros((4, mesh.replicas), bool))
+    steps.step(identity(mesh), trial=trial(mesh, sound=[(1, 0), (1, 1)]))
+    assert not steps.step(identity(mesh), trial=trial(mesh, pairs))
+    assert not steps.step(identity(mesh), trial=trial(mesh, pairs, sound=[(1, 0)])), "refuted"
 
 
 def test_who_is_convicted_and_goes_on_is_told_again():
