@@ -178,7 +178,8 @@ class Record:
         self._refused_trials = 0 if trial else self._refused_trials + refused
         if tried is not None:
             proved, cleared = tried.proved, tried.sound & self.suspects
-            self._unlike = np.where(tried.unlike, _LIKE_AGAIN, np.maximum(self._unlike - tried.alike, 0))
+            unlike = tried.unlike | (self.unlike & tried.held & ~tried.alike)
+            self._unlike = np.where(unlike, _LIKE_AGAIN, np.maximum(self._unlike - tried.alike, 0))
         if trial:
             self._blind = trial.blind
         self._counted[slot] = struck & self.strikes_count[:, None]

@@ -56,6 +56,22 @@ def test_strikes_must_fall_within_the_window():
     assert newly[1, 0]
 
 
+def test_a_stage_that_is_unlike_by_nature_is_so_until_it_was_alike_many_times_in_a_row():
+    """What differs now and then is the same most of the time."""
+    record, nobody, stages = Record(Mesh(4, 3), 3, 20, 50, by_proof=True), np.zeros((4, 3), bool), np.zeros(4, bool)
+
+    def trial(unlike=(), alike=True, held=True):
+        record.update(nobody, np.zeros((3, 3), bool), Tried(nobody, ~nobody, stages | unlike, stages | alike, held))
+        return record.unlike.tolist()
+
+    second = [False, True, False, False]
+    assert trial() == [False] * 4 and trial(unlike=second, alike=False) == second
+    assert all(trial() == second for _ in range(7)) and trial(alike=False) == second
+    assert all(trial() == second for _ in range(7))
+    assert trial(alike=False, held=False) == second, "that was no twin step"
+    assert trial() == [False] * 4
+
+
 @pytest.mark.parametrize("by_proof", [False, True])
 def test_a_step_can_be_entered_again(by_proof):
     mesh = Mesh(4, 2)
