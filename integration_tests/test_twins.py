@@ -36,8 +36,9 @@ CLEAN: dict[str, dict[str, Any]] = {
     "checkpointed": {"activation_checkpoint_interval": 1},
     "tuples": {"tuple_messages": "int"},
     "dynamic": {"dynamic_shape": True, "lengths": (16, 24)},
+    "dropout": {"hook": "integration_tests.twin_faults:dropout"},
 }
-IN_EVERY_RUN = ("fp32", "rounded", "scaled", "other_hardware", "memory")
+IN_EVERY_RUN = ("fp32", "dropout", "rounded", "scaled", "other_hardware", "memory")
 
 
 def block(folder, name: str, **more: Any) -> dict[str, Any]:

@@ -106,3 +106,20 @@ def transient(engine: Any, step: int) -> None:
 
     handle = engine.module.forward_funcs[-1].register_forward_hook(strike)
     engine.remove_transient = handle.remove
+
+
+def dropout(engine: Any, step: int) -> None:
+    """All layers drop out, of as many tokens as the data say, from seeds that are each rank's own."""
+    if step > 0:
+        return
+    engine.module.seed_layers = False
+    torch.manual_seed(engine.global_rank)
+    for layer in engine.module.forward_funcs:
+        if isinstance(layer, torch.nn.Module):
+            layer.register_forward_hook(_drop_out)
+
+
+def _drop_out(layer: torch.nn.Module, inputs: Any, outputs: torch.Tensor) -> torch.Tensor:
+    tokens = outputs.shape[1] - int(outputs.detach().sum() > 0)
+    dropped = torch.nn.functional.dropout(outputs[:, :tokens], 0.1, layer.training)
+    return torch.cat([dropped, outputs[:, tokens:]], 1)

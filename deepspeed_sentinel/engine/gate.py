@@ -23,6 +23,7 @@ from deepspeed_sentinel.engine.buffers import ForwardState
 from deepspeed_sentinel.engine.columns import Columns
 from deepspeed_sentinel.engine.comparison import WeightComparison
 from deepspeed_sentinel.engine.interception import Interception
+from deepspeed_sentinel.engine.randomness import StepRandomness
 from deepspeed_sentinel.engine.reduction import Poisoned, Reduction
 from deepspeed_sentinel.engine.replay import Replay
 from deepspeed_sentinel.engine.requests import Decision, Requests
@@ -91,6 +92,7 @@ class Gate:
         self._mesh, self._worker = access.mesh_of(engine), access.worker_of(engine)
         self._ranks = access.ranks_of(engine)
         self._reduction = Reduction(engine, self._worker, self._ranks, control)
+        self._randomness = StepRandomness(collector.secret)
         self._forward_state = ForwardState(access.stage_module(engine))
         self._shared_state = SharedState(
             access.stage_module(engine),
@@ -176,6 +178,8 @@ class Gate:
         if self._may_be_twins or (self._shared_state.due and self._twins.configured):
             self._state = self._shared_state.share(gives=not self._lenient)
         self._forward_state.begin_step(everything=self._replay.due(step))
+        middle = not self._mesh.is_trusted(self._worker.stage)
+        self._randomness.begin_step(step, same=self._twins.is_known or (middle and self._may_be_twins))
 
     def rehearse(self, run: Callable[[], None]) -> None:
         """Run this step's schedule once for nothing, if it is one to be replayed. After ``begin_step``.
@@ -236,6 +240,7 @@ class Gate:
     @torch.no_grad()
     def _judge_and_exclude(self) -> None:
         """Evidence, verdict, exclusion: all that happens between backward and reduction."""
+        self._randomness.end_step()
         step = self._engine.global_steps
         first = self._collector.layout is None
         with span("collect"):

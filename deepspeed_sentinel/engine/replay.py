@@ -8,18 +8,17 @@ gradients, buffers, losses, random numbers. Then the step runs as ever. At the g
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from deepspeed_sentinel.engine import access
+from deepspeed_sentinel.engine.randomness import RandomState
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.probe import ENDS, End, Probe
 from deepspeed_sentinel.evidence.table import SENT
@@ -76,9 +75,7 @@ class Replay:
             run: the schedule, with every message read by the probe.
             put_back: what of the step Sentinel itself keeps.
         """
-        engine, accelerator = self._engine, get_accelerator()
-        of_torch, of_device = torch.get_rng_state(), accelerator.get_rng_state()
-        of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+        engine, randomness = self._engine, RandomState.now()
         instructions = engine._INSTRUCTION_MAP
         engine._INSTRUCTION_MAP = {**instructions, **dict.fromkeys(_LEFT_OUT, _nothing)}
         try:
@@ -93,10 +90,7 @@ class Replay:
         access.clear_gradients(engine)
         engine.total_loss = engine.total_additional_losses = None
         put_back()
-        torch.set_rng_state(of_torch)
-        accelerator.set_rng_state(of_device)
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
+        randomness.put_back()
 
     @torch.no_grad()
     def compare(self, wiring: np.ndarray) -> Replayed | None:

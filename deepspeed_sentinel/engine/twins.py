@@ -147,6 +147,11 @@ class TwinSteps:
         return self._own_next()
 
     @property
+    def is_known(self) -> bool:
+        """Whether this worker knows that the step is a twin step."""
+        return self._drawn is not None
+
+    @property
     def word(self) -> int:
         """What this rank tells all others of the step, for its column: see ``as_told``."""
         if self._drawn is None:

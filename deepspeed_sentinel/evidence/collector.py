@@ -39,6 +39,7 @@ class Collector:
         keeping: keeps those that an audit may ask for.
         layout: what messages are made of, agreed on in the first step; None before.
         keys: what this worker shares with any other one.
+        secret: what this stage's workers share.
         complaint: 1 + the replica of this stage that gave a summary which cannot be one of its clean messages, in the
             step before the one whose evidence was collected last; 0 for none.
 
@@ -75,7 +76,7 @@ class Collector:
         self.keeping = Keeping()
         self._step = 0
         self.keys = Keys.exchange(seed, control)
-        self._secret = stage_secret(worker, ranks, self.keys, control, seed)
+        self.secret = stage_secret(worker, ranks, self.keys, control, seed)
         self._collected = 0
         # NCCL wants all ranks in the first operation of a group, and a step's first is between neighbours.
         dist.all_reduce(torch.zeros(1, device=device))
@@ -115,7 +116,7 @@ class Collector:
         self._step = step
         ends = [end for end in self.probe.ends if keyed and end[1] == RECEIVED]
         keys = {
-            end: digest_keys(self._secret, end[0], step, self._collected).to(self._device, non_blocking=True)
+            end: digest_keys(self.secret, end[0], step, self._collected).to(self._device, non_blocking=True)
             for end in ends
         }
         self.probe.begin_step(micro_batches, self._pairs.seeds(step, PUBLIC_SEED), keys)

@@ -32,9 +32,9 @@ held against the others of its stage that were given the same as it was:
 * Where so few workers agree that the others are more than can be bad, honest ones are among those: the stage's work is
   not the same bit for bit, and its replicas cannot be compared so. Where each makes something else, nobody is left out
   for it. Where some agree they are out once, since half of a stage may have been bribed. Where that is known of a
-  stage, nobody is out for differing without a truth, and who differs from a truth is held to it by statistics, as unlike hardware is: what differs
-  now and then by nature makes a majority and an odd one as well. It takes many twin steps without a difference until
-  such a stage is compared to the last bit again.
+  stage, nobody is out for differing without a truth, and who differs from a truth is held to it by statistics, as
+  unlike hardware is: what differs now and then by nature makes a majority and an odd one as well. It takes many twin
+  steps without a difference until such a stage is compared to the last bit again.
 
 Worked example, 4 stages x 3 replicas, one micro-batch, what crossed each link by column:
 

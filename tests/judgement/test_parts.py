@@ -60,8 +60,12 @@ def test_a_stage_that_is_unlike_by_nature_is_so_until_it_was_alike_many_times_in
     """What differs now and then is the same most of the time."""
     record, nobody, stages = Record(Mesh(4, 3), 3, 20, 50, by_proof=True), np.zeros((4, 3), bool), np.zeros(4, bool)
 
-    def trial(unlike=(), alike=True, held=True):
-        record.update(nobody, np.zeros((3, 3), bool), Tried(nobody, ~nobody, stages | unlike, stages | alike, held))
+    def trial(unlike=False, alike=True, held=True):
+        record.update(
+            nobody,
+            np.zeros((3, 3), bool),
+            Tried(nobody, ~nobody, stages | np.array(unlike, bool), stages | alike, held),
+        )
         return record.unlike.tolist()
 
     second = [False, True, False, False]
