@@ -187,12 +187,13 @@ def exclusions(
 
 def _beside_the_bad(bad: dict[str, list[int]], everywhere: Counter[str]) -> str:
     """What SLURM's line takes out although nothing is known against it: it has no word for a slot of a host."""
-    sound = {host: everywhere[host] - len(slots) for host, slots in bad.items()}
-    told = [
-        f"with {host} also {count} sound slot{'s'[: count != 1]} of this run" if host in everywhere else f"with {host} all it has"
-        for host, count in sound.items()
-        if count or host not in everywhere
-    ]
+    told = []
+    for host, slots in bad.items():
+        sound = everywhere[host] - len(slots)
+        if host not in everywhere:
+            told.append(f"with {host} all it has")
+        elif sound:
+            told.append(f"with {host} also {sound} sound slot{'s'[: sound != 1]} of this run")
     return f"SLURM leaves out whole hosts, not single GPUs: {'; '.join(told)}" if told else ""
 
 
