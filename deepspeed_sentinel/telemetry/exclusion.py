@@ -193,7 +193,7 @@ def _beside_the_bad(bad: dict[str, list[int]], everywhere: Counter[str]) -> str:
         if host not in everywhere:
             told.append(f"with {host} all it has")
         elif sound:
-            told.append(f"with {host} also {sound} sound slot{'s'[: sound != 1]} of this run")
+            told.append(f"with {host} also {sound} slot{'s'[: sound != 1]} that nothing is known against")
     return f"SLURM leaves out whole hosts, not single GPUs: {'; '.join(told)}" if told else ""
 
 

@@ -59,7 +59,7 @@ def test_deepspeeds_launcher_reads_the_lines_so():
 def test_what_slurm_takes_out_beside_the_bad_is_told():
     note = exclusions([convict(1, 0), convict(1, 3), convict(2, 1)], DEVICES, step=60)["slurm_note"]
     assert "whole hosts" in note and note.endswith(
-        "with node-1 also 2 sound slots of this run; with node-2 also 3 sound slots of this run"
+        "with node-1 also 2 slots that nothing is known against; with node-2 also 3 slots that nothing is known against"
     )
     all_of_one = exclusions([convict(1, slot) for slot in range(4)], DEVICES, step=60)
     assert all_of_one["slurm"] == "--exclude=node-1" and all_of_one["slurm_note"] == ""
