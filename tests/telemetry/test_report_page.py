@@ -122,6 +122,16 @@ def test_a_terminal_breaks_no_word_and_no_line_to_paste(recorded, capsys, monkey
         assert max(len(line) for line in lines if pasted not in line) <= width
 
 
+def test_a_hosts_long_name_loses_its_domain_in_the_table_alone(recorded, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    folder, host = recorded(), "ip-10-0-113-23.eu-west-1.compute.internal"
+    events = (folder / "events.jsonl").read_text().replace('"node-03"', f'"{host}"')
+    (folder / "events.jsonl").write_text(events)
+    assert main(["report", str(folder)]) == 0
+    before, in_table = capsys.readouterr().out.split("Workers that something was found of")
+    assert host in before and "ip-10-0-113-23…," in in_table and "internal" not in in_table
+
+
 def test_the_table_says_what_a_statistic_means_and_where_the_fence_is(recorded, capsys):
     assert main(["report", str(recorded())]) == 0
     said = " ".join(re.sub("[│┃]", " ", capsys.readouterr().out).split())

@@ -113,15 +113,25 @@ def show(document: dict[str, Any]) -> None:
             title="Workers that something was found of", title_justify="left", title_style="bold", show_lines=True
         )
         table.add_column(_HEADS[0], no_wrap=True)
-        # A word is broken only if it takes more than a third of the line, as a host's long name may.
+        widest = console.width // 3
+        rows = [(state, _short(worker, widest), found) for state, worker, found in rows]
         longest = max(len(word) for _, worker, _ in rows for word in worker.split())
-        table.add_column(_HEADS[1], overflow="fold", min_width=min(longest, console.width // 3))
-        table.add_column(_HEADS[2], overflow="fold", min_width=console.width // 3)
+        table.add_column(_HEADS[1], overflow="fold", min_width=min(longest, widest))
+        table.add_column(_HEADS[2], overflow="fold", min_width=widest)
         for state, worker, found in rows:
             table.add_row(Text(state, style=_COLOURS.get(state, "")), Text(worker), Text("\n".join(found)))
         console.print(table)
     if len(document["workers"]) > _MOST:
         console.print(f"and {len(document['workers']) - _MOST} more: --html or --json has all")
+
+
+def _short(worker: str, most: int) -> str:
+    """A worker's name whose long words, such as ``ip-10-0-1-23.eu-west-1.compute.internal,``, lose their domains."""
+    words = []
+    for word in worker.split(" "):
+        at = word.rfind(".", 1, most - 2) if len(word) > most else -1
+        words.append(word if at < 0 else f"{word[:at]}\N{HORIZONTAL ELLIPSIS}{word[len(word.rstrip('),')) :]}")
+    return " ".join(words)
 
 
 def printable(text: str) -> str:
