@@ -174,7 +174,8 @@ def _overhead(summary: Mapping[str, Any]) -> str:
     """The ratio, how much the steps differ among themselves, and what it does not tell."""
     if summary["overhead"] is None:
         return "not measured"
-    plain, guarded, machine = *summary["step_seconds"].values(), summary["machine"]
+    plain, guarded = summary["step_seconds"]["plain"], summary["step_seconds"]["guarded"]
+    machine = summary["machine"]
     where = f"{machine['processes']} processes"
     where += f" that share {machine['cpu_cores']} CPU cores" if machine["device"] == "cpu" else ", a GPU each"
     return (

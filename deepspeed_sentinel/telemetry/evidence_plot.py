@@ -12,7 +12,7 @@ from deepspeed_sentinel.mesh import Mesh
 from deepspeed_sentinel.telemetry.deals import Deal, deals
 from deepspeed_sentinel.telemetry.plots import BLUE, GREY, RED, STEP_AND_FRACTION, note, pyplot, titles
 
-_CELLS = "Each cell is a worker in a step; its colour is the score of the worst message that it sent, 1 is on the fence"
+_CELLS = "A cell is a worker in a step, its colour the score of its worst message: blue inside the fences, red outside"
 _COUNTED = "Which columns are in the step"
 _SERVED = "Who serves which column: in each table the replica of each stage, below it the columns"
 _UNJUDGED, _TWINS, _HONEST, _LOST, _FOUND, _OUTSIDE = "#dddddd", "#8c8c8c", "#dbe7f7", "#b5b5b5", "#f2a33a", "#b2182b"
@@ -77,12 +77,14 @@ def plot_evidence(
     steps, scores_TSR = step_scores(events)
     _, stages, replicas = scores_TSR.shape
     dealt = deals(events, Mesh(stages, replicas))
+    standing = _standing(steps, events, dealt)
+    keys = [_keys_of_workers(events, attackers), _keys_of_columns(events, standing), _keys_of_tables(attackers)]
     # Panels from top to bottom, and the room below each for its legend and the next one's title; in inches.
     heights = [0.34 * stages * replicas, 0.27 * replicas, *([0.32 * stages] if dealt[1:] else [])]
-    rooms = [1.85, 1.75, 0][: len(heights)]
+    rooms = [1.1 + 0.19 * (len(each) // 2) for each in keys[: len(heights) - 1]]
     whole = sum(heights) + sum(rooms)
     figure = plt.figure(figsize=(11, whole), dpi=150)
-    tops = whole - np.cumsum([0, *heights[:-1]]) - np.cumsum([0, *rooms[:-1]])
+    tops = whole - np.cumsum([0, *heights[:-1]]) - np.cumsum([0, *rooms])
 
     def panel(index: int, left: float = 0, width: float = 1) -> Any:
         place = (0.16 + 0.75 * left, (tops[index] - heights[index]) / whole, 0.75 * width, heights[index] / whole)
@@ -92,13 +94,13 @@ def plot_evidence(
     image = _heat_map(axes, steps, scores_TSR, events)
     bar = figure.colorbar(image, cax=panel(0, 1.015, 0.022), ticks=[-1, 0, 1])
     bar.ax.set_yticklabels(["0.1", "1 = fence", "10"], fontsize=10)
-    bar.set_label("score: blue is inside the fences, red outside", fontsize=10, labelpad=6)
+    bar.set_label("score", fontsize=10, labelpad=6)
     _workers(axes, stages, replicas, attackers)
-    _legend(axes, _keys_of_workers(events, attackers), heights[0])
+    _legend(axes, keys[0], heights[0])
     titles(axes, title, _CELLS, lift=26)
-    _counted(counted, steps, events, dealt)
-    _legend(counted, _keys_of_columns(events), heights[1])
-    titles(counted, "", _COUNTED, lift=12)
+    _counted(counted, steps, events, standing)
+    _legend(counted, keys[1], heights[1])
+    titles(counted, "", _COUNTED, lift=16)
     for each in (axes, counted):
         each.set_xlabel("training step", fontsize=11)
         if attack_start is not None:
@@ -110,7 +112,7 @@ def plot_evidence(
         places = [panel(2, 1.25 * width * place, width) for place in range(_SHOWN)]
         _tables(places, dealt, int(steps[-1]), attackers)
         titles(places[0], "", _SERVED, lift=26)
-        _legend(places[0], _keys_of_tables(attackers), heights[2])
+        _legend(places[0], keys[2], heights[2])
     figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
@@ -163,17 +165,22 @@ def _workers(axes: Any, stages: int, replicas: int, attackers: Sequence[tuple[in
         axes.add_patch(Rectangle((left, row - 0.5), right - left, 1, **outline))
 
 
-def _counted(axes: Any, steps: np.ndarray, events: Sequence[Mapping[str, Any]], dealt: Sequence[Deal]) -> None:
-    """A row for each column: in the step, or why not; steps that were skipped; where columns are dealt anew."""
-    from matplotlib.colors import ListedColormap
-
+def _standing(steps: np.ndarray, events: Sequence[Mapping[str, Any]], dealt: Sequence[Deal]) -> np.ndarray:
+    """int [T, C]: a column is in the step, left out of it, or out with a convicted worker, as an index of a colour."""
     lost = lost_columns(events, dealt, steps)
     out = np.zeros_like(lost)
     for index, event in enumerate(_of_kind(events, "step")):
         out[index, event["excluded"]] = True
-    columns = lost.shape[1]
+    return np.where(out, np.where(lost, 2, 1), 0)
+
+
+def _counted(axes: Any, steps: np.ndarray, events: Sequence[Mapping[str, Any]], standing: np.ndarray) -> None:
+    """A row for each column: in the step, or why not; steps that were skipped; where columns are dealt anew."""
+    from matplotlib.colors import ListedColormap
+
+    columns = standing.shape[1]
     axes.imshow(
-        np.where(out, np.where(lost, 2, 1), 0).T,
+        standing.T,
         aspect="auto",
         cmap=ListedColormap([_HONEST, _FOUND, _LOST]),
         vmin=0,
@@ -188,7 +195,7 @@ def _counted(axes: Any, steps: np.ndarray, events: Sequence[Mapping[str, Any]], 
         axes.scatter([event["step"]] * columns, range(columns), **_CROSS)
     # From the left edge of a step: it goes by the new columns already.
     begun = sorted({event["step"] - 0.5 for event in _of_kind(events, "wiring")})
-    axes.scatter(begun, [1.06] * len(begun), transform=axes.get_xaxis_transform(), **_DEALT)
+    axes.scatter(begun, [1 + 0.2 / columns] * len(begun), transform=axes.get_xaxis_transform(), **_DEALT)
 
 
 def _tables(places: Sequence[Any], dealt: Sequence[Deal], last_step: int, attackers: Sequence[tuple[int, int]]) -> None:
@@ -237,11 +244,11 @@ def _keys_of_workers(events: Sequence[Mapping[str, Any]], attackers: Sequence[tu
     return [*keys, _patch("no score: warm-up, or nothing to judge", color=_UNJUDGED)]
 
 
-def _keys_of_columns(events: Sequence[Mapping[str, Any]]) -> list[Any]:
+def _keys_of_columns(events: Sequence[Mapping[str, Any]], standing: np.ndarray) -> list[Any]:
     keys = [_patch("in the step", color=_HONEST)]
-    if _of_kind(events, "excluded"):
+    if (standing == 1).any():
         keys.append(_patch("left out of this step: something was found in it", color=_FOUND))
-    if _of_kind(events, "conviction"):
+    if (standing == 2).any():
         keys.append(_patch("out: a convicted worker serves it", color=_LOST))
     if _of_kind(events, "skipped"):
         keys.append(_point(_CROSS, "step skipped: no weight changed"))

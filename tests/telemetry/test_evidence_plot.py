@@ -49,14 +49,15 @@ def legends_of(figure):
 
 
 ALARM = {"kind": "alarm", "step": 4, "stage": 1, "replica": 2, "micro_batches": [0]}
-EXCLUDED, SKIPPED = {"kind": "excluded", "step": 4, "columns": [0, 1, 2]}, {"kind": "skipped", "step": 4}
+SKIPPED = {"kind": "skipped", "step": 4}
 
 
 def test_legends_explain_what_there_is_and_nothing_else(drawn):
     workers, columns = legends_of(drawn(*STEPS))
     assert [text.split(":")[0] for text in workers] == ["tampers (Sentinel is not told)", "no score"]
     assert columns == ["in the step"]
-    everything = drawn(*STEPS, ALARM, EXCLUDED, SKIPPED, TWINS, conviction(5, 1, 2), PACKED)
+    steps = [*STEPS[:4], step(4, excluded=[0, 1, 2]), step(5, excluded=[2]), *STEPS[6:]]
+    everything = drawn(*steps, ALARM, SKIPPED, TWINS, conviction(5, 1, 2), PACKED)
     workers, columns, tables = (" | ".join(texts) for texts in legends_of(everything))
     for words in ("blamed", "red without a dot", "convicted", "tampers", "twin step", "red in a twin step", "no score"):
         assert words in workers
