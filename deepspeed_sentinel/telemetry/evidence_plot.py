@@ -81,7 +81,7 @@ def plot_evidence(
     keys = [_keys_of_workers(events, attackers), _keys_of_columns(events, standing), _keys_of_tables(attackers)]
     # Panels from top to bottom, and the room below each for its legend and the next one's title; in inches.
     heights = [0.34 * stages * replicas, 0.27 * replicas, *([0.32 * stages] if dealt[1:] else [])]
-    rooms = [1.1 + 0.19 * (len(each) // 2) for each in keys[: len(heights) - 1]]
+    rooms = [1.1 + 0.19 * ((len(each) + 1) // 2) for each in keys[: len(heights) - 1]]
     whole = sum(heights) + sum(rooms)
     figure = plt.figure(figsize=(11, whole), dpi=150)
     tops = whole - np.cumsum([0, *heights[:-1]]) - np.cumsum([0, *rooms])

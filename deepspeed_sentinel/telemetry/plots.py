@@ -96,8 +96,8 @@ def plot_losses(
     _event_line(axes, attack_start, f"attack starts (step {attack_start})", RED, left=True)
     for step in convicted_steps:
         # They may lie too near for a label each.
-        text = f"convicted in {' and '.join(map(str, sorted(set(convicted_steps))))} (guarded)"
-        late = step > 0.6 * steps
+        text = f"convicted in {' and '.join(map(str, sorted(set(convicted_steps))))}"
+        late = step > 0.7 * steps
         _event_line(axes, step, text if step == max(convicted_steps) else "", BLUE, left=late, line=int(late))
     axes.set_xlabel("training step", fontsize=12)
     axes.set_ylabel("loss (nats per token)", fontsize=12)
