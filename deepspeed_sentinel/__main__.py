@@ -1,4 +1,7 @@
-"""The command line: ``python -m deepspeed_sentinel run | check | report | demo | attacks | simulate``."""
+"""The command line: ``python -m deepspeed_sentinel run | check | report | demo | attacks | simulate``.
+
+The script ``deepspeed-sentinel`` is the same; help shows the name that was called.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import json
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 from deepspeed_sentinel.config import SentinelConfig, load_block, read_config
@@ -13,15 +17,21 @@ from deepspeed_sentinel.flag import meant, mistyped
 
 _NO_BLOCK = 'no "sentinel" block: sentinel stays off. Add "sentinel": {"enabled": true} to switch it on.'
 
-_PROGRAM = "python -m deepspeed_sentinel"
+_ABOUT = "Guard a training run of DeepSpeed's pipeline engine, report on one, or attack one on purpose."
 _RUN = "run a training script; the DeepSpeed config decides whether it is watched"
 _RUN_EXAMPLE = "train.py --deepspeed_config ds_config.json"
+
+
+def _program() -> str:
+    """The name by which this was called."""
+    script = "deepspeed-sentinel"
+    return script if Path(sys.argv[0]).stem == script else "python -m deepspeed_sentinel"
 
 
 def _example(arguments: str) -> dict[str, Any]:
     """What makes an argument parser show an example below its help, as it is."""
     return {
-        "epilog": f"example:\n  {_PROGRAM} {arguments}",
+        "epilog": f"example:\n  {_program()} {arguments}",
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
 
@@ -35,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         from_launcher.append(arguments.pop(0))
     if arguments[:1] == ["run"]:
         return _run(arguments[1:], from_launcher)
-    parser = argparse.ArgumentParser(prog=_PROGRAM, description=__doc__, **_example("check ds_config.json"))
+    parser = argparse.ArgumentParser(prog=_program(), description=_ABOUT, **_example("check ds_config.json"))
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, about: str, example: str) -> argparse.ArgumentParser:
@@ -86,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str], from_launcher: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog=f"{_PROGRAM} run", description=_RUN, **_example(f"run {_RUN_EXAMPLE}"))
+    parser = argparse.ArgumentParser(prog=f"{_program()} run", description=_RUN, **_example(f"run {_RUN_EXAMPLE}"))
     parser.add_argument("script", help="training script that calls deepspeed.initialize")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     parsed = parser.parse_args(arguments)

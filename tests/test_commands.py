@@ -1,5 +1,6 @@
 """The command line: every help has an example, ``check`` answers at once, and nothing is coloured off a terminal."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -7,18 +8,42 @@ import sys
 import pytest
 
 from deepspeed_sentinel.__main__ import main
+from deepspeed_sentinel.simulation import cli
 
 COMMANDS = ("run", "check", "report", "demo", "attacks", "simulate")
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_every_help_has_an_example(command, capsys):
+def help_of(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"] if command else ["--help"])
-    said = capsys.readouterr().out
-    assert ended.value.code == 0 and "\x1b" not in said
-    assert f"example:\n  python -m deepspeed_sentinel {command or 'check'}" in said
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("called", ["/usr/bin/deepspeed-sentinel", "/usr/lib/deepspeed_sentinel/__main__.py"])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_help_has_an_example_by_the_name_that_was_called(command, called, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [called])
+    said = help_of(command, capsys)
+    program = "deepspeed-sentinel" if called.endswith("sentinel") else "python -m deepspeed_sentinel"
+    assert "\x1b" not in said and said.startswith(f"usage: {program} {command or '[-h]'}")
+    assert f"example:\n  {program} {command or 'check'}" in said
     assert all(f"    {name} " in said for name in COMMANDS if not command), "the first help lists all commands"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_what_people_read_has_no_markup(command, capsys):
+    assert "`" not in help_of(command, capsys)
+
+
+def test_the_help_of_simulate_is_in_groups(capsys):
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    groups = {group.title: {action.dest for action in group._group_actions} for group in parser._action_groups}
+    assert list(groups)[2:] == ["mesh", "attack", "model and data", "judgement", "output and sweeps"]
+    assert groups["options"] == {"help"} and {"stages", "replicas"} <= groups["mesh"]
+    assert {"attack", "attacker", "malicious", "start", "direction"} <= groups["attack"]
+    assert {"out", "events", "sweep", "processes"} <= groups["output and sweeps"]
 
 
 def test_check_loads_neither_torch_nor_numpy(tmp_path):

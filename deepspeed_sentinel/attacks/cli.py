@@ -26,5 +26,5 @@ def run() -> int:
     """Print the list; returns the exit status."""
     for name in attack_names():
         arguments, line = describe(name)
-        print(f"{name}({arguments})\n    {line}")
+        print(f"{name}({arguments})\n    {line.replace('``', '')}")
     return 0

@@ -9,10 +9,15 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepspeed_sentinel.demo.options import DemoOptions
+
+if TYPE_CHECKING:
+    from deepspeed_sentinel.demo.live import LiveView, PlainView
+    from deepspeed_sentinel.demo.progress import DemoState
 
 _NEEDED = ("rich", "matplotlib", "transformers", "tokenizers")
 # Arguments not given are the attack's own defaults; these are shown in titles, so they are spelt out.
@@ -169,6 +174,13 @@ def _prepare(options: DemoOptions) -> Path:
     return options_file
 
 
+def follow(lines: Iterable[Mapping[str, Any]], state: DemoState, shown: LiveView | PlainView) -> None:
+    """Take in new lines. Each is shown by itself, so that all is told in the order in which it happened."""
+    for line in lines:
+        state.apply(line)
+        shown.update(state)
+
+
 def _run(options: DemoOptions) -> int:
     from deepspeed_sentinel.demo import report
     from deepspeed_sentinel.demo.launch import error_tail, job
@@ -186,9 +198,7 @@ def _run(options: DemoOptions) -> int:
         running = True
         while running:
             running = process.poll() is None
-            for line in read():
-                state.apply(line)
-            shown.update(state)
+            follow(read(), state, shown)
             if running:
                 time.sleep(0.2)
     if process.returncode != 0 or not state.done:

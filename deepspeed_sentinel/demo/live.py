@@ -40,7 +40,8 @@ def sparkline(losses: list[float | None], width: int) -> str:
 def guard_totals(run: RunState) -> dict[str, Any]:
     """Running totals of the guarded run: steps with an alarm or a column left out, who is convicted, what was dealt.
 
-    "found_in" and "convicted_in" hold the first step for each worker, "dealt" the steps that other columns began with.
+    "found_in" and "convicted_in" hold the first step for each worker, "dealt" the steps that other columns began with,
+    "skipped" those in which no weight changed.
     """
     guards = [guard for guard in run.step_guard if guard]
     found, convicted = (
@@ -50,7 +51,7 @@ def guard_totals(run: RunState) -> dict[str, Any]:
     return {
         "alarmed_steps": sum(bool(guard["blamed"]) for guard in guards),
         "excluded_steps": sum(bool(guard["excluded"]) for guard in guards),
-        "skipped": sum(guard["skip"] for guard in guards),
+        "skipped": [guard["step"] for guard in guards if guard["skip"]],
         "convicted": guards[-1]["convicted"] if guards else [],
         "found_in": found,
         "convicted_in": convicted,
@@ -70,7 +71,7 @@ def columns_without(workers: list[list[int]], wiring: list[list[int]]) -> list[i
 
 
 class PlainView:
-    """One line whenever something worth reading happened; for logs and pipes."""
+    """One line whenever something worth reading happened; for logs and pipes. Steps are counted from 0."""
 
     def __init__(self, options: DemoOptions, every: int = 10) -> None:
         self.options, self.every = options, every
@@ -89,17 +90,18 @@ class PlainView:
         if state.message != self._message:
             self._message = state.message
             print(self._message, flush=True)
+        self._guard(state.runs["guarded"])
         for name, run in state.runs.items():
             while self._shown[name] + self.every <= len(run.losses):
                 self._shown[name] += self.every
                 loss = run.losses[self._shown[name] - 1]
                 shown = "not finite" if loss is None else f"{loss:.3f}"
-                print(f"{TITLES[name]}: step {self._shown[name]}/{self.options.steps}, loss {shown}", flush=True)
+                done = f"{self._shown[name]} of {self.options.steps} steps done"
+                print(f"{TITLES[name]}: {done}, training loss {shown}", flush=True)
             if run.ended and name not in self._ended:
                 self._ended.add(name)
                 shown = "not finite" if run.final_loss is None else f"{run.final_loss:.3f}"
                 print(f"{TITLES[name]}: held-out loss {shown}", flush=True)
-        self._guard(state.runs["guarded"])
 
     def _guard(self, run: RunState) -> None:
         for guard in filter(None, run.step_guard[self._guards :]):
@@ -112,6 +114,8 @@ class PlainView:
                 )
                 print(f"  step {guard['step']}: COLUMNS DEALT ANEW: {moves}", flush=True)
             self._wiring = guard["wiring"]
+            if guard["twins"]:
+                print(f"  step {guard['step']}: TWIN STEP: all columns get the same data and are compared", flush=True)
             # A convicted worker that goes on raises an alarm in every step.
             blamed = [worker for worker in guard["blamed"] if worker not in self._convicted]
             if blamed:
@@ -124,6 +128,8 @@ class PlainView:
                 if worker not in self._convicted:
                     self._convicted.append(worker)
                     print(f"  step {guard['step']}: CONVICTED stage {worker[0]} replica {worker[1]}", flush=True)
+            if guard["skip"]:
+                print(f"  step {guard['step']}: SKIPPED, no weight changes: {_why_skipped(guard)}", flush=True)
         self._guards = len(run.step_guard)
 
 
@@ -230,6 +236,7 @@ class LiveView:
         facts.add_row("[dim]steps with an alarm[/]", str(totals["alarmed_steps"]))
         facts.add_row("[dim]column left out of this step[/]", ", ".join(map(str, guard["excluded"])) or "none")
         facts.add_row("[dim]steps with a column left out[/]", str(totals["excluded_steps"]))
+        facts.add_row("[dim]steps skipped, all columns out[/]", ", ".join(map(str, totals["skipped"])) or "none")
         convicted = "\n".join(
             f"stage {stage} replica {replica}, in step {totals['convicted_in'][stage, replica]}"
             f" (first alarm: {totals['found_in'].get((stage, replica), 'none')})"
@@ -239,6 +246,12 @@ class LiveView:
         facts.add_row("[dim]columns dealt anew in step[/]", ", ".join(map(str, totals["dealt"])) or "none")
         facts.add_row("[dim]columns that go on[/]", f"[bold]{totals['going_on']} of {options.replicas}[/]")
         return facts
+
+
+def _why_skipped(guard: dict[str, Any]) -> str:
+    if len(guard["excluded"]) == len(guard["wiring"][0]):
+        return "every column is left out"
+    return "not every message could be judged"
 
 
 def _cell(guard: dict[str, Any] | None, convicted: list[list[int]], stage: int, column: int) -> str:

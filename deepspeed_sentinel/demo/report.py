@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ def write(options: DemoOptions, state: DemoState) -> dict[str, Any]:
     summary = summarise(options, state, events)
     (out / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     draw(options, state, events, summary)
-    show(summary, out)
+    show(options, summary)
     return summary
 
 
@@ -48,6 +50,7 @@ def draw(options: DemoOptions, state: DemoState, events: list[dict[str, Any]], s
         curves,
         attack_start=options.start_step,
         convicted_steps=[one["convicted_step"] for one in summary["attackers"] if one["convicted_step"] is not None],
+        skipped_steps=summary["skipped"]["all_columns_out"],
         title=f"{_NUMBERS.get(count, str(count))} tampering worker{'s'[: count > 1]}, with and without Sentinel",
         subtitle=f"{count} of {options.workers} workers ({names}) {verb} with all {what} sent: {fault}",
     )
@@ -60,8 +63,8 @@ def draw(options: DemoOptions, state: DemoState, events: list[dict[str, Any]], s
     )
 
 
-def show(summary: Mapping[str, Any], out: Path) -> None:
-    """The summary as a table in the terminal."""
+def show(options: DemoOptions, summary: Mapping[str, Any]) -> None:
+    """The summary as a table in the terminal, and where to read on."""
     from rich.console import Console
     from rich.table import Table
 
@@ -70,4 +73,16 @@ def show(summary: Mapping[str, Any], out: Path) -> None:
         table.add_row(what, value)
     console = Console()
     console.print(table)
-    console.print(f"Written to {out}: summary.json, loss.png, evidence.png, events.jsonl", soft_wrap=True)
+    for line in (
+        f"Written to {options.out}: summary.json, loss.png, evidence.png, events.jsonl",
+        f"More about the guarded run: {report_command(options)}",
+    ):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def report_command(options: DemoOptions) -> str:
+    """The line for a shell, in the folder that the demo was started in, that reports on the guarded run."""
+    # The package's script need not be on the path, and what a venv's interpreter links to does not know the package.
+    python, here = Path(sys.executable), Path.cwd()
+    shown = python.relative_to(here) if python.is_relative_to(here) else python
+    return shlex.join([str(shown), "-m", "deepspeed_sentinel", "report", str(options.sentinel_folder("guarded"))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,8 +29,16 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def spread(seconds: Sequence[float]) -> dict[str, Any] | None:
+    """How long steps took: how many, median and quartiles, in seconds; None where none was measured."""
+    if not seconds:
+        return None
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if seconds[1:] else [seconds[0]] * 3
+    return {"steps": len(seconds), "quartile_1": low, "median": middle, "quartile_3": high}
+
+
 def overhead(plain_seconds: Sequence[float], guarded_seconds: Sequence[float]) -> float | None:
-    """Median guarded time per step over median plain time per step; None where either was not measured."""
+    """Median guarded time of a step over median plain time; None where either was not measured."""
     if not plain_seconds or not guarded_seconds:
         return None
     return statistics.median(guarded_seconds) / statistics.median(plain_seconds)
@@ -54,6 +63,16 @@ def false_alarms(events: Iterable[Mapping[str, Any]], attackers: Collection[Plac
     )
 
 
+def skipped(events: Sequence[Mapping[str, Any]], columns: int) -> dict[str, list[int]]:
+    """Steps in which no weight changed: those with every column left out, of "columns", and "other" ones."""
+    out = {event["step"] for event in events if event["kind"] == "excluded" and len(event["columns"]) == columns}
+    steps = [event["step"] for event in events if event["kind"] == "skipped"]
+    return {
+        "all_columns_out": [step for step in steps if step in out],
+        "other": [step for step in steps if step not in out],
+    }
+
+
 def convictions(events: Iterable[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """Workers that were convicted, each once, in the order in which it happened."""
     return list(dict.fromkeys((event["stage"], event["replica"]) for event in events if event["kind"] == "conviction"))
@@ -64,7 +83,8 @@ def summarise(options: DemoOptions, state: DemoState, events: Sequence[Mapping[s
 
     "attackers": for each of them the steps in which it was first named and in which it was convicted, None if it was
     not. "columns": in which steps they were dealt anew, who serves which in the end ([stage][column], replicas), and
-    how many go on, having no convicted worker.
+    how many go on, having no convicted worker. "skipped": steps in which no weight changed, by why. "overhead" is the
+    ratio of the medians in "step_seconds", of steps with and without Sentinel in alternation, without attack.
     """
     convicted = convictions(events)
     early = {
@@ -103,7 +123,10 @@ def summarise(options: DemoOptions, state: DemoState, events: Sequence[Mapping[s
             "wiring": dealt[-1].wiring.tolist(),
             "going_on": int((~dealt[-1].lost).sum()),
         },
+        "skipped": skipped(events, options.replicas),
         "overhead": overhead(state.plain_seconds, state.guarded_seconds),
+        "step_seconds": {"plain": spread(state.plain_seconds), "guarded": spread(state.guarded_seconds)},
+        "machine": {"device": options.device, "processes": options.workers, "cpu_cores": os.cpu_count()},
     }
 
 
@@ -123,9 +146,8 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("columns that go on", f"{columns['going_on']} of {summary['mesh']['replicas']}"),
         ("false convictions", str(guarded["false_convictions"])),
         ("false alarms", f"{guarded['false_alarms']} of {guarded['judged_messages']} judged messages"),
-        ("skipped steps", str(guarded["skipped_steps"])),
-        ("overhead", "not measured" if summary["overhead"] is None else
-            f"{100 * (summary['overhead'] - 1):+.1f} % time per step, no attack"),
+        ("skipped steps", _skipped_steps(summary)),
+        ("time of a step with Sentinel", _overhead(summary)),
     ]  # fmt: skip
 
 
@@ -136,6 +158,38 @@ def worker_name(worker: Place) -> str:
 
 def _step(what: str, step: int | None) -> str:
     return f"never {what}" if step is None else f"{what} in step {step}"
+
+
+def _skipped_steps(summary: Mapping[str, Any]) -> str:
+    every, other = (", ".join(map(str, summary["skipped"][why])) for why in ("all_columns_out", "other"))
+    reasons = [f"in {every} every column was left out"] if every else []
+    reasons += [f"in {other} for another reason, see events.jsonl"] if other else []
+    count = sum(map(len, summary["skipped"].values()))
+    if not count:
+        return f"none of {summary['steps']}: a column was left in each"
+    return f"{count} of {summary['steps']}, and no weight changed: {'; '.join(reasons)}"
+
+
+def _overhead(summary: Mapping[str, Any]) -> str:
+    """The ratio, how much the steps differ among themselves, and what it does not tell."""
+    if summary["overhead"] is None:
+        return "not measured"
+    plain, guarded = summary["step_seconds"]["plain"], summary["step_seconds"]["guarded"]
+    machine = summary["machine"]
+    where = f"{machine['processes']} processes"
+    where += f" that share {machine['cpu_cores']} CPU cores" if machine["device"] == "cpu" else ", a GPU each"
+    return (
+        f"{100 * (summary['overhead'] - 1):+.0f} % over plain DeepSpeed, no attack: medians of "
+        f"{guarded['steps']} and {plain['steps']} steps in alternation\n"
+        f"with: {_seconds(guarded)}\nwithout: {_seconds(plain)}\n"
+        f"This is a tiny model on {where}, no measure of real ones. What was measured of larger models: "
+        "README.md, Cost, and docs/operations.md, Size"
+    )
+
+
+def _seconds(steps: Mapping[str, Any]) -> str:
+    low, middle, high = steps["quartile_1"], steps["median"], steps["quartile_3"]
+    return f"{middle:.2f} s, quartiles {low:.2f} to {high:.2f}"
 
 
 def _number(loss: float | None) -> str:

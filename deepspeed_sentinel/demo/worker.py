@@ -23,7 +23,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from deepspeed_sentinel import attach, corpus, initialize
 from deepspeed_sentinel.demo import model
-from deepspeed_sentinel.demo.options import DemoOptions
+from deepspeed_sentinel.demo.options import RUNS, DemoOptions
 from deepspeed_sentinel.demo.progress import Writer, finite
 
 _MESSAGES = {
@@ -87,7 +87,7 @@ class Trainer:
         return loss, time.perf_counter() - begin
 
     def held_out_loss(self, engine: Any) -> float:
-        """Loss on the same held-out micro-batches in every run."""
+        """Loss on the same held-out micro-batches in every run: of a plain engine, in which nobody tampers."""
         count = self.options.eval_micro_batches
         return float(engine.eval_batch(self.data(engine, held_out=True), num_micro_batches=count))
 
@@ -101,12 +101,15 @@ class Trainer:
             loss, seconds = self.step(engine, data)
             extra = {"guard": guard_facts(engine.sentinel)} if name == "guarded" else {}
             self.report("step", run=name, step=step, loss=finite(loss), seconds=seconds, **extra)
-        counts = {} if name == "clean" else dict(engine.sentinel.counts)
+        counts = {}
+        if name != "clean":
+            counts = dict(engine.sentinel.counts)
+            # Attached, it would leave the text of columns with a convicted worker out of the evaluation.
+            engine.sentinel.detach()
+        self.report("message", text=f"Run {RUNS.index(name) + 1}: measuring the held-out loss")
         self.report("run_end", run=name, final_loss=finite(self.held_out_loss(engine)), counts=counts)
         if name == "clean":
             self.overhead(engine, data)
-        else:
-            engine.sentinel.detach()
         engine.destroy()
         del engine
         gc.collect()
@@ -183,7 +186,7 @@ def work(rank: int, options: DemoOptions, port: int) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if options.device == "cuda" else "gloo", verbose=False)
     report = Writer(options.progress_file, active=torch.distributed.get_rank() == 0)
     trainer = Trainer(options, report)
-    for name in ("clean", "attacked", "guarded"):
+    for name in RUNS:
         trainer.run(name)
     report("message", text="All runs done")
     report("done")

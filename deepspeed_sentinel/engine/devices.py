@@ -79,6 +79,7 @@ class DeviceRecord:
         self._due = clock() + WRITE_SECONDS
         self._found: set[tuple[str, Worker]] = set()  # in this run: "proof" or "weights"
         self._named: set[tuple[str, str]] = set()
+        self._convicted = np.zeros(self._shape, bool)
         self.ledger = self._open(config, devices, control)
         if self.ledger:
             # A script need not detach, and one that ends by an error does not.
@@ -101,6 +102,7 @@ class DeviceRecord:
         """
         if not self.ledger:
             return
+        self._convicted = verdict.convicted
         proved = {proof.worker for proof in verdict.proofs} | set(poisoned.named if poisoned else ())
         self.ledger.record(
             **step_counts(verdict, served), proofs=self._marked(proved), unequal_weights=self._marked(unequal)
@@ -111,7 +113,10 @@ class DeviceRecord:
             self.write()
 
     def write(self) -> None:
-        """Bring the file up to date, and tell of devices whose rate of alarms lies above their peers'."""
+        """Bring the file up to date, and tell of devices whose rate of alarms lies above their peers'.
+
+        Not of a convicted worker's: the conviction says more.
+        """
         if not self.ledger:
             return
         self._due = self._clock() + WRITE_SECONDS
@@ -120,7 +125,8 @@ class DeviceRecord:
         except OSError as error:
             self._telling.unwritten(error)
         for above in self.ledger.report():
-            if self._is_new("rate", above.standing.key):
+            convicted = any(self._convicted[worker] for worker in above.standing.workers)
+            if not convicted and self._is_new("rate", above.standing.key):
                 self._telling.device(self._step(), above)
         self._name()  # where another process held the lock when the run began, the file was read only now
 

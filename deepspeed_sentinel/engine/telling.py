@@ -99,9 +99,10 @@ class Telling:
             return
         self._voice.note(guarding(config, mesh))
         for injection in config.inject:
+            arguments = f" {injection.arguments}" if injection.arguments else ""
             self._voice.note(
                 f"!!! FAULT INJECTION IS ON !!! {Worker(injection.stage, injection.replica)}: "
-                f"{injection.attack} {injection.arguments or ''} on {injection.direction} messages ({injection.where}) "
+                f"{injection.attack}{arguments} on {injection.direction} messages ({injection.where}) "
                 f"from step {injection.start_step}. Never do this in a run whose weights you need."
             )
 

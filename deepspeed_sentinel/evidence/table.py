@@ -26,6 +26,7 @@ class Statistic:
 
     Attributes:
         name: as in events.
+        meaning: the same in plain words, for whoever reads a line or a report: a few, no sentence.
         formula: for one message, with xbar its mean over tokens and m the EMA baseline.
         source: where the method comes from.
         scale: the unit that is compared. "log" cancels the growth of activations and the decay of gradients;
@@ -45,6 +46,7 @@ class Statistic:
     """
 
     name: str
+    meaning: str
     formula: str
     source: str
     scale: Literal["log", "arcsine", "fisher", "plain"] = "log"
@@ -62,28 +64,65 @@ _PAPER, _OURS = "arXiv 2603.03592", "ours, see docs/statistics.md"
 
 
 def _of_pair(
-    name: str, formula: str, scale: Literal["log", "arcsine", "fisher", "plain"], learnt: bool = False
+    name: str, meaning: str, formula: str, scale: Literal["log", "arcsine", "fisher", "plain"], learnt: bool = False
 ) -> Statistic:
-    return Statistic(name, formula, _OURS, scale, of_pair=True, adds_up=True, learnt=learnt)
+    return Statistic(name, meaning, formula, _OURS, scale, of_pair=True, adds_up=True, learnt=learnt)
 
 
 TABLE: tuple[Statistic, ...] = (
-    Statistic("mean_abs", "mean_d |xbar_d - m_d|", _PAPER, to_baseline=True),
-    Statistic("l2_rel", "||xbar - m|| / ||m||", _PAPER, to_baseline=True),
-    Statistic("sign_flip", "mean_d [sign xbar_d != sign m_d]", _PAPER, scale="arcsine", to_baseline=True),
     Statistic(
-        "sliced_wasserstein", "mean |projected quantiles - EMA of projected quantiles|", _PAPER, to_baseline=True
+        "mean_abs", "how far the average token is from its usual", "mean_d |xbar_d - m_d|", _PAPER, to_baseline=True
     ),
-    Statistic("energy", "mean_td x_td^2", "ours"),
-    Statistic("max_abs", "max_td |x_td|", "ours"),
-    Statistic("non_finite", "number of NaN and infinite elements", "ours", scale="plain", hard=True),
-    _of_pair("transfer_cosine", "mean_t cos(e_t, l_t): token entering, same token leaving", "fisher"),
-    _of_pair("transfer_gain", "mean_t log(|l_t| / |e_t|)", "plain"),
-    _of_pair("transfer_step", "||L - E|| / ||E||", "log"),
+    Statistic(
+        "l2_rel",
+        "how far the average token is from its usual, over its length",
+        "||xbar - m|| / ||m||",
+        _PAPER,
+        to_baseline=True,
+    ),
+    Statistic(
+        "sign_flip",
+        "share of dimensions whose average has the other sign than usual",
+        "mean_d [sign xbar_d != sign m_d]",
+        _PAPER,
+        scale="arcsine",
+        to_baseline=True,
+    ),
+    Statistic(
+        "sliced_wasserstein",
+        "how far values are spread otherwise than usual",
+        "mean |projected quantiles - EMA of projected quantiles|",
+        _PAPER,
+        to_baseline=True,
+    ),
+    Statistic("energy", "mean square of all values", "mean_td x_td^2", "ours"),
+    Statistic("max_abs", "largest value, whichever sign", "max_td |x_td|", "ours"),
+    Statistic(
+        "non_finite",
+        "NaN and infinite values, counted",
+        "number of NaN and infinite elements",
+        "ours",
+        scale="plain",
+        hard=True,
+    ),
+    _of_pair(
+        "transfer_cosine",
+        "how alike in direction tokens leave the stage as they entered",
+        "mean_t cos(e_t, l_t): token entering, same token leaving",
+        "fisher",
+    ),
+    _of_pair(
+        "transfer_gain",
+        "how much longer tokens leave the stage than they entered, logarithm",
+        "mean_t log(|l_t| / |e_t|)",
+        "plain",
+    ),
+    _of_pair("transfer_step", "size of the change that the stage makes", "||L - E|| / ||E||", "log"),
     # A difference between correlations has a size of its own: a few thousandths are neither harm nor evidence. It does
     # not add up: measured in a projection that a column keeps, it goes its own way while training moves the stage.
     Statistic(
         "cross_moment",
+        "how far what leaves the stage hangs on what entered otherwise than usual",
         "mean_k |corr_k(E, L) - EMA of it|, uncentred, per sketch dimension",
         _OURS,
         resolution=0.01,
@@ -91,13 +130,29 @@ TABLE: tuple[Statistic, ...] = (
         of_pair=True,
         learnt=True,
     ),
-    _of_pair("token_gram", "linear CKA of E and L: alignment of their token Gram matrices", "arcsine"),
     _of_pair(
-        "prediction_correlation", "corr(E W, L - E), both centred over tokens; W by ridge regression", "fisher", True
+        "token_gram",
+        "whether tokens resemble each other behind the stage as before it",
+        "linear CKA of E and L: alignment of their token Gram matrices",
+        "arcsine",
     ),
-    _of_pair("prediction_slope", "slope of L - E on E W, both centred over tokens", "plain", True),
+    _of_pair(
+        "prediction_correlation",
+        "how well the stage's change follows what is foretold of it",
+        "corr(E W, L - E), both centred over tokens; W by ridge regression",
+        "fisher",
+        True,
+    ),
+    _of_pair(
+        "prediction_slope",
+        "how large the stage's change is beside what is foretold of it",
+        "slope of L - E on E W, both centred over tokens",
+        "plain",
+        True,
+    ),
     Statistic(
         "passed_on",
+        "tensors that the stage always handed on unchanged and did not",
         "number of tensors that used to pass the sender unchanged and did not",
         _OURS,
         scale="plain",
@@ -106,6 +161,7 @@ TABLE: tuple[Statistic, ...] = (
     ),
     Statistic(
         "from_nothing",
+        "a gradient made from one that was zero",
         "1 where the sender made a gradient from one that was zero",
         _OURS,
         scale="plain",
@@ -121,6 +177,12 @@ TO_BASELINE = np.array([row.to_baseline for row in TABLE])
 LEARNT = np.array([row.learnt for row in TABLE])
 BY_JUDGE = np.array([row.by_judge for row in TABLE])
 FLOORS = np.array([row.floor for row in TABLE])
+_MEANINGS = {row.name: row.meaning for row in TABLE}
+
+
+def in_words(name: str) -> str:
+    """``energy`` -> "energy (mean square of all values)"; a name that is none of the table's stays as it is."""
+    return f"{name} ({_MEANINGS[name]})" if name in _MEANINGS else name
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from deepspeed_sentinel.evidence.table import in_words
 from deepspeed_sentinel.judgement.proof import Difference, Proof
 from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.mesh import DIRECTIONS, Worker
@@ -84,7 +85,8 @@ class Finding:
     def __str__(self) -> str:
         sent = f"{self.worker} sent {DIRECTIONS[self.direction]} messages"
         of_part = "" if self.part is None else f" of part {self.part}"
-        measured = f"{self.statistic}{of_part} = {self.value:.6g}, score {self.score:.3g}"
+        meaning = in_words(self.statistic).removeprefix(self.statistic)
+        measured = f"{self.statistic}{of_part} = {self.value:.6g}{meaning}, score {self.score:.3g}"
         if self.statistic in _NOT_FENCED:
             what = _NOT_FENCED[self.statistic].format(self.value)
             return (

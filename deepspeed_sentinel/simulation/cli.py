@@ -24,56 +24,100 @@ if TYPE_CHECKING:
     from deepspeed_sentinel.simulation.run import Simulation
 
 _NEEDED = ("rich", "transformers", "tokenizers")
+_RESULT = "result.json"
 _WORTH_A_PROCESS = 50  # steps; starting a process takes as long as a few dozen of them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of a simulation on ``parser``."""
-    default = {field.name: field.default for field in fields(SimulationOptions)}
-    add = parser.add_argument
+    _mesh(_Group(parser, "mesh", "how many workers, and who serves which column"))
+    _attack(_Group(parser, "attack", "what is done to it, and by whom"))
+    _training(_Group(parser, "model and data", "what is trained, and how long"))
+    _judgement(_Group(parser, "judgement", "how it is judged"))
+    _output(_Group(parser, "output and sweeps", "what is written, and many runs at once"))
 
-    def number(name: str, kind: type, text: str) -> None:
-        add(f"--{name.replace('_', '-')}", type=kind, default=default[name], help=f"{text} (default %(default)s)")
 
-    def choice(name: str, allowed: tuple[str, ...], text: str) -> None:
-        add(f"--{name}", choices=allowed, default=default[name], help=f"{text} (default %(default)s)")
+class _Group:
+    """Options under one heading of the help; their defaults are those of ``SimulationOptions``."""
 
-    number("stages", int, "pipeline stages")
-    number("replicas", int, "replicas of each stage")
-    number("malicious", float, "share of each middle stage's workers that tamper")
-    add("--attacker", action="append", default=[], metavar="STAGE,REPLICA", help="in place of that share, repeatable")
+    def __init__(self, parser: argparse.ArgumentParser, title: str, about: str) -> None:
+        self.add = parser.add_argument_group(title, about).add_argument
+        self._default = {field.name: field.default for field in fields(SimulationOptions)}
+
+    def number(self, name: str, kind: type, text: str) -> None:
+        option, default = f"--{name.replace('_', '-')}", self._default[name]
+        shown = "N" if kind is int else "SHARE"
+        self.add(option, type=kind, default=default, metavar=shown, help=f"{text} (default %(default)s)")
+
+    def choice(self, name: str, allowed: tuple[str, ...], text: str) -> None:
+        self.add(f"--{name}", choices=allowed, default=self._default[name], help=f"{text} (default %(default)s)")
+
+
+def _mesh(group: _Group) -> None:
+    group.number("stages", int, "pipeline stages")
+    group.number("replicas", int, "replicas of each stage")
+    group.add(
+        "--wiring", choices=("heal", "static", "shuffle"), help="how columns are dealt (default: as --config says)"
+    )
+
+
+def _attack(group: _Group) -> None:
+    add = group.add
     add("--attack", metavar="NAME", help="an attack (see: attacks), or path/to/file.py:ClassName; without it, nobody")
     add("--attack-arg", action="append", default=[], metavar="NAME=VALUE", help="argument of the attack, repeatable")
-    choice("direction", ("forward", "backward", "both"), "which messages are tampered with")
-    number("steps", int, "training steps")
-    number("start", int, "first step in which the attack may act")
-    number("seed", int, "of weights, data, wirings, attackers and attack")
-    choice("model", tuple(SIZES), "size of the Llama; tiny is for a quick look, see docs/simulator.md")
-    add("--moe", action="store_true", help="a mixture of experts in place of each MLP")
-    for name in ("micro_batches", "micro_batch_size", "sequence"):
-        add(f"--{name.replace('_', '-')}", type=int, default=0, help="of each column (default: by the model's size)")
-    add("--wiring", choices=("heal", "static", "shuffle"), help="how columns are dealt (default: as --config says)")
-    changes = ("none", "kinds", "crossing", "spells", "turn", "spike", "spikes", "rate", "sequence")
-    choice("change", changes, "an honest change that training goes through")
-    number("change_at", int, "its first step")
-    number("twins_every", int, "one step in so many is a twin step, 0 on suspicion alone")
-    choice("verifier", ("trusted", "receiver"), "who computes the statistics; a malicious receiver may lie")
-    choice("evidence", ("paper", "all"), "the four distances of the paper alone, or every statistic")
-    choice("guard", ("on", "off"), "off lets the attack through")
-    choice("procedure", ("ours", "paper"), "how to judge; paper: as arXiv 2603.03592, messages of --direction alone")
-    number("honest_steps", int, "steps that --procedure paper takes for honest; --start must not be below")
-    number("stop_after", int, "end so many steps after all who tamper are convicted, 0 never")
+    group.number("malicious", float, "share of each middle stage's workers that tamper")
+    add("--attacker", action="append", default=[], metavar="STAGE,REPLICA", help="in place of that share, repeatable")
     add("--majority", action="store_true", help="allow half of a stage's workers or more to be malicious")
-    number("chunk", int, "micro-batches computed at once, 0 for all; fewer need less memory")
-    add("--threads", type=int, default=0, help="of the CPU; 0 is 1 for tiny, which leaves a core to its clean run")
+    group.choice("direction", ("forward", "backward", "both"), "which messages are tampered with")
+    group.number("start", int, "first step in which the attack may act")
+
+
+def _training(group: _Group) -> None:
+    add = group.add
+    group.choice("model", tuple(SIZES), "size of the Llama; tiny is for a quick look, see docs/simulator.md")
+    add("--moe", action="store_true", help="a mixture of experts in place of each MLP")
+    group.number("steps", int, "training steps")
+    group.number("seed", int, "of weights, data, wirings, attackers and attack")
+    sizes = {
+        "--micro-batches": "micro-batches of a column",
+        "--micro-batch-size": "sequences of a micro-batch",
+        "--sequence": "tokens of a sequence",
+    }
+    for option, what in sizes.items():
+        add(option, type=int, default=0, metavar="N", help=f"{what} (default: by the model's size)")
+    changes = ("none", "kinds", "crossing", "spells", "turn", "spike", "spikes", "rate", "sequence")
+    group.choice("change", changes, "an honest change that training goes through")
+    group.number("change_at", int, "its first step")
+    group.choice("dtype", ("float32", "bfloat16"), "what to compute in")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default %(default)s)")
-    choice("dtype", ("float32", "bfloat16"), "what to compute in")
-    add("--config", type=Path, help='JSON file with a "sentinel" block: how to judge (default: its defaults)')
-    add("--no-clean", action="store_true", help="leave out the clean run of the same seed, and so loss.clean")
+    add("--threads", type=int, default=0, metavar="N",
+        help="of the CPU; 0 is 1 for tiny, which leaves a core to its clean run")  # fmt: skip
+    group.number("chunk", int, "micro-batches computed at once, 0 for all; fewer need less memory")
+
+
+def _judgement(group: _Group) -> None:
+    add = group.add
+    add(
+        "--config", type=Path, metavar="FILE", help='JSON with a "sentinel" block: how to judge (default: its defaults)'
+    )
+    group.choice("guard", ("on", "off"), "off lets the attack through")
+    group.number("twins_every", int, "one step in so many is a twin step, 0 on suspicion alone")
+    group.choice("verifier", ("trusted", "receiver"), "who computes the statistics; a malicious receiver may lie")
+    group.choice("evidence", ("paper", "all"), "the four distances of the paper alone, or every statistic")
+    group.choice(
+        "procedure", ("ours", "paper"), "how to judge; paper: as arXiv 2603.03592, messages of --direction alone"
+    )
+    group.number("honest_steps", int, "steps that --procedure paper takes for honest; --start must not be below")
+    group.number("stop_after", int, "end so many steps after all who tamper are convicted, 0 never")
+
+
+def _output(group: _Group) -> None:
+    add = group.add
+    add("--out", type=Path, metavar="FILE", help=f"where the result goes (default: {_RESULT}, or as the sweep says)")
     add("--events", type=Path, metavar="FOLDER", help="write there what a live run writes, for: report FOLDER")
-    add("--out", type=Path, help="file for the result (default: result.json, or as the sweep says)")
+    add("--no-clean", action="store_true", help="leave out the clean run of the same seed, and so loss.clean")
     add("--sweep", type=Path, metavar="TOML", help="run all of a sweep file; what its table already has is kept")
-    add("--processes", type=int, default=0, help="of a sweep; 0 is one a core (default %(default)s)")
+    add("--processes", type=int, default=0, metavar="N", help="of a sweep; 0 is one a core (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,11 +157,15 @@ def run(args: argparse.Namespace) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-    out = args.out or Path("result.json")
+    out = args.out or Path(_RESULT)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     print(summary(document))
-    print(f"Written to {out}")
+    elsewhere = "" if args.out else "; --out FILE writes it elsewhere"
+    print(f"Result written to {out.absolute()}{elsewhere}")
+    if args.events:
+        folder = args.events.absolute()
+        print(f"Events written to {folder}: report {folder} shows them")
     return 0
 
 
@@ -242,19 +290,30 @@ def _bar(name: str, steps: int) -> Iterator[Callable[[Verdict | None], None]]:
 def summary(document: dict[str, Any]) -> str:
     """A result in a few lines."""
 
-    def shown(value: float | None, form: str = ".3f") -> str:
-        return "-" if value is None else format(value, form)
+    def shown(value: float | None, form: str = ".3f", missing: str = "undefined") -> str:
+        return missing if value is None else format(value, form)
 
-    loss = document["loss"]
-    lines = [
-        f"{len(document['malicious'])} malicious workers, {len(document['convicted'])} convicted, "
-        f"{document['false_convictions']} of them wrongly: F1 {shown(document['f1'])}, precision "
-        f"{shown(document['precision'])}, recall {shown(document['recall'])}",
-        f"steps to a worker's first alarm: mean {shown(document['detection_steps_mean'], '.1f')}, most "
-        f"{shown(document['detection_steps_max'], 'd')}",
-        f"{document['judged_messages']} messages judged, {document['false_alarms']} false alarms "
-        f"({shown(document['false_alarm_rate'], '.2%')})",
-        "held-out loss: " + ", ".join(f"{name} {shown(value)}" for name, value in loss.items()),
+    malicious, convicted = len(document["malicious"]), len(document["convicted"])
+    who = f"{malicious} malicious workers" if malicious else "nobody tampered"
+    lines = [f"{who}, {convicted} convicted"]
+    if document["details"]["guard"] == "off":
+        lines = [f"{who}; not judged, since the guard is off"]
+    elif malicious:
+        lines[0] += (
+            f", {document['false_convictions']} of them wrongly: F1 {shown(document['f1'])}, precision "
+            f"{shown(document['precision'])}, recall {shown(document['recall'])}"
+        )
+        first, most = document["detection_steps_mean"], document["detection_steps_max"]
+        took = "none" if first is None else f"{first:.1f} steps after they began on average, at most {most}"
+        lines.append(f"malicious workers' first alarms: {took}")
+    rate = document["false_alarm_rate"]
+    if document["details"]["guard"] != "off":
+        alarms = "" if rate is None else f", {document['false_alarms']} false alarms ({rate:.2%})"
+        lines.append(f"{document['judged_messages']} messages judged{alarms}")
+    names = {"attacked": "attacked (no guard)"}
+    losses = (f"{names.get(name, name)} {shown(value, missing='not run')}" for name, value in document["loss"].items())
+    lines += [
+        f"held-out loss: {', '.join(losses)}",
         f"{document['seconds']:.0f} s, {document['details']['seconds_a_step']:.3f} s a step",
     ]
     return "\n".join(lines)

@@ -5,7 +5,8 @@ beside that, what is given to
 
     deepspeed     ``--exclude=node-3:1,4``  these slots of these hosts
     a hostfile    the hosts without any of them, whole
-    SLURM         ``--exclude=node-3``      of sbatch and srun, which leave out whole hosts
+    SLURM         ``--exclude=node-3``      of sbatch and srun, which leave out whole hosts: ``slurm_note`` says what
+                                            goes with the bad
 
 A slot is a worker's place among the processes of its host, as DeepSpeed's launcher counts where all slots of a host are
 in use.
@@ -179,8 +180,21 @@ def exclusions(
         "deepspeed": f"--exclude={'@'.join(f'{host}:{_list(slots)}' for host, slots in bad.items())}" if bad else "",
         "hostfile": [f"{host} slots={slots}" for host, slots in everywhere.items() if host not in bad],
         "slurm": f"--exclude={_list(bad)}" if bad else "",
+        "slurm_note": _beside_the_bad(bad, everywhere),
         "replicas_left": (stages * replicas - len(convicts)) // stages,
     }
+
+
+def _beside_the_bad(bad: dict[str, list[int]], everywhere: Counter[str]) -> str:
+    """What SLURM's line takes out although nothing is known against it: it has no word for a slot of a host."""
+    told = []
+    for host, slots in bad.items():
+        sound = everywhere[host] - len(slots)
+        if host not in everywhere:
+            told.append(f"with {host} all it has")
+        elif sound:
+            told.append(f"with {host} also {sound} slot{'s'[: sound != 1]} that nothing is known against")
+    return f"SLURM leaves out whole hosts, not single GPUs: {'; '.join(told)}" if told else ""
 
 
 def _doubted(device: Device, devices: Sequence[Sequence[Device]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line: bad input ends at once with what is allowed; the view says what happens."""
 
 import argparse
+import re
 
 import pytest
 
@@ -93,7 +94,7 @@ PACKED = [[0, 1, 2], [2, 1, 0], [0, 1, 2], [0, 1, 2]]
 SCORES = [[0.5, 0.4, 0.3], [0.2, 0.2, 9.0], [7.0, None, 0.4], [0.1, 0.1, 0.1]]
 
 
-def guard(step, wiring, blamed=(), excluded=(), convicted=(), twins=False):
+def guard(step, wiring, blamed=(), excluded=(), convicted=(), twins=False, skip=False):
     return {
         "step": step,
         "warming_up": False,
@@ -101,7 +102,7 @@ def guard(step, wiring, blamed=(), excluded=(), convicted=(), twins=False):
         "blamed": [list(worker) for worker in blamed],
         "excluded": list(excluded),
         "convicted": [list(worker) for worker in convicted],
-        "skip": False,
+        "skip": skip,
         "twins": twins,
         "wiring": wiring,
     }
@@ -110,7 +111,7 @@ def guard(step, wiring, blamed=(), excluded=(), convicted=(), twins=False):
 GUARDS = [
     {},
     guard(39, OWN),
-    guard(40, OWN, [(1, 2), (2, 0)], [0, 2]),
+    guard(40, OWN, [(1, 2), (2, 0)], [0, 1, 2], skip=True),
     guard(41, PACKED, [(1, 2), (2, 0)], [0]),
     guard(42, PACKED, [], [0], [(1, 2)], twins=True),
     guard(43, PACKED, [(1, 2)], [0], [(1, 2), (2, 0)]),
@@ -130,12 +131,40 @@ def test_lines_tell_once_of_alarms_deals_and_convictions(state, capsys):
         plain.update(state)
         plain.update(state)
     text = capsys.readouterr().out
-    assert text.count("step 40: ALARM stage 1 replica 2, stage 2 replica 0; columns left out: [0, 2]") == 1
+    assert text.count("step 40: ALARM stage 1 replica 2, stage 2 replica 0; columns left out: [0, 1, 2]") == 1
+    assert text.count("step 40: SKIPPED, no weight changes: every column is left out") == 1
+    assert text.count("SKIPPED") == 1
+    assert text.index("step 42: TWIN STEP") < text.index("step 42: CONVICTED")
     assert text.count("DEALT ANEW") == 1
     assert "step 41: COLUMNS DEALT ANEW: stage 1 replica 2 to column 0, stage 1 replica 0 to column 2" in text
     assert text.count("step 42: CONVICTED stage 1 replica 2") == 1
     assert text.count("step 43: CONVICTED stage 2 replica 0") == 1
     assert "step 43: ALARM" not in text, "a convicted worker's alarms are no news"
+
+
+def test_lines_tell_what_happens_in_the_order_in_which_it_does(capsys):
+    """All of a stream that comes in one piece, as it does where the machine is busy."""
+    first, later = guard(0, OWN, [(1, 2)], [2]), [guard(step, OWN) for step in range(1, 10)]
+    steps = [{"kind": "step", "loss": 3.0, "seconds": 0.5, "run": "guarded", "guard": one} for one in (first, *later)]
+    stream = [
+        {"kind": "message", "text": "Run 3"},
+        *steps,
+        {"kind": "message", "text": "Run 3: held-out"},
+        {"kind": "run_end", "run": "guarded", "final_loss": 2.5},
+        {"kind": "message", "text": "All runs done"},
+    ]
+    state = DemoState()
+    with live.PlainView(DemoOptions()) as plain:
+        cli.follow(stream, state, plain)
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        "Run 3",
+        "  step 0: ALARM stage 1 replica 2; columns left out: [2]",
+        "3 attacked, guarded: 10 of 60 steps done, training loss 3.000",
+        "Run 3: held-out",
+        "3 attacked, guarded: held-out loss 2.500",
+        "All runs done",
+    ]
 
 
 def picture_of(state):
@@ -155,6 +184,7 @@ def test_picture_shows_who_serves_which_column_and_what_goes_on(state):
     (row,) = (line for line in shown.splitlines() if "stage 1 " in line and "CONV." in line and "r1" in line)
     assert row.index("r2 9.0 CONV.") < row.index("r1 0.2") < row.index("r0 0.2"), "the attacker serves column 0 now"
     assert "2 of 3" in shown
+    assert re.search(r"steps skipped.*\b40\b", shown)
     assert "stage 1 replica 2, in step 42 (first alarm: 40)" in shown
     assert "stage 2 replica 0, in step 43 (first alarm: 40)" in shown
 

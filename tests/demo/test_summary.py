@@ -1,6 +1,7 @@
 """summary.json from a recorded stream: every number is checked against what the stream says."""
 
 import json
+import subprocess
 
 import pytest
 
@@ -54,6 +55,10 @@ EVENTS = [
     dealt(44, (1, 2, 2, 0), (1, 0, 0, 2)),
     alarm(45, 2, 1, [0, 3]),  # an honest worker: false, two messages
     alarm(46, 2, 0),
+    {"kind": "excluded", "step": 45, "columns": [0, 1]},
+    {"kind": "excluded", "step": 46, "columns": [0, 1, 2]},
+    {"kind": "skipped", "step": 46},
+    {"kind": "skipped", "step": 47},
     conviction(50, 2, 0),
     conviction(51, 2, 1),
     dealt(52, (2, 1, 1, 2), (2, 2, 2, 1)),
@@ -62,8 +67,8 @@ EVENTS = [
 
 def test_numbers_follow_from_the_stream(lines):
     result = summary.summarise(OPTIONS, fold(lines), EVENTS)
-    keys = {"mesh", "steps", "attack", "attackers", "clean", "attacked", "guarded", "columns", "overhead"}
-    assert set(result) == keys
+    runs, measured = {"clean", "attacked", "guarded"}, {"overhead", "step_seconds", "machine"}
+    assert set(result) == {"mesh", "steps", "attack", "attackers", "columns", "skipped", *runs, *measured}
     assert result["mesh"] == {"stages": 4, "replicas": 3}
     assert result["attack"]["factor"] == -1
     assert result["attackers"] == [
@@ -75,7 +80,12 @@ def test_numbers_follow_from_the_stream(lines):
     assert result["columns"] == {"dealt_steps": [44, 52], "wiring": wiring, "going_on": 1}
     assert result["clean"] == {"final_loss": 2.5, "steps_per_s": pytest.approx(2.0)}
     assert result["attacked"] == {"final_loss": None}
+    assert result["skipped"] == {"all_columns_out": [46], "other": [47]}
     assert result["overhead"] == pytest.approx(1.2)
+    plain, guarded = result["step_seconds"]["plain"], result["step_seconds"]["guarded"]
+    assert plain == {"steps": 3, "quartile_1": 0.5, "median": 0.5, "quartile_3": pytest.approx(4.75)}
+    assert guarded == {"steps": 3, "quartile_1": pytest.approx(0.35), "median": 0.6, "quartile_3": 0.6}
+    assert result["machine"]["device"] == "cpu" and result["machine"]["processes"] == 12
     assert result["guarded"] == {
         "final_loss": 2.6,
         "steps_per_s": pytest.approx(2.0),
@@ -97,6 +107,28 @@ def test_convicting_the_attacker_before_it_attacks_is_false_too(lines):
 
 def test_overhead_that_was_not_measured_is_null():
     assert summary.overhead([], [0.5]) is None
+    assert summary.spread([]) is None
+    assert summary.spread([0.5]) == {"steps": 1, "quartile_1": 0.5, "median": 0.5, "quartile_3": 0.5}
+
+
+def rows_of(lines, events=EVENTS):
+    return dict(summary.table_rows(summary.summarise(OPTIONS, fold(lines), events)))
+
+
+def test_overhead_is_told_with_its_spread_and_what_it_does_not_tell(lines):
+    told = rows_of(lines)["time of a step with Sentinel"]
+    assert told.startswith("+20 % over plain DeepSpeed, no attack: medians of 3 and 3 steps")
+    assert "with: 0.60 s, quartiles 0.35 to 0.60\nwithout: 0.50 s, quartiles 0.50 to 4.75" in told
+    assert "tiny model on 12 processes that share" in told and "docs/operations.md" in told
+    unmeasured = [line for line in lines if line["kind"] != "overhead"]
+    assert rows_of(unmeasured)["time of a step with Sentinel"] == "not measured"
+
+
+def test_skipped_steps_are_told_with_why(lines):
+    told = rows_of(lines)["skipped steps"]
+    assert told.startswith("2 of 60, and no weight changed: in 46 every column was left out; in 47 for another reason")
+    unskipped = [event for event in EVENTS if event["kind"] != "skipped"]
+    assert rows_of(lines, unskipped)["skipped steps"] == "none of 60: a column was left in each"
 
 
 def test_report_writes_all_files(lines, tmp_path, capsys):
@@ -111,6 +143,10 @@ def test_report_writes_all_files(lines, tmp_path, capsys):
     assert "not finite" in shown and "\x1b" not in shown, "no colours where there is no terminal"
     assert "found in step 41, convicted in step 43" in shown and "found in step 46, convicted in step 50" in shown
     assert "for steps 44, 52" in shown and "1 of 3" in shown
+    command = shown.splitlines()[-1].removeprefix("More about the guarded run: ")
+    reported = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert reported.returncode == 0, reported.stderr
+    assert "stage 1, replica 2" in reported.stdout
 
 
 def test_writer_and_reader_hand_over_whole_lines_only(tmp_path):

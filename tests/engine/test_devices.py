@@ -164,13 +164,21 @@ def test_a_checkpoint_without_a_ledger_that_can_be_read_ends_no_run(said, honest
     assert len(said) == bool(isinstance(state, dict) and state["ledger"] is not None)
 
 
+def acquitted(verdict, *but):
+    """A verdict in which nobody is convicted but those."""
+    convicted = np.zeros_like(verdict.convicted)
+    for worker in but:
+        convicted[worker] = True
+    return replace(verdict, convicted=convicted)
+
+
 def test_a_rate_above_the_peers_is_told_once_and_convicts_nobody(said, tmp_path):
     world = World()
     world.warm_up()
 
     run = Run(tmp_path)
     for _ in range(12):
-        run.step(world.step(tamper))
+        run.step(acquitted(world.step(tamper), Worker(2, 0)))
     assert run.standing().alarmed_steps == 12
     run.record.write()
     run.end()
@@ -180,6 +188,21 @@ def test_a_rate_above_the_peers_is_told_once_and_convicts_nobody(said, tmp_path)
     again = Run(tmp_path)
     assert not again.record.ledger.named()
     again.end()
+
+
+def test_the_rate_of_a_convicted_workers_device_is_not_told_before_it_is_released(said, tmp_path):
+    world = World()
+    world.warm_up()
+    run = Run(tmp_path)
+    for _ in range(12):
+        verdict = world.step(tamper)
+        run.step(verdict)
+    assert verdict.convicted[CULPRIT] and run.standing().alarmed_steps == 12
+    run.record.write()
+    assert not said and not run.events(), "the conviction has told of it"
+    run.step(acquitted(world.step(None)))
+    run.end()
+    assert run.events() == [("rate", KEY, [[1, 2]])]
 
 
 @pytest.mark.parametrize("action", ["exclude", "observe"])

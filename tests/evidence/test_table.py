@@ -1,6 +1,9 @@
+import re
+from pathlib import Path
+
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import NAMES, TABLE, comparable
+from deepspeed_sentinel.evidence.table import NAMES, TABLE, comparable, in_words
 
 
 def row(**values):
@@ -10,6 +13,16 @@ def row(**values):
 def test_names_are_unique_and_every_row_has_a_formula_and_a_source():
     assert len(set(NAMES)) == len(TABLE)
     assert all(entry.formula and entry.source for entry in TABLE)
+
+
+def test_every_row_has_a_few_plain_words_and_the_page_has_the_same():
+    page = (Path(__file__).parents[2] / "docs" / "statistics.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", page, re.MULTILINE))
+    for entry in TABLE:
+        assert 2 <= len(entry.meaning.split()) <= 14 and entry.name not in entry.meaning
+        assert told[entry.name] == entry.meaning
+    assert in_words("energy") == "energy (mean square of all values)"
+    assert in_words("of another version") == "of another version"
 
 
 def test_comparable_is_finite_for_all_but_missing_values():

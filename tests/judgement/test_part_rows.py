@@ -66,6 +66,7 @@ def test_a_message_of_one_part_has_no_part_to_name():
 
     (finding,) = world.step(change).findings
     assert finding.part is None and "part" not in str(finding)
+    assert "energy = " in str(finding) and " (mean square of all values), score " in str(finding)
 
 
 def test_a_gradient_is_zero_only_if_all_its_parts_are():

@@ -6,6 +6,7 @@ import pytest
 
 from deepspeed_sentinel.__main__ import main
 from deepspeed_sentinel.attacks import attack_names
+from deepspeed_sentinel.simulation.cli import summary
 
 MESH = ["simulate", "--stages", "4", "--replicas", "4"]
 RUN = [*MESH, "--steps", "4", "--start", "2", "--sequence", "16", "--micro-batch-size", "1"]
@@ -81,4 +82,42 @@ def test_attacks_are_listed_with_their_arguments(capsys):
     assert main(["attacks"]) == 0
     listed = capsys.readouterr().out
     assert all(f"{name}(" in listed for name in attack_names())
-    assert "scaling(factor=-1.0)\n    The message times ``factor``." in listed
+    assert "scaling(factor=-1.0)\n    The message times factor." in listed and "`" not in listed
+
+
+RESULT = {
+    "malicious": [[1, 0]], "convicted": [[1, 0]], "false_convictions": 0, "f1": 1.0, "precision": 1.0, "recall": 1.0,
+    "detection_steps_mean": 2.0, "detection_steps_max": 2, "judged_messages": 96, "false_alarms": 0,
+    "false_alarm_rate": 0.0, "loss": {"clean": 4.0, "attacked": None, "guarded": 4.1}, "seconds": 3.0,
+    "details": {"seconds_a_step": 0.1, "guard": "on"},
+}  # fmt: skip
+NOBODY = {"malicious": [], "convicted": [], "f1": None, "precision": None, "recall": None,
+          "detection_steps_mean": None, "detection_steps_max": None}  # fmt: skip
+
+
+def test_the_summary_says_what_was_not_run():
+    assert "held-out loss: clean 4.000, attacked (no guard) not run, guarded 4.100" in summary(RESULT)
+    assert "1 malicious workers, 1 convicted, 0 of them wrongly: F1 1.000" in summary(RESULT)
+    unfound = {**RESULT, "convicted": [], "f1": 0.0, "precision": None, **dict.fromkeys(list(NOBODY)[5:])}
+    assert "F1 0.000, precision undefined" in summary(unfound)
+    assert "malicious workers' first alarms: none" in summary(unfound)
+    honest = summary({**RESULT, **NOBODY})
+    assert "nobody tampered, 0 convicted" in honest and "F1" not in honest and "first alarm" not in honest
+    assert not {"-", "None"} & set(honest.replace(",", " ").split())
+    unguarded = summary({
+        **RESULT, "convicted": [], "judged_messages": 0, "false_alarm_rate": None, "details": {**RESULT["details"],
+        "guard": "off"}, "loss": {"clean": 4.0, "attacked": 5.0, "guarded": None},
+    })  # fmt: skip
+    assert "1 malicious workers; not judged, since the guard is off" in unguarded and "guarded not run" in unguarded
+    assert "F1" not in unguarded and "messages" not in unguarded
+
+
+def test_a_run_says_where_it_wrote(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*RUN, "--no-clean", "--events", "logs"]) == 0
+    said = capsys.readouterr().out
+    assert f"Result written to {tmp_path / 'result.json'}" in said and "--out FILE writes it elsewhere" in said
+    assert f"Events written to {tmp_path / 'logs'}: report {tmp_path / 'logs'} shows them" in said
+    assert main([*RUN, "--no-clean", "--out", "mine.json"]) == 0
+    said = capsys.readouterr().out
+    assert f"Result written to {tmp_path / 'mine.json'}" in said and "elsewhere" not in said

@@ -8,11 +8,12 @@ import numpy as np
 
 from deepspeed_sentinel.mesh import Mesh
 from deepspeed_sentinel.telemetry.deals import deals
-from deepspeed_sentinel.telemetry.evidence_plot import plot_evidence
+from deepspeed_sentinel.telemetry.evidence_plot import lost_columns, plot_evidence
 
 
-def step(number, score=0.4):
-    return {"kind": "step", "step": number, "scores": [[score] * 3] * 4, "excluded": [], "warming_up": number < 2}
+def step(number, score=0.4, excluded=()):
+    scores, out = [[score] * 3] * 4, list(excluded)
+    return {"kind": "step", "step": number, "scores": scores, "excluded": out, "warming_up": number < 2}
 
 
 def conviction(number, stage, replica):
@@ -43,16 +44,48 @@ def drawn(tmp_path, monkeypatch):
     return draw
 
 
-def legend_of(figure):
-    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+def legends_of(figure):
+    return [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes if axes.get_legend()]
 
 
-def test_legend_explains_what_there_is_and_nothing_else(drawn):
-    assert legend_of(drawn(*STEPS)) == ["blamed in this step"]
-    full = legend_of(drawn(*STEPS, TWINS, conviction(5, 1, 2), PACKED))
-    assert any("convicted" in text for text in full)
-    assert any("twin step" in text for text in full)
-    assert any("serves this column" in text for text in full)
+ALARM = {"kind": "alarm", "step": 4, "stage": 1, "replica": 2, "micro_batches": [0]}
+SKIPPED = {"kind": "skipped", "step": 4}
+
+
+def test_legends_explain_what_there_is_and_nothing_else(drawn):
+    workers, columns = legends_of(drawn(*STEPS))
+    assert [text.split(":")[0] for text in workers] == ["tampers (Sentinel is not told)", "no score"]
+    assert columns == ["in the step"]
+    steps = [*STEPS[:4], step(4, excluded=[0, 1, 2]), step(5, excluded=[2]), *STEPS[6:]]
+    everything = drawn(*steps, ALARM, SKIPPED, TWINS, conviction(5, 1, 2), PACKED)
+    workers, columns, tables = (" | ".join(texts) for texts in legends_of(everything))
+    for words in ("blamed", "red without a dot", "convicted", "tampers", "twin step", "red in a twin step", "no score"):
+        assert words in workers
+    for words in ("in the step", "left out of this step", "a convicted worker", "skipped", "dealt anew"):
+        assert words in columns
+    for words in ("column in the step", "a convicted worker", "tampers", "another column before"):
+        assert words in tables
+
+
+def strip_of(figure):
+    """[column][step]: 0 in the step, 1 left out of it, 2 out with a convicted worker."""
+    return figure.axes[1].images[0].get_array().tolist()
+
+
+def test_strip_tells_a_column_left_out_of_a_step_from_one_with_a_convicted_worker(drawn):
+    steps = [step(0), step(1, excluded=[0, 1, 2]), step(2, excluded=[2]), step(3, excluded=[0])]
+    events = [*steps, conviction(2, 1, 2), dealt(3, (1, 2, 2, 0), (1, 0, 0, 2))]
+    assert strip_of(drawn(*events)) == [[0, 1, 0, 2], [0, 1, 0, 0], [0, 1, 2, 0]]
+
+
+def test_a_column_with_a_convicted_worker_that_is_not_left_out_is_shown_as_in(drawn):
+    assert strip_of(drawn(step(0), step(1), conviction(0, 1, 2))) == [[0, 0]] * 3, "as with the action observe"
+
+
+def test_columns_are_lost_from_a_conviction_to_a_release_wherever_its_worker_serves():
+    events = [conviction(2, 1, 2), PACKED, {"kind": "release", "step": 8, "stage": 1, "replica": 2}]
+    lost = lost_columns(events, deals(events, Mesh(4, 3)), np.array([1, 2, 5, 6, 7, 8]))
+    assert [np.flatnonzero(row).tolist() for row in lost] == [[], [2], [2], [0], [0], []]
 
 
 def test_tables_show_each_deal_and_the_columns_that_are_lost(drawn):
@@ -61,15 +94,17 @@ def test_tables_show_each_deal_and_the_columns_that_are_lost(drawn):
     assert [first.get_title(), last.get_title()] == ["steps 0 to 5", "steps 6 to 7"]
     assert [label.get_text().split() for label in first.get_xticklabels()] == [["0"], ["1"], ["2", "out"]]
     assert [label.get_text().split() for label in last.get_xticklabels()] == [["0", "out"], ["1"], ["2"]]
-    assert [text.get_text() for text in last.texts] == list("012210012012")
+    assert [text.get_text() for text in last.texts if text.get_text()] == list("012210012012")
 
 
-def test_both_attackers_are_named_and_moves_are_marked_in_their_rows(drawn):
-    axes = drawn(*STEPS, PACKED).axes[0]
-    names = [label.get_text() for label in axes.get_yticklabels()]
+def test_attackers_are_named_and_those_who_moved_are_ringed(drawn):
+    figure = drawn(*STEPS, PACKED)
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert [row for row, name in enumerate(names) if name.startswith("ATTACKER")] == [5, 6]
-    marks = {tuple(text.xy): text.get_text() for text in axes.texts if text.get_text().isdigit()}
-    assert marks == {(6, 5): "0", (6, 3): "2"}
+    first, last = (axes for axes in figure.axes if axes.get_title().startswith("step"))
+    assert not any(text.get_bbox_patch() for text in first.texts if text.get_text().isdigit())
+    ringed = [(*text.get_position(), text.get_text()) for text in last.texts if text.get_bbox_patch()]
+    assert ringed == [(0.5, 1.5, "2"), (2.5, 1.5, "0")]
 
 
 def test_only_the_last_deals_are_shown_beside_the_first(drawn):

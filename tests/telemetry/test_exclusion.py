@@ -56,7 +56,18 @@ def test_deepspeeds_launcher_reads_the_lines_so():
     assert what["hosts"] == ["node-1", "node-2"] and what["slurm"] == "--exclude=node-1,node-2"
 
 
+def test_what_slurm_takes_out_beside_the_bad_is_told():
+    note = exclusions([convict(1, 0), convict(1, 3), convict(2, 1)], DEVICES, step=60)["slurm_note"]
+    assert "whole hosts" in note and note.endswith(
+        "with node-1 also 2 slots that nothing is known against; with node-2 also 3 slots that nothing is known against"
+    )
+    all_of_one = exclusions([convict(1, slot) for slot in range(4)], DEVICES, step=60)
+    assert all_of_one["slurm"] == "--exclude=node-1" and all_of_one["slurm_note"] == ""
+    elsewhere = {"host": "node-9", "slot": 1, "device": "gpu:uuid-91"}
+    assert exclusions([], DEVICES, step=60, earlier=[elsewhere])["slurm_note"].endswith("with node-9 all it has")
+
+
 def test_who_names_no_host_is_told_of_and_excludes_none():
     what = exclusions([convict(1, 0, NOBODY)], DEVICES, step=60)
     assert what["workers"][0]["host"] == "" and what["workers"][0]["device"] == "unnamed"
-    assert what["deepspeed"] == what["slurm"] == "" and what["hosts"] == []
+    assert what["deepspeed"] == what["slurm"] == what["slurm_note"] == "" and what["hosts"] == []

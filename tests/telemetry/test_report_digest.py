@@ -62,6 +62,7 @@ def test_what_to_do_has_lines_to_paste(document):
     assert [line["text"] for line in todo["lines"]][:2] == [
         "deepspeed --exclude=node-03:3 ...", "sbatch --exclude=node-03 ...",
     ]  # fmt: skip
+    assert "bad slots alone" in todo["lines"][0]["for"] and "whole hosts" in todo["lines"][1]["for"]
     assert "node-0 slots=3" in todo["lines"][2]["text"] and "node-03" not in todo["lines"][2]["text"]
 
 

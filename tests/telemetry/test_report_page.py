@@ -78,7 +78,11 @@ def test_the_page_loads_nothing_from_anywhere(recorded):
 def test_the_page_says_what_the_document_says(recorded):
     page = page_of(recorded())
     assert "1 worker convicted: node-03, cuda:3, slot 3" in page
-    assert "deepspeed --exclude=node-03:3 ..." in page and "energy = " in page and "sbatch --exclude=node-03" in page
+    assert (
+        "deepspeed --exclude=node-03:3 ..." in page
+        and "energy (mean square of all values) = " in page
+        and "sbatch --exclude=node-03" in page
+    )
     assert "Devices over all runs" in page and "&#34;action&#34;: &#34;quarantine&#34;" in page
 
 
@@ -95,6 +99,43 @@ def test_a_terminal_gets_nothing_that_it_would_act_on(hostile, capsys):
     assert main(["report", str(hostile)]) == 0
     said = capsys.readouterr().out
     assert "stolen" in said and not set(said) & {"\x1b", "\u202e", "\x07"}
+
+
+@pytest.mark.parametrize("rich", [True, False])
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_a_terminal_breaks_no_word_and_no_line_to_paste(recorded, capsys, monkeypatch, width, rich):
+    monkeypatch.setenv("COLUMNS", str(width))
+    if not rich:
+        monkeypatch.setattr(table.importlib.util, "find_spec", lambda name: None)
+    folder = recorded()
+    (folder / "exclude.json").write_text(json.dumps({"deepspeed": f"--exclude={'@'.join(['node-03:3'] * 20)}"}))
+    assert main(["report", str(folder)]) == 0
+    said, document = capsys.readouterr().out, digest(read_run(folder))
+    told = [*document["sentences"], *document["todo"]["advice"]]
+    told += [text for state, worker, found in table.rows_of(document) for text in (state, worker, *found)]
+    words = set(re.sub("[;│]", " ", said).split())
+    assert set(re.sub("[;]", " ", " ".join(told)).split()) <= words
+    (pasted,) = [line["text"] for line in document["todo"]["lines"]]
+    lines = said.splitlines()
+    assert f"    {pasted}" in lines, "whole, however long"
+    if rich:
+        assert max(len(line) for line in lines if pasted not in line) <= width
+
+
+def test_a_hosts_long_name_loses_its_domain_in_the_table_alone(recorded, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    folder, host = recorded(), "ip-10-0-113-23.eu-west-1.compute.internal"
+    events = (folder / "events.jsonl").read_text().replace('"node-03"', f'"{host}"')
+    (folder / "events.jsonl").write_text(events)
+    assert main(["report", str(folder)]) == 0
+    before, in_table = capsys.readouterr().out.split("Workers that something was found of")
+    assert host in before and "ip-10-0-113-23…," in in_table and "internal" not in in_table
+
+
+def test_the_table_says_what_a_statistic_means_and_where_the_fence_is(recorded, capsys):
+    assert main(["report", str(recorded())]) == 0
+    said = " ".join(re.sub("[│┃]", " ", capsys.readouterr().out).split())
+    assert "energy (mean" in said and "(1 is on" in said
 
 
 def test_the_table_is_there_without_rich_too(recorded, capsys, monkeypatch):

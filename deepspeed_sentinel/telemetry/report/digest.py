@@ -15,6 +15,10 @@ from deepspeed_sentinel.telemetry.report.suspects import name_of, suspects
 
 _PASTED = re.compile(r"--exclude=[A-Za-z0-9._:,@-]+")  # nothing that a shell would act on
 _HOST_LINE = re.compile(r"[A-Za-z0-9._:-]+ slots=\d+")
+_LAUNCHERS = {
+    "deepspeed": ("DeepSpeed's launcher, without the bad slots alone", "deepspeed {} ..."),
+    "slurm": ("SLURM, which leaves out whole hosts, and with them GPUs that nothing is known against", "sbatch {} ..."),
+}
 _GAP = 5  # steps without an alarm after which one before is no part of what followed
 _TROUBLE = ("proofs", "unequal_weights", "disputes", "alarmed_steps")
 
@@ -145,13 +149,11 @@ def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[
         if isinstance(left, dict) and left.get("earlier"):
             where = f"{left.get('host')}, slot {left.get('slot')}"
             advice.append(f"Keep {where} out of service: convicted in an earlier run. {left.get('why')}")
-    for name, form in (("deepspeed", "deepspeed {} ..."), ("slurm", "sbatch {} ...")):
+    for name, (launcher, form) in _LAUNCHERS.items():
         said = exclude.get(name)
         if isinstance(said, str) and said:
             if _PASTED.fullmatch(said):
-                lines.append(
-                    {"for": "DeepSpeed's launcher" if name == "deepspeed" else "SLURM", "text": form.format(said)}
-                )
+                lines.append({"for": launcher, "text": form.format(said)})
             else:
                 notes.append(
                     f"the line for {name} in exclude.json is not shown: it has characters that a shell acts on"
@@ -160,7 +162,7 @@ def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[
     hosts = [line for line in hosts if isinstance(line, str)] if isinstance(hosts, list) else []
     if hosts and lines:
         fit = [line for line in hosts if _HOST_LINE.fullmatch(line)]
-        lines.append({"for": "a hostfile, without the hosts above", "text": "\n".join(fit)})
+        lines.append({"for": "a hostfile, without the hosts above, whole", "text": "\n".join(fit)})
     if not exclude and any(one["state"] == "convicted" for one in shown):
         notes.append("exclude.json is not there, or is of a later run: there are no lines to start again without them")
     left = exclude.get("replicas_left")

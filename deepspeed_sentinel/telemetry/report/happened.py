@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from deepspeed_sentinel.evidence.table import in_words
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.report.reading import RunFiles
 from deepspeed_sentinel.telemetry.report.suspects import name_of
@@ -46,7 +47,7 @@ def _said(run: RunFiles, event: dict[str, Any]) -> tuple[str, str, Any] | None:
     name = name_of(run, worker) if worker else ""
     if kind == "alarm":
         many = f"{event['direction']} messages over link {event['link']}"
-        return WARN, f"ALARM: {name} sent {many} outside the fences ({event['statistic']})", (kind, worker)
+        return WARN, f"ALARM: {name} sent {many} outside the fences: {in_words(event['statistic'])}", (kind, worker)
     if kind == "dispute":
         pair = f"{name_of(run, event['sender'])} and {name_of(run, event['receiver'])}"
         about = f", about {name_of(run, event['about'])}" if event["about"] else ""

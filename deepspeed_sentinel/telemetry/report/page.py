@@ -6,6 +6,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
+from deepspeed_sentinel.evidence.table import in_words
 from deepspeed_sentinel.telemetry.report.digest import utc
 
 _TEMPLATE, _STYLE, _SCRIPT = "report.html.j2", "report.css", "report.js"
@@ -36,6 +37,7 @@ def render(document: dict[str, Any], heat: dict[str, Any], loss: list[list[float
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"utc": utc, "number": number, "steps": spans, "duration": duration, "many": many}
+    environment.filters["in_words"] = in_words
     return environment.get_template(_TEMPLATE).render(
         **document,
         # "settings" and "loss" of a file may hold anything; tojson writes <, > and & so that no script ends early.

@@ -3,57 +3,101 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import textwrap
 import unicodedata
-from typing import Any
+from typing import Any, NamedTuple
 
+from deepspeed_sentinel.evidence.table import in_words
 from deepspeed_sentinel.telemetry.report.page import number, spans
 
 _COLOURS = {"convicted": "bold red", "proved": "bold red", "suspect": "yellow", "cleared": "cyan", "released": "cyan"}
+_HEADS = ("state", "worker", "what was found")
 _MOST = 40
 
 
-def lines_of(document: dict[str, Any]) -> list[str]:
-    """What stands above and below the table. Texts of others have lost what a terminal would act on."""
+class Line(NamedTuple):
+    """One that stands above the table.
+
+    Attributes:
+        text: without its indentation.
+        indent: blanks before it, and before what it is continued by.
+        paste: it is for a shell, and must not be broken.
+    """
+
+    text: str
+    indent: int = 0
+    paste: bool = False
+
+    def wrapped(self, width: int) -> list[str]:
+        """As it stands in a terminal so wide: broken between words alone."""
+        before = " " * self.indent
+        if self.paste or not self.text:
+            return [before + self.text]
+        return textwrap.wrap(
+            self.text,
+            width,
+            initial_indent=before,
+            subsequent_indent=before,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+
+def lines_of(document: dict[str, Any]) -> list[Line]:
+    """What stands above the table. Texts of others have lost what a terminal would act on."""
     todo = document["todo"]
-    lines = [*document["sentences"], "", "What to do now:", *(f"  {one}" for one in todo["advice"] or ["nothing"])]
+    lines = [*map(Line, document["sentences"]), Line(""), Line("What to do now:")]
+    lines += [Line(one, 2) for one in todo["advice"] or ["nothing"]]
     for line in todo["lines"]:
-        lines += [f"  {line['for']}:", *(f"    {one}" for one in line["text"].splitlines())]
+        lines += [Line(f"{line['for']}:", 2), *(Line(one, 4, paste=True) for one in line["text"].splitlines())]
     if document["disputes"]:
-        lines += ["", "Disputes:"]
+        lines += [Line(""), Line("Disputes:")]
         for one in document["disputes"][:_MOST]:
             about = f", about {one['about']}" if one["about"] else ""
-            lines.append(f"  link {one['link']}, {one['direction']}: {one['sender']} and {one['receiver']}{about}, "
-                         f"{one['messages']} messages, steps {spans(one['steps'])}")  # fmt: skip
+            pair = f"link {one['link']}, {one['direction']}: {one['sender']} and {one['receiver']}{about}"
+            lines.append(Line(f"{pair}, {one['messages']} messages, steps {spans(one['steps'])}", 2))
     if document["notes"]:
-        lines += ["", "Notes:", *(f"  {note}" for note in document["notes"])]
-    return list(map(printable, lines))
+        lines += [Line(""), Line("Notes:"), *(Line(note, 2) for note in document["notes"])]
+    return [line._replace(text=printable(line.text)) for line in lines]
 
 
-def rows_of(document: dict[str, Any]) -> list[tuple[str, ...]]:
-    """(state, worker, alarms, worst alarm, proof) of each worker."""
+def rows_of(document: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
+    """(state, worker, what was found of it, one thing a line) of each worker."""
     rows = []
     for one in document["workers"][:_MOST]:
-        worst = one["worst"]
-        alarm = "" if worst is None else (
-            f"step {worst['step']}: {worst['statistic']} {number(worst['value'])}, compared "
-            f"{number(worst['residual'])}, fence {number(worst['low'])} to {number(worst['high'])}, "
-            f"score {number(worst['score'])}"
-        )  # fmt: skip
-        proof = "; ".join(f"step {proof['step']}: {proof['of']}" for proof in one["proofs"][:3])
-        if one["convicted"]:
-            step = one["convicted"]["step"]
-            proof = f"convicted {'before this run' if step is None else f'in step {step}'}. {proof}"
-        alarms = f"{one['alarms']} in steps {spans(one['alarm_steps'])}" if one["alarms"] else ""
-        rows.append(tuple(map(printable, (one["state"], one["name"], alarms, alarm, proof))))
+        found, convicted, worst = [], one["convicted"], one["worst"]
+        if convicted:
+            found.append(
+                f"convicted {'before this run' if convicted['step'] is None else 'in step ' + str(convicted['step'])}"
+            )
+        found += [f"proof in step {proof['step']}: {_OF.get(proof['of'], proof['of'])}" for proof in one["proofs"][:3]]
+        if one["alarms"]:
+            found.append(f"{one['alarms']} messages in alarm, in steps {spans(one['alarm_steps'])}")
+        if worst is not None:
+            measured = f"{in_words(worst['statistic'])} = {number(worst['value'])}"
+            found.append(
+                f"worst in step {worst['step']}: {measured}, score {number(worst['score'])} (1 is on the fence)"
+            )
+        found += one["other"][:3]
+        rows.append((printable(one["state"]), printable(one["name"]), list(map(printable, found))))
     return rows
+
+
+_OF = {
+    "forward": "other activations than its stage made of the same",
+    "backward": "other gradients of activations than its stage made of the same",
+    "gradients": "other gradients of weights than its stage made of the same",
+}
 
 
 def show(document: dict[str, Any]) -> None:
     """Print it."""
     lines, rows = lines_of(document), rows_of(document)
-    heads = ("state", "worker", "alarms", "worst alarm", "proof")
     if importlib.util.find_spec("rich") is None:
-        print("\n".join([*lines, "", *(" | ".join(row) for row in (heads, *rows) if rows)]))
+        plain = [" | ".join((state, worker, "; ".join(found))) for state, worker, found in rows]
+        shown = [one for line in lines for one in line.wrapped(shutil.get_terminal_size().columns)]
+        print("\n".join([*shown, "", *([" | ".join(_HEADS), *plain] if rows else [])]))
         return
     from rich.console import Console
     from rich.table import Table
@@ -61,16 +105,33 @@ def show(document: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     for line in lines:
-        console.print(Text(line), soft_wrap=True)
+        for one in line.wrapped(console.width):
+            console.print(Text(one), soft_wrap=True)
     if rows:
-        table = Table(title="Workers that something was found of", title_justify="left", title_style="bold")
-        for head in heads:
-            table.add_column(head, overflow="fold")
-        for row in rows:
-            table.add_row(Text(row[0], style=_COLOURS.get(row[0], "")), *map(Text, row[1:]))
+        console.print()
+        table = Table(
+            title="Workers that something was found of", title_justify="left", title_style="bold", show_lines=True
+        )
+        table.add_column(_HEADS[0], no_wrap=True)
+        widest = console.width // 3
+        rows = [(state, _short(worker, widest), found) for state, worker, found in rows]
+        longest = max(len(word) for _, worker, _ in rows for word in worker.split())
+        table.add_column(_HEADS[1], overflow="fold", min_width=min(longest, widest))
+        table.add_column(_HEADS[2], overflow="fold", min_width=widest)
+        for state, worker, found in rows:
+            table.add_row(Text(state, style=_COLOURS.get(state, "")), Text(worker), Text("\n".join(found)))
         console.print(table)
     if len(document["workers"]) > _MOST:
         console.print(f"and {len(document['workers']) - _MOST} more: --html or --json has all")
+
+
+def _short(worker: str, most: int) -> str:
+    """A worker's name whose long words, such as ``ip-10-0-1-23.eu-west-1.compute.internal,``, lose their domains."""
+    words = []
+    for word in worker.split(" "):
+        at = word.rfind(".", 1, most - 2) if len(word) > most else -1
+        words.append(word if at < 0 else f"{word[:at]}\N{HORIZONTAL ELLIPSIS}{word[len(word.rstrip('),')) :]}")
+    return " ".join(words)
 
 
 def printable(text: str) -> str:
