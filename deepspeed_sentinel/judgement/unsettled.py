@@ -24,9 +24,9 @@ Numbers that rest on a baseline count for nothing here: each end has a copy of i
 move it. Nor does a neighbour that has nothing to say (``silence.py``): the worker between may have brought it about.
 Both go to ``isolation.py``, which convicts nobody.
 What is unsettled within a stage counts only where two of its workers have made the very same of the same before:
-replicas whose work is not the same bit for bit differ and are honest. Where more of a stage's workers would be convicted
-by each other than can be bad, that is refuted: nobody is, and nothing within that stage counts until some of its
-workers make the same again.
+replicas whose work is not the same bit for bit differ and are honest. Where more of a stage's workers would be
+convicted by each other than can be bad, that is refuted: nobody is, and nothing within that stage counts until some of
+its workers make the same again.
 """
 
 from __future__ import annotations
