@@ -134,7 +134,7 @@ class Trial:
         sound: bool [S, R], workers all of whose messages are right, and whose gradients are.
         same: bool [S, R], workers whose gradients are right to the last bit.
         unlike: bool [S], stages whose honest replicas differ: nothing of them is proved bit for bit.
-        alike: bool [S], stages of which all that could be compared made the same to the last bit, more than one of them.
+        alike: bool [S], stages of which all that could be compared (two at least) made the same to the last bit.
         spoilt: bool [C], columns that must not count: something in them is wrong or undecided, or it is not exact and
             that of others is.
         forged: bool [2, L, C, M], messages that their senders say are the truth and their receivers that they are not.

@@ -24,7 +24,7 @@ class Tried:
         proved: bool [S, R], workers whose work is not their stage's.
         sound: bool [S, R], workers all of whose work is.
         unlike: bool [S], stages whose honest replicas do not make the same of the same.
-        alike: bool [S], stages of which all that could be compared made the same to the last bit, more than one of them.
+        alike: bool [S], stages of which all that could be compared (two at least) made the same to the last bit.
         held: it was a twin step. Else somebody was proved by weights, a reduction or a replay, and nobody was tried.
         blind: not all of what workers made could be compared, since some replicas were in states of their own.
     """
