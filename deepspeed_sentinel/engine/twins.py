@@ -42,6 +42,7 @@ from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.keys import Secret
 from deepspeed_sentinel.evidence.table import Twins
+from deepspeed_sentinel.evidence.weights import dense_parts
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.response.twins import Draw, chance, draw
 from deepspeed_sentinel.telemetry import console
@@ -269,7 +270,8 @@ def kind(device: torch.device) -> int:
 
 def norm_bits(tensors: Sequence[torch.Tensor]) -> int:
     """The bits of the norm of all these together, a float64, as a whole number."""
-    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64) for tensor in tensors]
+    elements = [dense_parts(tensor.detach())[-1] for tensor in tensors]
+    norms = [torch.linalg.vector_norm(one, dtype=torch.float64) for one in elements]
     total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
     return int(total.view(torch.int64))
 

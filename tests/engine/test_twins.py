@@ -398,6 +398,14 @@ def test_settings_by_which_last_bits_differ_are_another_kind(owner, name, value)
     assert module.kind(device) == before
 
 
+def test_the_norm_of_sparse_gradients_is_that_of_dense_ones():
+    places, values = torch.tensor([[1, 2, 2]]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    sparse = torch.sparse_coo_tensor(places, values, (9, 2))
+    rest = torch.ones(3)
+    assert module.norm_bits([sparse, rest]) == module.norm_bits([torch.tensor([1.0, 2, 8, 10]), rest])
+    assert module.norm_bits([torch.zeros(2, 2).to_sparse()]) == 0
+
+
 def test_deterministic_algorithms_are_another_kind():
     before = module.kind(torch.device("cpu"))
     torch.use_deterministic_algorithms(True, warn_only=True)
