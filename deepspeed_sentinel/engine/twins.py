@@ -245,7 +245,14 @@ class TwinSteps:
 
     def _in_place(self, own: Any, given: Any) -> Any:
         """A micro-batch in which this stage's part is another replica's."""
-        return (given, *own[1:]) if self._worker.stage == 0 else (own[0], given, *own[2:])
+        mine = 0 if self._worker.stage == 0 else 1
+        if isinstance(own, (tuple, list)):
+            return (*own[:mine], given, *own[mine + 1 :])
+        try:  # DeepSpeed asks of any other class for this stage's part alone
+            other = own[1 - mine]
+        except (TypeError, LookupError):
+            other = None
+        return (given, other) if mine == 0 else (other, given)
 
 
 def kind(device: torch.device) -> int:
