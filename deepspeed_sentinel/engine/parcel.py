@@ -29,10 +29,14 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
     return value
 
 
-def checksums(parts: Sequence[Any]) -> tuple[int, int]:
+def checksums(parts: Sequence[Any], shapes: bool = True) -> tuple[int, int]:
     """Of the data types in the parts of a step, and of all that a buffer for each tensor would be made by.
 
     A mask is left out of the first, since it may be there or not where all else is alike.
+
+    Args:
+        parts: of a step.
+        shapes: count in the second; without them it says how many tensors of which data types there are.
     """
     kinds: set[str] = set()
     described: list[str] = []
@@ -40,7 +44,7 @@ def checksums(parts: Sequence[Any]) -> tuple[int, int]:
     def describe(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype != torch.bool:
             kinds.add(str(tensor.dtype))
-        described.append(f"{tensor.dtype} {tuple(tensor.shape)}")
+        described.append(f"{tensor.dtype} {tuple(tensor.shape) if shapes else ''}")
         return tensor
 
     for part in parts:

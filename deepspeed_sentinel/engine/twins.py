@@ -6,9 +6,9 @@ stay in step; the source's inputs then go to the others of the first stage, its 
 the stages' own groups. A middle stage takes part in none of it: it learns what the step was with the evidence, when its
 last message is sent.
 
-Where the micro-batches of one replica cannot take another's place, the step is none: another shape, where messages are
-not announced one by one; other data types; something that is no tensor, number or text; or a loader that has come to
-its end, which then raises as it would without a Sentinel, after what it had left.
+Where the micro-batches of one replica cannot take another's place, the step is none: inputs of another shape, where
+messages are not announced one by one; other data types; something that is no tensor, number or text; or a loader that
+has come to its end, which then raises as it would without a Sentinel, after what it had left.
 
 A loss that divides by what it counts in all replicas' labels must count the source's. So where the pipeline's
 ``loss_fn`` has ``in_twin_step(labels, replicas)``, the last stage calls it with the source's labels of all
@@ -53,9 +53,10 @@ _NONE, _APART, _GIVEN, _SOURCE, _REFUSED = range(5)
 # What keeps a step from being a twin step; of several the last counts.
 _NOTHING, _SHAPES, _KINDS, _FOREIGN, _UNCOPIED, _ENDED = range(6)
 _HINDERED = {
-    _SHAPES: "the shapes of micro-batches differ between replicas, and messages are not announced one by one. Pack or "
-    "pad to a fixed length",
-    _KINDS: "the data types of micro-batches differ between replicas. Let all loaders make the same",
+    _SHAPES: "the shapes of inputs differ between replicas, and messages are not announced one by one. Pack or pad to "
+    "a fixed length",
+    _KINDS: "the data types of micro-batches, or how many tensors their labels are, differ between replicas. Let all "
+    "loaders make the same",
     _FOREIGN: "a micro-batch holds something else than dense tensors, numbers and text in tuples, lists and dicts",
     _UNCOPIED: "a micro-batch holds something of which copy.deepcopy makes no copy, so none can be drawn ahead",
 }
@@ -205,13 +206,17 @@ class TwinSteps:
         elif parts is None or not can_be_packed(parts):
             own = _FOREIGN
         seen = parts if own == _NOTHING and parts else []
-        words = torch.tensor([own, *checksums(seen), int(self._engine.dynamic_shape)])
-        own_K, kinds_K, shapes_K, announced_K = self._control.of_row(words)[torch.from_numpy(drawn.given)].T
+        first = self._worker.stage == 0
+        # Labels cross no link, so their shapes may differ; a loss may count on as many of them as its own replica has.
+        words = torch.tensor([own, *checksums(seen, shapes=first), int(self._engine.dynamic_shape)])
+        own_K, kinds_K, made_K, announced_K = self._control.of_row(words)[torch.from_numpy(drawn.given)].T
         if own_K.any():
             return int(own_K.max())
         if (kinds_K != kinds_K[0]).any():
             return _KINDS
-        return _NOTHING if (shapes_K == shapes_K[0]).all() or announced_K.all() else _SHAPES
+        if (made_K == made_K[0]).all() or announced_K.all():
+            return _NOTHING
+        return _SHAPES if first else _KINDS
 
     def _tell_of(self, what: str, hindrance: str) -> None:
         self._hindered[what] += 1
