@@ -57,10 +57,15 @@ def pack(value: Any) -> torch.Tensor:
     Args:
         value: something that ``can_be_packed``.
     """
-    bits: list[torch.Tensor] = []
-    text = json.dumps(_written(value, bits), separators=(",", ":")).encode()
+    tensors: list[torch.Tensor] = []
+    text = _text(value, tensors)
     head = len(text).to_bytes(_HEAD, "little") + text
-    return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), *bits])
+    return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), *map(raw, tensors)])
+
+
+def text_bytes(value: Any) -> int:
+    """How much text ``pack`` makes of it; more than ``MOST_TEXT`` is taken by nobody."""
+    return len(_text(value, []))
 
 
 def unpack(file_N: torch.Tensor) -> Any:
@@ -130,15 +135,19 @@ class _Bits:
         return tensor_of(mine_N, dtype, shape, strides)
 
 
-def _written(value: Any, bits: list[torch.Tensor]) -> Any:
-    """What JSON has for a value; the bits of its tensors are added to a list."""
+def _text(value: Any, tensors: list[torch.Tensor]) -> bytes:
+    return json.dumps(_written(value, tensors), separators=(",", ":")).encode()
+
+
+def _written(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """What JSON has for a value; its tensors are added to a list."""
     if isinstance(value, torch.Tensor):
-        bits.append(raw(value))
+        tensors.append(value)
         return ["tensor", str(value.dtype).removeprefix("torch."), list(value.shape), strides_of(value)]
     if type(value) is dict:
-        return ["dict", *([key, _written(one, bits)] for key, one in value.items())]
+        return ["dict", *([key, _written(one, tensors)] for key, one in value.items())]
     if type(value) in (tuple, list):
-        return [type(value).__name__, *(_written(one, bits) for one in value)]
+        return [type(value).__name__, *(_written(one, tensors) for one in value)]
     return value
 
 

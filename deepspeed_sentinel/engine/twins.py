@@ -36,8 +36,8 @@ from torch import backends
 from deepspeed_sentinel.compat import precisions
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.ahead import Ahead
-from deepspeed_sentinel.engine.packed import can_be_packed
-from deepspeed_sentinel.engine.parcel import checksums, from_bytes, most_bytes, to_bytes
+from deepspeed_sentinel.engine.packed import MOST_TEXT, can_be_packed
+from deepspeed_sentinel.engine.parcel import checksums, from_bytes, most_bytes, to_bytes, too_much_text
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.keys import Secret
@@ -51,12 +51,14 @@ _DRIVERS = tuple(Path(f"/sys/module/{name}/version") for name in ("nvidia", "amd
 _KEY_BYTES = 32
 _NONE, _APART, _GIVEN, _SOURCE, _REFUSED = range(5)
 # What keeps a step from being a twin step; of several the last counts.
-_NOTHING, _SHAPES, _KINDS, _FOREIGN, _UNCOPIED, _ENDED = range(6)
+_NOTHING, _SHAPES, _KINDS, _TEXT, _FOREIGN, _UNCOPIED, _ENDED = range(7)
 _HINDERED = {
     _SHAPES: "the shapes of inputs differ between replicas, and messages are not announced one by one. Pack or pad to "
     "a fixed length",
     _KINDS: "the data types of micro-batches, or how many tensors their labels are, differ between replicas. Let all "
     "loaders make the same",
+    _TEXT: f"the micro-batches of a step hold more than {MOST_TEXT >> 20} MiB of text and plain numbers. Keep them in "
+    "tensors",
     _FOREIGN: "a micro-batch holds something else than dense tensors, numbers and text in tuples, lists and dicts",
     _UNCOPIED: "a micro-batch holds something of which copy.deepcopy makes no copy, so none can be drawn ahead",
 }
@@ -205,6 +207,8 @@ class TwinSteps:
             own = _UNCOPIED
         elif parts is None or not can_be_packed(parts):
             own = _FOREIGN
+        elif self._worker.replica == drawn.source and too_much_text(parts):
+            own = _TEXT
         seen = parts if own == _NOTHING and parts else []
         first = self._worker.stage == 0
         # Labels cross no link, so their shapes may differ; a loss may count on as many of them as its own replica has.
