@@ -27,6 +27,7 @@ TYPES = {
 }
 MOST_TEXT = 1 << 24  # bytes
 _HEAD = 8  # bytes that say how long the text is
+_MOST_DEPTH = 100  # who reads it may stand deeper in calls than who wrote it
 _MOST_AXES, _MOST_DIGITS = 64, 4000  # torch's, and what Python reads of a whole number
 
 
@@ -37,12 +38,14 @@ def has_bits(tensor: torch.Tensor) -> bool:
     return plain and dense and not tensor.is_meta and tensor.dtype in TYPES.values()
 
 
-def can_be_packed(value: Any) -> bool:
-    """Whether all of it is dense tensors, numbers, text and None in nested tuples, lists and dicts."""
+def can_be_packed(value: Any, depth: int = _MOST_DEPTH) -> bool:
+    """Whether all of it is dense tensors, numbers, text and None in tuples, lists and dicts nested so deep at most."""
+    if type(value) in (dict, tuple, list) and not depth:
+        return False
     if type(value) is dict:
-        return all(type(key) in PLAIN and can_be_packed(one) for key, one in value.items())
+        return all(type(key) in PLAIN and can_be_packed(one, depth - 1) for key, one in value.items())
     if type(value) in (tuple, list):
-        return all(map(can_be_packed, value))
+        return all(can_be_packed(one, depth - 1) for one in value)
     if type(value) is int:
         return value.bit_length() < 3 * _MOST_DIGITS
     return has_bits(value) if isinstance(value, torch.Tensor) else type(value) in PLAIN

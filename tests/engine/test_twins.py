@@ -14,6 +14,7 @@ import torch
 from torch import backends
 
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine import packed
 from deepspeed_sentinel.engine import twins as module
 from deepspeed_sentinel.engine.ahead import copied
 from deepspeed_sentinel.engine.parcel import most_bytes
@@ -307,12 +308,24 @@ def test_other_shapes_make_no_twin_step_and_that_is_said(monkeypatch):
     assert "shapes" in said[0] and "fixed length" in said[0]
 
 
-def test_shapes_of_the_other_end_alone_count_too(monkeypatch):
+def test_labels_may_have_other_shapes_since_they_cross_no_link():
+    def loaders(stage, replica):
+        return [(one, numbered(replica, i, (3 + replica, 4))) for i, (one, _) in enumerate(whole(stage, replica))]
+
+    world = World(loaders)
+    for (stage, _), batches in world.step().items():
+        expected = loaders(stage, world.source)
+        assert all(same(batch[stage], other[stage]) for batch, other in zip(batches, expected, strict=False))
+        assert len(batches) == M
+
+
+def test_how_many_tensors_labels_are_counts_at_the_other_end(monkeypatch):
+    """A loss may go by what its own replica's labels are."""
     said = warned(monkeypatch)
-    world = World(lambda stage, replica: [(numbered(0, i), numbered(0, i, (2, 4 + replica))) for i in range(M)])
+    world = World(lambda stage, replica: [(numbered(0, i), [numbered(0, i)] * (1 + replica)) for i in range(M)])
     world.step()
     assert all(world.word(*place) == module._REFUSED for place in world.places)
-    assert len(said) == 1 and "shapes" in said[0]
+    assert len(said) == 1 and "how many tensors" in said[0]
 
 
 def test_shapes_of_what_a_stage_does_not_use_do_not_count():
@@ -349,6 +362,46 @@ def test_what_cannot_be_handed_over_makes_no_twin_step_and_that_is_said(monkeypa
     given = world.step()
     assert all(str(batch[1]) == str(held) for (stage, _), batches in given.items() for batch in batches)
     assert len(said) == 1 and "tuples, lists and dicts" in said[0]
+
+
+class Batch:
+    """All that plain DeepSpeed asks of one: [0] and [1]."""
+
+    def __init__(self, inputs, labels):
+        self._parts = {0: inputs, 1: labels}
+
+    def __getitem__(self, index):
+        return self._parts[index]
+
+
+def test_a_micro_batch_may_know_no_more_than_its_two_parts():
+    world = World(lambda stage, replica: [Batch(*batch) for batch in whole(stage, replica)])
+    for (stage, _), batches in world.step().items():
+        assert [number(batch, stage) for batch in batches] == [1000 * world.source + i for i in range(M)]
+
+
+def test_more_text_than_is_taken_makes_no_twin_step_and_that_is_said(monkeypatch):
+    said = warned(monkeypatch)
+    for size, word in ((4000, module._GIVEN), (6000, module._REFUSED)):
+        monkeypatch.setattr(packed, "MOST_TEXT", 5000 * M)
+        world = World(lambda stage, r, size=size: [(numbered(r, i), ["x" * size]) for i in range(M)])
+        world.step()
+        words = {world.word(*place) for place in world.places}
+        assert word in words
+    assert words == {module._REFUSED} and len(said) == 1 and "text" in said[0]
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else 7
+
+
+def test_what_is_nested_too_deeply_makes_no_twin_step():
+    for depth in (200, 500, 900):
+        world = World(
+            lambda stage, r, depth=depth: [(one, nested(depth if r == 1 else 3)) for one, _ in whole(stage, r)]
+        )
+        world.step()
+        assert {world.word(*place) for place in world.places} == {module._REFUSED}
 
 
 def test_the_loss_is_asked_what_to_make_of_the_sources_labels():
