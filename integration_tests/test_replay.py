@@ -23,8 +23,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "checkpointed": {"activation_checkpoint_interval": 1},
     "tuples": {"tuple_messages": "int"},
     "adapting": {"hook": "integration_tests.stateful:adapting"},
+    "sparse": {"hook": "integration_tests.sparse:sparse", "optimizer": "sgd"},
 }
-IN_EVERY_RUN = ("fp32", "adapting")
+IN_EVERY_RUN = ("fp32", "adapting", "sparse")
 
 
 @pytest.fixture(scope="module")

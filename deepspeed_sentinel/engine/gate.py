@@ -190,7 +190,9 @@ class Gate:
         step = self._engine.global_steps
         if not self._replay.due(step):
             return
-        self._twins.draw_twice()
+        said = self._control.gather_words(self._twins.draw_twice()).numpy()[self._ranks]
+        if self._twins.hinders_replay(int(said[[0, -1]].max())):
+            return
 
         def put_back() -> None:
             self._forward_state.rewind()

@@ -27,6 +27,7 @@ TYPES = {
 }
 MOST_TEXT = 1 << 24  # bytes
 _HEAD = 8  # bytes that say how long the text is
+_MOST_DEPTH = 100  # who reads it may stand deeper in calls than who wrote it
 _MOST_AXES, _MOST_DIGITS = 64, 4000  # torch's, and what Python reads of a whole number
 
 
@@ -37,12 +38,14 @@ def has_bits(tensor: torch.Tensor) -> bool:
     return plain and dense and not tensor.is_meta and tensor.dtype in TYPES.values()
 
 
-def can_be_packed(value: Any) -> bool:
-    """Whether all of it is dense tensors, numbers, text and None in nested tuples, lists and dicts."""
+def can_be_packed(value: Any, depth: int = _MOST_DEPTH) -> bool:
+    """Whether all of it is dense tensors, numbers, text and None in tuples, lists and dicts nested so deep at most."""
+    if type(value) in (dict, tuple, list) and not depth:
+        return False
     if type(value) is dict:
-        return all(type(key) in PLAIN and can_be_packed(one) for key, one in value.items())
+        return all(type(key) in PLAIN and can_be_packed(one, depth - 1) for key, one in value.items())
     if type(value) in (tuple, list):
-        return all(map(can_be_packed, value))
+        return all(can_be_packed(one, depth - 1) for one in value)
     if type(value) is int:
         return value.bit_length() < 3 * _MOST_DIGITS
     return has_bits(value) if isinstance(value, torch.Tensor) else type(value) in PLAIN
@@ -57,10 +60,15 @@ def pack(value: Any) -> torch.Tensor:
     Args:
         value: something that ``can_be_packed``.
     """
-    bits: list[torch.Tensor] = []
-    text = json.dumps(_written(value, bits), separators=(",", ":")).encode()
+    tensors: list[torch.Tensor] = []
+    text = _text(value, tensors)
     head = len(text).to_bytes(_HEAD, "little") + text
-    return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), *bits])
+    return torch.cat([torch.frombuffer(bytearray(head), dtype=torch.uint8), *map(raw, tensors)])
+
+
+def text_bytes(value: Any) -> int:
+    """How much text ``pack`` makes of it; more than ``MOST_TEXT`` is taken by nobody."""
+    return len(_text(value, []))
 
 
 def unpack(file_N: torch.Tensor) -> Any:
@@ -130,15 +138,19 @@ class _Bits:
         return tensor_of(mine_N, dtype, shape, strides)
 
 
-def _written(value: Any, bits: list[torch.Tensor]) -> Any:
-    """What JSON has for a value; the bits of its tensors are added to a list."""
+def _text(value: Any, tensors: list[torch.Tensor]) -> bytes:
+    return json.dumps(_written(value, tensors), separators=(",", ":")).encode()
+
+
+def _written(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """What JSON has for a value; its tensors are added to a list."""
     if isinstance(value, torch.Tensor):
-        bits.append(raw(value))
+        tensors.append(value)
         return ["tensor", str(value.dtype).removeprefix("torch."), list(value.shape), strides_of(value)]
     if type(value) is dict:
-        return ["dict", *([key, _written(one, bits)] for key, one in value.items())]
+        return ["dict", *([key, _written(one, tensors)] for key, one in value.items())]
     if type(value) in (tuple, list):
-        return [type(value).__name__, *(_written(one, bits) for one in value)]
+        return [type(value).__name__, *(_written(one, tensors) for one in value)]
     return value
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from deepspeed_sentinel.engine.packed import pack, unpack
+from deepspeed_sentinel.engine import packed
+from deepspeed_sentinel.engine.packed import pack, text_bytes, unpack
 
 # Replicas draw alike, so a parcel of another one is about as large as one's own. Where lengths differ it may be so many
 # times as large, or have so many bytes.
@@ -29,10 +30,14 @@ def map_tensors(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) ->
     return value
 
 
-def checksums(parts: Sequence[Any]) -> tuple[int, int]:
+def checksums(parts: Sequence[Any], shapes: bool = True) -> tuple[int, int]:
     """Of the data types in the parts of a step, and of all that a buffer for each tensor would be made by.
 
     A mask is left out of the first, since it may be there or not where all else is alike.
+
+    Args:
+        parts: of a step.
+        shapes: count in the second; without them it says how many tensors of which data types there are.
     """
     kinds: set[str] = set()
     described: list[str] = []
@@ -40,7 +45,7 @@ def checksums(parts: Sequence[Any]) -> tuple[int, int]:
     def describe(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype != torch.bool:
             kinds.add(str(tensor.dtype))
-        described.append(f"{tensor.dtype} {tuple(tensor.shape)}")
+        described.append(f"{tensor.dtype} {tuple(tensor.shape) if shapes else ''}")
         return tensor
 
     for part in parts:
@@ -64,6 +69,16 @@ def most_bytes(parts: Sequence[Any]) -> int:
 
 def to_bytes(parts: Sequence[Any]) -> torch.Tensor:
     """uint8 [N], for ``from_bytes``."""
+    return pack(_placed(parts))
+
+
+def too_much_text(parts: Sequence[Any]) -> bool:
+    """Whether ``from_bytes`` would not take what ``to_bytes`` makes."""
+    return text_bytes(_placed(parts)) > packed.MOST_TEXT
+
+
+def _placed(parts: Sequence[Any]) -> list[Any]:
+    """The parts, and of each tensor whether it is on an accelerator."""
     on_device: list[bool] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,7 +87,7 @@ def to_bytes(parts: Sequence[Any]) -> torch.Tensor:
 
     for part in parts:
         map_tensors(part, note)
-    return pack([list(parts), on_device])
+    return [list(parts), on_device]
 
 
 def from_bytes(file_N: torch.Tensor, device: torch.device) -> list[Any]:

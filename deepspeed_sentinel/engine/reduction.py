@@ -111,9 +111,22 @@ class Reduction:
         replicas = self._ranks.shape[1]
         types = [handed_over.dtype, outcome.dtype, self._engine.communication_data_type]
         coarsest = max((torch.finfo(one) for one in types), key=lambda info: info.eps)
-        expected = handed_over.float() / factor
+        fed, found = _elements(handed_over.float(), outcome.float())
+        expected = fed / factor
         room = 2 * replicas * (coarsest.eps * expected.abs() + coarsest.tiny)
-        fine = ((outcome.float() - expected).abs() <= room) | ~expected.isfinite()
+        fine = ((found - expected).abs() <= room) | ~expected.isfinite()
         if self._engine.fp16_enabled():  # a sum may leave the range, and the scaler skips the step
-            fine |= ~outcome.isfinite()
+            fine |= ~found.isfinite()
         return not bool(fine.all())
+
+
+def _elements(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of two tensors of one shape, so that equal places are compared; of sparse ones only what either holds.
+
+    Example: of ``{1: 5}`` and ``{1: 6, 4: 7}``, ``[5, 0]`` and ``[6, 7]``.
+    """
+    if not (one.is_sparse and other.is_sparse):
+        return one.to_dense(), other.to_dense()
+    zeros = [torch.sparse_coo_tensor(x._indices(), torch.zeros_like(x._values()), x.shape) for x in (other, one)]
+    first, second = ((x + zero).coalesce().values() for x, zero in zip((one, other), zeros, strict=True))
+    return first, second

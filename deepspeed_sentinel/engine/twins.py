@@ -6,9 +6,9 @@ stay in step; the source's inputs then go to the others of the first stage, its 
 the stages' own groups. A middle stage takes part in none of it: it learns what the step was with the evidence, when its
 last message is sent.
 
-Where the micro-batches of one replica cannot take another's place, the step is none: another shape, where messages are
-not announced one by one; other data types; something that is no tensor, number or text; or a loader that has come to
-its end, which then raises as it would without a Sentinel, after what it had left.
+Where the micro-batches of one replica cannot take another's place, the step is none: inputs of another shape, where
+messages are not announced one by one; other data types; something that is no tensor, number or text; or a loader that
+has come to its end, which then raises as it would without a Sentinel, after what it had left.
 
 A loss that divides by what it counts in all replicas' labels must count the source's. So where the pipeline's
 ``loss_fn`` has ``in_twin_step(labels, replicas)``, the last stage calls it with the source's labels of all
@@ -32,16 +32,17 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import backends
-from torch.utils._pytree import tree_map_only
 
 from deepspeed_sentinel.compat import precisions
 from deepspeed_sentinel.config import SentinelConfig
-from deepspeed_sentinel.engine.packed import can_be_packed
-from deepspeed_sentinel.engine.parcel import checksums, from_bytes, most_bytes, to_bytes
+from deepspeed_sentinel.engine.ahead import Ahead
+from deepspeed_sentinel.engine.packed import MOST_TEXT, can_be_packed
+from deepspeed_sentinel.engine.parcel import checksums, from_bytes, most_bytes, to_bytes, too_much_text
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.keys import Secret
 from deepspeed_sentinel.evidence.table import Twins
+from deepspeed_sentinel.evidence.weights import dense_parts
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.response.twins import Draw, chance, draw
 from deepspeed_sentinel.telemetry import console
@@ -50,12 +51,16 @@ _DRIVERS = tuple(Path(f"/sys/module/{name}/version") for name in ("nvidia", "amd
 _KEY_BYTES = 32
 _NONE, _APART, _GIVEN, _SOURCE, _REFUSED = range(5)
 # What keeps a step from being a twin step; of several the last counts.
-_NOTHING, _SHAPES, _KINDS, _FOREIGN, _ENDED = range(5)
+_NOTHING, _SHAPES, _KINDS, _TEXT, _FOREIGN, _UNCOPIED, _ENDED = range(7)
 _HINDERED = {
-    _SHAPES: "the shapes of micro-batches differ between replicas, and messages are not announced one by one. Pack or "
-    "pad to a fixed length",
-    _KINDS: "the data types of micro-batches differ between replicas. Let all loaders make the same",
+    _SHAPES: "the shapes of inputs differ between replicas, and messages are not announced one by one. Pack or pad to "
+    "a fixed length",
+    _KINDS: "the data types of micro-batches, or how many tensors their labels are, differ between replicas. Let all "
+    "loaders make the same",
+    _TEXT: f"the micro-batches of a step hold more than {MOST_TEXT >> 20} MiB of text and plain numbers. Keep them in "
+    "tensors",
     _FOREIGN: "a micro-batch holds something else than dense tensors, numbers and text in tuples, lists and dicts",
+    _UNCOPIED: "a micro-batch holds something of which copy.deepcopy makes no copy, so none can be drawn ahead",
 }
 
 
@@ -80,12 +85,10 @@ class TwinSteps:
         next_batch: Callable[[], Any],
     ) -> None:
         self._engine, self._mesh, self._worker, self._control = engine, mesh, worker, control
-        self._config, self._own_next = config, next_batch
+        self._config, self._ahead = config, Ahead(engine, next_batch)
         self._at_end = mesh.is_trusted(worker.stage)
-        self._waiting: deque[Any] = deque()
-        self._ended: Exception | None = None
-        self._loader: Any = None
-        self._wanted = self._hindered = 0
+        self._wanted = {"twin steps": 0, "replays": 0}
+        self._hindered = dict(self._wanted)
         self._drawn: Draw | None = None
         self._refused = False
         self._secret = Secret(self._agree_on_key(config.seed)) if self._at_end and mesh.replicas > 1 else None
@@ -111,40 +114,48 @@ class TwinSteps:
             suspicion: how likely a twin step is for it.
         """
         self._drawn, self._refused = None, False
-        self._forget()
+        self._ahead.forget()
         if self._secret is None or not self.possible(suspicion):
             return
         drawn = draw(self._config, self._mesh.replicas, suspicion, self._secret.number("twins", step))
         if drawn is None:
             return
-        self._draw_own()
+        self._ahead.draw()
         parts = self._parts()
         if not self._can_be(drawn, parts):
             return
         theirs = self._of_source(drawn, parts)
         if drawn.given[self._worker.replica]:
-            self._waiting = deque(self._in_place(own, given) for own, given in zip(self._waiting, theirs, strict=True))
+            pairs = zip(self._ahead.waiting, theirs, strict=True)
+            self._ahead.waiting = deque(self._in_place(own, given) for own, given in pairs)
         self._drawn = drawn
 
-    def draw_twice(self) -> None:
-        """Have this replica's next micro-batches ready for a rehearsal and for the step itself."""
-        if not self._at_end:
-            return
-        if not self._waiting:
-            self._draw_own()
-        if self._ended is None:
-            self._waiting.extend([_copied(batch) for batch in self._waiting])
+    def draw_twice(self) -> int:
+        """Have this replica's next micro-batches ready for a rehearsal and for the step itself.
+
+        Returns:
+            What this rank finds in the way of it, for ``hinders_replay``.
+        """
+        if not self._at_end or self._ahead.double():
+            return _NOTHING
+        return _UNCOPIED if self._ahead.ended is None else _ENDED
+
+    def hinders_replay(self, found: int) -> bool:
+        """Whether the step is not rehearsed; every rank is asked, once a step.
+
+        Args:
+            found: the largest number that a rank of first and last stage found.
+        """
+        self._wanted["replays"] += 1
+        if found in _HINDERED:
+            self._tell_of("replays", _HINDERED[found])
+        if found != _NOTHING:
+            self._ahead.halve()
+        return found != _NOTHING
 
     def next_batch(self) -> Any:
         """What this replica is given next: ``engine._next_batch``."""
-        if self._engine.data_iterator is not self._loader:  # a step broke off, and the script goes on with other data
-            self._forget()
-        if self._waiting:
-            return self._waiting.popleft()
-        if self._ended is not None:
-            ended, self._ended = self._ended, None
-            raise ended
-        return self._own_next()
+        return self._ahead.next_batch()
 
     @property
     def is_known(self) -> bool:
@@ -173,23 +184,10 @@ class TwinSteps:
         theirs = self._control.swap_ends(mine)
         return bytes((mine if self._worker.stage == 0 else theirs).tolist())
 
-    def _forget(self) -> None:
-        self._waiting.clear()
-        self._ended = self._loader = None
-
-    def _draw_own(self) -> None:
-        """All micro-batches of the step; an error of the loader is kept until it would have come."""
-        self._loader = self._engine.data_iterator
-        while len(self._waiting) < self._engine.micro_batches and self._ended is None:
-            try:
-                self._waiting.append(_copied(self._own_next()))
-            except Exception as error:
-                self._ended = error
-
     def _parts(self) -> list[Any] | None:
         """This stage's part of each micro-batch that it has drawn; None if these are no micro-batches."""
         try:
-            return [batch[0 if self._worker.stage == 0 else 1] for batch in self._waiting]
+            return [batch[0 if self._worker.stage == 0 else 1] for batch in self._ahead.waiting]
         except (TypeError, LookupError):
             return None
 
@@ -199,34 +197,43 @@ class TwinSteps:
         # Both ends always say what they found, or one of them would wait for the other.
         there = int(self._control.swap_ends(torch.tensor([here], dtype=torch.uint8)))
         found = max(here, there)
-        self._wanted += 1
+        self._wanted["twin steps"] += 1
         self._refused = found in _HINDERED
         if self._refused:
-            self._tell_of(_HINDERED[found])
+            self._tell_of("twin steps", _HINDERED[found])
         return found == _NOTHING
 
     def _found_here(self, drawn: Draw, parts: list[Any] | None) -> int:
         """What all ranks of this stage find in the way of this twin step."""
         own = _NOTHING
-        if self._ended is not None:
+        if self._ahead.ended is not None:
             own = _ENDED
+        elif self._ahead.uncopied:
+            own = _UNCOPIED
         elif parts is None or not can_be_packed(parts):
             own = _FOREIGN
+        elif self._worker.replica == drawn.source and too_much_text(parts):
+            own = _TEXT
         seen = parts if own == _NOTHING and parts else []
-        words = torch.tensor([own, *checksums(seen), int(self._engine.dynamic_shape)])
-        own_K, kinds_K, shapes_K, announced_K = self._control.of_row(words)[torch.from_numpy(drawn.given)].T
+        first = self._worker.stage == 0
+        # Labels cross no link, so their shapes may differ; a loss may count on as many of them as its own replica has.
+        words = torch.tensor([own, *checksums(seen, shapes=first), int(self._engine.dynamic_shape)])
+        own_K, kinds_K, made_K, announced_K = self._control.of_row(words)[torch.from_numpy(drawn.given)].T
         if own_K.any():
             return int(own_K.max())
         if (kinds_K != kinds_K[0]).any():
             return _KINDS
-        return _NOTHING if (shapes_K == shapes_K[0]).all() or announced_K.all() else _SHAPES
+        if (made_K == made_K[0]).all() or announced_K.all():
+            return _NOTHING
+        return _SHAPES if first else _KINDS
 
-    def _tell_of(self, hindrance: str) -> None:
-        self._hindered += 1
-        if self._worker == Worker(0, 0) and self._hindered == 10 ** (len(str(self._hindered)) - 1):
+    def _tell_of(self, what: str, hindrance: str) -> None:
+        self._hindered[what] += 1
+        count = self._hindered[what]
+        if self._worker == Worker(0, 0) and count == 10 ** (len(str(count)) - 1):
             console.say(
-                f"{self._hindered} of {self._wanted} twin steps so far could not be made: {hindrance}. What "
-                "only a twin step proves goes unseen meanwhile. Told of the 1st, 10th, 100th, ..."
+                f"{count} of {self._wanted[what]} {what} so far could not be made: {hindrance}. What only they show "
+                "goes unseen meanwhile. Told of the 1st, 10th, 100th, ..."
             )
 
     def _of_source(self, drawn: Draw, parts: list[Any] | None) -> list[Any]:
@@ -252,12 +259,14 @@ class TwinSteps:
 
     def _in_place(self, own: Any, given: Any) -> Any:
         """A micro-batch in which this stage's part is another replica's."""
-        return (given, *own[1:]) if self._worker.stage == 0 else (own[0], given, *own[2:])
-
-
-def _copied(batch: Any) -> Any:
-    """A micro-batch whose tensors are its own: a loader may fill the same ones again for the next."""
-    return tree_map_only(torch.Tensor, torch.Tensor.clone, batch)
+        mine = 0 if self._worker.stage == 0 else 1
+        if isinstance(own, (tuple, list)):
+            return (*own[:mine], given, *own[mine + 1 :])
+        try:  # DeepSpeed asks of any other class for this stage's part alone
+            other = own[1 - mine]
+        except (TypeError, LookupError):
+            other = None
+        return (given, other) if mine == 0 else (other, given)
 
 
 def kind(device: torch.device) -> int:
@@ -282,7 +291,8 @@ def kind(device: torch.device) -> int:
 
 def norm_bits(tensors: Sequence[torch.Tensor]) -> int:
     """The bits of the norm of all these together, a float64, as a whole number."""
-    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64) for tensor in tensors]
+    elements = [dense_parts(tensor.detach())[-1] for tensor in tensors]
+    norms = [torch.linalg.vector_norm(one, dtype=torch.float64) for one in elements]
     total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
     return int(total.view(torch.int64))
 

@@ -90,25 +90,41 @@ class Comparison:
 def tensors_digest(tensors: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """One number for all bits of a list of tensors: int64 [] on ``device``; nothing waits for the device.
 
-    Order, dtypes and shapes count, strides do not.
+    Order, dtypes and shapes count, strides do not, nor in which order and how often a sparse one names a place.
 
     Args:
-        tensors: of any dtype, shape and device; none may be sparse or quantised.
+        tensors: of any dtype, shape and device; none may be quantised.
         device: where the result is to be.
     """
     words: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
-        for rows in _rows(tensor.detach()):
-            words.setdefault(rows.device, []).append(tensor_digest(rows))
+        for part in dense_parts(tensor.detach()):
+            for rows in _rows(part):
+                words.setdefault(rows.device, []).append(tensor_digest(rows))
     # One copy for all that lie elsewhere: an optimizer may keep thousands of step counts on the host.
     parts = [torch.stack(digests).to(device, non_blocking=True) for digests in words.values()]
     head = torch.tensor([[layout(tensors), len(tensors)]], dtype=torch.int32).to(device, non_blocking=True)
     return tensor_digest(torch.cat([*parts, head])).view(torch.int64)[0]
 
 
+def dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a tensor is made of: itself, or of a sparse one its places, each once, and last the elements there.
+
+    Reading a sparse one waits for its device.
+    """
+    if tensor.layout == torch.strided:
+        return (tensor,)
+    once = tensor.to_sparse().coalesce()
+    return once.indices(), once.values()
+
+
 def layout(tensors: Sequence[torch.Tensor]) -> int:
     """A checksum of devices, dtypes and shapes, of 31 bits: who has another one cannot be given these tensors."""
-    text = ";".join(f"{tensor.device.type} {tensor.dtype} {tuple(tensor.shape)}" for tensor in tensors)
+    text = ";".join(
+        f"{tensor.device.type} {tensor.dtype} {tuple(tensor.shape)}"
+        + (f" {tensor.sparse_dim()}" if tensor.is_sparse else "")
+        for tensor in tensors
+    )
     return zlib.crc32(text.encode()) & 0x7FFFFFFF
 
 

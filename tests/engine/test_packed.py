@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepspeed_sentinel.engine.packed import TYPES, can_be_packed, pack, unpack
+from deepspeed_sentinel.engine.packed import TYPES, can_be_packed, pack, text_bytes, unpack
 
 PLAIN = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5)
 VALUES = st.recursive(
@@ -62,6 +62,28 @@ def test_views_are_packed_as_what_they_show():
 )
 def test_what_is_something_else_cannot_be_packed(value):
     assert not can_be_packed([value])
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict])
+def test_what_is_nested_too_deeply_cannot_be_packed(kind):
+    """Whoever reads it may stand deeper in calls than who wrote it."""
+
+    def nested(depth):
+        inner = 7
+        for _ in range(depth):
+            inner = {"a": inner} if kind is dict else kind([inner])
+        return inner
+
+    assert can_be_packed(nested(60)) and repr(unpack(pack(nested(60)))) == repr(nested(60))
+    assert not any(can_be_packed(nested(depth)) for depth in (200, 500, 1500, 100_000))
+    endless = []
+    endless.append(endless)
+    assert not can_be_packed(endless)
+
+
+def test_the_text_is_measured_before_it_is_packed():
+    for value in (7, [torch.ones(3), {"a": "öx"}], ["x" * 1000]):
+        assert text_bytes(value) == int(pack(value)[0]) + 256 * int(pack(value)[1])
 
 
 def made(text, bits=0):

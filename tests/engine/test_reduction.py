@@ -48,6 +48,7 @@ class World:
     def shown(self, gradients):
         """What a rank that handed this over tells the others, found by being that rank."""
         other = World(self.ranks.shape[1])
+        other.engine.module.weight = torch.nn.Parameter(torch.zeros(gradients.shape))
         other.engine.module.weight.grad = gradients.clone()
         seen = []
         other.all_gather = lambda mine: seen.append(mine) or torch.ones_like(mine).repeat(other.ranks.size, 1)
@@ -115,3 +116,41 @@ def test_who_is_left_out_watches_nothing():
     world = World()
     world.included[HERE] = False
     assert world.altered() is None
+
+
+def sparse(*rows, value=1.0, size=9):
+    values = torch.full((len(rows), 2), value)
+    return torch.sparse_coo_tensor(torch.tensor([rows], dtype=torch.int64), values, (size, 2))
+
+
+def watched(handed_over, outcome):
+    world = World()
+    weight = world.engine.module.weight = torch.nn.Parameter(torch.zeros(9, 2))
+    weight.grad = handed_over
+
+    def reduce():
+        weight.grad = outcome
+
+    return world.watch(reduce)
+
+
+def test_the_outcome_of_a_sparse_gradient_is_held_against_it_row_by_row():
+    """DeepSpeed puts what all replicas handed over one behind the other, each its share."""
+    three = sparse(*[1, 4] * 3, value=1 / 3)
+    assert watched(sparse(1, 4, 4, value=0.5), sparse(1, 4, value=0.5) + sparse(4, value=0.5)) is None
+    assert watched(sparse(1, 4), three) is None
+    assert watched(sparse(), sparse()) is None
+    for wrong in (sparse(1, 5), sparse(1), sparse(1, 4, 5), sparse(1, 4, value=1.01), sparse(1, 4, value=torch.nan)):
+        assert watched(sparse(1, 4), wrong) is not None
+
+
+def test_who_handed_over_other_rows_of_a_sparse_gradient_is_named():
+    world = World()
+    weight = world.engine.module.weight = torch.nn.Parameter(torch.zeros(9, 2))
+    weight.grad = sparse(1, 4)
+    world.handed[2] = sparse(1, 5)
+
+    def reduce():
+        weight.grad = sparse(1, 4, 5)
+
+    assert world.watch(reduce).named == (Worker(1, 2),)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from torch import backends
 
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.engine import packed
 from deepspeed_sentinel.engine import twins as module
+from deepspeed_sentinel.engine.ahead import copied
 from deepspeed_sentinel.engine.parcel import most_bytes
 from deepspeed_sentinel.engine.twins import TwinSteps
 from deepspeed_sentinel.errors import SentinelError
@@ -305,12 +308,24 @@ def test_other_shapes_make_no_twin_step_and_that_is_said(monkeypatch):
     assert "shapes" in said[0] and "fixed length" in said[0]
 
 
-def test_shapes_of_the_other_end_alone_count_too(monkeypatch):
+def test_labels_may_have_other_shapes_since_they_cross_no_link():
+    def loaders(stage, replica):
+        return [(one, numbered(replica, i, (3 + replica, 4))) for i, (one, _) in enumerate(whole(stage, replica))]
+
+    world = World(loaders)
+    for (stage, _), batches in world.step().items():
+        expected = loaders(stage, world.source)
+        assert all(same(batch[stage], other[stage]) for batch, other in zip(batches, expected, strict=False))
+        assert len(batches) == M
+
+
+def test_how_many_tensors_labels_are_counts_at_the_other_end(monkeypatch):
+    """A loss may go by what its own replica's labels are."""
     said = warned(monkeypatch)
-    world = World(lambda stage, replica: [(numbered(0, i), numbered(0, i, (2, 4 + replica))) for i in range(M)])
+    world = World(lambda stage, replica: [(numbered(0, i), [numbered(0, i)] * (1 + replica)) for i in range(M)])
     world.step()
     assert all(world.word(*place) == module._REFUSED for place in world.places)
-    assert len(said) == 1 and "shapes" in said[0]
+    assert len(said) == 1 and "how many tensors" in said[0]
 
 
 def test_shapes_of_what_a_stage_does_not_use_do_not_count():
@@ -340,13 +355,53 @@ def test_where_messages_are_announced_shapes_and_masks_may_differ_but_no_data_ty
     assert len(said) == 1 and "data types" in said[0]
 
 
-@pytest.mark.parametrize("held", [OrderedDict(labels=torch.ones(1)), {"labels": [torch.ones(1), object()]}])
+@pytest.mark.parametrize("held", [OrderedDict(labels=torch.ones(1)), {"labels": [torch.ones(1), {4}]}])
 def test_what_cannot_be_handed_over_makes_no_twin_step_and_that_is_said(monkeypatch, held):
     said = warned(monkeypatch)
     world = World(lambda stage, replica: [(numbered(replica, i), held) for i in range(M)])
     given = world.step()
     assert all(str(batch[1]) == str(held) for (stage, _), batches in given.items() for batch in batches)
     assert len(said) == 1 and "tuples, lists and dicts" in said[0]
+
+
+class Batch:
+    """All that plain DeepSpeed asks of one: [0] and [1]."""
+
+    def __init__(self, inputs, labels):
+        self._parts = {0: inputs, 1: labels}
+
+    def __getitem__(self, index):
+        return self._parts[index]
+
+
+def test_a_micro_batch_may_know_no_more_than_its_two_parts():
+    world = World(lambda stage, replica: [Batch(*batch) for batch in whole(stage, replica)])
+    for (stage, _), batches in world.step().items():
+        assert [number(batch, stage) for batch in batches] == [1000 * world.source + i for i in range(M)]
+
+
+def test_more_text_than_is_taken_makes_no_twin_step_and_that_is_said(monkeypatch):
+    said = warned(monkeypatch)
+    for size, word in ((4000, module._GIVEN), (6000, module._REFUSED)):
+        monkeypatch.setattr(packed, "MOST_TEXT", 5000 * M)
+        world = World(lambda stage, r, size=size: [(numbered(r, i), ["x" * size]) for i in range(M)])
+        world.step()
+        words = {world.word(*place) for place in world.places}
+        assert word in words
+    assert words == {module._REFUSED} and len(said) == 1 and "text" in said[0]
+
+
+def nested(depth):
+    return [nested(depth - 1)] if depth else 7
+
+
+def test_what_is_nested_too_deeply_makes_no_twin_step():
+    for depth in (200, 500, 900):
+        world = World(
+            lambda stage, r, depth=depth: [(one, nested(depth if r == 1 else 3)) for one, _ in whole(stage, r)]
+        )
+        world.step()
+        assert {world.word(*place) for place in world.places} == {module._REFUSED}
 
 
 def test_the_loss_is_asked_what_to_make_of_the_sources_labels():
@@ -396,6 +451,14 @@ def test_settings_by_which_last_bits_differ_are_another_kind(owner, name, value)
     assert module.kind(device) == before
 
 
+def test_the_norm_of_sparse_gradients_is_that_of_dense_ones():
+    places, values = torch.tensor([[1, 2, 2]]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    sparse = torch.sparse_coo_tensor(places, values, (9, 2))
+    rest = torch.ones(3)
+    assert module.norm_bits([sparse, rest]) == module.norm_bits([torch.tensor([1.0, 2, 8, 10]), rest])
+    assert module.norm_bits([torch.zeros(2, 2).to_sparse()]) == 0
+
+
 def test_deterministic_algorithms_are_another_kind():
     before = module.kind(torch.device("cpu"))
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -419,6 +482,31 @@ def test_a_parcel_may_be_some_times_as_large_as_what_a_replica_draws_itself():
     assert module.to_bytes(small).numel() < most_bytes(small)
 
 
+@dataclass
+class Labels:
+    held: torch.Tensor
+
+
+@dataclass
+class Unfit(Labels):
+    """A class that knows no copies."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("cannot be copied")
+
+
+# what may hold a tensor, and how it is got back
+HOLDERS = {
+    "tensor": (lambda one: one, lambda held: held),
+    "array": (lambda one: one.numpy(), torch.from_numpy),
+    "dict of arrays": (lambda one: {"ids": one.numpy()}, lambda held: torch.from_numpy(held["ids"])),
+    "OrderedDict": (lambda one: OrderedDict(ids=one), lambda held: held["ids"]),
+    "UserDict": (lambda one: UserDict(ids=one), lambda held: held["ids"]),
+    "dataclass": (Labels, lambda held: held.held),
+    "no copies": (Unfit, lambda held: held.held),
+}
+
+
 def refilled(stage, replica, inside=lambda one: one):
     """One tensor, filled again for each micro-batch."""
     one = torch.zeros(2, 4, dtype=torch.int64)
@@ -434,21 +522,84 @@ def test_a_loader_may_fill_the_same_tensors_again():
         assert [number(batch, stage) for batch in batches] == [1000 * world.source + index for index in range(M)]
 
 
-def test_it_may_where_its_containers_are_not_handed_over_too():
-    world = World(lambda stage, replica: refilled(stage, replica, lambda one: OrderedDict(ids=one)))
-    for (stage, replica), batches in world.step().items():
-        found = [int(batch[stage]["ids"][0, 0]) for batch in batches]
+@pytest.mark.parametrize("holder", [name for name in HOLDERS if name != "tensor"])
+def test_it_may_where_what_holds_them_is_not_handed_over(holder):
+    inside, back = HOLDERS[holder]
+    world = World(lambda stage, replica: refilled(stage, replica, inside))
+
+    def one_by_one(stage, replica):
+        world.twins[stage, replica].begin_step(0, suspicion=False)
+        return [int(back(world.twins[stage, replica].next_batch()[stage])[0, 0]) for _ in range(M)]
+
+    for (stage, replica), found in world.everywhere(one_by_one).items():
+        assert world.word(stage, replica) == module._REFUSED
         assert found == [1000 * replica + index for index in range(M)]
 
 
-def test_what_is_computed_twice_is_the_same_twice():
-    world = World(refilled, replicas=1, config={**EVERY, "twins": {"replay": 1}})
+def test_one_that_cannot_be_copied_is_the_last_that_is_drawn_ahead():
+    """The second, on one rank."""
+    drawn = []
+
+    def mixed(stage, replica):
+        one = torch.zeros(2, 4, dtype=torch.int64)
+        for index in range(M):
+            one.fill_(1000 * replica + index)
+            drawn.append((stage, replica))
+            yield one, Unfit(one) if (stage, replica, index) == (1, 2, 1) else one
+
+    world = World(mixed)
+    world.everywhere(lambda *place: world.twins[place].begin_step(0, suspicion=False))
+    assert drawn.count((1, 2)) == 2 and drawn.count((1, 1)) == M
+    given = world.everywhere(lambda *place: [number(world.twins[place].next_batch(), 0) for _ in range(M)])
+    assert all(found == [1000 * replica + index for index in range(M)] for (_, replica), found in given.items())
+    assert drawn.count((1, 2)) == M
+
+
+def test_of_a_view_no_more_is_copied_than_it_shows():
+    all_labels = torch.zeros(10**6)
+    view = copied(UserDict(labels=all_labels[5:7]))["labels"]
+    assert view.untyped_storage().nbytes() == 8
+
+
+REPLAY = {**EVERY, "twins": {"replay": 1}}
+
+
+@pytest.mark.parametrize("holder", [name for name in HOLDERS if name != "no copies"])
+def test_what_is_computed_twice_is_the_same_twice(holder):
+    inside, back = HOLDERS[holder]
+    world = World(lambda stage, replica: refilled(stage, replica, inside), replicas=1, config=REPLAY)
     twins = world.twins[0, 0]
-    twins.draw_twice()
-    given = [twins.next_batch() for _ in range(2 * M)]
-    assert [number(batch, 0) for batch in given] == [*range(M), *range(M)]
-    given[0][0].fill_(7)
-    assert number(given[M], 0) == 0, "who alters one alters the other"
+    assert not twins.hinders_replay(twins.draw_twice())
+    given = [back(twins.next_batch()[0]) for _ in range(2 * M)]
+    assert [int(one[0, 0]) for one in given] == [*range(M), *range(M)]
+    given[0].fill_(7)
+    assert int(given[M][0, 0]) == 0, "who alters one alters the other"
+
+
+def test_what_cannot_be_copied_is_not_computed_twice_and_that_is_said(monkeypatch):
+    said = warned(monkeypatch)
+    inside, back = HOLDERS["no copies"]
+    world = World(lambda stage, replica: refilled(stage, replica, inside), replicas=1, config=REPLAY)
+    twins = world.twins[0, 0]
+    assert twins.hinders_replay(twins.draw_twice()) and len(said) == 1 and "1 of 1 replays" in said[0]
+    assert [int(back(twins.next_batch()[0])[0, 0]) for _ in range(M)] == [*range(M)]
+
+
+def test_what_another_rank_cannot_compute_twice_nobody_does():
+    world = World(whole, replicas=1, config=REPLAY)
+    twins = world.twins[1, 0]
+    assert not twins.draw_twice() and twins.hinders_replay(module._UNCOPIED)
+    assert [number(twins.next_batch(), 1) for _ in range(M + 1)] == [*range(M + 1)]
+
+
+def test_a_loader_that_ends_does_so_in_the_step_itself(monkeypatch):
+    said = warned(monkeypatch)
+    world = World(lambda stage, replica: whole(stage, replica)[:1], replicas=1, config=REPLAY)
+    twins = world.twins[1, 0]
+    assert twins.hinders_replay(twins.draw_twice()) and not said
+    assert number(twins.next_batch(), 1) == 0
+    with pytest.raises(StopIteration):
+        twins.next_batch()
 
 
 class Boxes(torch.Tensor):

@@ -127,3 +127,28 @@ def test_what_is_conjugated_or_negated_when_it_is_read_has_the_digest_of_what_it
         assert tensors_digest([held], CPU) == tensors_digest([held.resolve_conj()], CPU)
         negative = held.imag
         assert tensors_digest([negative], CPU) == tensors_digest([negative.clone()], CPU)
+
+
+def embedded(places, values, size=10):
+    """A sparse gradient as torch.nn.Embedding makes it."""
+    return torch.sparse_coo_tensor(torch.tensor([places]), torch.tensor(values), (size, 2))
+
+
+def test_a_sparse_tensor_has_the_digest_of_where_its_elements_are_and_what():
+    one = embedded([1, 2, 2], [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    alike = [one.clone(), one.coalesce(), embedded([2, 1], [[8.0, 10.0], [1.0, 2.0]])]
+    assert {digest([other]) for other in alike} == {digest([one])}
+    others = [
+        one.to_dense(),
+        embedded([1, 3], [[1.0, 2.0], [8.0, 10.0]]),
+        embedded([1, 2], [[1.0, 2.0], [8.0, 10.5]]),
+        embedded([1, 2], [[1.0, 2.0], [8.0, 10.0]], size=11),
+        one * 0,
+        torch.zeros(10, 2).to_sparse(),
+        torch.zeros(10, 2).to_sparse(1),
+        torch.zeros(10, 2),
+        one.to_dense().to_sparse(),
+    ]
+    assert len({digest([other]) for other in [one, *others]}) == 1 + len(others)
+    assert digest([one, torch.ones(2)]) != digest([torch.ones(2), one])
+    assert not one.is_coalesced(), "it was altered"
