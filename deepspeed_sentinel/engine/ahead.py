@@ -112,4 +112,10 @@ class _Clones(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        return args[0].clone() if func is torch.Tensor.__deepcopy__ else func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.__deepcopy__:
+            return func(*args, **(kwargs or {}))
+        tensor, memo = args
+        clone = tensor.clone()
+        for name, value in vars(tensor).items():
+            setattr(clone, name, copy.deepcopy(value, memo))
+        return clone

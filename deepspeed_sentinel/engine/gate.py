@@ -200,6 +200,10 @@ class Gate:
 
         self._replay.rehearse(run, put_back)
 
+    def leave_step(self) -> None:
+        """After a schedule, also one that broke off: random numbers go on from where they were."""
+        self._randomness.end_step()
+
     def _begin_messages(self, step: int) -> None:
         keyed = self._may_be_twins or self._replay.due(step)
         self._collector.begin_step(step, self._engine.micro_batches, keyed)

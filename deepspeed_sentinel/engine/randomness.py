@@ -49,7 +49,8 @@ class RandomState:
     def put_back(self) -> None:
         torch.set_rng_state(self.of_torch)
         get_accelerator().set_rng_state(self.of_device)
-        get_cuda_rng_tracker().set_states(self.of_deepspeed)
+        tracker = get_cuda_rng_tracker()
+        tracker.set_states({**tracker.get_states(), **self.of_deepspeed})  # some may have come since
         random.setstate(self.of_python)
         np.random.set_state(self.of_numpy)  # noqa: NPY002
 
@@ -72,13 +73,12 @@ class StepRandomness:
             step: the engine's global step.
             same: whether numbers are to be those of all the stage's columns.
         """
-        self.end_step()  # of one that broke off
         if not same:
             return
         self._before = RandomState.now()
         seed = self._secret.number("random numbers", step)
         tracked = {}
-        for index, name in enumerate(self._before.of_deepspeed):
+        for index, name in enumerate(sorted(self._before.of_deepspeed)):
             _seed(seed + 1 + index)
             tracked[name] = get_accelerator().get_rng_state()
         get_cuda_rng_tracker().set_states(tracked)

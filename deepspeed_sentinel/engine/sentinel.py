@@ -296,7 +296,10 @@ class Sentinel:
                 self._interception.watching = True
                 self.gate.rehearse(run)
             self._entries.begin()
-            run()
+            try:
+                run()
+            finally:
+                self.gate.leave_step()
         self._interception.watching = False
         self._liveness.progress.end_schedule()
         if trains:

@@ -28,13 +28,15 @@ held against the others of its stage that were given the same as it was:
 * Without a truth, workers on unlike hardware are held against the median of all by statistics; if some do not fit,
   those that are near are believed where they are more than can be bad.
 * Without a truth the step says that workers differ and not who is wrong. Of those, who is suspected by its own
-  statistics is left out alone, if the others agree; with two replicas it is the one that is wrong.
+  statistics is left out alone, if the others agree; with two replicas it is the one that is wrong, if the two are
+  apart by more than rounding.
 * Where so few workers agree that the others are more than can be bad, honest ones are among those: the stage's work is
   not the same bit for bit, and its replicas cannot be compared so. Where each makes something else, nobody is left out
   for it. Where some agree they are out once, since half of a stage may have been bribed. Where that is known of a
   stage, nobody is out for differing without a truth, and who differs from a truth is held to it by statistics, as
-  unlike hardware is: what differs now and then by nature makes a majority and an odd one as well. It takes many twin
-  steps without a difference until such a stage is compared to the last bit again.
+  unlike hardware is: what differs now and then by nature makes a majority and an odd one as well. So it is where more
+  workers would be proved in one step than can be bad. It takes many twin steps without a difference until such a stage
+  is compared to the last bit again.
 
 Worked example, 4 stages x 3 replicas, one micro-batch, what crossed each link by column:
 
@@ -49,7 +51,7 @@ Worked example, 4 stages x 3 replicas, one micro-batch, what crossed each link b
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -184,9 +186,44 @@ def try_twins(
         unlike: bool [S], stages that are known not to make the same of the same.
         keyed: int64 [2, L, C, M], of every message as received, as in ``Evidence``; None where nobody has keys.
     """
+    if keyed is None:
+        keyed = np.zeros(digests.shape[:4], np.int64)
+    evidence = (digests, measures, disputed, twins, served, convicted, suspects)
+    trial = _try(mesh, *evidence, unlike, keyed)
+    refuted = _refuted(mesh, trial, convicted) & ~unlike
+    if not refuted.any():
+        return trial
+    trial = _try(mesh, *evidence, unlike | refuted, keyed)
+    return replace(trial, unlike=trial.unlike | refuted)
+
+
+def _refuted(mesh: Mesh, trial: Trial, convicted: np.ndarray) -> np.ndarray:
+    """bool [S], stages of which somebody would be proved although honest ones differ: by what the same step shows
+    otherwise, or since more would be proved than can be bad."""
+    proved = np.zeros(convicted.shape, bool)
+    for proof in trial.proofs:
+        proved[proof.worker] = True
+    # of two replicas one is named by its own statistics
+    too_many = (np.count_nonzero(proved & ~convicted, axis=1) > (mesh.replicas - 1) // 2) & (mesh.replicas > LEAST)
+    return too_many | (trial.unlike & proved.any(1))
+
+
+def _try(
+    mesh: Mesh,
+    digests: np.ndarray,
+    measures: np.ndarray,
+    disputed: np.ndarray,
+    twins: Twins,
+    served: np.ndarray,
+    convicted: np.ndarray,
+    suspects: np.ndarray,
+    unlike: np.ndarray,
+    keyed: np.ndarray,
+) -> Trial:
+    """As ``try_twins``, by what is known of stages before the step."""
     links, columns, messages = digests.shape[1:4]
     digests_PCMT, disputed_PCM = chain_order(digests), chain_order(disputed)
-    keyed_PCM = np.zeros(disputed_PCM.shape, np.int64) if keyed is None else chain_order(keyed)
+    keyed_PCM = chain_order(keyed)
     measures_PECMN = np.stack([chain_order(of_end) for of_end in measures], axis=1)
     stages = [
         Voters.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage], bool(unlike[stage]))

@@ -26,7 +26,7 @@ class Vote:
         near: bool [C, M], those that could be held to the truth by statistics alone.
         agreeing, compared: int [M], workers behind the truth, and all that were asked.
         unlike: bool [M], honest ones differ: too few say the same for all others to be bad.
-        split: bool [M], of those that could be compared to the last bit not all say the same.
+        split: bool [M], of those that could be compared to the last bit, and whose word counts, not all say the same.
         forged: bool [C, M], those that say the same as the truth, and by whom it reached is something else: the sender
             has made it up or the receiver lies, and of these two one is bad.
         unclear: bool [C, M], those that say the same, while those whom it reached do not, without a majority.
@@ -56,7 +56,7 @@ class Voters:
         heard: bool [C], whose word counts.
         alike: bool [C], who runs on the kind of hardware that most do.
         accused: bool [C], who is suspected or convicted.
-        of_two: there are two replicas, so that who is accused is wrong where they differ.
+        of_two: there are two replicas, so that who is accused is wrong where they are apart.
         bad: how many of the stage's workers can be bad.
         unlike: its work is known not to be the same bit for bit, so that who says another thing than most is held
             to it by statistics.
@@ -129,6 +129,7 @@ class Voters:
         known_of_it = ~known & self.unlike & ((agreeing < voters) | (voters == 1))
         # Some that agree may be a half that was bribed: they are out once, as where nobody can tell.
         unlike = known_of_it | (by_nature & (agreeing == 1))
+        said = np.where(compared & self.heard[:, None], version, -1)
         # Of those that differ, who is suspected is left out alone, if the others make one thing of it.
         differ = compared & ~known & (versions > 1) & ~unlike
         guilty, innocent = differ & self.accused[:, None], differ & ~self.accused[:, None]
@@ -136,6 +137,7 @@ class Voters:
         one = guilty.any(0) & innocent.any(0)
         one &= of_innocent.min(0) == np.where(innocent, version, -1).max(0)
         guilty, innocent = guilty & one, innocent & one
+        wrong_of_two = guilty & apart & self.of_two
         # Without a truth, and with workers that cannot be compared exactly, those are believed that are near most.
         fits, asking = self._voices(asked & together)[:, 0], self._voices(asked)[:, 0]
         believed = together & (fits >= quorum) & (2 * fits > asking)
@@ -149,18 +151,16 @@ class Voters:
         forged, unclear = odd & settled, one_thing & odd.any(0) & ~settled
         one_thing &= ~(forged | unclear)
         return Vote(
-            right=(true & one_thing) | (near & known & together) | (innocent & one_thing & self.of_two),
-            wrong=(compared & known & ~true & ~near) | (near & known & exact & apart) | (guilty & self.of_two),
-            undecided=(differ & ~innocent & ~(guilty & self.of_two))
-            | (near & known & exact & ~apart & ~together)
-            | torn,
+            right=(true & one_thing) | (near & known & together) | (innocent & one_thing & wrong_of_two.any(0)),
+            wrong=(compared & known & ~true & ~near) | (near & known & exact & apart) | wrong_of_two,
+            undecided=(differ & ~innocent & ~wrong_of_two) | (near & known & exact & ~apart & ~together) | torn,
             cascade=near & known & ~exact & ~together,
             exact=one_thing,
             near=near,
             agreeing=agreeing,
             compared=voters,
             unlike=unlike | by_nature,
-            split=versions > 1,
+            split=said.max(0) > np.where(said < 0, columns, said).min(0),
             forged=forged,
             unclear=unclear,
             differ=(differ[:, None] & differ[None] & ~same).any(-1),

@@ -555,6 +555,14 @@ def test_one_that_cannot_be_copied_is_the_last_that_is_drawn_ahead():
     assert drawn.count((1, 2)) == M
 
 
+def test_what_hangs_on_a_tensor_is_copied_with_it():
+    batch = torch.ones(2)
+    batch.lengths = [1, 2]
+    again = copied(batch)
+    batch.lengths[0] = 9
+    assert again.lengths == [1, 2]
+
+
 def test_of_a_view_no_more_is_copied_than_it_shows():
     all_labels = torch.zeros(10**6)
     view = copied(UserDict(labels=all_labels[5:7]))["labels"]

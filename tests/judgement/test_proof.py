@@ -159,6 +159,9 @@ def test_of_two_replicas_that_differ_the_suspect_is_wrong():
     step.sends(1, 0, FORWARD, lie=3)
     step.suspects[1, 0] = True
     trial = step.trial()
+    assert not trial.proofs and trial.spoilt.tolist() == [True, False], "it may be rounding"
+    step.measures[:, FORWARD, 1:, 0] *= 1.1
+    trial = step.trial()
     assert proved(trial) == {(Worker(1, 0), FORWARD)} and trial.spoilt.tolist() == [True, False]
     step.suspects[1, 1] = True
     trial = step.trial()
@@ -276,6 +279,36 @@ def test_where_more_differ_from_most_than_can_be_bad_work_differs_by_nature(grou
     step.unlike[1] = True
     trial = step.trial()
     assert not trial.proofs and not trial.differences and not trial.spoilt.any() and trial.unlike[1]
+
+
+def test_what_a_step_shows_of_a_stage_counts_in_that_step():
+    """In the first micro-batch one worker is odd, in the second each is."""
+    step = Step(replicas=3)
+    step.sends(1, 2, FORWARD, lie=1, micro_batches=0)
+    step.sends(1, 1, FORWARD, lie=2, micro_batches=1)
+    step.sends(1, 2, FORWARD, lie=3, micro_batches=1)
+    trial = step.trial()
+    assert not trial.proofs and trial.unlike.tolist() == [False, True, False, False]
+    step.measures[:, FORWARD, 1, 2, 0] *= 1.1
+    assert proved(step.trial()) == {(Worker(1, 2), FORWARD)}, "more than rounding is proved"
+
+
+@pytest.mark.parametrize("replicas", [3, 5])
+def test_more_than_can_be_bad_are_not_proved_in_one_step(replicas):
+    step = Step(replicas=replicas, micro_batches=replicas)
+    for column in range(replicas):
+        step.sends(1, column, FORWARD, lie=1, micro_batches=column)
+    trial = step.trial()
+    assert not trial.proofs and trial.unlike.tolist() == [False, True, False, False]
+
+
+def test_a_convicted_worker_keeps_no_stage_unlike():
+    step = Step(replicas=5)
+    step.unlike[1] = step.convicted[1, 4] = True
+    step.sends(1, 4, FORWARD, lie=1)
+    assert step.trial().alike[1]
+    step.convicted[1, 4] = False
+    assert not step.trial().alike[1]
 
 
 @pytest.mark.parametrize(("replicas", "bad"), [(4, 1), (5, 2), (6, 2), (7, 3), (8, 3)])
