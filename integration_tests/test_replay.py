@@ -25,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "adapting": {"hook": "integration_tests.stateful:adapting"},
     "sparse": {"hook": "integration_tests.sparse:sparse", "optimizer": "sgd"},
 }
-IN_EVERY_RUN = ("fp32", "adapting", "sparse")
+IN_EVERY_RUN = ("fp32", "adapting")
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ OLDEST, NEWEST = "0.16.0", "0.19.8"  # that the tests have been run with, see do
 _INSTRUCTIONS = "SendActivation RecvActivation SendGrad RecvGrad ReduceTiedGrads ReduceGrads OptimizerStep"
 _MODULES = {
     "deepspeed.accelerator": "get_accelerator",
+    "deepspeed.runtime.activation_checkpointing.checkpointing": "get_cuda_rng_tracker",
     "deepspeed.runtime.fp16.fused_optimizer": "FP16_Optimizer",
     "deepspeed.runtime.fp16.unfused_optimizer": "FP16_UnfusedOptimizer",
     "deepspeed.runtime.pipe.engine": "PipelineEngine",
