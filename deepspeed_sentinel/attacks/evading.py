@@ -17,9 +17,9 @@ from deepspeed_sentinel.attacks.context import AttackContext
 @register("wrong_gradients")
 @dataclass(frozen=True)
 class WrongGradients:
-    """The accumulated gradients of the worker's own weights are ``factor`` times too large, its messages are right.
+    """Gradients of the worker's own weights are ``factor`` times too large. Only in the simulator.
 
-    Only in the simulator: no message is tampered with.
+    Its messages are right: none is tampered with.
     """
 
     factor: float = 1.01
@@ -47,9 +47,9 @@ class Cautious(Composite):
 
 @register("comparing")
 class Comparing(Composite):
-    """The attack ``inner``, but never where another attacker of the same stage was given the very same message.
+    """The attack ``inner``, but not where a friend of its stage was given the very same. Only in the simulator.
 
-    These compare what enters them, and know a twin step by it. Only in the simulator.
+    Attackers of one stage compare what enters them, and know a twin step by it.
     """
 
     compares_inputs: ClassVar[bool] = True
