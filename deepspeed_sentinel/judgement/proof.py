@@ -50,7 +50,7 @@ Worked example, 4 stages x 3 replicas, one micro-batch, what crossed each link b
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -186,44 +186,9 @@ def try_twins(
         unlike: bool [S], stages that are known not to make the same of the same.
         keyed: int64 [2, L, C, M], of every message as received, as in ``Evidence``; None where nobody has keys.
     """
-    if keyed is None:
-        keyed = np.zeros(digests.shape[:4], np.int64)
-    evidence = (digests, measures, disputed, twins, served, convicted, suspects)
-    trial = _try(mesh, *evidence, unlike, keyed)
-    refuted = _refuted(mesh, trial, convicted) & ~unlike
-    if not refuted.any():
-        return trial
-    trial = _try(mesh, *evidence, unlike | refuted, keyed)
-    return replace(trial, unlike=trial.unlike | refuted)
-
-
-def _refuted(mesh: Mesh, trial: Trial, convicted: np.ndarray) -> np.ndarray:
-    """bool [S], stages of which somebody would be proved although honest ones differ: by what the same step shows
-    otherwise, or since more would be proved than can be bad."""
-    proved = np.zeros(convicted.shape, bool)
-    for proof in trial.proofs:
-        proved[proof.worker] = True
-    # of two replicas one is named by its own statistics
-    too_many = (np.count_nonzero(proved & ~convicted, axis=1) > (mesh.replicas - 1) // 2) & (mesh.replicas > LEAST)
-    return too_many | (trial.unlike & proved.any(1))
-
-
-def _try(
-    mesh: Mesh,
-    digests: np.ndarray,
-    measures: np.ndarray,
-    disputed: np.ndarray,
-    twins: Twins,
-    served: np.ndarray,
-    convicted: np.ndarray,
-    suspects: np.ndarray,
-    unlike: np.ndarray,
-    keyed: np.ndarray,
-) -> Trial:
-    """As ``try_twins``, by what is known of stages before the step."""
     links, columns, messages = digests.shape[1:4]
     digests_PCMT, disputed_PCM = chain_order(digests), chain_order(disputed)
-    keyed_PCM = chain_order(keyed)
+    keyed_PCM = np.zeros(disputed_PCM.shape, np.int64) if keyed is None else chain_order(keyed)
     measures_PECMN = np.stack([chain_order(of_end) for of_end in measures], axis=1)
     stages = [
         Voters.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage], bool(unlike[stage]))
@@ -285,7 +250,7 @@ def _try(
     lost = spoilt | disputed.any(axis=(0, 1, 3)) | ~twins.given
     if np.count_nonzero(~lost & ~inexact) >= LEAST:
         spoilt = spoilt | inexact
-    return Trial(
+    trial = Trial(
         right,
         wrong,
         undecided,
@@ -300,6 +265,12 @@ def _try(
         differ,
         bool(unshared.any()),
     )
+    refuted = _refuted(mesh, trial, convicted) & ~unlike
+    if not refuted.any():
+        return trial
+    evidence = (digests, measures, disputed, twins, served, convicted, suspects)
+    trial = try_twins(mesh, *evidence, unlike | refuted, keyed)
+    return replace(trial, unlike=trial.unlike | refuted)
 
 
 def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tried:
@@ -310,13 +281,28 @@ def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tri
         trial: of a twin step, or None.
         otherwise: who was proved otherwise.
     """
-    proved = np.zeros((mesh.stages, mesh.replicas), bool)
-    for worker in (*(proof.worker for proof in (trial.proofs if trial else ())), *otherwise):
-        proved[worker] = True
+    proved = _marked(mesh, (*(proof.worker for proof in (trial.proofs if trial else ())), *otherwise))
     sound = trial.sound & ~proved if trial else np.zeros_like(proved)
     nothing = np.zeros(mesh.stages, bool)
     unlike, alike = (trial.unlike, trial.alike) if trial else (nothing, nothing)
     return Tried(proved, sound, unlike, alike, held=trial is not None, blind=trial is not None and trial.blind)
+
+
+def _refuted(mesh: Mesh, trial: Trial, convicted: np.ndarray) -> np.ndarray:
+    """bool [S], stages of which somebody would be proved although honest ones differ: by what the same step shows
+    otherwise, or since more would be proved than can be bad."""
+    proved = _marked(mesh, (proof.worker for proof in trial.proofs))
+    # of two replicas one is named by its own statistics
+    too_many = (np.count_nonzero(proved & ~convicted, axis=1) > (mesh.replicas - 1) // 2) & (mesh.replicas > LEAST)
+    return too_many | (trial.unlike & proved.any(1))
+
+
+def _marked(mesh: Mesh, workers: Iterable[Worker]) -> np.ndarray:
+    """bool [S, R], true where these are."""
+    marked = np.zeros((mesh.stages, mesh.replicas), bool)
+    for worker in workers:
+        marked[worker] = True
+    return marked
 
 
 def _of_unlike_states(twins: Twins, stages: int) -> np.ndarray:

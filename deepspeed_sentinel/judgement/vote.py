@@ -129,13 +129,10 @@ class Voters:
         known_of_it = ~known & self.unlike & ((agreeing < voters) | (voters == 1))
         # Some that agree may be a half that was bribed: they are out once, as where nobody can tell.
         unlike = known_of_it | (by_nature & (agreeing == 1))
-        said = np.where(compared & self.heard[:, None], version, -1)
         # Of those that differ, who is suspected is left out alone, if the others make one thing of it.
         differ = compared & ~known & (versions > 1) & ~unlike
         guilty, innocent = differ & self.accused[:, None], differ & ~self.accused[:, None]
-        of_innocent = np.where(innocent, version, columns)
-        one = guilty.any(0) & innocent.any(0)
-        one &= of_innocent.min(0) == np.where(innocent, version, -1).max(0)
+        one = guilty.any(0) & innocent.any(0) & _is_one(version, innocent)
         guilty, innocent = guilty & one, innocent & one
         wrong_of_two = guilty & apart & self.of_two
         # Without a truth, and with workers that cannot be compared exactly, those are believed that are near most.
@@ -160,7 +157,7 @@ class Voters:
             agreeing=agreeing,
             compared=voters,
             unlike=unlike | by_nature,
-            split=said.max(0) > np.where(said < 0, columns, said).min(0),
+            split=~_is_one(version, compared & self.heard[:, None]),
             forged=forged,
             unclear=unclear,
             differ=(differ[:, None] & differ[None] & ~same).any(-1),
@@ -170,6 +167,11 @@ class Voters:
 def _version(same: np.ndarray) -> np.ndarray:
     """Of who says the same as whom (bool [C, C, M]) the first column that says the same as each, -1 for none."""
     return np.where(same.any(1), np.argmax(same, axis=1), -1)
+
+
+def _is_one(version: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """bool [M], whether those chosen (bool [C, M]) say no two things."""
+    return np.asarray(np.where(chosen, version, -1).max(0) <= np.where(chosen, version, len(version)).min(0))
 
 
 def _apart(measures_ECMN: np.ndarray, true: np.ndarray, asked: np.ndarray) -> np.ndarray:
