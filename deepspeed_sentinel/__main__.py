@@ -15,6 +15,10 @@ from typing import Any
 from deepspeed_sentinel.config import SentinelConfig, load_block, read_config
 from deepspeed_sentinel.flag import meant, mistyped
 
+_NO_PIPELINE = (
+    "zero_optimization.stage: got {}, and nothing is guarded then: sentinel watches DeepSpeed's pipeline engine, which "
+    'takes ZeRO stages 0 and 1. Set one of these, or "sentinel": {{"enabled": false}}.'
+)
 _NO_BLOCK = 'no "sentinel" block: sentinel stays off. Add "sentinel": {"enabled": true} to switch it on.'
 
 _ABOUT = "Guard a training run of DeepSpeed's pipeline engine, report on one, or attack one on purpose."
@@ -115,7 +119,10 @@ def _check(path: str) -> int:
         whole = read_config(path)
         block = load_block(whole)
         config = SentinelConfig.parse(block if block is not None else {})
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        print(f"{path}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(f"{path}: {error}", file=sys.stderr)
         return 1
     if block is None:
@@ -124,6 +131,11 @@ def _check(path: str) -> int:
             f"{path}: {_NO_BLOCK if wrong is None else meant(wrong)}", file=sys.stdout if wrong is None else sys.stderr
         )
         return 0 if wrong is None else 1
+    zero = whole.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if config.enabled and isinstance(stage, int) and stage > 1:
+        print(f"{path}: {_NO_PIPELINE.format(stage)}", file=sys.stderr)
+        return 1
     print(f"{path}: valid. Settings (* given, others default; null follows from the mesh):")
     for name, value in config.model_dump(mode="json").items():
         print(f" {'*' if name in block else ' '} {name} = {json.dumps(value)}")

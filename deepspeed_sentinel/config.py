@@ -374,7 +374,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     import hjson  # comes with DeepSpeed
 
     try:
-        config = hjson.loads(Path(path).read_text(encoding="utf-8"))
+        config = hjson.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=dict)
     except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from error
     if not isinstance(config, dict):

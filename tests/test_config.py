@@ -149,14 +149,20 @@ def test_check_reads_what_deepspeed_reads(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [('{"sentinel": {"strikes": 0}}', "sentinel.strikes"), ("{", "Bad key name"), (None, "No such file")],
+    [
+        ('{"sentinel": {"strikes": 0}}', "sentinel.strikes"),
+        ('{"sentinel": {"strikes": {"a": 1}}}', "got {'a': 1}"),
+        ("{", "Bad key name"),
+        (None, "No such file"),
+    ],
 )
 def test_check_fails_with_the_reason(tmp_path, capsys, content, said):
     path = tmp_path / "ds.json"
     if content is not None:
         path.write_text(content)
     assert main(["check", str(path)]) == 1
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert said in told and told.count(str(path)) == 1 and "OrderedDict" not in told
 
 
 @pytest.mark.parametrize("of_file", ["plain", "inner"])
@@ -196,6 +202,7 @@ def test_check_says_when_there_is_no_block(tmp_path, capsys):
     [
         ('{"sentinal": {"enabled": true}}', 'guards nothing; did you mean "sentinel"?'),
         ('{"sentinel": ', "not valid JSON"),
+        ('{"sentinel": {"enabled": true}, "zero_optimization": {"stage": 3}}', "takes ZeRO stages 0 and 1"),
         ("[1]", "a DeepSpeed config is a JSON object, not a list"),
     ],
 )
