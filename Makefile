@@ -22,6 +22,7 @@ venv: $(STAMP)
 # torch first: DeepSpeed's build looks for it, and no other package may choose its version.
 # DeepSpeed is built from source against the torch in the venv, hence without isolation.
 $(STAMP): requirements.txt requirements-dev.txt $(PINNED) setup.py
+	@echo "setting up $(VENV) with what $(PINNED) pins, DeepSpeed built from source: some minutes, once"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "$$(grep '^torch==' requirements.txt)" "$$(grep '^setuptools==' requirements-dev.txt)"
 	$(PIP) install --quiet --no-build-isolation -r $(PINNED)

@@ -3,46 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from deepspeed_sentinel.evidence.table import Rows
 from deepspeed_sentinel.judgement.blame import Blame
+from deepspeed_sentinel.judgement.excuses import Judged
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.grounds import grounds
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
-
-
-@dataclass(frozen=True)
-class Judged:
-    """All messages of a step as they were judged.
-
-    Attributes:
-        values: float64 [K, 2, L, C, M], statistics as reported.
-        residuals: of the same shape, in the units that fences compare.
-        per_statistic: of the same shape, scores by fences and sums.
-        fenced: float64 [statistics of pairs, 2, L, C, M], scores by fences alone.
-        scores: float64 [2, L, C, M], the largest of all statistics; 0 where nothing was judged.
-        overflow: bool [2, L, C, M], non-finite gradients that loss scaling may explain.
-        content: bool [2, L, C, M], alarms that content explains.
-        but_for_pair: bool [2, L, C, M], alarms that it would explain but for the statistics of the pair.
-        doubted: bool [2, L, C, M], alarms by nothing but what the two ends of the link report differently.
-        turn: bool [2, L, C, M], alarms in nothing but what training has turned in.
-    """
-
-    values: np.ndarray
-    residuals: np.ndarray
-    per_statistic: np.ndarray
-    fenced: np.ndarray
-    scores: np.ndarray
-    overflow: np.ndarray
-    content: np.ndarray
-    but_for_pair: np.ndarray
-    doubted: np.ndarray
-    turn: np.ndarray
 
 
 class Account:

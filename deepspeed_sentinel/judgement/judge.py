@@ -6,42 +6,42 @@ Statistics speak where nothing could be compared, and nothing is learnt: the oth
 The combination rule: a message is an alarm if any one of its statistics lies outside that statistic's own fence, or if
 the deviations of its sender in any one statistic have added up to the limit. The statistics share the permitted rate
 of false alarms equally.
+
+The way of a step, each line a file: what both ends tell is heard (``hearing.py``) and measured (``measuring.py``); a
+twin step is tried (``proof.py``); alarms have excuses (``excuses.py``) or a culprit (``blame.py``); the record says who
+is suspected and convicted (``record.py``, ``unsettled.py``, ``isolation.py``); then columns are left out, and what is
+clean (``clean.py``) is learnt from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, Evidence, Rows, comparable
-from deepspeed_sentinel.judgement.account import Account, Judged, entries
-from deepspeed_sentinel.judgement.blame import Blame, followers
-from deepspeed_sentinel.judgement.cascade import hold_against_fences
-from deepspeed_sentinel.judgement.clean import clean_links, sent_by
-from deepspeed_sentinel.judgement.content import Content, content_alone
-from deepspeed_sentinel.judgement.contradiction import Contradictions, contradictions
-from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
+from deepspeed_sentinel.evidence.table import RECEIVED, Evidence, Rows
+from deepspeed_sentinel.judgement.account import Account, entries
+from deepspeed_sentinel.judgement.blame import Blame
+from deepspeed_sentinel.judgement.clean import clean_links
 from deepspeed_sentinel.judgement.doubts import Doubts
-from deepspeed_sentinel.judgement.fences import Fences
+from deepspeed_sentinel.judgement.excuses import Judged
 from deepspeed_sentinel.judgement.halt import halt_reason
-from deepspeed_sentinel.judgement.held import Held
+from deepspeed_sentinel.judgement.hearing import Heard, Hearing
 from deepspeed_sentinel.judgement.isolation import Isolation, involved
+from deepspeed_sentinel.judgement.measuring import Measuring
 from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Explained, Overflow
 from deepspeed_sentinel.judgement.passing import Passing, leaving
-from deepspeed_sentinel.judgement.proof import tried, try_twins
-from deepspeed_sentinel.judgement.record import Record
+from deepspeed_sentinel.judgement.proof import Trial, tried, try_twins
+from deepspeed_sentinel.judgement.record import Changes, Record
 from deepspeed_sentinel.judgement.replay import Replayed
-from deepspeed_sentinel.judgement.reports import Reports
 from deepspeed_sentinel.judgement.settings import JudgeSettings as JudgeSettings
 from deepspeed_sentinel.judgement.silence import Silence
-from deepspeed_sentinel.judgement.standing import Standing
 from deepspeed_sentinel.judgement.state import problem
-from deepspeed_sentinel.judgement.unsettled import Unsettled
-from deepspeed_sentinel.judgement.verdict import NOBODY, Finding, Verdict
-from deepspeed_sentinel.mesh import BACKWARD, Mesh, Worker, columns_of, identity, workers_of
+from deepspeed_sentinel.judgement.unsettled import Contradicted, Unsettled
+from deepspeed_sentinel.judgement.verdict import NOBODY, Dispute, Finding, Verdict
+from deepspeed_sentinel.mesh import Mesh, Worker, identity, workers_of
 
 _PATIENCE = 4  # of the time for which a strike makes a suspect: who it was is found out in that
 # what has a state of its own
@@ -49,7 +49,6 @@ _KEPT = (
     *("fences", "content", "cusum", "standing", "record", "unsettled"),
     *("isolation", "passing", "nothing", "silence", "overflow"),
 )
-_PASSED_ON, _FROM_NOTHING = NAMES.index("passed_on"), NAMES.index("from_nothing")
 
 
 class Judge:
@@ -69,26 +68,13 @@ class Judge:
         self.mesh = mesh
         self.settings = settings
         self.table = Rows(parts)
-        self._hard = np.flatnonzero(self.table.hard).tolist()
-        # which of these the judge finds itself
-        self._found = [place for place, row in enumerate(self._hard) if self.table.by_judge[row]]
-        pairs = np.flatnonzero(self.table.of_pair)
-        # of one part they stand in a row, and need not be copied
-        self._pair_rows = slice(pairs[0], pairs[-1] + 1) if parts == 1 else pairs
-        self.fences = Fences(
-            mesh,
-            settings.fence_window,
-            settings.fence_multiplier,
-            settings.target_false_positive_rate,
-            settings.seed,
-            self.table,
-        )
-        self.cusum = Cusum(mesh, settings.seed, self.table)
+        self._measuring = Measuring(mesh, settings, self.table)
+        self.fences, self.cusum = self._measuring.fences, self._measuring.cusum
+        self.content, self.standing = self._measuring.content, self._measuring.standing
         self.passing = Passing(mesh, settings.warmup_steps)
         self.nothing = Nothing(mesh)
         self.silence = Silence(mesh, parts)
-        self.content = Content(mesh.replicas, self.table)
-        self.standing = Standing((len(self.table), 2, mesh.links, mesh.replicas), settings.strike_window)
+        self._hearing = Hearing(self.table, self.fences, self.passing, self.nothing, self.silence)
         self.unsettled = Unsettled(mesh, settings.probation_steps)
         heals = settings.wiring == "heal" and settings.action != "observe"
         self.isolation = Isolation(mesh, settings.probation_steps, _PATIENCE * settings.strike_window, heals)
@@ -138,201 +124,63 @@ class Judge:
             proved: who was proved otherwise since the last step, by its weights or in a reduction.
             replayed: what a replay of this step has shown, if it was replayed.
         """
-        warming_up, served, of_pair = self.warming_up, evidence.served, self.table.of_pair
-        twins = evidence.twins
-        reports = Reports.of(evidence.statistics)
-        nothing = self.nothing.step(reports, evidence.digests, served, warming_up)
-        void = nothing.void
-        values = reports.judged(self.table, void)
-        hard = reports.hard
-        either = hard[SENT] | hard[RECEIVED]
-        compared = comparable(values)
-        differ = hard[SENT] != hard[RECEIVED]
-        other_digests = evidence.digests[SENT] != evidence.digests[RECEIVED]
-        if other_digests.any():
-            differ |= other_digests.any(-1)
-        said = Contradictions.none(differ.shape, len(self.table))
-        if not (warming_up or reports.alike):
-            # As reported: of what is not judged, too, nobody may say other things than its partner.
-            said = contradictions(reports, self.fences, self.table)
-            if said.neither.any():
-                values[said.neither] = compared[said.neither] = np.nan
-        contradicted = differ | said.by_ends
-        contradicted[BACKWARD] |= nothing.disputed
-        silent = self.silence.step(reports.received, void, served, warming_up)
-        contested = said.by_neighbours | silent
-        disputes = contradicted | contested
-        changed = self.passing.step(evidence.digests[RECEIVED], ~differ, served)
-        by_hard = self._without_fence(values, changed, nothing.made)
-        whole = ~(disputes | hard[RECEIVED])
-        convicted = self._served_by_convicted(served)
-        sound = whole
-        # Of two, each is all that the other can be held against.
-        if self.fences.has_majority and convicted.any():
-            by_convicted = np.broadcast_to(sent_by(convicted)[..., None], whole.shape)
-            sound = whole & ~by_convicted & ~followers(by_convicted)
-        if self.fences.compares_replicas and not twins:
-            self.content.step(compared, whole, self.fences.iqr)
-        unlike = self.content.unlike
-        by_row = by_hard > 0  # on a way of its own, which no statistic can close
-        firm = np.logical_or.reduce(by_row, axis=0)
-        held = Held(self.fences, compared, by_row, self.table.hard, self.content.room, warming_up)
-        cascade = hold_against_fences(held, self.fences, firm, whole, sound)
-        turned = self.fences.centre.end_turns()
-        residuals, scores = held.residuals, held.largest
-        within = np.ones(residuals.shape[:-1], bool)
-        summed = np.zeros((np.count_nonzero(of_pair), *scores.shape[:-1]))
-        if self.mesh.replicas >= LEAST_REPLICAS and not twins:
-            counted = whole & ~cascade
-            counted[BACKWARD] &= ~void
-            # What is usual of a worker came of the data that it was given. Of one that is dealt anew in every step it
-            # is a mean over all columns.
-            if self.settings.wiring != "shuffle" and (served != self._served).any():
-                self.cusum.forget_usual(columns_of(served) != columns_of(self._served))
-            # With what is usual of a column: sums have a usual of their own, which stands still where they grow.
-            summed = self.cusum.step(
-                residuals[self._pair_rows],
-                counted,
-                served,
-                self.record.convicted,
-                evidence.step,
-                warming_up,
-                unlike,
-                evidence.renewed,
-                np.where(self.table.adds_up[:, None, None, None], self.fences.usual.level, np.nan)[of_pair],
-            )
-            within[of_pair] = self.cusum.quiet(served) | unlike
-            scores = np.maximum(scores, np.where(counted, np.maximum.reduce(summed, axis=0)[..., None], 0.0))
-        alarms = (scores > 1.0) | firm
+        warming_up, served, twins = self.warming_up, evidence.served, evidence.twins
+        heard = self._hearing.step(evidence, warming_up)
+        measured = self._measuring.step(heard, evidence, self._served, self.record.convicted, warming_up)
+        alarms, scores = measured.alarms, measured.scores
         explained = Explained.nothing(alarms.shape)
         if np.isfinite(overflow_limit):
-            explained = self.overflow.step(reports.largest, hard, served, overflow_limit)
-        judged, all_judged = ~explained.shared, not explained.shared.any()
-        if not all_judged:
-            alarms, scores = alarms & judged, np.where(judged, scores, 0.0)
-        trial = None
-        nowhere = np.zeros(alarms.shape, bool)
-        differing = right = nowhere
-        if twins:
-            measures = evidence.statistics[..., self.table.measures]
-            trial = try_twins(
-                self.mesh,
-                evidence.digests[RECEIVED],
-                measures,
-                disputes | ~judged,
-                twins,
-                served,
-                self.record.convicted,
-                self.record.accused,
-                self.record.unlike,
-                evidence.keyed,
-            )
-            differ, contradicted, disputes = (which | trial.forged for which in (differ, contradicted, disputes))
+            explained = self.overflow.step(heard.reports.largest, heard.hard, served, overflow_limit)
+        unjudged = bool(explained.shared.any())
+        if unjudged:
+            alarms, scores = alarms & ~explained.shared, np.where(explained.shared, 0.0, scores)
+        trial = self._try(evidence, heard, explained)
+        differing = right = np.zeros(alarms.shape, bool)
+        if trial:
+            heard = heard.with_forged(trial.forged)
             differing, right = trial.wrong | trial.undecided, trial.right
-            alarms = alarms & ~differing & (either | ~right)
+            alarms = alarms & ~differing & (heard.hard.any(0) | ~right)
             scores = np.where(alarms, scores, 0.0)
-
-        content = but_for_pair = doubted = turn = undecided = nowhere
-        per_statistic = fenced = np.zeros((len(self.table), 0))  # of no use where nothing is in alarm
-        if alarms.any():
-            values = values.copy()
-            values[self._hard] = by_hard
-            per_statistic, fenced = held.per_statistic, held.per_statistic[of_pair]
-            # What most replicas did, training did, and what comes of it strikes nobody. Nothing excuses a hard row.
-            turned &= ~self.table.hard[:, None, None]
-            turn = alarms & ~(np.where(turned[..., None, None], 0.0, per_statistic) > 1.0).any(0)
-            if self.mesh.replicas >= LEAST_REPLICAS and not twins:
-                per_statistic[of_pair] = np.fmax(fenced, np.where(counted, summed[..., None], 0.0))
-                turn &= ~(per_statistic[of_pair] > np.fmax(fenced, 1.0)).any(0)
-            content, but_for_pair = content_alone(alarms & ~firm, per_statistic, values, unlike, self.table)
-            # Without what the two ends report differently nothing would be outside.
-            doubted = said.doubted.any(0) & (np.where(said.doubted, 0.0, per_statistic).max(0) <= 1.0)
-        reported_only = alarms & ~firm & (not self.fences.compares_replicas)
-        if nothing.open.any():
-            undecided = np.zeros_like(alarms)
-            undecided[BACKWARD] = nothing.open & ~either[BACKWARD] & (changed[BACKWARD] == 0)
-        excused = explained.overflow | content | reported_only | right | undecided | doubted | turn
-        blame = Blame.of(alarms, disputes | differing, scores, excused, np.asarray(by_row[self._found].any(0)))
+        compares = self.fences.compares_replicas
+        judged = Judged.of(alarms, scores, heard, measured, explained.overflow, right, self.table, compares)
+        blame = Blame.of(alarms, heard.disputes | differing, scores, judged.excused, heard.found)
         account = Account(self.mesh, served, self.table)
-        judged_step = Judged(
-            values, residuals, per_statistic, fenced, scores, explained.overflow, content, but_for_pair, doubted, turn
+        findings = account.findings(blame, judged, self.fences)
+        disputed = account.disputes(blame.disputes & ~differing, heard.contradicted)
+        proved = (*proved, *(replayed.inconsistent if replayed else ()))
+        settled = self._settle(evidence, heard, trial, alarms, judged, blame, findings, disputed, proved)
+        changes, suspects = settled.changes, self.record.suspects
+        self._measuring.take_for_usual(
+            measured.residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None
         )
-        findings = account.findings(blame, judged_step, self.fences)
-        disputed = account.disputes(blame.disputes & ~differing, contradicted)
-        facts = differ | said.certain
-        facts[BACKWARD] |= nothing.disputed
-        by_several = self.unsettled.step(
-            served, np.asarray(facts.any(-1)), np.asarray(said.by_neighbours.any(-1)), trial, self.record.convicted
-        )
-        proved = (*proved, *(replayed.inconsistent if replayed else ()), *(one.worker for one in by_several))
-        shown = tried(self.mesh, trial, proved) if trial or proved else None
-        changes = self.record.update(
-            *entries(self.mesh, findings, disputed),
-            shown,
-            evidence.refused,
-            self.unsettled.doubted,
-            self.isolation.beside(served),
-        )
-        unproved = ((said.by_ends | (alarms & doubted)) & ~facts).any((0, 3))
-        self.isolation.step(
-            served,
-            involved(np.asarray(unproved), np.asarray(leaving(np.asarray(silent.any(-1))).any(0))),
-            np.asarray(
-                (alarms & ~excused).any((0, 1, 3)) & ~(blame.strikes | disputes).any((0, 1, 3)) & (twins is None)
-            ),
-            [(one.worker, one.column) for one in findings if one.strikes and one.rests_on_pair],
-            changes.cleared,
-            self.record.convicted,
-            bool((changes.convicted | changes.released).any()),
-        )
-        suspects = self.record.suspects
-        new = suspects & ~self._known
-        taught = bool(changes.convicted.any() or self.unsettled.news or self.isolation.news or new.any())
-        self._take_for_usual(residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None)
-
-        events = (alarms & ~reported_only) | disputes | differing
+        events = (alarms & ~judged.alone) | heard.disputes | differing
         suspected = events.any(axis=(0, 1, 3))
         if replayed:
             suspected |= replayed.spoilt
         if twins and trial:
             suspected |= trial.spoilt | ~twins.given
         convicted = self._served_by_convicted(served)
-        excluded = np.zeros_like(suspected)
-        if self.settings.action != "observe":
-            excluded |= suspected
-        if self.settings.action == "quarantine":
-            excluded |= convicted.any(0)
-        shared = not all_judged and self.settings.action != "observe"
+        excluded = self._left_out(suspected, convicted)
+        # Where loss scaling explains what most replicas did, nobody is left out, and the step is of no use.
+        shared = unjudged and self.settings.action != "observe"
         skip = bool(excluded.all()) or shared
         overflow = skip and (shared or bool((alarms & explained.overflow).any()))
-        lost = skip and not overflow
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if lost and not taught else 0
-        self._known = self._known | suspects if lost else suspects
+        self._count_skipped(skip and not overflow, suspects, settled.news)
         self._served = np.array(served, np.int64)
 
+        blamed = blame.named & (events | compares)
+        self.clean_links = clean_links(blamed, blame.disputes, heard.contested, events, convicted)
         # In a skipped step no weight changes, and nothing has to be learnt.
-        blamed = blame.named & (events | self.fences.compares_replicas)
-        self.clean_links = clean_links(blamed, blame.disputes, contested, events, convicted)
-        self.clean_links &= all_judged and not skip and not twins
-        if self.clean_links.any():
-            chosen = self.clean_links
-            if suspected.any():
-                # One message just inside a fence may break the next, and would be learnt as the fence's own tail.
-                whole_columns = chosen & ~suspected
-                chosen = np.where(whole_columns.any(-1, keepdims=True), whole_columns, chosen)
-            clean_messages = np.broadcast_to(chosen[..., None], alarms.shape)
-            followed = clean_messages
-            if content.any():
-                followed = np.where(of_pair[:, None, None, None, None], clean_messages, clean_messages | content)
-            self.fences.learn(compared, residuals, clean_messages, followed, within, unlike, evidence.step)
+        self.clean_links &= not (unjudged or skip or twins)
+        self._measuring.learn(heard, measured, self.clean_links, suspected, judged.content, evidence.step)
 
         return Verdict(
             step=evidence.step,
             warming_up=warming_up,
-            judged=0 if warming_up else int(np.count_nonzero(judged)),
+            judged=0 if warming_up else int(np.count_nonzero(~explained.shared)),
             scores=scores,
             alarms=alarms,
-            disputes=disputes,
+            disputes=heard.disputes,
             worker_scores=account.worker_scores(scores),
             suspected=suspected,
             excluded=excluded,
@@ -349,7 +197,7 @@ class Judge:
             suspects=suspects,
             proofs=trial.proofs if trial else (),
             differences=trial.differences if trial else (),
-            contradicted=tuple(one for one in by_several if changes.convicted[one.worker]),
+            contradicted=tuple(one for one in settled.contradicted if changes.convicted[one.worker]),
             cleared=workers_of(changes.cleared),
             isolated=self.isolation.isolated.copy(),
             action=self.settings.action,
@@ -389,8 +237,7 @@ class Judge:
         self.record.forget(worker)
         self.unsettled.forget(worker)
         self.isolation.forget(worker)
-        self.standing.forget(marked)
-        self.cusum.forget(marked)
+        self._measuring.forget(marked)
 
     def state_dict(self) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
         return {
@@ -419,28 +266,100 @@ class Judge:
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
         self._known, self._served = np.array(state["known"]), np.array(state["served"])
 
-    def _take_for_usual(
-        self, residuals: np.ndarray, strikes: np.ndarray, cleared: np.ndarray, served: np.ndarray, of_twins: bool
-    ) -> None:
-        """What lasts of those who are cleared (bool [S, R]) is their own new normal."""
-        if not of_twins:
-            self.standing.step(residuals, np.asarray(strikes.any(-1)), served)
-        elif cleared.any():
-            links, mean = self.standing.lasting(cleared)
-            self.fences.usual.adopt(links, mean)
-            self.cusum.forget(cleared)
+    def _try(self, evidence: Evidence, heard: Heard, explained: Explained) -> Trial | None:
+        """What a twin step shows; None if it is none."""
+        if not evidence.twins:
+            return None
+        return try_twins(
+            self.mesh,
+            evidence.digests[RECEIVED],
+            evidence.statistics[..., self.table.measures],
+            heard.disputes | explained.shared,
+            evidence.twins,
+            evidence.served,
+            self.record.convicted,
+            self.record.accused,
+            self.record.unlike,
+            evidence.keyed,
+        )
 
-    def _without_fence(self, values: np.ndarray, changed: np.ndarray, made: np.ndarray) -> np.ndarray:
-        """Hard rows, [hard rows, 2, L, C, M]: what is reported, and what the judge finds."""
-        result = values[self._hard]
-        result[self._found] = 0.0
-        result[self._hard.index(_PASSED_ON)] = changed
-        result[self._hard.index(_FROM_NOTHING), BACKWARD] = made
-        return result
+    def _settle(
+        self,
+        evidence: Evidence,
+        heard: Heard,
+        trial: Trial | None,
+        alarms: np.ndarray,
+        judged: Judged,
+        blame: Blame,
+        findings: tuple[Finding, ...],
+        disputed: tuple[Dispute, ...],
+        proved: tuple[Worker, ...],
+    ) -> _Settled:
+        """Enter a step into what is known of workers: who is suspected, proved, isolated or cleared after it."""
+        served, facts = evidence.served, heard.facts
+        by_several = self.unsettled.step(
+            served,
+            np.asarray(facts.any(-1)),
+            np.asarray(heard.said.by_neighbours.any(-1)),
+            trial,
+            self.record.convicted,
+        )
+        proved = (*proved, *(one.worker for one in by_several))
+        changes = self.record.update(
+            *entries(self.mesh, findings, disputed),
+            tried(self.mesh, trial, proved) if trial or proved else None,
+            evidence.refused,
+            self.unsettled.doubted,
+            self.isolation.beside(served),
+        )
+        unproved = ((heard.said.by_ends | (alarms & judged.doubted)) & ~facts).any((0, 3))
+        silent = leaving(np.asarray(heard.silent.any(-1))).any(0)
+        unblamed = (alarms & ~judged.excused).any((0, 1, 3)) & ~(blame.strikes | heard.disputes).any((0, 1, 3))
+        self.isolation.step(
+            served,
+            involved(np.asarray(unproved), np.asarray(silent)),
+            np.asarray(unblamed & (evidence.twins is None)),
+            [(one.worker, one.column) for one in findings if one.strikes and one.rests_on_pair],
+            changes.cleared,
+            self.record.convicted,
+            bool((changes.convicted | changes.released).any()),
+        )
+        news = bool(changes.convicted.any() or self.unsettled.news or self.isolation.news)
+        return _Settled(changes, by_several, news)
+
+    def _left_out(self, suspected: np.ndarray, convicted: np.ndarray) -> np.ndarray:
+        """Columns that do not count in this step, bool [C], of bool [C] and of convicted workers by column, [S, C]."""
+        excluded = np.zeros_like(suspected)
+        if self.settings.action != "observe":
+            excluded |= suspected
+        if self.settings.action == "quarantine":
+            excluded |= convicted.any(0)
+        return excluded
+
+    def _count_skipped(self, lost: bool, suspects: np.ndarray, news: bool) -> None:
+        """Count a step as skipped for nothing if it was lost and taught nothing: nobody new is suspected either."""
+        taught = news or bool((suspects & ~self._known).any())
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if lost and not taught else 0
+        self._known = self._known | suspects if lost else suspects
 
     def _served_by_convicted(self, served: np.ndarray) -> np.ndarray:
         """Where the worker that serves a column is convicted, bool [S, C]."""
         return _serving(self.record.convicted, served)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What a step has changed in what is known of workers.
+
+    Attributes:
+        changes: of the record.
+        contradicted: who contradicts too many.
+        news: there is something to act on that was not there before, but for new suspects.
+    """
+
+    changes: Changes
+    contradicted: tuple[Contradicted, ...]
+    news: bool
 
 
 def _serving(workers: np.ndarray, served: np.ndarray) -> np.ndarray:
