@@ -21,8 +21,9 @@ import numpy as np
 
 from deepspeed_sentinel.evidence.table import Twins
 from deepspeed_sentinel.judgement.doubts import Doubts
-from deepspeed_sentinel.judgement.proof import Trial, tried, try_twins
+from deepspeed_sentinel.judgement.proof import tried, try_twins
 from deepspeed_sentinel.judgement.record import Record
+from deepspeed_sentinel.judgement.trial import Trial
 from deepspeed_sentinel.judgement.unsettled import Unsettled
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 from deepspeed_sentinel.response.dealing import Dealer

@@ -80,6 +80,9 @@ class Replay:
         engine._INSTRUCTION_MAP = {**instructions, **dict.fromkeys(_LEFT_OUT, _nothing)}
         try:
             run()
+        except BaseException:  # who goes on after it goes on with the numbers that come next
+            randomness.put_back()
+            raise
         finally:
             engine._INSTRUCTION_MAP = instructions
         self._rehearsed = _Rehearsed(

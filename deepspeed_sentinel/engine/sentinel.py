@@ -291,12 +291,12 @@ class Sentinel:
         run = partial(self._originals["_exec_schedule"], pipe_schedule)
         trains = isinstance(pipe_schedule, schedule.TrainSchedule)
         with self.gate.columns.in_effect():
-            if trains:
-                self.gate.begin_step()
-                self._interception.watching = True
-                self.gate.rehearse(run)
-            self._entries.begin()
             try:
+                if trains:
+                    self.gate.begin_step()
+                    self._interception.watching = True
+                    self.gate.rehearse(run)
+                self._entries.begin()
                 run()
             finally:
                 self.gate.leave_step()

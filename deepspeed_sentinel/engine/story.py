@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from deepspeed_sentinel.config import SentinelConfig
-from deepspeed_sentinel.judgement.proof import Difference, Proof
+from deepspeed_sentinel.judgement.trial import Difference, Proof
 from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker, workers_of

@@ -22,6 +22,7 @@ class Doubts:
         apart: of each two at least one is bad, and it is not known which: of neighbouring stages or of stages next but
             one, and then they should not serve one column; or of one stage, and then they should not be compared again
             with each other alone.
+        isolated: bool [S, R], workers that explain what nobody could be proved for, packed or not; None is nobody.
     """
 
     packed: np.ndarray
@@ -29,3 +30,4 @@ class Doubts:
     accused: np.ndarray
     untried: np.ndarray
     apart: tuple[tuple[Worker, Worker], ...] = ()
+    isolated: np.ndarray | None = None

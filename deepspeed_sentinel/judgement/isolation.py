@@ -1,9 +1,10 @@
 """Who is kept where columns are lost, without a conviction, because somebody there keeps columns out unproved.
 
-Some events leave a column out and prove nothing: the ends of a link report other numbers to a baseline, of which each
+Some events leave columns out and prove nothing: the ends of a link report other numbers to a baseline, of which each
 has a copy; a neighbour has nothing to say; a worker is accused by its neighbours' sketches alone, and a twin step or an
-audit clears it. Who lies so is never convicted, and would keep a column out for ever. But of each such event one thing
-is known: among the few workers *involved* in it, at least one is bad.
+audit clears it; too few workers are left in a twin step to tell which of them is wrong, or whether it is those whom it
+reached. Who lies so is never convicted, and would keep columns out for ever. But of each such event one thing is known:
+among the few workers *involved* in it, at least one is bad.
 
 So the smallest explanation is looked for: workers, as few of any one stage as possible and never more than f, such that
 each event remembered involves one of them or a convicted one. These are *isolated*: dealt into the columns in which
@@ -14,7 +15,7 @@ the smallest takes K columns, K no more than there are bad ones of one stage. An
 those isolated, hence new, and refutes the explanation. A bad worker x that was outside of it cannot be at odds with
 more than K of one stage, since each of those would be inside. So with both ends of a link involved, n bad workers in
 all keep no more than n (2 f + 1) columns out beyond the K, ever, as long as all is remembered. Where three are involved
-it is n (6 f R + 1).
+it is n (6 f R + 1). The events of twin steps involve workers of several columns.
 
 An alarm for which nobody can be blamed is such an event too, with all of its column involved.
 
@@ -39,7 +40,7 @@ from deepspeed_sentinel.mesh import Mesh, Worker, columns_of
 _LEAST_REPLICAS = 3
 _MOST_EVENTS = 512  # remembered; the oldest give way
 _MOST_TRIES = 500  # of one search; beyond, one more of a stage is allowed, and at last what explains most is taken
-_NOBODY, _DISPUTE, _ALARM = -1, -1, -2
+_DISPUTE, _ALARM = -1, -2
 
 
 class Isolation:
@@ -60,9 +61,9 @@ class Isolation:
         self._mesh = mesh
         self._memory, self._patience = memory, patience
         self._acts = acts and mesh.replicas >= _LEAST_REPLICAS
-        # A row an event: the replica of each stage that is involved or _NOBODY; its kind, or the stage of who has to be
-        # cleared for it to be one; steps to remember it.
-        self._events = np.zeros((0, mesh.stages + 2), np.int64)
+        # A row an event: 1 for each worker that is involved; its kind, or the stage of who has to be cleared for it to
+        # be one; steps to remember it.
+        self._events = np.zeros((0, mesh.stages * mesh.replicas + 2), np.int64)
         self._unexplained = 0  # steps for which nothing is news
         self.isolated = np.zeros((mesh.stages, mesh.replicas), bool)
         self.news = False
@@ -71,6 +72,7 @@ class Isolation:
         self,
         served: np.ndarray,
         involved: np.ndarray,
+        between: np.ndarray,
         unblamed: np.ndarray,
         accused: Sequence[tuple[Worker, int]],
         cleared: np.ndarray,
@@ -82,6 +84,7 @@ class Isolation:
         Args:
             served: int [S, C], who served each column.
             involved: bool [events, S, C], who is involved in each, by column; none where nothing is marked.
+            between: bool [events, S, R], who is involved in each of a twin step.
             unblamed: bool [C], columns in alarm for which nobody can be blamed.
             accused: workers accused by their neighbours' sketches alone, and the columns that they served.
             cleared: bool [S, R], suspects that a twin step has cleared.
@@ -92,17 +95,20 @@ class Isolation:
         if not self._acts:
             return
         self._unexplained = max(self._unexplained - 1, 0)
-        if not (len(self._events) or involved.size or unblamed.any() or accused or changed):
+        if not (len(self._events) or involved.size or between.size or unblamed.any() or accused or changed):
             return
         more, fewer = False, changed
         self._events[:, -1] -= 1
-        for event, column in np.argwhere(involved[:, 1:-1].any(1)).tolist():
-            more |= self._enter(involved[event, :, column], served[:, column], _DISPUTE, convicted)
+        for event, column in np.argwhere(involved.any(1)).tolist():
+            more |= self._enter(self._of_column(involved[event, :, column], served[:, column]), _DISPUTE, convicted)
+        for workers in between:
+            more |= self._enter(workers, _DISPUTE, convicted)
+        everybody = np.ones(self._mesh.stages, bool)
         for column in np.flatnonzero(unblamed).tolist():
-            more |= self._enter(np.ones(self._mesh.stages, bool), served[:, column], _ALARM, convicted)
+            more |= self._enter(self._of_column(everybody, served[:, column]), _ALARM, convicted)
         for worker, column in accused:
             beside = np.abs(np.arange(self._mesh.stages) - worker.stage) <= 1
-            self._enter(beside, served[:, column], worker.stage, convicted)
+            self._enter(self._of_column(beside, served[:, column]), worker.stage, convicted)
         more |= self._clear(cleared)
         kept = self._events[:, -1] > 0
         self._events = self._events[kept]
@@ -129,7 +135,7 @@ class Isolation:
 
     def forget(self, worker: Worker) -> None:
         """Remember no event of a worker, since it is another one than before."""
-        self._events = self._events[self._events[:, worker.stage] != worker.replica]
+        self._events = self._events[self._events[:, worker.stage * self._mesh.replicas + worker.replica] == 0]
         self.isolated[worker] = False
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -147,28 +153,30 @@ class Isolation:
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         events = np.array(state["events"])
-        replicas, kind = events[:, :-2], events[:, -2]
-        possible = ((replicas >= _NOBODY) & (replicas < self._mesh.replicas)).all(1) & (kind < self._mesh.stages)
+        marks, kind = events[:, :-2], events[:, -2]
+        possible = ((marks == 0) | (marks == 1)).all(1) & marks.any(1) & (kind < self._mesh.stages)
         self._events = events[possible]
         self._unexplained, self.isolated = int(state["unexplained"]), np.array(state["isolated"])
 
-    def _enter(self, involved: np.ndarray, served: np.ndarray, kind: int, convicted: np.ndarray) -> bool:
-        """Whether an event (bool [S], int [S]) has to be explained anew."""
-        middle = involved.copy()
-        middle[[0, -1]] = False
-        stages = np.flatnonzero(middle)
-        replicas = served[stages]
-        if not stages.size or convicted[stages, replicas].any():
+    def _of_column(self, stages: np.ndarray, served: np.ndarray) -> np.ndarray:
+        """bool [S, R], workers of one column, of some stages (bool [S]), as they served it (int [S])."""
+        workers = np.zeros_like(self.isolated)
+        workers[stages, served[stages]] = True
+        return workers
+
+    def _enter(self, workers: np.ndarray, kind: int, convicted: np.ndarray) -> bool:
+        """Whether an event of workers (bool [S, R]) has to be explained anew."""
+        workers = workers.copy()
+        workers[[0, -1]] = False
+        if not workers.any() or (workers & convicted).any():
             return False
-        known = self.isolated[stages, replicas]
+        known = workers & self.isolated
         if known.any():
-            again = (self._events[:, stages[known]] == replicas[known]).any(1)
+            again = (self._members & known.ravel()).any(1)
             for of_kind in (_DISPUTE, _ALARM):
                 self._events[again & (self._events[:, -2] == of_kind), -1] = self._steps(of_kind)
             return False
-        row = np.full(self._mesh.stages + 2, _NOBODY, np.int64)
-        row[stages] = replicas
-        row[-2:] = kind, self._steps(kind)
+        row = np.array([*workers.ravel(), kind, self._steps(kind)], np.int64)
         same = (self._events[:, :-1] == row[:-1]).all(1)
         self._events = np.concatenate([self._events[~same], row[None]])
         if len(self._events) > _MOST_EVENTS:
@@ -180,7 +188,8 @@ class Isolation:
         """What stands for whether somebody (bool [S, R]) is cleared becomes an event."""
         stages = self._events[:, -2]
         found = np.flatnonzero(stages >= 0)
-        found = found[cleared[stages[found], self._events[found, stages[found]]]]
+        of_stage = np.arange(self._mesh.stages)[:, None] == stages[found, None, None]
+        found = found[(self._members[found].reshape(-1, *cleared.shape) & of_stage & cleared).any((1, 2))]
         self._events[found, -2:] = _ALARM, self._steps(_ALARM)
         self.news |= bool(found.size)
         return bool(found.size)
@@ -197,25 +206,30 @@ class Isolation:
 
     def _explain(self, convicted: np.ndarray, fewer: bool) -> None:
         """``fewer`` events, or others convicted, may be explained by fewer of a stage."""
-        stages, replicas = np.arange(self._mesh.stages), self._events[:, :-2]
-        self._events = self._events[~((replicas != _NOBODY) & convicted[stages, replicas]).any(1)]
+        self._events = self._events[~(self._members & convicted.ravel()).any(1)]
         packed = np.count_nonzero(self.isolated | convicted, axis=1)
         found = None
         while found is None:
             rows = np.flatnonzero(self._events[:, -2] < 0)
-            found = self._smallest(self._members(rows), convicted, 0 if fewer else int(packed.max()))
+            found = self._smallest(self._listed(rows), convicted, 0 if fewer else int(packed.max()))
             if found is None:
                 self._forget(rows[: (len(rows) + 1) // 2])
         self.isolated = found
         self.news &= not self._unexplained
 
-    def _members(self, rows: np.ndarray) -> np.ndarray:
+    @property
+    def _members(self) -> np.ndarray:
+        """bool [N, S R], who is involved in each event."""
+        return self._events[:, :-2] > 0
+
+    def _listed(self, rows: np.ndarray) -> np.ndarray:
         """int [N, most involved in one], of events the workers involved as s R + r, and S R where there are fewer."""
-        replicas = self._events[rows, :-2]
-        workers = np.arange(self._mesh.stages) * self._mesh.replicas + replicas
-        workers = np.where(replicas == _NOBODY, self._mesh.stages * self._mesh.replicas, workers)
-        most = int(np.count_nonzero(replicas != _NOBODY, axis=1).max(initial=0))
-        return np.sort(workers, axis=1)[:, :most]
+        members = self._members[rows]
+        number = np.count_nonzero(members, axis=1)
+        event, worker = np.nonzero(members)
+        result = np.full((len(rows), int(number.max(initial=0))), members.shape[1])
+        result[event, (np.cumsum(members, axis=1) - 1)[event, worker]] = worker
+        return result
 
     def _smallest(self, events: np.ndarray, convicted: np.ndarray, least: int) -> np.ndarray | None:
         """bool [S, R], of which each event has one, with those convicted as few of a stage as possible, or None."""

@@ -33,12 +33,13 @@ from deepspeed_sentinel.judgement.measuring import Measuring
 from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Explained, Overflow
 from deepspeed_sentinel.judgement.passing import Passing, leaving
-from deepspeed_sentinel.judgement.proof import Trial, tried, try_twins
+from deepspeed_sentinel.judgement.proof import tried, try_twins
 from deepspeed_sentinel.judgement.record import Changes, Record
 from deepspeed_sentinel.judgement.replay import Replayed
 from deepspeed_sentinel.judgement.settings import JudgeSettings as JudgeSettings
 from deepspeed_sentinel.judgement.silence import Silence
 from deepspeed_sentinel.judgement.state import problem
+from deepspeed_sentinel.judgement.trial import Trial
 from deepspeed_sentinel.judgement.unsettled import Contradicted, Unsettled
 from deepspeed_sentinel.judgement.verdict import NOBODY, Dispute, Finding, Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker, identity, workers_of
@@ -106,7 +107,8 @@ class Judge:
         isolated = self.isolation.isolated & ~suspects.any(1, keepdims=True)
         untried = self.record.untried & ~isolated
         accused = self.record.accused & suspects
-        return Doubts(convicted | isolated, suspects, accused, untried, self.unsettled.pairs(convicted))
+        pairs = self.unsettled.pairs(convicted)
+        return Doubts(convicted | isolated, suspects, accused, untried, pairs, self.isolation.isolated)
 
     def step(
         self,
@@ -314,10 +316,14 @@ class Judge:
         )
         unproved = ((heard.said.by_ends | (alarms & judged.doubted)) & ~facts).any((0, 3))
         silent = leaving(np.asarray(heard.silent.any(-1))).any(0)
+        between = np.zeros((0, *changes.cleared.shape), bool)
+        if trial:
+            between = np.concatenate([trial.open, self.unsettled.uncounted(trial)])
         unblamed = (alarms & ~judged.excused).any((0, 1, 3)) & ~(blame.strikes | heard.disputes).any((0, 1, 3))
         self.isolation.step(
             served,
             involved(np.asarray(unproved), np.asarray(silent)),
+            between,
             np.asarray(unblamed & (evidence.twins is None)),
             [(one.worker, one.column) for one in findings if one.strikes and one.rests_on_pair],
             changes.cleared,

@@ -58,105 +58,11 @@ import numpy as np
 from deepspeed_sentinel.evidence.table import Twins
 from deepspeed_sentinel.judgement.blame import by_link, chain_order
 from deepspeed_sentinel.judgement.record import Tried
+from deepspeed_sentinel.judgement.trial import Difference, Proof, Trial
 from deepspeed_sentinel.judgement.vote import LEAST, Vote, Voters
-from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD, Mesh, Worker
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 
-
-@dataclass(frozen=True)
-class Proof:
-    """A worker whose work is not what its stage makes of the same input.
-
-    Attributes:
-        worker: whose.
-        column: which it served.
-        direction: of its messages; None where the accumulated gradients of its weights differ.
-        micro_batches: which of its messages differ; empty for gradients.
-        agreeing, compared: how many workers made the same of it, of how many that were given the same
-            and run on the same kind of hardware.
-        trusted: it is in the first or last stage and never convicted: suspect hardware.
-    """
-
-    worker: Worker
-    column: int
-    direction: int | None
-    micro_batches: tuple[int, ...]
-    agreeing: int
-    compared: int
-    trusted: bool
-
-    def __str__(self) -> str:
-        what = (
-            "accumulated other gradients of its weights than"
-            if self.direction is None
-            else f"sent {DIRECTIONS[self.direction]} messages, micro-batches {list(self.micro_batches)}, that differ "
-            "from those of"
-        )
-        return (
-            f"PROVED: given the same micro-batches, {self.worker} {what} {self.agreeing} of {self.compared} workers of "
-            f"its stage{', whose hardware is to be suspected' if self.trusted else ''}"
-        )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Workers of one stage that made different things of the same, without a majority that could tell who is wrong.
-
-    Attributes:
-        workers: who differ.
-        columns: which they served.
-        direction: of their messages; None where the accumulated gradients of their weights differ.
-        as_received: they say the same, and the workers behind them say that they received different messages.
-    """
-
-    workers: tuple[Worker, ...]
-    columns: tuple[int, ...]
-    direction: int | None
-    as_received: bool = False
-
-    def __str__(self) -> str:
-        what = "gradients of their weights" if self.direction is None else f"{DIRECTIONS[self.direction]} messages"
-        workers = ", ".join(map(str, self.workers))
-        return "given the same micro-batches, " + (
-            f"{workers} say that they made the same {what}, those behind them that they received different ones, and "
-            "no majority tells who is wrong"
-            if self.as_received
-            else f"{workers} made different {what}, and no majority tells who is wrong"
-        )
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The outcome of a twin step. Messages follow the axes [direction, link, column, micro-batch].
-
-    Attributes:
-        right: bool [2, L, C, M], messages that are the truth.
-        wrong: bool [2, L, C, M], messages that are not, of the same input.
-        undecided: bool [2, L, C, M], messages that differ without a truth, or by what they were made of.
-        proofs, differences: in the order of stages.
-        sound: bool [S, R], workers all of whose messages are right, and whose gradients are.
-        same: bool [S, R], workers whose gradients are right to the last bit.
-        unlike: bool [S], stages whose honest replicas differ: nothing of them is proved bit for bit.
-        alike: bool [S], stages of which all that could be compared (two at least) made the same to the last bit.
-        spoilt: bool [C], columns that must not count: something in them is wrong or undecided, or it is not exact and
-            that of others is.
-        forged: bool [2, L, C, M], messages that their senders say are the truth and their receivers that they are not.
-        differ: bool [S, R, R], which two workers of a stage made other things of the very same without a truth.
-        blind: some stage's replicas were in states of their own, so that not everything could be compared.
-    """
-
-    right: np.ndarray
-    wrong: np.ndarray
-    undecided: np.ndarray
-    proofs: tuple[Proof, ...]
-    differences: tuple[Difference, ...]
-    sound: np.ndarray
-    same: np.ndarray
-    unlike: np.ndarray
-    alike: np.ndarray
-    spoilt: np.ndarray
-    forged: np.ndarray
-    differ: np.ndarray
-    blind: bool
+_MOST_PAIRS = 64  # of one link or stage that are told of as open: all of eleven columns
 
 
 def try_twins(
@@ -186,91 +92,144 @@ def try_twins(
         unlike: bool [S], stages that are known not to make the same of the same.
         keyed: int64 [2, L, C, M], of every message as received, as in ``Evidence``; None where nobody has keys.
     """
-    links, columns, messages = digests.shape[1:4]
-    digests_PCMT, disputed_PCM = chain_order(digests), chain_order(disputed)
-    keyed_PCM = np.zeros(disputed_PCM.shape, np.int64) if keyed is None else chain_order(keyed)
-    measures_PECMN = np.stack([chain_order(of_end) for of_end in measures], axis=1)
-    stages = [
+    voters = [
         Voters.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage], bool(unlike[stage]))
         for stage in range(mesh.stages)
     ]
     unshared = _of_unlike_states(twins, mesh.stages)
-    agreed = exact = np.broadcast_to(twins.given[:, None], (columns, messages))
-    # Whether all that a stage's gradients are made of has agreed, and to the last bit.
-    entered, entered_exact = (np.zeros((mesh.stages, columns), bool) for _ in range(2))
-    found: list[tuple[int, int, Vote]] = []
-    for position in range(2 * links):
-        direction = FORWARD if position < links else BACKWARD
-        link = position if direction == FORWARD else 2 * links - 1 - position
-        stage, receiver = mesh.sender_stage(direction, link), mesh.receiver_stage(direction, link)
-        asked = agreed & ~disputed_PCM[position] & ~unshared[stage]
-        vote = stages[stage].vote(digests_PCMT[position], keyed_PCM[position], measures_PECMN[position], asked, exact)
-        agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike | vote.forged | vote.unclear)
-        exact = agreed & vote.exact
-        found.append((stage, direction, vote))
-        if direction == BACKWARD or link == links - 1:
-            entered[receiver], entered_exact[receiver] = agreed.all(-1), exact.all(-1)
-    right, wrong, undecided, cascade, forged, unclear = (
-        by_link(np.stack([getattr(vote, name) for _, _, vote in found]))
-        for name in ("right", "wrong", "undecided", "cascade", "forged", "unclear")
-    )
-    undecided = undecided | cascade | unclear
-    proofs: list[Proof] = []
-    differences: list[Difference] = []
-    found_unlike, split = np.zeros(mesh.stages, bool), np.zeros(mesh.stages, bool)
-    differ = np.zeros((mesh.stages, mesh.replicas, mesh.replicas), bool)
-    sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
-    spoilt = np.asarray((wrong | undecided | forged).any(axis=(0, 1, 3)))
-    inexact = np.zeros(columns, bool)
+    messages = _Messages.vote(mesh, voters, digests, measures, disputed, unshared, twins.given, keyed)
+    told: list[tuple[int, int | None, Vote]] = [*messages.votes]
     for stage, workers in enumerate(served):
-        told: list[tuple[int | None, Vote]] = [(direction, vote) for at, direction, vote in found if at == stage]
-        gradients, norms = twins.gradients[stage][workers], twins.norms[stage][workers]
-        asked = entered[stage] & ~unshared[stage]
+        asked = messages.entered[stage] & ~unshared[stage]
         if asked.any():
-            vote = stages[stage].vote(
-                gradients[:, None, None],
-                np.zeros((columns, 1), np.int64),  # they reach nobody
-                norms[None, :, None, None],
+            vote = voters[stage].vote(
+                twins.gradients[stage][workers, None, None],
+                np.zeros((len(workers), 1), np.int64),  # they reach nobody
+                twins.norms[stage][None, workers, None, None],
                 asked[:, None],
-                entered_exact[stage][:, None],
+                messages.entered_exact[stage][:, None],
             )
-            spoilt |= (vote.wrong | vote.undecided | vote.cascade)[:, 0]
-            same[stage, workers] = (vote.right & vote.exact)[:, 0]
-            told.append((None, vote))
-        for way, one in told:
-            found_unlike[stage] |= bool(one.unlike.any())
-            split[stage] |= bool(one.split.any())
-            differ[stage][np.ix_(workers, workers)] |= one.differ
-            inexact |= one.near.any(-1)
-            proofs += _proofs(mesh, stage, way, one, workers)
-            differences += _differences(stage, way, one, workers)
-            # A norm is the worker's own word.
-            right_by_others = one.right if way is not None else one.right & ~one.near
-            sound[stage, workers[~right_by_others.all(-1)]] = False
-    lost = spoilt | disputed.any(axis=(0, 1, 3)) | ~twins.given
-    if np.count_nonzero(~lost & ~inexact) >= LEAST:
-        spoilt = spoilt | inexact
-    trial = Trial(
-        right,
-        wrong,
-        undecided,
-        tuple(proofs),
-        tuple(differences),
-        sound,
-        same,
-        found_unlike,
-        ~split & (np.count_nonzero(sound & same, axis=1) >= LEAST),
-        spoilt,
-        forged,
-        differ,
-        bool(unshared.any()),
-    )
+            told.append((stage, None, vote))
+    trial = _trial(mesh, told, served, disputed.any(axis=(0, 1, 3)) | ~twins.given, blind=bool(unshared.any()))
     refuted = _refuted(mesh, trial, convicted) & ~unlike
     if not refuted.any():
         return trial
     evidence = (digests, measures, disputed, twins, served, convicted, suspects)
     trial = try_twins(mesh, *evidence, unlike | refuted, keyed)
     return replace(trial, unlike=trial.unlike | refuted)
+
+
+@dataclass(frozen=True)
+class _Messages:
+    """What was voted on messages.
+
+    Attributes:
+        votes: the stage of the senders, the direction and the vote of each, in the order of the flow.
+        entered: bool [S, C], whether all that a stage's gradients are made of has agreed.
+        entered_exact: the same, to the last bit.
+    """
+
+    votes: list[tuple[int, int, Vote]]
+    entered: np.ndarray
+    entered_exact: np.ndarray
+
+    @classmethod
+    def vote(
+        cls,
+        mesh: Mesh,
+        voters: list[Voters],
+        digests: np.ndarray,
+        measures: np.ndarray,
+        disputed: np.ndarray,
+        unshared: np.ndarray,
+        given: np.ndarray,
+        keyed: np.ndarray | None,
+    ) -> _Messages:
+        """Follow the micro-batches. Arguments as of ``try_twins``; of stages that are ``unshared``, bool [S], nobody is
+        asked."""
+        links, columns, messages = digests.shape[1:4]
+        digests_PCMT, disputed_PCM = chain_order(digests), chain_order(disputed)
+        keyed_PCM = np.zeros(disputed_PCM.shape, np.int64) if keyed is None else chain_order(keyed)
+        measures_PECMN = np.stack([chain_order(of_end) for of_end in measures], axis=1)
+        agreed = exact = np.broadcast_to(given[:, None], (columns, messages))
+        entered, entered_exact = (np.zeros((mesh.stages, columns), bool) for _ in range(2))
+        votes: list[tuple[int, int, Vote]] = []
+        for position in range(2 * links):
+            direction = FORWARD if position < links else BACKWARD
+            link = position if direction == FORWARD else 2 * links - 1 - position
+            stage, receiver = mesh.sender_stage(direction, link), mesh.receiver_stage(direction, link)
+            asked = agreed & ~disputed_PCM[position] & ~unshared[stage]
+            vote = voters[stage].vote(
+                digests_PCMT[position], keyed_PCM[position], measures_PECMN[position], asked, exact
+            )
+            agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike | vote.forged | vote.unclear)
+            exact = agreed & vote.exact
+            votes.append((stage, direction, vote))
+            if direction == BACKWARD or link == links - 1:
+                entered[receiver], entered_exact[receiver] = agreed.all(-1), exact.all(-1)
+        return cls(votes, entered, entered_exact)
+
+
+def _trial(
+    mesh: Mesh, told: list[tuple[int, int | None, Vote]], served: np.ndarray, lost: np.ndarray, blind: bool
+) -> Trial:
+    """What votes come to.
+
+    Args:
+        mesh: stages and replicas.
+        told: of messages in the order of their flow, then of gradients.
+        served: int [S, C], who served each column.
+        lost: bool [C], columns that are in dispute or were given something else.
+        blind: not everything could be compared.
+    """
+    right, wrong, undecided, cascade, forged, unclear = (
+        by_link(np.stack([getattr(vote, name) for _, way, vote in told if way is not None]))
+        for name in ("right", "wrong", "undecided", "cascade", "forged", "unclear")
+    )
+    undecided = undecided | cascade | unclear
+    proofs: list[Proof] = []
+    differences: list[Difference] = []
+    events: list[np.ndarray] = []
+    unlike, split = np.zeros(mesh.stages, bool), np.zeros(mesh.stages, bool)
+    differ = np.zeros((mesh.stages, mesh.replicas, mesh.replicas), bool)
+    sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
+    spoilt = np.asarray((wrong | undecided | forged).any(axis=(0, 1, 3)))
+    inexact = np.zeros(len(lost), bool)
+    for stage, way, vote in sorted(told, key=lambda one: one[0]):
+        workers = served[stage]
+        unlike[stage] |= bool(vote.unlike.any())
+        split[stage] |= bool(vote.split.any())
+        differ[stage][np.ix_(workers, workers)] |= vote.differ
+        pairs = np.argwhere(vote.open & (np.arange(len(lost))[:, None] <= np.arange(len(lost))))
+        events += [_between(stage, way, pair, served) for pair in pairs[:_MOST_PAIRS]]
+        inexact |= vote.near.any(-1)
+        proofs += _proofs(mesh, stage, way, vote, workers)
+        differences += _differences(stage, way, vote, workers)
+        right_by_others = vote.right
+        if way is None:
+            spoilt |= (vote.wrong | vote.undecided | vote.cascade)[:, 0]
+            same[stage, workers] = (vote.right & vote.exact)[:, 0]
+            right_by_others = vote.right & ~vote.near  # a norm is the worker's own word
+        sound[stage, workers[~right_by_others.all(-1)]] = False
+    if np.count_nonzero(~(spoilt | lost | inexact)) >= LEAST:
+        spoilt = spoilt | inexact
+    return Trial(
+        right=right,
+        wrong=wrong,
+        undecided=undecided,
+        proofs=tuple(proofs),
+        differences=tuple(differences),
+        sound=sound,
+        same=same,
+        unlike=unlike,
+        alike=~split & (np.count_nonzero(sound & same, axis=1) >= LEAST),
+        split=split,
+        spoilt=spoilt,
+        forged=forged,
+        differ=differ,
+        open=np.array([of for of in events if not (of.any(1) & unlike).any()], bool).reshape(-1, *served.shape),
+        blind=blind,
+    )
 
 
 def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tried:
@@ -284,8 +243,8 @@ def tried(mesh: Mesh, trial: Trial | None, otherwise: Collection[Worker]) -> Tri
     proved = _marked(mesh, (*(proof.worker for proof in (trial.proofs if trial else ())), *otherwise))
     sound = trial.sound & ~proved if trial else np.zeros_like(proved)
     nothing = np.zeros(mesh.stages, bool)
-    unlike, alike = (trial.unlike, trial.alike) if trial else (nothing, nothing)
-    return Tried(proved, sound, unlike, alike, held=trial is not None, blind=trial is not None and trial.blind)
+    unlike, alike, split = (trial.unlike, trial.alike, trial.split) if trial else (nothing, nothing, nothing)
+    return Tried(proved, sound, unlike, alike, split, held=trial is not None, blind=trial is not None and trial.blind)
 
 
 def _refuted(mesh: Mesh, trial: Trial, convicted: np.ndarray) -> np.ndarray:
@@ -311,6 +270,15 @@ def _of_unlike_states(twins: Twins, stages: int) -> np.ndarray:
         return np.zeros(stages, bool)
     most = [np.unique(states[states != 0], return_counts=True)[1].max(initial=0) for states in twins.states]
     return 2 * np.array(most) <= twins.states.shape[1]
+
+
+def _between(stage: int, direction: int | None, columns: np.ndarray, served: np.ndarray) -> np.ndarray:
+    """bool [S, R], who made what some columns (their numbers) have, and whom it reached."""
+    workers = np.zeros(served.shape, bool)
+    of = {stage} if direction is None else {stage, stage + 1 if direction == FORWARD else stage - 1}
+    for one in of:
+        workers[one, served[one, columns]] = True
+    return workers
 
 
 def _proofs(mesh: Mesh, stage: int, direction: int | None, vote: Vote, served: np.ndarray) -> list[Proof]:

@@ -25,6 +25,7 @@ class Tried:
         sound: bool [S, R], workers all of whose work is.
         unlike: bool [S], stages whose honest replicas do not make the same of the same.
         alike: bool [S], stages of which all that could be compared (two at least) made the same to the last bit.
+        split: bool [S], stages of which what could be compared to the last bit was not all the same.
         held: it was a twin step. Else somebody was proved by weights, a reduction or a replay, and nobody was tried.
         blind: not all of what workers made could be compared, since some replicas were in states of their own.
     """
@@ -33,6 +34,7 @@ class Tried:
     sound: np.ndarray
     unlike: np.ndarray
     alike: np.ndarray
+    split: np.ndarray
     held: bool
     blind: bool = False
 
@@ -178,7 +180,8 @@ class Record:
         self._refused_trials = 0 if trial else self._refused_trials + refused
         if tried is not None:
             proved, cleared = tried.proved, tried.sound & self.suspects
-            unlike = tried.unlike | (self.unlike & tried.held & ~tried.alike)
+            # A step in which too few could be compared tells nothing of it.
+            unlike = tried.unlike | (self.unlike & tried.split)
             self._unlike = np.where(unlike, _LIKE_AGAIN, np.maximum(self._unlike - tried.alike, 0))
         if trial:
             self._blind = trial.blind

@@ -26,7 +26,7 @@ Both go to ``isolation.py``, which convicts nobody.
 What is unsettled within a stage counts only where two of its workers have made the very same of the same before:
 replicas whose work is not the same bit for bit differ and are honest. Where more of a stage's workers would be
 convicted by each other than can be bad, that is refuted: nobody is, and nothing within that stage counts until some of
-its workers make the same again.
+its workers make the same again. What does not count goes to ``isolation.py`` as well.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepspeed_sentinel.judgement.passing import leaving
-from deepspeed_sentinel.judgement.proof import Trial
+from deepspeed_sentinel.judgement.trial import Trial
 from deepspeed_sentinel.mesh import Mesh, Worker
 
 _LEAST_REPLICAS = 3
@@ -122,6 +122,16 @@ class Unsettled:
             for worker in pair:
                 self.doubted[worker] = True
         return found
+
+    def uncounted(self, trial: Trial) -> np.ndarray:
+        """bool [events, S, R], who differed in a twin step where that counts for nothing here, two by two."""
+        counts_nothing = ~(self._alike | trial.unlike)[:, None, None]
+        stage, one, other = np.nonzero(trial.differ & counts_nothing)
+        first = one < other
+        events = np.zeros((np.count_nonzero(first), self._mesh.stages, self._mesh.replicas), bool)
+        for workers in (one, other):
+            events[np.arange(len(events)), stage[first], workers[first]] = True
+        return events
 
     def pairs(self, convicted: np.ndarray) -> tuple[tuple[Worker, Worker], ...]:
         """Between whom something is unsettled: where one of the two is convicted (bool [S, R]), nothing is."""

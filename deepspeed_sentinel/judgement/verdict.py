@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from deepspeed_sentinel.evidence.table import in_words
-from deepspeed_sentinel.judgement.proof import Difference, Proof
+from deepspeed_sentinel.judgement.trial import Difference, Proof
 from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.mesh import DIRECTIONS, Worker
 

@@ -31,6 +31,8 @@ class Vote:
             has made it up or the receiver lies, and of these two one is bad.
         unclear: bool [C, M], those that say the same, while those whom it reached do not, without a majority.
         differ: bool [C, C], which two made other things of the very same without a truth.
+        open: bool [C, C], pairs of columns of whose senders, and those whom they reached, one at least is bad, where it
+            is not known who made other things; of one column with itself if it is these two.
     """
 
     right: np.ndarray
@@ -46,6 +48,7 @@ class Vote:
     forged: np.ndarray
     unclear: np.ndarray
     differ: np.ndarray
+    open: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -134,19 +137,30 @@ class Voters:
         guilty, innocent = differ & self.accused[:, None], differ & ~self.accused[:, None]
         one = guilty.any(0) & innocent.any(0) & _is_one(version, innocent)
         guilty, innocent = guilty & one, innocent & one
-        wrong_of_two = guilty & apart & self.of_two
         # Without a truth, and with workers that cannot be compared exactly, those are believed that are near most.
         fits, asking = self._voices(asked & together)[:, 0], self._voices(asked)[:, 0]
         believed = together & (fits >= quorum) & (2 * fits > asking)
         torn = asked & ~known & ~unlike & near.any(0) & ~believed & (asked & ~together).any(0)
+        surely = maybe = np.zeros((columns, *asked.shape), bool)
+        if torn.any() or (self.of_two and guilty.any()):
+            surely, maybe = _pairs_apart(measures_ECMN, asked & exact & self.heard[:, None])
+        wrong_of_two = guilty & (surely & innocent).any(1) & self.of_two
+        far = surely & torn
         # Those that say the same must have reached others as the same, too.
         one_thing = true | (compared & ~known & (versions == 1)) | innocent
         reached = _version((keyed_CM[:, None] == keyed_CM[None]) & one_thing[:, None] & one_thing[None])
         most, behind, receivers = self._count(reached, one_thing)
-        settled = (behind >= quorum) & (2 * behind > receivers)
+        # Each column that is wrong has a bad sender or a bad receiver, so one thing alone that many say is the truth.
+        likely = self._voices(one_thing, reached, columns) >= np.maximum(receivers - 2 * self.bad, 1)[:, None]
+        settled = (behind >= quorum) & ((2 * behind > receivers) | (np.count_nonzero(likely, axis=1) == 1))
         odd = one_thing & (reached != most)
         forged, unclear = odd & settled, one_thing & odd.any(0) & ~settled
         one_thing &= ~(forged | unclear)
+        doubtful = unclear & self.heard[:, None]
+        open_CC = (doubtful[:, None] & doubtful[None] & (reached[:, None] != reached[None])).any(-1)
+        open_CC |= (maybe & torn & ~surely).any(-1)
+        alone = (near & known & exact & ~apart & ~together).any(1) & self.heard & (not self.unlike)
+        open_CC[np.arange(columns), np.arange(columns)] = alone
         return Vote(
             right=(true & one_thing) | (near & known & together) | (innocent & one_thing & wrong_of_two.any(0)),
             wrong=(compared & known & ~true & ~near) | (near & known & exact & apart) | wrong_of_two,
@@ -160,7 +174,8 @@ class Voters:
             split=~_is_one(version, compared & self.heard[:, None]),
             forged=forged,
             unclear=unclear,
-            differ=(differ[:, None] & differ[None] & ~same).any(-1),
+            differ=((differ[:, None] & differ[None] & ~same) | far).any(-1),
+            open=open_CC,
         )
 
 
@@ -190,6 +205,24 @@ def _apart(measures_ECMN: np.ndarray, true: np.ndarray, asked: np.ndarray) -> np
     middle = median(np.moveaxis(np.where(asked[..., None], mine, np.nan), 1, -1))[:, None]
     between = np.where(np.isnan(mine), low, np.clip(mine, low, high))
     theirs = np.where(true[..., None].any(0), between, middle)
+    return np.asarray(_relative(mine, theirs).max(-1))
+
+
+def _pairs_apart(measures_ECMN: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which two of some (bool [C, M]) are apart by more than rounding, bool [C, C, M]: by whatever ends report of the
+    two, and by what any ends do."""
+    values = np.clip(measures_ECMN.astype(np.float64), -_LARGEST, _LARGEST)
+    surely, maybe = (np.zeros((len(among), *among.shape), bool) for _ in range(2))
+    for column in np.flatnonzero(among.any(1)).tolist():
+        mine = values[:, column][:, None, None]  # [E, 1, 1, M, N], beside [E, C, M, N]
+        apart = _relative(mine, values[None]).max(-1) > ROUNDING
+        both = among & among[column]
+        surely[column], maybe[column] = apart.all((0, 1)) & both, apart.any((0, 1)) & both
+    return surely, maybe
+
+
+def _relative(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Difference over the larger magnitude: 0 of what neither has, infinite of what one has."""
     equal = (mine == theirs) | (np.isnan(mine) & np.isnan(theirs))
     relative = np.abs(mine - theirs) / np.maximum(np.maximum(np.abs(mine), np.abs(theirs)), _TINY)
-    return np.asarray(np.where(equal, 0.0, np.where(np.isnan(relative), np.inf, relative)).max(-1))
+    return np.asarray(np.where(equal, 0.0, np.where(np.isnan(relative), np.inf, relative)))

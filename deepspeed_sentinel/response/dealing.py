@@ -12,7 +12,8 @@ be trusted with it. ``docs/wiring.md`` has the rules and what they cost. With ``
   agree. Of one stage no more than T can be tried at once: the others wait where convicted workers stand, taking turns.
 * Who was not compared when somebody was convicted, because it stood behind, leaves the lost columns to be tried too.
 * Two workers at odds get other partners. Of two of one stage that a twin step found to differ, one waits where
-  convicted workers stand, so that the other is compared with somebody else: rather the one that is not accused.
+  convicted workers stand, so that the other is compared with somebody else: rather the one that is not accused, and
+  of equals the one that is isolated.
 * Whoever can stay where it is does.
 
 Worked example, 5 stages x 4 replicas, (1, 0) and (2, 1) convicted, (3, 2) suspected; K = 1, f = 1, T = 1. Before and
@@ -185,6 +186,7 @@ class _Healing:
         """Of each two of a stage that differed one, as far as there are places: who differed from most first."""
         accused, suspected = self._doubts.accused[stage], (self._doubts.suspects | self._doubts.untried)[stage]
         packed, lost = self._doubts.packed[stage], self._lost[self._stood[stage]]
+        isolated = np.zeros_like(packed) if self._doubts.isolated is None else self._doubts.isolated[stage]
         # Who is packed waits already.
         pairs = [
             (one.replica, other.replica)
@@ -196,7 +198,7 @@ class _Healing:
         waiting: list[int] = []
         while pairs and len(waiting) < places:
 
-            def worth(replica: int) -> tuple[int, int, bool, bool, bool, int]:
+            def worth(replica: int) -> tuple[int, int, bool, bool, bool, bool, int]:
                 mine = [pair for pair in pairs if replica in pair]  # noqa: B023
                 # Rather not the only suspect of the two: it is the one to be tried.
                 better = [pair for pair in mine if not suspected[replica] or suspected[list(pair)].all()]
@@ -205,6 +207,8 @@ class _Healing:
                     len(mine),
                     not accused[replica],
                     not suspected[replica],
+                    # What is unproved is of this one, unless the others alone show it too.
+                    bool(isolated[replica]),
                     bool(lost[replica]),
                     replica,
                 )

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspeed_sentinel.judgement.proof import Proof
+from deepspeed_sentinel.judgement.trial import Proof
 from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.mesh import Worker

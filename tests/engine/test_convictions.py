@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deepspeed_sentinel.engine.convictions import Convictions
-from deepspeed_sentinel.judgement.proof import Proof
+from deepspeed_sentinel.judgement.trial import Proof
 from deepspeed_sentinel.mesh import FORWARD, Worker
 from deepspeed_sentinel.telemetry.devices import NOBODY, Device
 from deepspeed_sentinel.telemetry.exclusion import read_saved, write_exclusions

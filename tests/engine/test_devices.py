@@ -22,7 +22,7 @@ from deepspeed_sentinel.engine import devices as module
 from deepspeed_sentinel.engine.devices import WRITE_SECONDS, DeviceRecord, gather_devices
 from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.engine.telling import Telling
-from deepspeed_sentinel.judgement.proof import Proof
+from deepspeed_sentinel.judgement.trial import Proof
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.telemetry.devices import Device, to_bytes
 from deepspeed_sentinel.telemetry.who import Who

@@ -17,7 +17,7 @@ from synthetic import CULPRIT, blamed
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.requests import Decision
 from deepspeed_sentinel.engine.telling import Telling
-from deepspeed_sentinel.judgement.proof import Proof
+from deepspeed_sentinel.judgement.trial import Proof
 from deepspeed_sentinel.judgement.verdict import Dispute
 from deepspeed_sentinel.mesh import FORWARD, Mesh, Worker
 from deepspeed_sentinel.telemetry.devices import Device

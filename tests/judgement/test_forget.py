@@ -49,10 +49,11 @@ def test_what_others_had_unsettled_with_the_one_before_convicts_it_of_nothing(co
 
 def test_nobody_is_isolated_for_what_the_one_before_did(convicted):
     isolation = convicted.judge.isolation
-    isolation._events = np.array([[-1, 2, 1, -1, -1, 9], [-1, 0, 1, -1, -1, 9]])
+    of_culprit, of_another = ([*np.isin(np.arange(12), workers), -1, 9] for workers in ((3 + 2, 6 + 1), (3 + 0, 6 + 1)))
+    isolation._events = np.array([of_culprit, of_another], np.int64)
     isolation.isolated[CULPRIT] = True
     convicted.judge.forget(CULPRIT)
-    assert isolation._events[:, :4].tolist() == [[-1, 0, 1, -1]] and not isolation.isolated.any()
+    assert isolation._events.tolist() == [of_another] and not isolation.isolated.any()
 
 
 def test_what_stood_out_of_the_one_before_is_not_what_is_usual_of_it(convicted):

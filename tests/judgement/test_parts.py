@@ -60,18 +60,16 @@ def test_a_stage_that_is_unlike_by_nature_is_so_until_it_was_alike_many_times_in
     """What differs now and then is the same most of the time."""
     record, nobody, stages = Record(Mesh(4, 3), 3, 20, 50, by_proof=True), np.zeros((4, 3), bool), np.zeros(4, bool)
 
-    def trial(unlike=False, alike=True, held=True):
-        record.update(
-            nobody,
-            np.zeros((3, 3), bool),
-            Tried(nobody, ~nobody, stages | np.array(unlike, bool), stages | alike, held),
-        )
+    def trial(unlike=False, alike=True, split=False, held=True):
+        of_stages = stages | np.array(unlike, bool), stages | alike, stages | split
+        record.update(nobody, np.zeros((3, 3), bool), Tried(nobody, ~nobody, *of_stages, held))
         return record.unlike.tolist()
 
     second = [False, True, False, False]
     assert trial() == [False] * 4 and trial(unlike=second, alike=False) == second
-    assert all(trial() == second for _ in range(7)) and trial(alike=False) == second
+    assert all(trial() == second for _ in range(7)) and trial(alike=False, split=True) == second
     assert all(trial() == second for _ in range(7))
+    assert trial(alike=False) == second, "too few of it could be compared to tell"
     assert trial(alike=False, held=False) == second, "that was no twin step"
     assert trial() == [False] * 4
 
@@ -88,6 +86,7 @@ def test_a_step_can_be_entered_again(by_proof):
             rng.random((4, 2)) < 0.1,
             rng.random((4, 2)) < 0.3,
             rng.random(4) < 0.1,
+            rng.random(4) < 0.5,
             rng.random(4) < 0.5,
             rng.random() < 0.5,
         )

@@ -12,7 +12,8 @@ from deepspeed_sentinel.judgement.record import Record, Tried
 from deepspeed_sentinel.response.audit import Outcome
 
 NOBODY = np.zeros((MESH.stages, MESH.replicas), bool)
-UNLIKE = Tried(NOBODY, NOBODY, np.arange(MESH.stages) == ACCUSED.stage, np.zeros(MESH.stages, bool), held=True)
+NOWHERE = np.zeros(MESH.stages, bool)
+UNLIKE = Tried(NOBODY, NOBODY, np.arange(MESH.stages) == ACCUSED.stage, NOWHERE, NOWHERE, held=True)
 
 
 @pytest.mark.parametrize(

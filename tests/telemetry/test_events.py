@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
 from synthetic import CULPRIT, blamed
 
 from deepspeed_sentinel.evidence.weights import Comparison, divisions
-from deepspeed_sentinel.judgement.proof import Proof
+from deepspeed_sentinel.judgement.trial import Proof
 from deepspeed_sentinel.judgement.verdict import Dispute
 from deepspeed_sentinel.mesh import FORWARD, Worker
 from deepspeed_sentinel.telemetry.devices import Device
