@@ -534,6 +534,35 @@ def test_one_that_makes_up_a_message_and_one_that_lies_leave_no_majority_and_acc
     assert trial.spoilt.all() and trial.undecided[FORWARD, 1].all()
 
 
+@pytest.mark.parametrize(("apart", "convicts"), [(0.007, False), (0.0085, True), (0.014, True)])
+def test_of_two_replicas_the_suspect_is_wrong_beyond_rounding_and_not_twice_that(apart, convicts):
+    step = Step(replicas=2)
+    step.suspects[1, 1] = True
+    step.sends(1, 1, FORWARD, lie=1)
+    step.measures[:, FORWARD, 1, 1] *= 1 + apart
+    assert bool(step.trial().proofs) == convicts
+
+
+def test_what_nobody_can_tell_is_between_the_few_who_are_involved():
+    """Three columns say one thing, which reached three: of each two of them a sender or a receiver is bad."""
+    step = Step()
+    step.forges(1, 2, FORWARD, lie=3)
+    step.misreports(FORWARD, 1, 0, lie=1)
+    events = {frozenset(map(tuple, np.argwhere(event).tolist())) for event in step.trial().open}
+    pairs = ((0, 1), (0, 2), (1, 2))
+    assert events == {frozenset((stage, column) for stage in (1, 2) for column in pair) for pair in pairs}
+
+
+def test_one_thing_that_alone_is_said_by_enough_is_the_truth():
+    """Of four two columns may be wrong: one by its sender, one by its receiver."""
+    step = Step(replicas=4)
+    step.forges(1, 3, FORWARD, lie=3)
+    step.misreports(FORWARD, 1, 0, lie=1)
+    trial = step.trial()
+    assert np.argwhere(trial.forged[FORWARD, 1, :, 0]).ravel().tolist() == [0, 3]
+    assert not trial.open.size and not trial.proofs
+
+
 def test_of_two_replicas_that_look_alike_and_are_not_both_are_out_whoever_is_suspected():
     step = Step(replicas=2)
     step.suspects[1, 0] = True
