@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import Twins
+from deepspeed_sentinel.evidence.step import Twins
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.proof import tried, try_twins
 from deepspeed_sentinel.judgement.record import Record

@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from deepspeed_sentinel.config import SentinelConfig
-from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR, Evidence
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import HARD, NAMES, OF_PAIR
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 

@@ -36,7 +36,7 @@ from deepspeed_sentinel.errors import VerdictMismatch
 from deepspeed_sentinel.evidence.collector import Collector
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.parts import Layout
-from deepspeed_sentinel.evidence.table import Evidence, Twins
+from deepspeed_sentinel.evidence.step import Evidence, Twins
 from deepspeed_sentinel.evidence.weights import tensors_digest
 from deepspeed_sentinel.judgement.complaints import complained_of
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings

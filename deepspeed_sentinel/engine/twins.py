@@ -41,7 +41,7 @@ from deepspeed_sentinel.engine.parcel import checksums, from_bytes, most_bytes, 
 from deepspeed_sentinel.errors import SentinelError
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.evidence.keys import Secret
-from deepspeed_sentinel.evidence.table import Twins
+from deepspeed_sentinel.evidence.step import Twins
 from deepspeed_sentinel.evidence.weights import dense_parts
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.response.twins import Draw, chance, draw

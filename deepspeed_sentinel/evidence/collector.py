@@ -22,7 +22,8 @@ from deepspeed_sentinel.evidence.probe import ENDS, End, Probe
 from deepspeed_sentinel.evidence.sketch import PairSketches
 from deepspeed_sentinel.evidence.stage_secret import digest_keys, stage_secret
 from deepspeed_sentinel.evidence.statement import Statement
-from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, TABLE, Evidence
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, TABLE
 from deepspeed_sentinel.evidence.transfer import LASTING, Known, Sketches, Transfers, pair_rows
 from deepspeed_sentinel.kernels.token_sketch import sketch_rows
 from deepspeed_sentinel.mesh import BACKWARD, DIRECTIONS, FORWARD, Mesh, Worker, columns_of, identity

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from deepspeed_sentinel.compat import all_gather_single
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import ENDS, End
-from deepspeed_sentinel.evidence.table import BY_JUDGE, OF_PAIR, RECEIVED, SENT, TABLE, Evidence
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import BY_JUDGE, OF_PAIR, RECEIVED, SENT, TABLE
 from deepspeed_sentinel.kernels.tensor_digest import DIGEST_WORDS
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 

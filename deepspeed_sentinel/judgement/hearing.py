@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, Evidence, Rows, comparable
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, SENT, Rows, comparable
 from deepspeed_sentinel.judgement.contradiction import Contradictions, contradictions
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.nothing import Made, Nothing

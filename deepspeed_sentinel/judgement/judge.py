@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import RECEIVED, Evidence, Rows
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import RECEIVED, Rows
 from deepspeed_sentinel.judgement.account import Account, entries
 from deepspeed_sentinel.judgement.blame import Blame
 from deepspeed_sentinel.judgement.clean import clean_links

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import Evidence, Rows
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import Rows
 from deepspeed_sentinel.judgement.blame import followers
 from deepspeed_sentinel.judgement.cascade import hold_against_fences
 from deepspeed_sentinel.judgement.clean import sent_by

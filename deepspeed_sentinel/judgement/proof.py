@@ -55,7 +55,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import Twins
+from deepspeed_sentinel.evidence.step import Twins
 from deepspeed_sentinel.judgement.blame import by_link, chain_order
 from deepspeed_sentinel.judgement.record import Tried
 from deepspeed_sentinel.judgement.trial import Difference, Proof, Trial

@@ -20,7 +20,8 @@ from deepspeed_sentinel.evidence.keeping import SecondLook, look_again
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import End
 from deepspeed_sentinel.evidence.statement import Statement
-from deepspeed_sentinel.evidence.table import FLOORS, OF_PAIR, RECEIVED, SENT, TABLE, Evidence, comparable
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import FLOORS, OF_PAIR, RECEIVED, SENT, TABLE, comparable
 from deepspeed_sentinel.evidence.transfer import PAIR_ROWS, Known, Sketches, pair_rows
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
 from deepspeed_sentinel.kernels.token_sketch import sketch_rows

@@ -15,7 +15,7 @@ from deepspeed_sentinel.evidence.keys import Secret
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import End
 from deepspeed_sentinel.evidence.statement import Statement
-from deepspeed_sentinel.evidence.table import Evidence
+from deepspeed_sentinel.evidence.step import Evidence
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.response.audit import Audit, Outcome, examine
 from deepspeed_sentinel.response.desk import Desk, Unheard, frame_of, hand_in, own_addresses

@@ -13,7 +13,8 @@ import torch
 
 from deepspeed_sentinel.evidence.baseline import Baselines
 from deepspeed_sentinel.evidence.renewal import of_senders
-from deepspeed_sentinel.evidence.table import BY_JUDGE, HARD, NAMES, OF_PAIR, RECEIVED, SENT, TABLE, Evidence, Twins
+from deepspeed_sentinel.evidence.step import Evidence, Twins
+from deepspeed_sentinel.evidence.table import BY_JUDGE, HARD, NAMES, OF_PAIR, RECEIVED, SENT, TABLE
 from deepspeed_sentinel.evidence.transfer import NEXT, Known, Transfers, lessons, pair_rows
 from deepspeed_sentinel.kernels.baseline_distances import DISTANCES
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh

@@ -31,7 +31,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, Evidence
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import NAMES, RECEIVED
 from deepspeed_sentinel.judgement.blame import followers
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.record import Record

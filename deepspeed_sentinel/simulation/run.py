@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from deepspeed_sentinel.config import SentinelConfig
-from deepspeed_sentinel.evidence.table import Twins
+from deepspeed_sentinel.evidence.step import Twins
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import FORWARD

@@ -7,7 +7,8 @@ import torch
 from deepspeed_sentinel.evidence.exchange import REPORTED, Exchange
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import ENDS
-from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT, Evidence
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 
 COSINE, ENERGY = NAMES.index("transfer_cosine"), NAMES.index("energy")

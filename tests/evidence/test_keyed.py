@@ -9,7 +9,8 @@ from deepspeed_sentinel.evidence.exchange import REPORTED, Exchange, build_repor
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import ENDS, Probe
 from deepspeed_sentinel.evidence.stage_secret import digest_keys, seal, unseal
-from deepspeed_sentinel.evidence.table import RECEIVED, SENT, Twins
+from deepspeed_sentinel.evidence.step import Twins
+from deepspeed_sentinel.evidence.table import RECEIVED, SENT
 from deepspeed_sentinel.judgement.proof import try_twins
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 

@@ -5,7 +5,8 @@ from functools import cache
 
 import numpy as np
 
-from deepspeed_sentinel.evidence.table import BY_JUDGE, NAMES, OF_PAIR, Evidence
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import BY_JUDGE, NAMES, OF_PAIR
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker

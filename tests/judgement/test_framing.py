@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from synthetic import World
 
-from deepspeed_sentinel.evidence.table import NAMES, Evidence
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.blame import Blame
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
 from integration_tests.variants import some

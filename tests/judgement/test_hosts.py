@@ -13,7 +13,8 @@ import synthetic
 from synthetic import World
 
 import deepspeed_sentinel
-from deepspeed_sentinel.evidence.table import NAMES, Evidence
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.judge import Judge
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD
 

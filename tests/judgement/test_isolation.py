@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import World
 
-from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, Twins
+from deepspeed_sentinel.evidence.step import Twins
+from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.isolation import Isolation
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, columns_of, identity

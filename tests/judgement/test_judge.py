@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from synthetic import World
 
-from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, Evidence, Rows
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import NAMES, RECEIVED, Rows
 from deepspeed_sentinel.judgement.account import Account
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 

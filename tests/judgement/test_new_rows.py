@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from synthetic import World, settings
 
-from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, Evidence
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR
 from deepspeed_sentinel.judgement.judge import Judge
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD
 

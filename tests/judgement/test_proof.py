@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspeed_sentinel.evidence.table import Twins
+from deepspeed_sentinel.evidence.step import Twins
 from deepspeed_sentinel.judgement.proof import try_twins
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
 

@@ -5,7 +5,7 @@ import pytest
 from synthetic import World
 from test_proof import Step
 
-from deepspeed_sentinel.evidence.table import Twins
+from deepspeed_sentinel.evidence.step import Twins
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker, columns_of, identity
 from deepspeed_sentinel.response.dealing import Dealer
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from synthetic import World
 
-from deepspeed_sentinel.evidence.table import NAMES, Evidence, Twins
+from deepspeed_sentinel.evidence.step import Evidence, Twins
+from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.mesh import FORWARD, Worker
 
 ENERGY = NAMES.index("energy")

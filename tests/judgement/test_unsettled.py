@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import World
 
-from deepspeed_sentinel.evidence.table import NAMES, Twins
+from deepspeed_sentinel.evidence.step import Twins
+from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.unsettled import Unsettled
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, identity

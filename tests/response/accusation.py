@@ -9,7 +9,8 @@ from deepspeed_sentinel.evidence.keeping import look_again
 from deepspeed_sentinel.evidence.parts import Layout
 from deepspeed_sentinel.evidence.probe import End
 from deepspeed_sentinel.evidence.statement import Statement
-from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT, Evidence
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import NAMES, OF_PAIR, RECEIVED, SENT
 from deepspeed_sentinel.evidence.transfer import Known, pair_rows
 from deepspeed_sentinel.judgement.verdict import Finding, Verdict
 from deepspeed_sentinel.kernels.token_sketch import DIMENSIONS, sketch_rows

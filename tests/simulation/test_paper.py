@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from deepspeed_sentinel.evidence.table import NAMES, TABLE, Evidence
+from deepspeed_sentinel.evidence.step import Evidence
+from deepspeed_sentinel.evidence.table import NAMES, TABLE
 from deepspeed_sentinel.kernels.baseline_distances import DISTANCES
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh
 from deepspeed_sentinel.simulation.paper import VIOLATIONS, PaperJudge
