@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deepspeed_sentinel.config import SentinelConfig, load_block, read_config
+from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.config_file import load_block, read_config
 from deepspeed_sentinel.flag import meant, mistyped
 
 _NO_PIPELINE = (

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from deepspeed_sentinel.__main__ import main
-from deepspeed_sentinel.config import SentinelConfig, load_block
+from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.config_file import load_block
 from deepspeed_sentinel.mesh import Mesh
 
 FAULT = {"stage": 1, "replica": 2, "attack": "scaling", "factor": -1}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepspeed_sentinel.attacks.loading import parse_arguments
-from deepspeed_sentinel.config import load_block
+from deepspeed_sentinel.config_file import load_block
 from deepspeed_sentinel.simulation.options import SimulationOptions
 from deepspeed_sentinel.simulation.processes import one_thread_pool, run_alone
 from deepspeed_sentinel.simulation.sizes import SIZES
