@@ -29,6 +29,11 @@ _NEXT = {
     "quarantine": "Its column is left out from here on, and training goes on without it.",
     "halt": "Training stops with a checkpoint.",
 }
+_INEXACT = (
+    "made other bits of the same than most of its stage, on hardware or with settings of another kind, as it says. Its "
+    "messages are held to theirs by statistics alone and its gradients by their norm, and twin steps go on without its "
+    "column; that is told once"
+)
 _ISOLATED = (
     "Somebody keeps columns out and cannot be proved, and these are the fewest who would explain it: they are dealt "
     "into as few columns as can hold them. It convicts nobody"
@@ -56,6 +61,7 @@ class Story:
         self.suspects = np.zeros((mesh.stages, mesh.replicas), bool)
         self.isolated = self.suspects
         self._out: tuple[int, ...] = ()
+        self._inexact: set[Worker] = set()
         self.steps = 0
         self.since: Counter[Worker] = Counter()
 
@@ -81,6 +87,10 @@ class Story:
         shown: tuple[_Told, ...] = (*verdict.proofs, *verdict.contradicted, *verdict.differences)
         for one in shown:
             yield from self._unless_convicted(one, str(one), verdict)
+        for worker in verdict.inexact:
+            if worker not in self._inexact:
+                self._inexact.add(worker)
+                yield f"{worker} {_INEXACT}"
         for worker in verdict.cleared:
             yield f"CLEARED: {worker}; given the same, it does what its stage does"
         for worker in verdict.newly_convicted:

@@ -200,6 +200,7 @@ class Judge:
             suspects=suspects,
             proofs=trial.proofs if trial else (),
             differences=trial.differences if trial else (),
+            inexact=trial.inexact if trial else (),
             contradicted=tuple(one for one in settled.contradicted if changes.convicted[one.worker]),
             cleared=workers_of(changes.cleared),
             isolated=self.isolation.isolated.copy(),

@@ -60,7 +60,7 @@ from deepspeed_sentinel.judgement.blame import by_link, chain_order
 from deepspeed_sentinel.judgement.record import Tried
 from deepspeed_sentinel.judgement.trial import Difference, Proof, Trial
 from deepspeed_sentinel.judgement.vote import LEAST, Vote, Voters
-from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker
+from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, workers_of
 
 _MOST_PAIRS = 64  # of one link or stage that are told of as open: all of eleven columns
 
@@ -190,6 +190,7 @@ def _trial(
     proofs: list[Proof] = []
     differences: list[Difference] = []
     events: list[np.ndarray] = []
+    rounds = np.zeros(served.shape, bool)
     unlike, split = np.zeros(mesh.stages, bool), np.zeros(mesh.stages, bool)
     differ = np.zeros((mesh.stages, mesh.replicas, mesh.replicas), bool)
     sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
@@ -203,6 +204,7 @@ def _trial(
         pairs = np.argwhere(vote.open & (np.arange(len(lost))[:, None] <= np.arange(len(lost))))
         events += [_between(stage, way, pair, served) for pair in pairs[:_MOST_PAIRS]]
         inexact |= vote.near.any(-1)
+        rounds[stage, workers[vote.inexact]] = True
         proofs += _proofs(mesh, stage, way, vote, workers)
         differences += _differences(stage, way, vote, workers)
         right_by_others = vote.right
@@ -227,6 +229,7 @@ def _trial(
         spoilt=spoilt,
         forged=forged,
         differ=differ,
+        inexact=workers_of(rounds),
         open=np.array([of for of in events if not (of.any(1) & unlike).any()], bool).reshape(-1, *served.shape),
         blind=blind,
     )

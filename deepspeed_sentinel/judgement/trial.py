@@ -89,6 +89,7 @@ class Trial:
             that of others is.
         forged: bool [2, L, C, M], messages that their senders say are the truth and their receivers that they are not.
         differ: bool [S, R, R], which two workers of a stage made other things of the very same without a truth.
+        inexact: workers of another kind of hardware that made other bits of the same, in the order of stages.
         open: bool [events, S, R], workers of which one at least is bad, and nobody can tell which.
         blind: some stage's replicas were in states of their own, so that not everything could be compared.
     """
@@ -106,5 +107,6 @@ class Trial:
     spoilt: np.ndarray
     forged: np.ndarray
     differ: np.ndarray
+    inexact: tuple[Worker, ...]
     open: np.ndarray
     blind: bool

@@ -204,6 +204,7 @@ class Verdict:
         alike: bool [S], in a twin step, stages all of whose included replicas have accumulated the same gradients.
         suspects: bool [S, R], workers to be tried, after this step, see ``Record.suspects``.
         proofs, differences: what a twin step has shown.
+        inexact: who made other bits in it, as another kind of hardware does.
         contradicted: who is convicted because it contradicts too many.
         cleared: suspects that a twin step has cleared.
         isolated: bool [S, R], who is kept where columns are lost, unproved (``isolation.py``), after this step.
@@ -233,6 +234,7 @@ class Verdict:
     alike: np.ndarray = field(default_factory=lambda: NOBODY)
     proofs: tuple[Proof, ...] = ()
     differences: tuple[Difference, ...] = ()
+    inexact: tuple[Worker, ...] = ()
     contradicted: tuple[Contradicted, ...] = ()
     cleared: tuple[Worker, ...] = ()
     isolated: np.ndarray = field(default_factory=lambda: NOBODY)
@@ -265,7 +267,7 @@ class Verdict:
             for one in self.disputed
         ]
         changes = (self.newly_convicted, self.released, self.cleared)
-        shown = (self.proofs, self.differences, self.contradicted)
+        shown = (self.proofs, self.differences, self.inexact, self.contradicted)
         crc = zlib.crc32(str((suspects, disputed, *shown, changes)).encode(), crc)
         scores = np.rint(np.fmin(self.scores, _LARGEST_SCORE) * _SCORE_GRID).astype(np.int64)
         decided = [scores, self.alarms, self.disputes, self.excluded, self.convicted, self.suspects]

@@ -33,6 +33,7 @@ class Vote:
         differ: bool [C, C], which two made other things of the very same without a truth.
         open: bool [C, C], pairs of columns of whose senders, and those whom they reached, one at least is bad, where it
             is not known who made other things; of one column with itself if it is these two.
+        inexact: bool [C], who runs on another kind of hardware and made other bits of the very same than the truth.
     """
 
     right: np.ndarray
@@ -49,6 +50,7 @@ class Vote:
     unclear: np.ndarray
     differ: np.ndarray
     open: np.ndarray
+    inexact: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ class Voters:
             unclear=unclear,
             differ=((differ[:, None] & differ[None] & ~same) | far).any(-1),
             open=open_CC,
+            inexact=(near & known & exact).any(1) & (not self.unlike),
         )
 
 

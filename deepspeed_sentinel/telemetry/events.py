@@ -182,9 +182,13 @@ class TwinStep(Event, kind="twins"):
 
     Attributes:
         suspects: who is a suspect after it.
+        inexact: who says that it runs on another kind of hardware than most of its stage, and made other bits of the
+            same. What its messages come to is held to the others' by statistics, and its column is left out of the
+            step.
     """
 
     suspects: tuple[Worker, ...]
+    inexact: tuple[Worker, ...] = ()
 
 
 @dataclass(frozen=True)

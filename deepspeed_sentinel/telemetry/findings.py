@@ -71,7 +71,7 @@ def verdict_events(
     for worker in workers_of(verdict.suspects & ~suspected):
         yield events.Suspicion(*worker)
     if verdict.twins:
-        yield events.TwinStep(workers_of(verdict.suspects))
+        yield events.TwinStep(workers_of(verdict.suspects), verdict.inexact)
     for proof in verdict.proofs:
         yield events.Proved(
             *proof.worker,

@@ -209,6 +209,15 @@ def test_who_is_isolated_is_told_by_name_when_that_changes(telling, log, tmp_pat
     assert told == [([[1, 2]], [5]), ([[1, 2], [2, 0]], [5, 6]), ([], [])]
 
 
+def test_who_rounds_otherwise_is_told_of_once_and_in_the_event_of_each_such_step(telling, log, tmp_path):
+    for _ in range(2):
+        telling.verdict(replace(quiet(), twins=True, inexact=(CULPRIT,)))
+    (line,) = log.messages
+    assert NAME in line and "made other bits of the same than most of its stage" in line
+    events = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert [event["inexact"] for event in events if event["kind"] == "twins"] == [[[1, 2]], [[1, 2]]]
+
+
 def test_a_halt_is_a_line_before_anything_is_written_for_it(telling, log):
     telling.verdict(replace(attacked([CULPRIT], newly=[CULPRIT]), halt=f"{CULPRIT} convicted"))
     assert log.messages[-1] == f"[sentinel] step {blamed().step}: HALT: {NAME} convicted"

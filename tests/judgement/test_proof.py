@@ -354,6 +354,15 @@ def test_a_worker_on_other_hardware_is_left_out_and_not_blamed_for_it():
     assert not trial.proofs and not trial.differences and trial.spoilt.tolist() == OTHER
     assert trial.right.all() and trial.same[:, :2].all(), "the others' reduction can be watched"
     assert trial.sound[:, :2].all() and not trial.sound[:, 2].any(), "gradients are its own word and clear nobody"
+    assert trial.inexact == (Worker(1, 2),), "and none of those that were given what it made"
+
+
+def test_who_claims_other_hardware_and_has_other_gradients_of_the_same_norm_is_named_for_it():
+    step = Step()
+    step.kinds[1, 2] = 1
+    step.gradients[1, 2] += 1000
+    trial = step.trial()
+    assert not trial.proofs and trial.spoilt.tolist() == OTHER and trial.inexact == (Worker(1, 2),)
 
 
 def test_who_claims_other_hardware_and_sends_the_same_bits_is_right_as_any_other():
