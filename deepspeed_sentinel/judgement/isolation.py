@@ -61,9 +61,10 @@ class Isolation:
         self._mesh = mesh
         self._memory, self._patience = memory, patience
         self._acts = acts and mesh.replicas >= _LEAST_REPLICAS
-        # A row an event: 1 for each worker that is involved; its kind, or the stage of who has to be cleared for it to
-        # be one; steps to remember it.
-        self._events = np.zeros((0, mesh.stages * mesh.replicas + 2), np.int64)
+        # A row an event: who is involved, bool [N, S R]; its kind, or the stage of who has to be cleared for it to be
+        # one, and steps to remember it, int [N, 2].
+        self._members = np.zeros((0, mesh.stages * mesh.replicas), bool)
+        self._events = np.zeros((0, 2), np.int64)
         self._unexplained = 0  # steps for which nothing is news
         self.isolated = np.zeros((mesh.stages, mesh.replicas), bool)
         self.news = False
@@ -98,7 +99,7 @@ class Isolation:
         if not (len(self._events) or involved.size or between.size or unblamed.any() or accused or changed):
             return
         more, fewer = False, changed
-        self._events[:, -1] -= 1
+        self._events[:, 1] -= 1
         for event, column in np.argwhere(involved.any(1)).tolist():
             more |= self._enter(self._of_column(involved[event, :, column], served[:, column]), _DISPUTE, convicted)
         for workers in between:
@@ -110,8 +111,8 @@ class Isolation:
             beside = np.abs(np.arange(self._mesh.stages) - worker.stage) <= 1
             self._enter(self._of_column(beside, served[:, column]), worker.stage, convicted)
         more |= self._clear(cleared)
-        kept = self._events[:, -1] > 0
-        self._events = self._events[kept]
+        kept = self._events[:, 1] > 0
+        self._keep(kept)
         fewer |= not bool(kept.all())
         if more or fewer:
             self._explain(convicted, fewer)
@@ -135,11 +136,12 @@ class Isolation:
 
     def forget(self, worker: Worker) -> None:
         """Remember no event of a worker, since it is another one than before."""
-        self._events = self._events[self._events[:, worker.stage * self._mesh.replicas + worker.replica] == 0]
+        self._keep(~self._members[:, worker.stage * self._mesh.replicas + worker.replica])
         self.isolated[worker] = False
 
     def state_dict(self) -> dict[str, np.ndarray]:
         return {
+            "members": self._members.copy(),
             "events": self._events.copy(),
             "unexplained": np.array(self._unexplained),
             "isolated": self.isolated.copy(),
@@ -152,10 +154,9 @@ class Isolation:
         return {"events": (float(_ALARM), float(largest)), "unexplained": (0.0, float(self._memory))}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        events = np.array(state["events"])
-        marks, kind = events[:, :-2], events[:, -2]
-        possible = ((marks == 0) | (marks == 1)).all(1) & marks.any(1) & (kind < self._mesh.stages)
-        self._events = events[possible]
+        number = min(len(state["members"]), len(state["events"]))
+        self._members, self._events = np.array(state["members"])[:number], np.array(state["events"])[:number]
+        self._keep(self._members.any(1) & (self._events[:, 0] < self._mesh.stages))
         self._unexplained, self.isolated = int(state["unexplained"]), np.array(state["isolated"])
 
     def _of_column(self, stages: np.ndarray, served: np.ndarray) -> np.ndarray:
@@ -174,11 +175,13 @@ class Isolation:
         if known.any():
             again = (self._members & known.ravel()).any(1)
             for of_kind in (_DISPUTE, _ALARM):
-                self._events[again & (self._events[:, -2] == of_kind), -1] = self._steps(of_kind)
+                self._events[again & (self._events[:, 0] == of_kind), 1] = self._steps(of_kind)
             return False
-        row = np.array([*workers.ravel(), kind, self._steps(kind)], np.int64)
-        same = (self._events[:, :-1] == row[:-1]).all(1)
-        self._events = np.concatenate([self._events[~same], row[None]])
+        members = workers.reshape(1, -1)
+        same = (self._events[:, 0] == kind) & (self._members == members).all(1)
+        self._keep(~same)
+        self._members = np.concatenate([self._members, members])
+        self._events = np.concatenate([self._events, np.array([[kind, self._steps(kind)]])])
         if len(self._events) > _MOST_EVENTS:
             self._forget(np.arange(1))
         self.news |= kind < 0 and not same.any()
@@ -186,11 +189,11 @@ class Isolation:
 
     def _clear(self, cleared: np.ndarray) -> bool:
         """What stands for whether somebody (bool [S, R]) is cleared becomes an event."""
-        stages = self._events[:, -2]
+        stages = self._events[:, 0]
         found = np.flatnonzero(stages >= 0)
         of_stage = np.arange(self._mesh.stages)[:, None] == stages[found, None, None]
         found = found[(self._members[found].reshape(-1, *cleared.shape) & of_stage & cleared).any((1, 2))]
-        self._events[found, -2:] = _ALARM, self._steps(_ALARM)
+        self._events[found] = _ALARM, self._steps(_ALARM)
         self.news |= bool(found.size)
         return bool(found.size)
 
@@ -201,26 +204,24 @@ class Isolation:
         """Some events could not all be true, or are too many."""
         kept = np.ones(len(self._events), bool)
         kept[rows] = False
-        self._events = self._events[kept]
+        self._keep(kept)
         self._unexplained = self._memory
+
+    def _keep(self, rows: np.ndarray) -> None:
+        self._members, self._events = self._members[rows], self._events[rows]
 
     def _explain(self, convicted: np.ndarray, fewer: bool) -> None:
         """``fewer`` events, or others convicted, may be explained by fewer of a stage."""
-        self._events = self._events[~(self._members & convicted.ravel()).any(1)]
+        self._keep(~(self._members & convicted.ravel()).any(1))
         packed = np.count_nonzero(self.isolated | convicted, axis=1)
         found = None
         while found is None:
-            rows = np.flatnonzero(self._events[:, -2] < 0)
+            rows = np.flatnonzero(self._events[:, 0] < 0)
             found = self._smallest(self._listed(rows), convicted, 0 if fewer else int(packed.max()))
             if found is None:
                 self._forget(rows[: (len(rows) + 1) // 2])
         self.isolated = found
         self.news &= not self._unexplained
-
-    @property
-    def _members(self) -> np.ndarray:
-        """bool [N, S R], who is involved in each event."""
-        return self._events[:, :-2] > 0
 
     def _listed(self, rows: np.ndarray) -> np.ndarray:
         """int [N, most involved in one], of events the workers involved as s R + r, and S R where there are fewer."""

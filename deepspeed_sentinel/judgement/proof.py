@@ -62,7 +62,7 @@ from deepspeed_sentinel.judgement.trial import Difference, Proof, Trial
 from deepspeed_sentinel.judgement.vote import LEAST, Vote, Voters
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, workers_of
 
-_MOST_PAIRS = 64  # of one link or stage that are told of as open: all of eleven columns
+_MOST_EVENTS = 64  # of one step; what is left out comes again if it lasts
 
 
 def try_twins(
@@ -110,7 +110,8 @@ def try_twins(
                 messages.entered_exact[stage][:, None],
             )
             told.append((stage, None, vote))
-    trial = _trial(mesh, told, served, disputed.any(axis=(0, 1, 3)) | ~twins.given, blind=bool(unshared.any()))
+    lost = disputed.any(axis=(0, 1, 3)) | ~twins.given
+    trial = _trial(mesh, told, served, lost, unlike, blind=bool(unshared.any()))
     refuted = _refuted(mesh, trial, convicted) & ~unlike
     if not refuted.any():
         return trial
@@ -171,7 +172,12 @@ class _Messages:
 
 
 def _trial(
-    mesh: Mesh, told: list[tuple[int, int | None, Vote]], served: np.ndarray, lost: np.ndarray, blind: bool
+    mesh: Mesh,
+    told: list[tuple[int, int | None, Vote]],
+    served: np.ndarray,
+    lost: np.ndarray,
+    known_unlike: np.ndarray,
+    blind: bool,
 ) -> Trial:
     """What votes come to.
 
@@ -180,6 +186,7 @@ def _trial(
         told: of messages in the order of their flow, then of gradients.
         served: int [S, C], who served each column.
         lost: bool [C], columns that are in dispute or were given something else.
+        known_unlike: bool [S], stages that are known not to make the same of the same.
         blind: not everything could be compared.
     """
     right, wrong, undecided, cascade, forged, unclear = (
@@ -189,8 +196,9 @@ def _trial(
     undecided = undecided | cascade | unclear
     proofs: list[Proof] = []
     differences: list[Difference] = []
-    events: list[np.ndarray] = []
+    events: list[tuple[int | None, np.ndarray]] = []
     rounds = np.zeros(served.shape, bool)
+    once = np.arange(len(lost))[:, None] <= np.arange(len(lost))
     unlike, split = np.zeros(mesh.stages, bool), np.zeros(mesh.stages, bool)
     differ = np.zeros((mesh.stages, mesh.replicas, mesh.replicas), bool)
     sound, same = np.ones((mesh.stages, mesh.replicas), bool), np.zeros((mesh.stages, mesh.replicas), bool)
@@ -201,8 +209,8 @@ def _trial(
         unlike[stage] |= bool(vote.unlike.any())
         split[stage] |= bool(vote.split.any())
         differ[stage][np.ix_(workers, workers)] |= vote.differ
-        pairs = np.argwhere(vote.open & (np.arange(len(lost))[:, None] <= np.arange(len(lost))))
-        events += [_between(stage, way, pair, served) for pair in pairs[:_MOST_PAIRS]]
+        events += [(stage, _between(stage, way, pair, served)) for pair in np.argwhere(vote.open & once)]
+        events += [(None, _between(None, way, pair, served)) for pair in np.argwhere(vote.wide & once)]
         inexact |= vote.near.any(-1)
         rounds[stage, workers[vote.inexact]] = True
         proofs += _proofs(mesh, stage, way, vote, workers)
@@ -215,6 +223,8 @@ def _trial(
         sound[stage, workers[~right_by_others.all(-1)]] = False
     if np.count_nonzero(~(spoilt | lost | inexact)) >= LEAST:
         spoilt = spoilt | inexact
+    # Where a stage's work is not the same by nature, what comes of it may lie apart and nobody be bad.
+    told_of = [event for at, event in events if not (unlike[at] if at is not None else (unlike | known_unlike).any())]
     return Trial(
         right=right,
         wrong=wrong,
@@ -230,7 +240,7 @@ def _trial(
         forged=forged,
         differ=differ,
         inexact=workers_of(rounds),
-        open=np.array([of for of in events if not (of.any(1) & unlike).any()], bool).reshape(-1, *served.shape),
+        open=np.array(told_of[:_MOST_EVENTS], bool).reshape(-1, *served.shape),
         blind=blind,
     )
 
@@ -275,10 +285,12 @@ def _of_unlike_states(twins: Twins, stages: int) -> np.ndarray:
     return 2 * np.array(most) <= twins.states.shape[1]
 
 
-def _between(stage: int, direction: int | None, columns: np.ndarray, served: np.ndarray) -> np.ndarray:
-    """bool [S, R], who made what some columns (their numbers) have, and whom it reached."""
+def _between(stage: int | None, direction: int | None, columns: np.ndarray, served: np.ndarray) -> np.ndarray:
+    """bool [S, R], who made what some columns (their numbers) have, and whom it reached; for None all who serve them."""
     workers = np.zeros(served.shape, bool)
-    of = {stage} if direction is None else {stage, stage + 1 if direction == FORWARD else stage - 1}
+    of: Iterable[int] = range(len(served))
+    if stage is not None:
+        of = {stage} if direction is None else {stage, stage + 1 if direction == FORWARD else stage - 1}
     for one in of:
         workers[one, served[one, columns]] = True
     return workers

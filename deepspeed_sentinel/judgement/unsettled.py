@@ -153,6 +153,8 @@ class Unsettled:
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         self._left, self._alike = np.array(state["left"]), np.array(state["alike"])
+        for distance in range(1, _REACH):
+            self._left[distance, max(self._mesh.stages - distance, 0) :] = 0  # there is no such stage
 
     def _between(
         self, served: np.ndarray, by_ends: np.ndarray, by_neighbours: np.ndarray, trial: Trial | None

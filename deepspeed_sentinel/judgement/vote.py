@@ -33,6 +33,8 @@ class Vote:
         differ: bool [C, C], which two made other things of the very same without a truth.
         open: bool [C, C], pairs of columns of whose senders, and those whom they reached, one at least is bad, where it
             is not known who made other things; of one column with itself if it is these two.
+        wide: bool [C, C], pairs that are apart, and who is bad may be anybody that served the two, since not both were
+            given the very same.
         inexact: bool [C], who runs on another kind of hardware and made other bits of the very same than the truth.
     """
 
@@ -50,6 +52,7 @@ class Vote:
     unclear: np.ndarray
     differ: np.ndarray
     open: np.ndarray
+    wide: np.ndarray
     inexact: np.ndarray
 
 
@@ -145,9 +148,11 @@ class Voters:
         torn = asked & ~known & ~unlike & near.any(0) & ~believed & (asked & ~together).any(0)
         surely = maybe = np.zeros((columns, *asked.shape), bool)
         if torn.any() or (self.of_two and guilty.any()):
-            surely, maybe = _pairs_apart(measures_ECMN, asked & exact & self.heard[:, None])
+            surely, maybe = _pairs_apart(measures_ECMN, asked & self.heard[:, None])
+        of_torn = torn[:, None] | torn[None]
+        same_given = exact[:, None] & exact[None]
         wrong_of_two = guilty & (surely & innocent).any(1) & self.of_two
-        far = surely & torn
+        far = surely & of_torn & same_given
         # Those that say the same must have reached others as the same, too.
         one_thing = true | (compared & ~known & (versions == 1)) | innocent
         reached = _version((keyed_CM[:, None] == keyed_CM[None]) & one_thing[:, None] & one_thing[None])
@@ -160,7 +165,7 @@ class Voters:
         one_thing &= ~(forged | unclear)
         doubtful = unclear & self.heard[:, None]
         open_CC = (doubtful[:, None] & doubtful[None] & (reached[:, None] != reached[None])).any(-1)
-        open_CC |= (maybe & torn & ~surely).any(-1)
+        open_CC |= (maybe & of_torn & ~surely & same_given).any(-1)
         alone = (near & known & exact & ~apart & ~together).any(1) & self.heard & (not self.unlike)
         open_CC[np.arange(columns), np.arange(columns)] = alone
         return Vote(
@@ -178,6 +183,7 @@ class Voters:
             unclear=unclear,
             differ=((differ[:, None] & differ[None] & ~same) | far).any(-1),
             open=open_CC,
+            wide=(maybe & of_torn & ~same_given).any(-1),
             inexact=(near & known & exact).any(1) & (not self.unlike),
         )
 

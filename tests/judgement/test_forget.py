@@ -49,11 +49,12 @@ def test_what_others_had_unsettled_with_the_one_before_convicts_it_of_nothing(co
 
 def test_nobody_is_isolated_for_what_the_one_before_did(convicted):
     isolation = convicted.judge.isolation
-    of_culprit, of_another = ([*np.isin(np.arange(12), workers), -1, 9] for workers in ((3 + 2, 6 + 1), (3 + 0, 6 + 1)))
-    isolation._events = np.array([of_culprit, of_another], np.int64)
+    of_culprit, of_another = (np.isin(np.arange(12), workers) for workers in ((3 + 2, 6 + 1), (3 + 0, 6 + 1)))
+    isolation._members, isolation._events = np.array([of_culprit, of_another]), np.array([[-1, 9], [-1, 9]])
     isolation.isolated[CULPRIT] = True
     convicted.judge.forget(CULPRIT)
-    assert isolation._events.tolist() == [of_another] and not isolation.isolated.any()
+    assert np.array_equal(isolation._members, [of_another]) and len(isolation._events) == 1
+    assert not isolation.isolated.any()
 
 
 def test_what_stood_out_of_the_one_before_is_not_what_is_usual_of_it(convicted):

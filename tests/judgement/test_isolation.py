@@ -207,7 +207,7 @@ def test_its_state_goes_on_elsewhere_and_what_is_impossible_in_it_is_left_out():
         steps.step(pairs((3, 0)))
     assert (one.isolation.isolated == other.isolation.isolated).all() and one.isolation.isolated.any()
     assert (one.dealer.wiring == other.dealer.wiring).all()
-    state["events"][0, 1] = 2
+    state["events"][0, 0] = 6
     other.isolation.load_state_dict(state)
     assert len(other.isolation._events) == len(state["events"]) - 1
 
