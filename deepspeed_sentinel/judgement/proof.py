@@ -286,7 +286,7 @@ def _of_unlike_states(twins: Twins, stages: int) -> np.ndarray:
 
 
 def _between(stage: int | None, direction: int | None, columns: np.ndarray, served: np.ndarray) -> np.ndarray:
-    """bool [S, R], who made what some columns (their numbers) have, and whom it reached; for None all who serve them."""
+    """bool [S, R], who made what some columns (their numbers) have, and whom it reached; of None all who serve them."""
     workers = np.zeros(served.shape, bool)
     of: Iterable[int] = range(len(served))
     if stage is not None:
