@@ -562,6 +562,32 @@ def test_what_nobody_can_tell_is_between_the_few_who_are_involved():
     assert events == {frozenset((stage, column) for stage in (1, 2) for column in pair) for pair in pairs}
 
 
+@pytest.mark.parametrize("bad", range(2))
+def test_in_a_stage_of_two_kinds_who_is_apart_differs_from_each_of_the_others(bad):
+    """The other one of its kind is no majority, and all that are near each other are believed."""
+    step = Step(replicas=4)
+    step.kinds[1] = [0, 0, 1, 1]
+    for column in (2, 3):
+        step.sends(1, column, FORWARD, lie=1)
+    step.sends(1, bad, FORWARD, lie=5)
+    step.measures[:, FORWARD, 1, bad] *= 1.02
+    differ = step.trial().differ[1]
+    alone = np.arange(4) == bad
+    assert np.array_equal(differ, alone[:, None] != alone)
+
+
+def test_who_differs_without_having_been_given_the_same_is_between_all_that_serve_the_two():
+    step = Step(replicas=4)
+    step.kinds[1] = [0, 0, 1, 2]
+    for column in (2, 3):
+        step.sends(1, column, FORWARD, lie=column)
+    step.measures[:, FORWARD, 2, 3] *= 1.02
+    step.kinds[2, 0] = 1
+    step.sends(2, 0, FORWARD, lie=9)
+    trial = step.trial()
+    assert len(trial.open) and all(event[:, 3].all() and (event.sum(1) == 2).all() for event in trial.open)
+
+
 def test_one_thing_that_alone_is_said_by_enough_is_the_truth():
     """Of four two columns may be wrong: one by its sender, one by its receiver."""
     step = Step(replicas=4)

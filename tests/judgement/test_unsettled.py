@@ -357,3 +357,13 @@ def test_a_convicted_worker_counts_against_nobody():
         nothing = np.zeros((2, 3, 3), bool)
         found = steps.unsettled.step(wiring, nothing, nothing, trial(mesh, pairs=pairs), steps.convicted)
         assert not [one for one in found if one.worker != Worker(1, 2)]
+
+
+def test_what_a_state_holds_of_stages_that_are_not_there_is_nothing():
+    unsettled, mesh = Unsettled(Mesh(4, 3), 20), Mesh(4, 3)
+    state = unsettled.state_dict()
+    state["left"] = np.ones_like(state["left"])
+    unsettled.load_state_dict(state)
+    assert all(
+        one.stage < mesh.stages and other.stage < mesh.stages for one, other in unsettled.pairs(np.zeros((4, 3)))
+    )
