@@ -285,6 +285,7 @@ class Judge:
             self.record.accused,
             self.record.unlike,
             evidence.keyed,
+            self.isolation.isolated,
         )
 
     def _settle(

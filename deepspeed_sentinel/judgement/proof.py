@@ -76,6 +76,7 @@ def try_twins(
     suspects: np.ndarray,
     unlike: np.ndarray,
     keyed: np.ndarray | None = None,
+    isolated: np.ndarray | None = None,
 ) -> Trial:
     """Hold the workers of each stage against each other.
 
@@ -91,13 +92,17 @@ def try_twins(
         suspects: bool [S, R], before this step.
         unlike: bool [S], stages that are known not to make the same of the same.
         keyed: int64 [2, L, C, M], of every message as received, as in ``Evidence``; None where nobody has keys.
+        isolated: bool [S, R], whose word on what they received does not count either, nor that of those to whom they
+            sent; None is nobody.
     """
     voters = [
         Voters.of(mesh, twins.kinds[stage], served[stage], convicted[stage], suspects[stage], bool(unlike[stage]))
         for stage in range(mesh.stages)
     ]
     unshared = _of_unlike_states(twins, mesh.stages)
-    messages = _Messages.vote(mesh, voters, digests, measures, disputed, unshared, twins.given, keyed)
+    silent = convicted if isolated is None else convicted | isolated
+    word = ~np.take_along_axis(silent, served, 1)
+    messages = _Messages.vote(mesh, voters, digests, measures, disputed, unshared, twins.given, keyed, word)
     told: list[tuple[int, int | None, Vote]] = [*messages.votes]
     for stage, workers in enumerate(served):
         asked = messages.entered[stage] & ~unshared[stage]
@@ -108,6 +113,7 @@ def try_twins(
                 twins.norms[stage][None, workers, None, None],
                 asked[:, None],
                 messages.entered_exact[stage][:, None],
+                word[stage],
             )
             told.append((stage, None, vote))
     lost = disputed.any(axis=(0, 1, 3)) | ~twins.given
@@ -116,7 +122,7 @@ def try_twins(
     if not refuted.any():
         return trial
     evidence = (digests, measures, disputed, twins, served, convicted, suspects)
-    trial = try_twins(mesh, *evidence, unlike | refuted, keyed)
+    trial = try_twins(mesh, *evidence, unlike | refuted, keyed, isolated)
     return replace(trial, unlike=trial.unlike | refuted)
 
 
@@ -145,9 +151,10 @@ class _Messages:
         unshared: np.ndarray,
         given: np.ndarray,
         keyed: np.ndarray | None,
+        word: np.ndarray,
     ) -> _Messages:
         """Follow the micro-batches. Arguments as of ``try_twins``; of stages that are ``unshared``, bool [S], nobody is
-        asked."""
+        asked, and where ``word``, bool [S, C], is false nobody's word on what was received counts."""
         links, columns, messages = digests.shape[1:4]
         digests_PCMT, disputed_PCM = chain_order(digests), chain_order(disputed)
         keyed_PCM = np.zeros(disputed_PCM.shape, np.int64) if keyed is None else chain_order(keyed)
@@ -161,7 +168,12 @@ class _Messages:
             stage, receiver = mesh.sender_stage(direction, link), mesh.receiver_stage(direction, link)
             asked = agreed & ~disputed_PCM[position] & ~unshared[stage]
             vote = voters[stage].vote(
-                digests_PCMT[position], keyed_PCM[position], measures_PECMN[position], asked, exact
+                digests_PCMT[position],
+                keyed_PCM[position],
+                measures_PECMN[position],
+                asked,
+                exact,
+                word[stage] & word[receiver],
             )
             agreed = asked & ~(vote.wrong | vote.undecided | vote.cascade | vote.unlike | vote.forged | vote.unclear)
             exact = agreed & vote.exact

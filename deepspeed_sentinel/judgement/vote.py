@@ -112,6 +112,7 @@ class Voters:
         measures_ECMN: np.ndarray,
         asked: np.ndarray,
         exact: np.ndarray,
+        word: np.ndarray,
     ) -> Vote:
         """The truth on each question, if there is one.
 
@@ -121,6 +122,7 @@ class Voters:
             measures_ECMN: float [ends, C, M, N], statistics of it, as each end reports them: one alone accuses nobody.
             asked: bool [C, M], who is asked.
             exact: bool [C, M], who was given the same as most to the last bit.
+            word: bool [C], where neither who says it nor whom it reached is convicted or isolated.
         """
         columns, quorum = len(asked), max(LEAST, self.bad + 1)
         compared = asked & exact & self.alike[:, None]
@@ -153,18 +155,9 @@ class Voters:
         same_given = exact[:, None] & exact[None]
         wrong_of_two = guilty & (surely & innocent).any(1) & self.of_two
         far = surely & of_torn & same_given
-        # Those that say the same must have reached others as the same, too.
         one_thing = true | (compared & ~known & (versions == 1)) | innocent
-        reached = _version((keyed_CM[:, None] == keyed_CM[None]) & one_thing[:, None] & one_thing[None])
-        most, behind, receivers = self._count(reached, one_thing)
-        # Each column that is wrong has a bad sender or a bad receiver, so one thing alone that many say is the truth.
-        likely = self._voices(one_thing, reached, columns) >= np.maximum(receivers - 2 * self.bad, 1)[:, None]
-        settled = (behind >= quorum) & ((2 * behind > receivers) | (np.count_nonzero(likely, axis=1) == 1))
-        odd = one_thing & (reached != most)
-        forged, unclear = odd & settled, one_thing & odd.any(0) & ~settled
+        forged, unclear, open_CC = self._reached(keyed_CM, one_thing, word)
         one_thing &= ~(forged | unclear)
-        doubtful = unclear & self.heard[:, None]
-        open_CC = (doubtful[:, None] & doubtful[None] & (reached[:, None] != reached[None])).any(-1)
         open_CC |= (maybe & of_torn & ~surely & same_given).any(-1)
         alone = (near & known & exact & ~apart & ~together).any(1) & self.heard & (not self.unlike)
         open_CC[np.arange(columns), np.arange(columns)] = alone
@@ -186,6 +179,29 @@ class Voters:
             wide=(maybe & of_torn & ~same_given).any(-1),
             inexact=(near & known & exact).any(1) & (not self.unlike),
         )
+
+    def _reached(
+        self, keyed_CM: np.ndarray, one_thing: np.ndarray, word: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Those that say the same (``one_thing``, bool [C, M]) must have reached others as the same, too.
+
+        Returns:
+            ``forged``, ``unclear`` and ``open`` of a ``Vote``.
+        """
+        reached = _version((keyed_CM[:, None] == keyed_CM[None]) & one_thing[:, None] & one_thing[None])
+        most, behind, receivers = self._count(reached, one_thing)
+        # Each column that is wrong has a bad sender or a bad receiver, so one thing alone that many say is the truth.
+        likely = self._voices(one_thing, reached, len(reached)) >= np.maximum(receivers - 2 * self.bad, 1)[:, None]
+        settled = (behind >= max(LEAST, self.bad + 1)) & (
+            (2 * behind > receivers) | (np.count_nonzero(likely, axis=1) == 1)
+        )
+        odd = one_thing & (reached != most)
+        # Against more than half nobody is out for the word of those alone that have none.
+        agreed = ~(odd & word[:, None]).any(0) & (2 * np.count_nonzero(one_thing & ~odd, axis=0) > one_thing.sum(0))
+        unclear = one_thing & odd.any(0) & ~settled & (odd | ~agreed)
+        doubtful, all_heard = unclear & self.heard[:, None], one_thing & self.heard[:, None]
+        pairs = (doubtful[:, None] & all_heard[None] & (reached[:, None] != reached[None])).any(-1)
+        return odd & settled, unclear, pairs | pairs.T
 
 
 def _version(same: np.ndarray) -> np.ndarray:

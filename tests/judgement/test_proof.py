@@ -24,6 +24,7 @@ class Step:
         self.gradients = np.broadcast_to(100 + np.arange(stages)[:, None], (stages, replicas)).copy()
         self.served = np.tile(np.arange(replicas), (stages, 1)) if served is None else served
         self.convicted, self.suspects = (np.zeros((stages, replicas), bool) for _ in range(2))
+        self.isolated = np.zeros((stages, replicas), bool)
         self.unlike = np.zeros(stages, bool)
         self.given = np.ones(replicas, bool)
         self.kinds, self.norms = np.zeros((stages, replicas), np.int64), np.ones((stages, replicas))
@@ -65,6 +66,7 @@ class Step:
             self.suspects,
             self.unlike,
             self.keyed,
+            self.isolated,
         )
 
 
@@ -596,6 +598,34 @@ def test_one_thing_that_alone_is_said_by_enough_is_the_truth():
     trial = step.trial()
     assert np.argwhere(trial.forged[FORWARD, 1, :, 0]).ravel().tolist() == [0, 3]
     assert not trial.open.size and not trial.proofs
+
+
+def half_of_another_kind():
+    step = Step(replicas=8)
+    step.kinds[1, 4:] = 1
+    for column in range(4, 8):
+        step.sends(1, column, FORWARD, lie=3)
+    return step
+
+
+@pytest.mark.parametrize("who", ["isolated", "convicted"])
+@pytest.mark.parametrize("end", [(1, 0), (2, 0)])
+def test_who_has_no_word_leaves_nobody_else_out_by_it(who, end):
+    """Four of eight columns can be compared to the last bit, too few to settle what one of them says that it got."""
+    step = half_of_another_kind()
+    step.misreports(FORWARD, 1, 0, lie=1)
+    assert step.trial().spoilt[:4].all()
+    getattr(step, who)[end] = True
+    trial = step.trial()
+    assert np.flatnonzero(trial.undecided[FORWARD, 1, :, 0]).tolist() == [0] and not trial.forged.any()
+    assert {(1, 0), (2, 0)} <= set(map(tuple, np.argwhere(trial.open.any(0)))) or who == "convicted"
+
+
+def test_those_who_have_none_do_not_leave_it_to_a_minority():
+    step = half_of_another_kind()
+    step.forges(1, 3, FORWARD, lie=1)
+    step.isolated[1, :3] = True
+    assert step.trial().undecided[FORWARD, 1, 3].all()
 
 
 def test_of_two_replicas_that_look_alike_and_are_not_both_are_out_whoever_is_suspected():
