@@ -197,7 +197,9 @@ class Voters:
         )
         odd = one_thing & (reached != most)
         # Against more than half nobody is out for the word of those alone that have none.
-        agreed = ~(odd & word[:, None]).any(0) & (2 * np.count_nonzero(one_thing & ~odd, axis=0) > one_thing.sum(0))
+        agreed = ~(odd & word[:, None]).any(0) & (
+            2 * np.count_nonzero(one_thing & ~odd, axis=0) > np.count_nonzero(one_thing, axis=0)
+        )
         unclear = one_thing & odd.any(0) & ~settled & (odd | ~agreed)
         doubtful, all_heard = unclear & self.heard[:, None], one_thing & self.heard[:, None]
         pairs = (doubtful[:, None] & all_heard[None] & (reached[:, None] != reached[None])).any(-1)
