@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -68,7 +68,7 @@ class PrometheusConfig(BaseModel):
         if self.wanted and importlib.util.find_spec("prometheus_client") is None:
             raise ValueError(
                 "port and textfile need the package prometheus_client, which is not installed: "
-                "pip install 'deepspeed-sentinel[prometheus]', or pip install prometheus_client"
+                "pip install '.[prometheus]' in a clone, or pip install prometheus_client"
             )
         return self
 
@@ -259,12 +259,22 @@ class SentinelConfig(BaseModel):
             raise ValueError(_explain(error, cls)) from None
 
 
+def _fields(model: type[BaseModel], where: tuple[int | str, ...]) -> Iterable[str]:
+    """Keys of the block, or of the one in it that the names lead to."""
+    for name in where:
+        inner = model.model_fields[name].annotation if name in model.model_fields else None
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            model = inner
+    return model.model_fields
+
+
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     lines = [f'Invalid "{BLOCK}" block in the DeepSpeed config:']
     for mistake in error.errors(include_url=False):
         key = ".".join(str(part) for part in (BLOCK, *mistake["loc"]))
         if mistake["type"] == "extra_forbidden":
-            lines.append(f"  {key}: unknown key (value {mistake['input']!r}); allowed: {', '.join(model.model_fields)}")
+            allowed = ", ".join(_fields(model, mistake["loc"][:-1]))
+            lines.append(f"  {key}: unknown key (value {mistake['input']!r}); allowed: {allowed}")
         elif mistake["type"] == "value_error":
             lines.append(f"  {key}: {mistake['msg'].removeprefix('Value error, ')}")
         else:

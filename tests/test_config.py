@@ -153,6 +153,7 @@ def test_check_reads_what_deepspeed_reads(tmp_path, capsys):
     [
         ('{"sentinel": {"strikes": 0}}', "sentinel.strikes"),
         ('{"sentinel": {"strikes": {"a": 1}}}', "got {'a': 1}"),
+        ('{"sentinel": {"twins": {"evry": 5}}}', "allowed: on_suspicion, every, replay, columns"),
         ("{", "Bad key name"),
         (None, "No such file"),
     ],

@@ -26,5 +26,6 @@ def run() -> int:
     """Print the list; returns the exit status."""
     for name in attack_names():
         arguments, line = describe(name)
-        print(f"{name}({arguments})\n    {line.replace('``', '')}")
+        quoted = line.replace("``", "'")  # names of arguments
+        print(f"{name}({arguments})\n    {quoted}")
     return 0

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f'The demo needs {", ".join(missing)}: pip install "deepspeed-sentinel[transformers,report]"',
+            f'The demo needs {", ".join(missing)}: pip install ".[transformers,report]" in a clone',
             file=sys.stderr,
         )
         return 2

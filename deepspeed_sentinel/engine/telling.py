@@ -154,7 +154,7 @@ class Telling:
         event = wiring_event(before, wiring)
         self._voice.event(step, event)
         if self._config.wiring == "heal":
-            moves = ", ".join(f"{Worker(*move[:2])} to {move[3]}" for move in event.moved)
+            moves = ", ".join(f"{Worker(*move[:2])} to column {move[3]}" for move in event.moved)
             self._voice.of_step(step, f"columns dealt anew: {moves}")
 
     def exclusions(self, write: Callable[[], object]) -> None:

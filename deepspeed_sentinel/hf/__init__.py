@@ -48,5 +48,5 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name not in _NEEDED:
             raise
-        raise ImportError(f'{name} needs {error.name}: pip install "deepspeed-sentinel[transformers]"') from error
+        raise ImportError(f'{name} needs {error.name}: pip install ".[transformers]" in a clone') from error
     return getattr(home, name)

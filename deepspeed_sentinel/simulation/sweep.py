@@ -198,7 +198,7 @@ def _parquet() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError('Parquet needs pyarrow: pip install "deepspeed-sentinel[sweep]", or use .jsonl') from None
+        raise ValueError('Parquet needs pyarrow: pip install ".[sweep]" in a clone, or use .jsonl') from None
     return pyarrow, pyarrow.parquet
 
 

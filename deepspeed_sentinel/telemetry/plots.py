@@ -1,6 +1,6 @@
 """Pictures of a watched run, drawn from plain data: the loss curves, and what other pictures share.
 
-Needs matplotlib: ``pip install "deepspeed-sentinel[report]"``. Nothing here knows DeepSpeed or torch.
+Needs matplotlib, which the extra ``report`` brings. Nothing here knows DeepSpeed or torch.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def test_bad_input_ends_with_status_2_and_says_what_is_allowed(arguments, messag
 def test_missing_package_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert cli.run(parse()) == 2
-    assert 'pip install "deepspeed-sentinel[transformers,report]"' in capsys.readouterr().err
+    assert 'pip install ".[transformers,report]"' in capsys.readouterr().err
 
 
 def test_only_the_attacked_and_guarded_runs_inject_and_only_defaults_guard():

@@ -222,14 +222,9 @@ def _sentences(document: dict[str, Any]) -> list[str]:
     by = {state: [one for one in workers if one["state"] == state] for state in ("convicted", "proved", "suspect")}
     if by["convicted"]:
         one, further = by["convicted"][0], len(by["convicted"]) - 1
-        since = _since(one)
-        how = {True: "convicted by proof", False: "convicted by statistics, not by proof,", None: "convicted"}
-        step = one["convicted"]["step"]
-        when = "before this run" if step is None else f"in step {step}"
-        names = ", ".join(other["name"] for other in by["convicted"][1:4])
-        names += f" and {further - 3} more" if further > 3 else ""
-        others = f"; so {'was' if further == 1 else 'were'} {names}" if further else ""
-        second = f"{one['name']} was {since}{how[one['convicted']['proved']]} {when}{others}."
+        more = f", {further - 3} more" if further > 3 else ""
+        others = "".join(f", {other['name']} {_conviction(other)}" for other in by["convicted"][1:4])
+        second = f"{one['name']} was {_since(one)}{_conviction(one)}{others}{more}."
     elif by["proved"]:
         more = f", and {len(by['proved']) - 1} more" if by["proved"][1:] else ""
         second = f"Nobody was convicted, but {by['proved'][0]['name']} was proved to compute something else{more}."
@@ -258,6 +253,13 @@ def _sentences(document: dict[str, Any]) -> list[str]:
         )
         third = f"{out}, and {on}." if cost["column_steps"] else f"No column was left out, and {on}."
     return [first, second[0].upper() + second[1:], third]
+
+
+def _conviction(one: dict[str, Any]) -> str:
+    """How and when a worker was convicted."""
+    step = one["convicted"]["step"]
+    how = {True: "convicted by proof", False: "convicted by statistics, not by proof,", None: "convicted"}
+    return f"{how[one['convicted']['proved']]} {'before this run' if step is None else f'in step {step}'}"
 
 
 def _since(one: dict[str, Any]) -> str:

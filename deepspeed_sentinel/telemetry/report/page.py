@@ -30,7 +30,8 @@ def render(document: dict[str, Any], heat: dict[str, Any], loss: list[list[float
         import jinja2
     except ImportError as error:
         raise ImportError(
-            'the HTML report needs jinja2: pip install "deepspeed-sentinel[report]"; without --html it is a table'
+            'the HTML report needs jinja2: pip install ".[report]" in a clone, or pip install jinja2; '
+            "without --html it is a table"
         ) from error
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_read), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,

@@ -73,7 +73,8 @@ def rows_of(document: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
             )
         found += [f"proof in step {proof['step']}: {_OF.get(proof['of'], proof['of'])}" for proof in one["proofs"][:3]]
         if one["alarms"]:
-            found.append(f"{one['alarms']} messages in alarm, in steps {spans(one['alarm_steps'])}")
+            steps = f"step{'s'[: len(one['alarm_steps']) > 1]} {spans(one['alarm_steps'])}"
+            found.append(f"{one['alarms']} messages in alarm, in {steps}")
         if worst is not None:
             measured = f"{in_words(worst['statistic'])} = {number(worst['value'])}"
             found.append(
