@@ -138,7 +138,7 @@ def test_without_the_package_the_config_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not config().wanted and not config(address="0.0.0.0").wanted, "who wants nothing needs nothing"
     for block in ({"port": 9400}, {"textfile": "a.prom"}):
-        with pytest.raises(ValueError, match=r"sentinel\.prometheus: .*pip install 'deepspeed-sentinel\[prometheus\]'"):
+        with pytest.raises(ValueError, match=r"sentinel\.prometheus: .*pip install '\.\[prometheus\]'"):
             config(**block)
 
 
