@@ -82,7 +82,7 @@ def test_attacks_are_listed_with_their_arguments(capsys):
     assert main(["attacks"]) == 0
     listed = capsys.readouterr().out
     assert all(f"{name}(" in listed for name in attack_names())
-    assert "scaling(factor=-1.0)\n    The message times factor." in listed and "`" not in listed
+    assert "scaling(factor=-1.0)\n    The message times 'factor'." in listed and "`" not in listed
 
 
 RESULT = {
