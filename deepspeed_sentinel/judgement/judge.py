@@ -162,7 +162,7 @@ class Judge:
             suspected |= replayed.spoilt
         if twins and trial:
             suspected |= trial.spoilt | ~twins.given
-        convicted = self._served_by_convicted(served)
+        convicted = np.take_along_axis(self.record.convicted, served, 1)
         excluded = self._left_out(suspected, convicted)
         # Where loss scaling explains what most replicas did, nobody is left out, and the step is of no use.
         shared = unjudged and self.settings.action != "observe"
@@ -196,7 +196,7 @@ class Judge:
             overflow=overflow,
             halt=halt_reason(self.mesh, self.settings, self.record, self.skipped_in_a_row, changes.convicted),
             twins=twins is not None,
-            alike=np.asarray(_serving(trial.same, served)[:, ~excluded].all(1)) if trial else NOBODY,
+            alike=np.asarray(np.take_along_axis(trial.same, served, 1)[:, ~excluded].all(1)) if trial else NOBODY,
             suspects=suspects,
             proofs=trial.proofs if trial else (),
             differences=trial.differences if trial else (),
@@ -351,10 +351,6 @@ class Judge:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if lost and not taught else 0
         self._known = self._known | suspects if lost else suspects
 
-    def _served_by_convicted(self, served: np.ndarray) -> np.ndarray:
-        """Where the worker that serves a column is convicted, bool [S, C]."""
-        return _serving(self.record.convicted, served)
-
 
 @dataclass(frozen=True)
 class _Settled:
@@ -369,8 +365,3 @@ class _Settled:
     changes: Changes
     contradicted: tuple[Contradicted, ...]
     news: bool
-
-
-def _serving(workers: np.ndarray, served: np.ndarray) -> np.ndarray:
-    """Of [S, R] workers those that serve each column, [S, C]."""
-    return workers[np.arange(len(workers))[:, None], served]

@@ -108,7 +108,7 @@ class Measuring:
         """
         twins = evidence.twins is not None
         whole = sound = heard.whole
-        serving = convicted[np.arange(self._mesh.stages)[:, None], evidence.served]
+        serving = np.take_along_axis(convicted, evidence.served, 1)
         # Of two, each is all that the other can be held against.
         if self.fences.has_majority and serving.any():
             by_convicted = np.broadcast_to(sent_by(serving)[..., None], whole.shape)
