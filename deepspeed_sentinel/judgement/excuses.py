@@ -8,7 +8,7 @@ import numpy as np
 
 from deepspeed_sentinel.evidence.table import Rows
 from deepspeed_sentinel.judgement.content import content_alone
-from deepspeed_sentinel.judgement.hearing import Heard
+from deepspeed_sentinel.judgement.heard import Heard
 from deepspeed_sentinel.judgement.measuring import Measured
 from deepspeed_sentinel.mesh import BACKWARD
 

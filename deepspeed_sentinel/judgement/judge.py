@@ -7,7 +7,7 @@ The combination rule: a message is an alarm if any one of its statistics lies ou
 the deviations of its sender in any one statistic have added up to the limit. The statistics share the permitted rate
 of false alarms equally.
 
-The way of a step, each line a file: what both ends tell is heard (``hearing.py``) and measured (``measuring.py``); a
+The way of a step, each line a file: what both ends tell is heard (``heard.py``) and measured (``measuring.py``); a
 twin step is tried (``proof.py``); alarms have excuses (``excuses.py``) or a culprit (``blame.py``); the record says who
 is suspected and convicted (``record.py``, ``unsettled.py``, ``isolation.py``); then columns are left out, and what is
 clean (``clean.py``) is learnt from.
@@ -28,7 +28,7 @@ from deepspeed_sentinel.judgement.clean import clean_links
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.excuses import Judged
 from deepspeed_sentinel.judgement.halt import halt_reason
-from deepspeed_sentinel.judgement.hearing import Heard, Hearing
+from deepspeed_sentinel.judgement.heard import Heard, Hearing
 from deepspeed_sentinel.judgement.isolation import Isolation, involved
 from deepspeed_sentinel.judgement.measuring import Measuring
 from deepspeed_sentinel.judgement.nothing import Nothing

@@ -14,7 +14,7 @@ from deepspeed_sentinel.judgement.clean import sent_by
 from deepspeed_sentinel.judgement.content import Content
 from deepspeed_sentinel.judgement.cusum import LEAST_REPLICAS, Cusum
 from deepspeed_sentinel.judgement.fences import Fences
-from deepspeed_sentinel.judgement.hearing import Heard
+from deepspeed_sentinel.judgement.heard import Heard
 from deepspeed_sentinel.judgement.held import Held
 from deepspeed_sentinel.judgement.settings import JudgeSettings
 from deepspeed_sentinel.judgement.standing import Standing
