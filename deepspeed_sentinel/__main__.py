@@ -10,7 +10,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.config_file import load_block, read_config
@@ -41,6 +41,23 @@ def _example(arguments: str) -> dict[str, Any]:
     }
 
 
+class _Version(argparse.Action):
+    """Looked up only when asked for: reading metadata takes a while."""
+
+    def __init__(self, option_strings: list[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        for package in ("deepspeed-sentinel", "deepspeed", "torch", "transformers"):
+            try:
+                print(package, version(package))
+            except PackageNotFoundError:
+                print(package, "is not installed")
+        parser.exit()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns the exit status. ``argv`` defaults to the process's arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -51,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] == ["run"]:
         return _run(arguments[1:], from_launcher)
     parser = argparse.ArgumentParser(prog=_program(), description=_ABOUT, **_example("check ds_config.json"))
+    parser.add_argument("--version", action=_Version, help="the installed versions, of torch and DeepSpeed too")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, about: str, example: str) -> argparse.ArgumentParser:
@@ -133,9 +151,9 @@ def _check(path: str) -> int:
         )
         return 0 if wrong is None else 1
     zero = whole.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if config.enabled and isinstance(stage, int) and stage > 1:
-        print(f"{path}: {_NO_PIPELINE.format(stage)}", file=sys.stderr)
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if config.enabled and str(stage) in ("2", "3"):  # DeepSpeed takes a number in quotes too
+        print(f"{path}: {_NO_PIPELINE.format(json.dumps(stage))}", file=sys.stderr)
         return 1
     print(f"{path}: valid. Settings (* given, others default; null follows from the mesh):")
     for name, value in config.model_dump(mode="json").items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -252,7 +253,7 @@ class SentinelConfig(BaseModel):
         if isinstance(block, cls):
             return block
         if not isinstance(block, Mapping):
-            raise ValueError(f'"{BLOCK}" must be an object such as {{"enabled": true}}, got {block!r}.')
+            raise ValueError(f'"{BLOCK}" must be an object such as {{"enabled": true}}, got {_json(block)}.')
         try:
             return cls.model_validate(dict(block))
         except ValidationError as error:
@@ -268,15 +269,20 @@ def _fields(model: type[BaseModel], where: tuple[int | str, ...]) -> Iterable[st
     return model.model_fields
 
 
+def _json(value: Any) -> str:
+    """A value as the config has it; what JSON cannot hold as Python shows it."""
+    return json.dumps(value, default=repr, ensure_ascii=False)
+
+
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     lines = [f'Invalid "{BLOCK}" block in the DeepSpeed config:']
     for mistake in error.errors(include_url=False):
         key = ".".join(str(part) for part in (BLOCK, *mistake["loc"]))
         if mistake["type"] == "extra_forbidden":
             allowed = ", ".join(_fields(model, mistake["loc"][:-1]))
-            lines.append(f"  {key}: unknown key (value {mistake['input']!r}); allowed: {allowed}")
+            lines.append(f"  {key}: unknown key (value {_json(mistake['input'])}); allowed: {allowed}")
         elif mistake["type"] == "value_error":
             lines.append(f"  {key}: {mistake['msg'].removeprefix('Value error, ')}")
         else:
-            lines.append(f"  {key}: got {mistake['input']!r}; {mistake['msg']}")
+            lines.append(f"  {key}: got {_json(mistake['input'])}; {mistake['msg']}")
     return "\n".join(lines)

@@ -89,5 +89,5 @@ def test_a_mistake_in_the_config_ends_every_rank_before_training(jobs, tmp_path)
     assert not result.timed_out
     for rank in RANKS:
         assert result.returncodes[rank] != 0 and result.results[rank] is None
-        assert "sentinel.action: got 'exlude'" in result.stderr[rank]
+        assert 'sentinel.action: got "exlude"' in result.stderr[rank]
         assert "'observe', 'exclude', 'quarantine' or 'halt'" in result.stderr[rank]

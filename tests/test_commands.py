@@ -4,6 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -66,3 +67,20 @@ def test_check_knows_attacks_where_faults_are_injected(tmp_path, capsys):
     file.write_text(json.dumps({"sentinel": block}))
     assert main(["check", str(file)]) == 1
     assert "magic" in capsys.readouterr().err
+
+
+def test_the_version_is_the_installed_one(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"deepspeed-sentinel {version('deepspeed-sentinel')}"
+    assert f"torch {version('torch')}" in said and f"deepspeed {version('deepspeed')}" in said
+
+
+def test_an_unknown_attack_names_apart_what_only_the_simulator_has(tmp_path, capsys):
+    file = tmp_path / "ds_config.json"
+    file.write_text(json.dumps({"sentinel": {"inject": [{"stage": 1, "replica": 0, "attack": "magic"}]}}))
+    assert main(["check", str(file)]) == 1
+    live, simulated = capsys.readouterr().err.split("in the simulator alone: ")
+    assert "scaling" in live and "cautious" not in live and "wrong_gradients" in simulated

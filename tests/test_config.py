@@ -20,8 +20,8 @@ def test_enabled_is_enough_and_the_default_is_off():
     ("block", "said"),
     [
         ({"warmup": 5}, ["sentinel.warmup", "unknown key", "warmup_steps"]),
-        ({"enabled": "yes"}, ["sentinel.enabled", "'yes'", "boolean"]),
-        ({"action": "ban"}, ["sentinel.action", "'ban'", "'observe', 'exclude', 'quarantine' or 'halt'"]),
+        ({"enabled": "yes"}, ["sentinel.enabled", '"yes"', "boolean"]),
+        ({"action": "ban"}, ["sentinel.action", '"ban"', "'observe', 'exclude', 'quarantine' or 'halt'"]),
         ({"warmup_steps": 1}, ["sentinel.warmup_steps", "1", "greater than or equal to 2"]),
         ({"warmup_steps": 5.5}, ["sentinel.warmup_steps", "5.5", "integer"]),
         ({"activation_decay": 1.0}, ["sentinel.activation_decay", "1.0", "less than 1"]),
@@ -39,14 +39,14 @@ def test_enabled_is_enough_and_the_default_is_off():
         ({"max_skipped_steps": 0}, ["sentinel.max_skipped_steps", "0"]),
         ({"weights_every": -1}, ["sentinel.weights_every", "-1", "greater than or equal to 0"]),
         ({"output_dir": ""}, ["sentinel.output_dir"]),
-        ({"events": "all"}, ["sentinel.events", "'all'", "'none', 'alarms' or 'steps'"]),
+        ({"events": "all"}, ["sentinel.events", '"all"', "'none', 'alarms' or 'steps'"]),
         ({"seed": -1}, ["sentinel.seed", "-1"]),
         ({"inject": [{**FAULT, "attack": "magic"}]}, ["sentinel.inject.0", "'magic'", "bit_flip", "scaling"]),
         ({"inject": [{**FAULT, "power": 3}]}, ["sentinel.inject.0", "'power'", "factor"]),
         ({"inject": [{**FAULT, "factor": "big"}]}, ["sentinel.inject.0", "factor", "'big'"]),
         (
             {"inject": [{**FAULT, "direction": "up"}]},
-            ["sentinel.inject.0.direction", "'up'", "'forward' or 'backward'"],
+            ["sentinel.inject.0.direction", '"up"', "'forward' or 'backward'"],
         ),
         (
             {"inject": [{**FAULT, "where": "wire"}]},
@@ -62,7 +62,7 @@ def test_enabled_is_enough_and_the_default_is_off():
             ["sentinel.inject.0", "stop_step (9)", "start_step (9)"],
         ),
         ({"inject": [{"stage": 0}]}, ["sentinel.inject.0.attack", "required"]),
-        ("on", ['"sentinel" must be an object', "'on'"]),
+        ("on", ['"sentinel" must be an object', '"on"']),
     ],
 )
 def test_mistakes_name_key_value_and_what_is_allowed(block, said):
@@ -152,7 +152,9 @@ def test_check_reads_what_deepspeed_reads(tmp_path, capsys):
     ("content", "said"),
     [
         ('{"sentinel": {"strikes": 0}}', "sentinel.strikes"),
-        ('{"sentinel": {"strikes": {"a": 1}}}', "got {'a': 1}"),
+        ('{"sentinel": {"strikes": {"a": 1}}}', 'got {"a": 1}'),
+        ('{"sentinel": true}', "got true."),
+        ('{"sentinel": {"enabled": null}}', "got null; "),
         ('{"sentinel": {"twins": {"evry": 5}}}', "allowed: on_suspicion, every, replay, columns"),
         ("{", "Bad key name"),
         (None, "No such file"),
@@ -205,6 +207,7 @@ def test_check_says_when_there_is_no_block(tmp_path, capsys):
         ('{"sentinal": {"enabled": true}}', 'guards nothing; did you mean "sentinel"?'),
         ('{"sentinel": ', "not valid JSON"),
         ('{"sentinel": {"enabled": true}, "zero_optimization": {"stage": 3}}', "takes ZeRO stages 0 and 1"),
+        ('{"sentinel": {"enabled": true}, "zero_optimization": {"stage": "2"}}', 'stage: got "2"'),
         ("[1]", "a DeepSpeed config is a JSON object, not a list"),
     ],
 )

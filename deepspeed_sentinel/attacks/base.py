@@ -90,8 +90,11 @@ def attack_class(name: str) -> Callable[..., Attack]:
     if is_path(name):
         return load_class(name)
     if name not in _ATTACKS:
+        simulated = [known for known in attack_names() if Needs.of(build_attack(known, {})).simulator_only]
+        live = ", ".join(known for known in attack_names() if known not in simulated)
         raise ValueError(
-            f"attack {name!r} is unknown; allowed: {', '.join(attack_names())}, or path/to/file.py:ClassName"
+            f"attack {name!r} is unknown; allowed: {live}, or path/to/file.py:ClassName; in the simulator alone: "
+            f"{', '.join(simulated)}"
         )
     return _ATTACKS[name]
 
