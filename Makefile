@@ -6,6 +6,7 @@ PINNED ?= requirements-dev.txt
 PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check
 STAMP   = $(VENV)/.installed
+RUNS    = $(VENV)/.runs
 
 # Without a GPU DeepSpeed has to be told so, and one thread a process is fastest: the processes share the cores.
 ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
@@ -21,16 +22,25 @@ venv: $(STAMP)
 
 # torch first: DeepSpeed's build looks for it, and no other package may choose its version.
 # DeepSpeed is built from source against the torch in the venv, hence without isolation.
-$(STAMP): requirements.txt requirements-dev.txt $(PINNED) setup.py
-	@echo "setting up $(VENV) with what $(PINNED) pins, DeepSpeed built from source: some minutes, once"
+define SET_UP
+	@echo "setting up $(VENV) with what $(1) pins, DeepSpeed built from source: some minutes, once"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet "$$(grep '^torch==' requirements.txt)" "$$(grep '^setuptools==' requirements-dev.txt)"
-	$(PIP) install --quiet --no-build-isolation -r $(PINNED)
+	$(PIP) install "$$(grep '^torch==' requirements.txt)" "$$(grep '^setuptools==' requirements-dev.txt)"
+	$(PIP) install --no-build-isolation -r $(1)
 	$(PIP) install --quiet --no-build-isolation --no-deps --editable .
 	$(PIP) check
+	touch $(RUNS)
+endef
+
+$(STAMP): requirements.txt requirements-dev.txt $(PINNED) setup.py
+	$(call SET_UP,$(PINNED))
 	touch $@
 
-demo: venv
+# without the developers' tools
+$(RUNS): requirements.txt setup.py
+	$(call SET_UP,requirements.txt)
+
+demo: $(RUNS)
 	$(CPU_ENV) $(PY) -m deepspeed_sentinel demo
 
 # Files side by side: unit tests take one core, and jobs wait, of which two leave cores idle. A job has up to 16 processes,
