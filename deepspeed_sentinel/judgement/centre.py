@@ -4,7 +4,8 @@ A step's own median is believed where those who tamper cannot be its side. Fewer
 n = floor((R - 1) / 2), and more than 2 n columns must be left to set it, of those that nothing spoilt before: with five
 replicas all five, for two bad among three that are left are most of them. Otherwise, and always with one replica, the
 centre is that of recent steps. Training may turn meanwhile. Where more than half of all columns lie beyond the same
-fence around the recent centre, one of them at least is honest, so training did it, and the step's own median holds.
+fence around the recent centre, one of them at least is honest, so training did it, and the step's own median holds. Once
+clean messages of such a step are learnt, the steps before it are no longer recent.
 
 ``held.py`` asks for the centres of a step, ``fences.py`` has them learnt. Axes are [statistic, link, column,
 micro-batch], where the links of both directions stand in a row.
@@ -24,6 +25,7 @@ from deepspeed_sentinel.mesh import Mesh
 # Where the recent centre stands in for long it has to follow training, but nobody may walk it through a fence soon.
 FOLLOWED = 0.1
 _RECENT = 8
+_KEPT = ("centres", "settled", "since")
 
 
 class Centre:
@@ -40,6 +42,7 @@ class Centre:
         self._window = window
         self._centres = np.full((*rows, window), np.nan)
         self._settled = np.full(rows, _RECENT)  # steps since the last turn
+        self._since = np.full(rows, _RECENT)  # steps learnt since then, that of the turn included
         shape = (rows[0], rows[1] * rows[2])
         # of the last step's residuals, and where it is not that step's own
         self._centre, self._behind = np.full(shape, np.nan), np.zeros(shape, bool)
@@ -55,9 +58,10 @@ class Centre:
             quartiles: float64 [2, K, 2, L], of residuals.
             reach: float64 [K, 2, L], how far beyond them the fences are.
         """
-        slots = (learnt - 1 - np.arange(min(_RECENT, learnt))) % self._window
+        ago = np.arange(min(_RECENT, learnt))
+        latest = self._centres[..., (learnt - 1 - ago) % self._window]
         # It only stands in for a step, so it should be the latest.
-        self._recent = in_a_row(median(self._centres[..., slots]))
+        self._recent = in_a_row(median(np.where(ago < self._since[..., None], latest, np.nan)))
         low, high = in_a_row(quartiles, 2)
         self._low = self._recent + low - in_a_row(reach)
         self._high = self._recent + high + in_a_row(reach)
@@ -112,16 +116,25 @@ class Centre:
         moved = self._centre + np.clip(np.where(self._behind, lag, 0.0), -most, most)
         return moved.reshape(self._settled.shape)
 
-    def learn(self, centre: np.ndarray, learnt: int) -> None:
-        """Remember a step's, float64 [K, 2, L], NaN where there is none."""
+    def learn(self, centre: np.ndarray, learnt: int, clean: np.ndarray) -> None:
+        """Remember a step's.
+
+        Args:
+            centre: float64 [K, 2, L], NaN where there is none.
+            learnt: steps learnt before it.
+            clean: bool [2, L], links with clean messages.
+        """
         slot = self._centres[..., learnt % self._window]
         slot[...] = np.where(np.isnan(centre), slot, centre)
+        turned = self._turns.reshape(self._since.shape) & clean & ~np.isnan(centre)
+        self._since = np.where(turned, 1, np.minimum(self._since + 1, _RECENT))
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        return {"centres": self._centres.copy(), "settled": self._settled.copy()}
+        return {name: getattr(self, f"_{name}").copy() for name in _KEPT}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        self._centres, self._settled = np.array(state["centres"]), np.array(state["settled"])
+        for name in _KEPT:
+            setattr(self, f"_{name}", np.array(state[name]))
 
     def _turned(self, links: slice, aligned: np.ndarray, current: np.ndarray, eligible: np.ndarray) -> np.ndarray:
         """See ``end_turns``; with a single replica nothing tells training from tampering."""

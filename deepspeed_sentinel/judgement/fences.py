@@ -156,18 +156,17 @@ class Fences:
         else:
             everywhere = np.ones(2 * self.mesh.links, bool)
             centre = _medians(comparable, clean, everywhere).reshape(self._rows)
-        self.centre.learn(centre, self.learnt_steps)
+        self.centre.learn(centre, self.learnt_steps, np.asarray(clean.any((-2, -1))))
         if self.compares_replicas:
             self.usual.learn(residuals, followed, within, unlike, self.reach)
         of_link = (*self._rows, -1)
         self._renew(*self._residuals.learn(residuals.reshape(of_link), step, clean.reshape(of_link[1:])))
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        centre = self.centre.state_dict()
         parts = {"usual": self.usual.state_dict(), "past": self.past.state_dict()}
         named = {f"{part}_{name}": array for part, state in parts.items() for name, array in state.items()}
-        named |= {"centres": centre["centres"], "reach": self.reach.copy(), "range": self._range.copy()}
-        return {**self._residuals.state_dict(), **named, "settled": centre["settled"]}
+        named |= {"reach": self.reach.copy(), "range": self._range.copy()}
+        return {**self._residuals.state_dict(), **self.centre.state_dict(), **named}
 
     @property
     def limits(self) -> dict[str, tuple[float, float]]:

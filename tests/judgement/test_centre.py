@@ -75,6 +75,31 @@ def test_the_recent_centre_follows_training_where_it_stands_in_for_long():
         assert verdict.suspected.tolist() == [True, True, False, False, False]
 
 
+@pytest.mark.parametrize(("replicas", "steps"), [(3, 1), (3, 3), (5, 1)])
+def test_the_only_column_left_is_held_against_what_training_has_turned_to(replicas, steps):
+    """Else it would be in alarm while all others are spoilt; no step would count, and nothing change any more."""
+    world = World(stages=5, replicas=replicas)
+    world.warm_up(40)
+    turned = np.exp(1.3 * world.judge.fences.reach[ENERGY, FORWARD, 2])
+
+    def turn(values):
+        values[..., ENERGY] *= turned
+
+    for _ in range(steps):
+        assert not world.step(turn).excluded.any()
+    first = replicas // 2
+
+    def spoilt(values):
+        turn(values)
+        for column in range(replicas - 1):
+            behind(values, column, 1 if column < first else 2, 50.0)
+
+    for _ in range(12):
+        verdict = world.step(spoilt)
+        assert not {worker for worker in struck(verdict) if worker.replica == replicas - 1}
+        assert np.flatnonzero(~verdict.excluded).tolist() == [replicas - 1]
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("wild", [0.5, 0.7])
 @pytest.mark.parametrize("replicas", [3, 4])
