@@ -227,8 +227,8 @@ def _columns(axes: Any, cells: Cells, dealt: Sequence[Deal]) -> None:
         text = f"left out since step {cells.first + runs[-1][0]}" if gone else "goes on"
         style = {"va": "center", "fontsize": size, "fontweight": "normal" if gone else "bold"}
         axes.text(1.02, column, text, transform=axes.get_yaxis_transform(), **style)
-    for step in np.flatnonzero(cells.skipped):
-        axes.scatter([cells.first + step] * columns, range(columns), **_CROSS)
+    skipped = cells.first + np.flatnonzero(cells.skipped)
+    axes.scatter(np.repeat(skipped, columns), np.tile(np.arange(columns), len(skipped)), **_CROSS)
     # From the left edge of a step: it goes by the new columns already.
     begun = [deal.step - 0.5 for deal in dealt[1:] if cells.first <= deal.step <= cells.last]
     axes.scatter(begun, [1 + 0.2 / columns] * len(begun), transform=axes.get_xaxis_transform(), **_DEALT)

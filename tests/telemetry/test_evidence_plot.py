@@ -144,6 +144,11 @@ def test_a_run_without_a_conviction_and_without_known_attackers(drawn):
     assert words_of(figure.axes[1])[:3] == ["goes on"] * 3
 
 
+def test_crosses_stand_in_each_column_of_a_skipped_step_and_triangles_at_the_edge_of_a_new_deal(drawn):
+    crosses, triangles = (marks.get_offsets().tolist() for marks in drawn(*EVERYTHING).axes[1].collections)
+    assert crosses == [[4, 0], [4, 1], [4, 2]] and [x for x, _ in triangles] == [5.5]
+
+
 def test_the_strip_says_what_holds_of_each_column_at_the_end(drawn):
     figure = drawn(step(0), step(1, excluded=[0, 2]), step(2, excluded=[2]), step(3, excluded=[2]))
     assert words_of(figure.axes[1])[:3] == ["goes on", "goes on", "left out since step 1"]
