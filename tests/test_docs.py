@@ -6,7 +6,9 @@ import ast
 import importlib.util
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -113,6 +115,56 @@ def test_the_picture_is_what_its_script_draws():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.FILE.read_text(encoding="utf-8") == script.picture()
+
+
+def drawn(tag: str) -> list[ElementTree.Element]:
+    """The elements of docs/judged.svg of one kind."""
+    return ElementTree.parse(ROOT / "docs/judged.svg").findall(f"{{http://www.w3.org/2000/svg}}{tag}")
+
+
+def boxes() -> list[tuple[float, float, float, float, bool]]:
+    """(left, top, right, bottom, whether it asks) of each box in the picture but its card."""
+    found = [[float(box.get(name, 0)) for name in ("x", "y", "width", "height", "rx")] for box in drawn("rect")]
+    return [(x, y, x + width, y + height, round_ > 8) for x, y, width, height, round_ in found if width < 800]
+
+
+def test_the_picture_is_flat_enough_for_the_readme():
+    root = ElementTree.parse(ROOT / "docs/judged.svg").getroot()
+    assert float(root.get("width", 0)) == 900 and float(root.get("height", 0)) <= 420
+
+
+def test_questions_in_the_picture_have_a_yes_and_a_no_and_nothing_else_has():
+    root = list(ElementTree.parse(ROOT / "docs/judged.svg").getroot())
+    answers: dict[tuple[float, ...], list[str]] = {box: [] for box in boxes() if box[4]}
+    assert len(answers) == 3
+    for path, after in pairwise(root):
+        begins = re.match(r"M ([\d.]+) ([\d.]+) L ", path.get("d", ""))
+        words = after.text if after.text in ("yes", "no") else None
+        if begins:
+            x, y = map(float, begins.groups())
+            asked = [box for box in answers if box[0] <= x <= box[2] and box[1] <= y <= box[3]]
+            assert bool(asked) == bool(words), f"the arrow from {x}, {y}"
+            for box in asked:
+                answers[box].append(words or "")
+    assert [sorted(one) for one in answers.values()] == [["no", "yes"]] * 3
+
+
+def test_words_in_the_picture_stay_in_their_boxes():
+    pytest.importorskip("matplotlib")
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    told = 0
+    for one in drawn("text"):
+        x, y, size = (float(one.get(name, 0)) for name in ("x", "y", "font-size"))
+        around = [box for box in boxes() if box[0] <= x <= box[2] and box[1] <= y <= box[3]]
+        for left, _, right, _, _ in around:
+            # The widest of the fonts that the picture names.
+            font = FontProperties(family="DejaVu Sans", weight=int(one.get("font-weight", 400)))
+            width = TextPath((0, 0), one.text or "", size=size, prop=font).get_extents().width
+            assert x - width / 2 > left + 4 and x + width / 2 < right - 4, one.text
+            told += 1
+    assert told > 20
 
 
 def test_the_citation_names_this_version():
