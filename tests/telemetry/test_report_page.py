@@ -165,7 +165,7 @@ def test_the_page_is_written_where_asked_with_the_loss(recorded, tmp_path, capsy
     (tmp_path / "loss.csv").write_text("step,loss\n0,4.25\n1,4.0\n")
     assert main(["report", str(folder), "--html", str(out), "--loss", str(tmp_path / "loss.csv")]) == 0
     assert f"Written to {out}" in capsys.readouterr().err
-    assert json.loads(tags_of(out.read_text()).data[0])["loss"] == {"": [[0, 4.25], [1, 4.0]]}
+    assert json.loads(tags_of(out.read_text()).data[0])["loss"] == [["", [[0, 4.25], [1, 4.0]]]]
 
 
 def test_without_jinja2_the_error_says_how_to_install_it(recorded, tmp_path, capsys, monkeypatch):

@@ -32,7 +32,8 @@ def said(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
     def write(*events, **files):
-        lines = [{"schema_version": 1, "run_id": "a", "time": 17e8, "who": [], **event} for event in (START, *events)]
+        events = events if "mesh" in [*events, {}][0] else (START, *events)
+        lines = [{"schema_version": 1, "run_id": "a", "time": 17e8, "who": [], **event} for event in events]
         (tmp_path / "events.jsonl").write_text("\n".join(map(json.dumps, lines)))
         for name, content in files.items():
             (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -63,7 +64,10 @@ def test_proofs_that_are_not_shown_are_counted(said, steps, more):
     document, everywhere = said(*({**PROOF, "step": step, "micro_batches": [step]} for step in steps))
     assert [proof["step"] for proof in document["workers"][0]["proofs"]] == steps
     for text in everywhere:
-        assert "in step 37: given the same micro-batches, it made other forward messages (micro-batches 37)" in text
+        assert (
+            "in step 37: given the same micro-batches, it made other forward messages (activations, micro-batches 37)"
+            in text
+        )
         assert (more in text) if more else not re.search(r"and \d+ more in", text)
         assert "step 52:" not in text
 
@@ -119,11 +123,21 @@ def test_proofs_and_disputes_of_different_things_are_not_one(said):
 def test_the_note_beside_the_line_for_slurm_is_shown(said):
     note = "SLURM leaves out whole hosts, not single GPUs: with vm also 10 slots that nothing is known against"
     document, everywhere = said(exclude={"slurm": "--exclude=vm", "slurm_note": note, "deepspeed": "--exclude=vm:5"})
-    assert document["todo"]["lines"][1]["note"] == note
+    assert (document["todo"]["lines"][1]["note"], document["todo"]["lines"][1]["for"]) == (note, "SLURM")
     assert all(note in text for text in everywhere)
     document, everywhere = said(exclude={"slurm": "--exclude=vm", "slurm_note": 3})
     assert document["todo"]["lines"][0]["note"] == ""
     assert not any("nothing is known against" in text for text in everywhere), "where whole hosts are bad it is untrue"
+
+
+@pytest.mark.parametrize("injecting", [True, False])
+def test_the_headline_says_that_it_is_a_drill_and_that_training_was_stopped(said, injecting):
+    conviction = {"kind": "conviction", "step": 32, "stage": 1, "replica": 2, "why": "it was", "proved": True}
+    halt = {"kind": "halt", "step": 32, "reason": "asked for"}
+    _, (page, *_) = said({**START, "injecting": injecting}, conviction, halt)
+    drill = "Faults injected on purpose: 1 worker convicted: stage 1, replica 2. Training was stopped Sentinel watched"
+    assert (drill if injecting else f" {drill.partition(': ')[2]}") in page
+    assert ("Faults injected on purpose:" in page) == injecting
 
 
 def test_why_a_cleared_worker_was_suspected_is_told(said):

@@ -154,9 +154,10 @@ def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[
         if isinstance(said, str) and said:
             if _PASTED.fullmatch(said):
                 note = exclude.get(f"{name}_note")
-                lines.append(
-                    {"for": launcher, "text": form.format(said), "note": note if isinstance(note, str) else ""}
-                )
+                note = note if isinstance(note, str) else ""
+                # The note says of which hosts what else goes; the launcher's own words are for where there is none.
+                what_for = launcher.partition(",")[0] if note else launcher
+                lines.append({"for": what_for, "text": form.format(said), "note": note})
             else:
                 notes.append(
                     f"the line for {name} in exclude.json is not shown: it has characters that a shell acts on"
@@ -225,8 +226,8 @@ def _sentences(document: dict[str, Any]) -> list[str]:
     by = {state: [one for one in workers if one["state"] == state] for state in ("convicted", "proved", "suspect")}
     if by["convicted"]:
         one, further = by["convicted"][0], len(by["convicted"]) - 1
-        more = f", {further - 3} more" if further > 3 else ""
-        others = "".join(f", {other['name']} {_conviction(other)}" for other in by["convicted"][1:4])
+        more = f"; and {further - 3} more" if further > 3 else ""
+        others = "".join(f"; {other['name']} was {_conviction(other)}" for other in by["convicted"][1:4])
         second = f"{one['name']} was {_since(one)}{_conviction(one)}{others}{more}."
     elif by["proved"]:
         more = f", and {len(by['proved']) - 1} more" if by["proved"][1:] else ""
@@ -242,7 +243,7 @@ def _sentences(document: dict[str, Any]) -> list[str]:
     else:
         second = "Nothing was found: no alarm, no dispute, no conviction."
     share = f"{cost['column_steps']:,} of {cost['of']:,} column-steps ({100 * cost['share']:.1f} %)"
-    out = f"{share} were left out of the weights"
+    out = f"{share} were left out of the weights, the data of {cost['steps_worth']:.1f} steps"
     lost = document["deals"][-1]["lost"] if document["deals"] else []
     if run["halted"]:
         third = f"{out}, and training was stopped: {run['halted']}"

@@ -1,4 +1,4 @@
-"""What happened, in order: the time line of a run. What goes on from step to step is one entry that counts its steps."""
+"""What happened, in order: the time line of a run. What goes on from step to step is one entry."""
 
 from __future__ import annotations
 

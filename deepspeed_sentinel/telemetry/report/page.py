@@ -8,7 +8,7 @@ from typing import Any
 
 from deepspeed_sentinel.evidence.table import in_words
 from deepspeed_sentinel.telemetry.report.digest import utc
-from deepspeed_sentinel.telemetry.report.words import found_of, in_steps, many, number, spans
+from deepspeed_sentinel.telemetry.report.words import conviction_in_words, found_of, in_steps, many, number, spans
 
 _TEMPLATE, _STYLE, _SCRIPT = "report.html.j2", "report.css", "report.js"
 _GRAVE = ("convicted", "proved", "suspect", "released")  # these get a card, others a row
@@ -40,11 +40,11 @@ def render(document: dict[str, Any], heat: dict[str, Any], loss: dict[str, list[
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"utc": utc, "number": number, "steps": spans, "duration": duration, "many": many}
-    environment.filters |= {"in_words": in_words, "in_steps": in_steps, "found": found_of}
+    environment.filters |= {"in_words": in_words, "in_steps": in_steps, "found": found_of, "why": conviction_in_words}
     return environment.get_template(_TEMPLATE).render(
         **document,
         # "settings" and "loss" of a file may hold anything; tojson writes <, > and & so that no script ends early.
-        data={"heat": heat, "loss": loss, "names": _names(document, heat), "states": _states(document)},
+        data={"heat": heat, "loss": list(loss.items()), "names": _names(document, heat), "states": _states(document)},
         grid=_grid(document),
         grave=[one for one in document["workers"] if one["state"] in _GRAVE],
         light=[one for one in document["workers"] if one["state"] not in _GRAVE],

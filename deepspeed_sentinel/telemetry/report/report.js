@@ -5,7 +5,7 @@
   const levels = bytes(heat.levels), out = bytes(heat.out), rows = heat.stages * heat.replicas;
   const canvas = document.getElementById("map"), tip = document.getElementById("tip"), box = document.getElementById("heat");
   // Three runs of the demo get the colours that its own pictures have.
-  const runs = Object.keys(loss), inks = runs.length > 1 ? ["#1b6e3c", "#b3261e", "#2563c9", "#9a5b00", "#7b3294", "#5b6470"] : ["#2563c9"];
+  const runs = loss.map((one) => one[0]), inks = runs.length > 1 ? ["#1b6e3c", "#b3261e", "#2563c9", "#9a5b00", "#7b3294", "#5b6470"] : ["#2563c9"];
   const state = new Map(states), told = new Set(states.map((one) => one[0]));
   let low = heat.first, high = heat.last + 1, only = rows > 48 && told.size > 0, layout = null;
 
@@ -136,7 +136,7 @@
   }
 
   function curve(pen, x, top, height, label, plot) {
-    const seen = runs.map((run) => loss[run].filter(([step]) => step >= low && step < high));
+    const seen = loss.map((one) => one[1].filter(([step]) => step >= low && step < high));
     const values = seen.flat().map((one) => one[1]).sort((a, b) => a - b);
     if (!values.length) return;
     const least = values[0], most = values[Math.floor(0.99 * (values.length - 1))], span = most - least || 1;

@@ -73,6 +73,7 @@ def rows_of(document: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
             found.append(
                 f"convicted {'before this run' if convicted['step'] is None else 'in step ' + str(convicted['step'])}"
             )
+        found += [f"{label} {text}" for label, text in found_of(one)]
         if one["alarms"]:
             found.append(f"{many(one['alarms'], 'message')} in alarm, {in_steps(one['alarm_steps'])}")
         if worst is not None:
@@ -80,7 +81,6 @@ def rows_of(document: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
             found.append(
                 f"worst in step {worst['step']}: {measured}, score {number(worst['score'])} (1 is on the fence)"
             )
-        found += [f"{label} {text}" for label, text in found_of(one)]
         rows.append((printable(one["state"]), printable(one["name"]), list(map(printable, found))))
     return rows
 
@@ -114,7 +114,7 @@ def show(document: dict[str, Any]) -> None:
         widest = console.width // 3
         rows = [(state, _short(worker, widest), found) for state, worker, found in rows]
         longest = max(len(word) for _, worker, _ in rows for word in worker.split())
-        table.add_column(_HEADS[1], overflow="fold", min_width=min(longest, widest))
+        table.add_column(_HEADS[1], overflow="fold", min_width=min(longest, widest), max_width=max(longest, widest))
         table.add_column(_HEADS[2], overflow="fold", min_width=widest)
         for state, worker, found in rows:
             table.add_row(Text(state, style=_COLOURS.get(state, "")), Text(worker), Text("\n".join(found)))

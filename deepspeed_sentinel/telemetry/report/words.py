@@ -12,6 +12,7 @@ from deepspeed_sentinel.telemetry.report.reading import NOT_TOLD
 
 MOST = 3  # of one sort; the others are counted
 WHAT = {"forward": "forward messages", "backward": "backward messages", "gradients": "gradients of its weights"}
+_MADE_OF = {"forward": "activations, ", "backward": "gradients of activations, "}
 _BARE = re.compile(r"worker \((stage \d+, replica \d+)\)")
 _HEALED = {
     "healed": "and was given the majority's",
@@ -82,7 +83,7 @@ def found_of(one: dict[str, Any]) -> list[tuple[str, str]]:
 def proof_in_words(proof: dict[str, Any]) -> str:
     """What a twin step has proved."""
     batches = ", ".join(map(str, proof["micro_batches"][:24])) + (" ..." if proof["micro_batches"][24:] else "")
-    which = f" (micro-batches {batches})" if batches else ""
+    which = f" ({_MADE_OF.get(proof['of'], '')}micro-batches {batches})" if batches else ""
     compared = f"{proof['agreeing']} of {proof['compared']} compared workers of its stage"
     return f"given the same micro-batches, it made other {WHAT.get(proof['of'], proof['of'])}{which} than {compared}"
 
@@ -117,6 +118,13 @@ def suspicion_in_words(event: dict[str, Any]) -> str:
 def weights_in_words(action: str) -> str:
     """Of a worker that held others than most of its stage."""
     return f"it held other weights than most of its stage, {_HEALED.get(action, action)}"
+
+
+def conviction_in_words(one: dict[str, Any]) -> str:
+    """Why a convicted worker is; empty where that stands among its proofs."""
+    convicted = one["convicted"]
+    proved = [proof["step"] for proof in one["proofs"]] + [other["step"] for other in one["other"] if other["proved"]]
+    return "" if convicted["why"] == NOT_TOLD or convicted["step"] in proved else str(convicted["why"])
 
 
 def plain(text: str) -> str:
