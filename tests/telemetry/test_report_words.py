@@ -156,6 +156,18 @@ def test_why_a_cleared_worker_was_suspected_is_told(said):
         assert "suspected in step 50: why is not told" in text
 
 
+def test_what_was_done_about_other_weights_is_said_in_words(said):
+    found = {"kind": "weights", "step": 40, "stage": 1, "groups": None}
+    undecided = {**found, "replica": None, "action": "stopped", "groups": [[0], [1]]}
+    document, everywhere = said({**found, "replica": 2, "action": "healed"}, undecided)
+    healed = "held other weights than most of its stage, and was given the majority's"
+    assert all(f"also in step 40: it {healed}" in text.replace("&#39;", "'") for text in everywhere)
+    assert told(document, "weights") == [
+        f"WEIGHTS: stage 1, replica 2 {healed}",
+        "WEIGHTS: replicas of stage 1 hold different ones, and no majority tells which are right",
+    ]
+
+
 def test_who_differed_from_whom_is_said_in_plain_words(said):
     document, everywhere = said(
         {"kind": "difference", "step": 36, "workers": [[2, 0]], "of": "forward", "as_received": False},

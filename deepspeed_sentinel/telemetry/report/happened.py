@@ -16,6 +16,7 @@ from deepspeed_sentinel.telemetry.report.words import (
     plain,
     rest,
     suspicion_in_words,
+    weights_in_words,
 )
 
 BAD, WARN, GOOD, PLAIN = "bad", "warn", "good", "plain"
@@ -99,7 +100,8 @@ def _said(run: RunFiles, event: dict[str, Any]) -> _Said | None:
         columns = ", ".join(map(str, event["columns"]))
         return _Said(WARN, f"LEFT OUT of the weights: column {columns} of {run.mesh.replicas}", True)
     if kind == "suspicion":
-        return _Said(WARN, f"SUSPECT: {name}: {suspicion_in_words(event)}")
+        why = suspicion_in_words(event)
+        return _Said(WARN, f"SUSPECT: {name}{f': {why}' if why else ''}")
     if kind == "proof":
         text = f"PROVED: {name}, given the same micro-batches, made something else than most of its stage"
         return _Said(BAD, text, True, WHAT.get(event["of"], event["of"]))
@@ -118,11 +120,15 @@ def _said(run: RunFiles, event: dict[str, Any]) -> _Said | None:
         more = len(event["moved"]) - 6
         return _Said(PLAIN, f"columns dealt anew: {moves}" + (f" and {more} more" if more > 0 else ""))
     if kind == "weights":
-        of = f"stage {event['stage']}" + ("" if event["replica"] is None else f", replica {event['replica']}")
-        return _Said(BAD, f"WEIGHTS differ: {of} ({event['action']})", True)
+        if event["replica"] is None:
+            what = f"replicas of stage {event['stage']} hold different ones, and no majority tells which are right"
+        else:
+            what = weights_in_words(plain(str(Worker(event["stage"], event["replica"]))), event["action"])
+        return _Said(BAD, f"WEIGHTS: {what}", True)
     if kind == "poisoned":
         stages = ", ".join(map(str, event["stages"]))
-        return _Said(BAD, f"REDUCTION altered in stages {stages}: step not applied", True)
+        what = f"gradients of stage {stages} were reduced to something else than they must be"
+        return _Said(BAD, f"REDUCTION: {what}: step not applied", True)
     if kind == "device":
         why = "proved before to compute wrongly" if event["why"] == "proof" else "in alarm more often than its peers"
         return _Said(WARN, f"DEVICE {event['device']} ({event['place']}): {why}")

@@ -71,7 +71,7 @@ def suspects(run: RunFiles) -> list[dict[str, Any]]:
             for side in (event["at_fault"],) if event["at_fault"] else (event["sender"], event["receiver"]):
                 of(side)["disputes"] += len(event["micro_batches"])
         elif kind == "weights" and event["replica"] is not None and event["replica"] < run.mesh.replicas:
-            _also(of((event["stage"], event["replica"])), step, weights_in_words(event["action"]))
+            _also(of((event["stage"], event["replica"])), step, weights_in_words("it", event["action"]))
         elif kind in ("poisoned", "difference"):
             what = _POISONED if kind == "poisoned" else difference_in_words("it", event)
             for worker in event["workers"]:

@@ -72,7 +72,7 @@ def found_of(one: dict[str, Any]) -> list[tuple[str, str]]:
     proved = [(proof_in_words(proof), proof["step"]) for proof in one["proofs"]]
     proved += [(other["text"], other["step"]) for other in one["other"] if other["proved"]]
     told = {
-        "suspected": [(said["why"], said["step"]) for said in one["suspected"]],
+        "suspected": [(said["why"] or "why is not told", said["step"]) for said in one["suspected"]],
         "proved": proved,
         "cleared": [("given the same micro-batches, it did what its stage does", step) for step in one["cleared"]],
         "also": [(other["text"], other["step"]) for other in one["other"] if not other["proved"]],
@@ -111,13 +111,13 @@ def difference_in_words(who: str, event: dict[str, Any]) -> str:
 
 
 def suspicion_in_words(event: dict[str, Any]) -> str:
-    """Why somebody is a suspect, as its event has it."""
-    return "why is not told" if event["why"] in ("", NOT_TOLD) else str(event["why"])
+    """Why somebody is a suspect, as its event has it; empty where it does not say."""
+    return "" if event["why"] == NOT_TOLD else str(event["why"])
 
 
-def weights_in_words(action: str) -> str:
+def weights_in_words(who: str, action: str) -> str:
     """Of a worker that held others than most of its stage."""
-    return f"it held other weights than most of its stage, {_HEALED.get(action, action)}"
+    return f"{who} held other weights than most of its stage, {_HEALED.get(action, action)}"
 
 
 def conviction_in_words(one: dict[str, Any]) -> str:
