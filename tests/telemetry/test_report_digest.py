@@ -9,8 +9,8 @@ import pytest
 from deepspeed_sentinel.telemetry.report.digest import _since, digest
 from deepspeed_sentinel.telemetry.report.heat import FENCE, heat, level
 from deepspeed_sentinel.telemetry.report.losses import find_loss, read_loss
-from deepspeed_sentinel.telemetry.report.page import spans
 from deepspeed_sentinel.telemetry.report.reading import read_run
+from deepspeed_sentinel.telemetry.report.words import spans
 
 
 @pytest.fixture
