@@ -96,8 +96,8 @@ class Finding:
         told = {
             "fences": f"{sent} outside the fences over link {self.link}: {measured} (1 is on the fence)",
             "sums": f"{sent} over link {self.link} whose deviations have added up: {measured} (1 is the limit)",
-            "later alarms": f"{sent} over link {self.link} that were conspicuous before later alarms: {measured} "
-            "(1 is on the fence)",
+            "later alarms": f"{sent} over link {self.link}, inside the fences, to which alarms behind them are traced "
+            f"back: {measured} (1 is on the fence)",
         }[self.cause]
         return f"{told}, micro-batches {list(self.micro_batches)}{self._in_its_favour()}"
 

@@ -104,7 +104,10 @@ def verdict_events(
 def why_suspected(verdict: Verdict, worker: Worker) -> str:
     """Why a worker is a suspect from the step of a verdict on, in words; empty where nothing of it says so."""
     told = []
-    if any(one.worker == worker and one.strikes for one in verdict.findings):
+    causes = {one.cause for one in verdict.findings if one.worker == worker and one.strikes}
+    if causes == {"later alarms"}:
+        told.append("alarms are traced back to messages that it sent")
+    elif causes:
         told.append("messages that it sent are in alarm")
     if any(one.struck == worker for one in verdict.disputed):
         told.append("it gave an audit a false statement")

@@ -117,6 +117,7 @@ OTHERS = (Worker(1, 0), Worker(2, 1))
     [
         ({}, ["messages that it sent are in alarm"]),
         ({"findings": ()}, [""]),
+        ({"findings": (replace(blamed().findings[0], cause="later alarms"),)}, ["alarms are traced back to messages"]),
         ({"findings": (), "released": (CULPRIT,)}, ["its conviction is lifted, and it is on probation"]),
         (
             {"findings": (), "unsettled": tuple((min(CULPRIT, one), max(CULPRIT, one)) for one in OTHERS)},

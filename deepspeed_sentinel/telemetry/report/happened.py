@@ -148,7 +148,7 @@ def _said(run: RunFiles, event: dict[str, Any]) -> _Said | None:
 _ALARM = {
     "fences": "outside the fences",
     "sums": "whose deviations have added up",
-    "later alarms": "that were conspicuous before later alarms",
+    "later alarms": "inside the fences, to which alarms behind them are traced back",
 }
 _WORKER = {
     "alarm",
