@@ -116,7 +116,8 @@ def why_suspected(verdict: Verdict, worker: Worker) -> str:
         if worker in pair:
             (other,) = (one for one in pair if one != worker)
             partners.setdefault(other.stage, []).append(other)
-    told += [f"{at_odds(worker, of_stage)}, and one of the two must be bad" for of_stage in partners.values()]
+    seen = [at_odds(worker, of_stage).replace(str(worker), "it") for of_stage in partners.values()]
+    told += [f"{one}, and one of the two must be bad" for one in seen]
     if worker in verdict.released:
         told.append("its conviction is lifted, and it is on probation")
     return "; ".join(told)

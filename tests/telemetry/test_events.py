@@ -122,9 +122,8 @@ OTHERS = (Worker(1, 0), Worker(2, 1))
         (
             {"findings": (), "unsettled": tuple((min(CULPRIT, one), max(CULPRIT, one)) for one in OTHERS)},
             [
-                "given the same micro-batches, stage 1, replica 2 (rank 5, node-03",
-                "made something else than stage 1, replica 0 (rank 3",
-                "reports other contents of messages over link 1 than stage 2, replica 1 (rank 7",
+                "given the same micro-batches, it made something else than stage 1, replica 0 (rank 3",
+                "it reports other contents of messages over link 1 than stage 2, replica 1 (rank 7",
                 "and one of the two must be bad",
             ],
         ),
