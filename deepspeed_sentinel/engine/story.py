@@ -20,6 +20,7 @@ from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker, workers_of
 from deepspeed_sentinel.telemetry.exclusion import FILE, reason
+from deepspeed_sentinel.telemetry.findings import why_suspected
 from deepspeed_sentinel.telemetry.who import Who
 
 _Told = Proof | Contradicted | Difference | Finding | Dispute
@@ -83,7 +84,8 @@ class Story:
             yield from self._unless_convicted(dispute, f"DISPUTE: {dispute}", verdict)
         yield from self._left_out(verdict)
         for worker in workers_of(verdict.suspects & ~self.suspects):
-            yield f"SUSPECT: {worker}; {self._trial(worker)}"
+            why = why_suspected(verdict, worker)
+            yield f"SUSPECT: {worker}; {f'{why}; ' if why else ''}{self._trial(worker)}"
         shown: tuple[_Told, ...] = (*verdict.proofs, *verdict.contradicted, *verdict.differences)
         for one in shown:
             yield from self._unless_convicted(one, str(one), verdict)

@@ -67,7 +67,8 @@ class Difference:
             f"{workers} say that they made the same {what}, those behind them that they received different ones, and "
             "no majority tells who is wrong"
             if self.as_received
-            else f"{workers} made different {what}, and no majority tells who is wrong"
+            else f"{workers} made other {what} than others of stage {self.workers[0].stage}, and no majority tells "
+            "who is wrong"
         )
 
 

@@ -31,7 +31,7 @@ its workers make the same again. What does not count goes to ``isolation.py`` as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,10 +57,25 @@ class Contradicted:
     partners: tuple[Worker, ...]
 
     def __str__(self) -> str:
+        return f"PROVED: {self.in_words()}"
+
+    def in_words(self) -> str:
+        """What was seen, and what follows from it."""
         return (
-            f"PROVED: {self.worker} is at odds with {', '.join(map(str, self.partners))}, more of one stage than can "
-            "be bad"
+            f"{at_odds(self.worker, self.partners)}. Each time one of the two must be bad, and that many workers of "
+            f"stage {self.partners[0].stage} cannot be: so it is {self.worker}"
         )
+
+
+def at_odds(worker: Worker, partners: Sequence[Worker]) -> str:
+    """What is unsettled between a worker and each of some others, all of one stage, in words."""
+    others = " and ".join(map(str, partners))
+    near, far = sorted((worker.stage, partners[0].stage))
+    if near == far:
+        return f"given the same micro-batches, {worker} made something else than {others}"
+    if far == near + 1:
+        return f"{worker} reports other contents of messages over link {near} than {others}"
+    return f"{worker} reports other numbers of what entered and left stage {near + 1} than {others}"
 
 
 class Unsettled:
@@ -71,7 +86,7 @@ class Unsettled:
         memory: steps for which it is remembered.
 
     Attributes:
-        doubted: bool [S, R], between whom something was unsettled in the last step.
+        found: two by two, between whom something was unsettled in the last step.
         news: whether any of it was not remembered before.
     """
 
@@ -81,8 +96,17 @@ class Unsettled:
         # [d, s, r, q]: for how many steps to remember what is between (s, r) and (s + d, q)
         self._left = np.zeros((_REACH, mesh.stages, mesh.replicas, mesh.replicas), np.int64)
         self._alike = np.zeros(mesh.stages, bool)
-        self.doubted = np.zeros((mesh.stages, mesh.replicas), bool)
+        self.found: tuple[tuple[Worker, Worker], ...] = ()
         self.news = False
+
+    @property
+    def doubted(self) -> np.ndarray:
+        """Those of ``found``, bool [S, R]."""
+        doubted = np.zeros((self._mesh.stages, self._mesh.replicas), bool)
+        for pair in self.found:
+            for worker in pair:
+                doubted[worker] = True
+        return doubted
 
     def step(
         self,
@@ -105,7 +129,7 @@ class Unsettled:
             workers of middle stages that contradict too many, without those convicted that did not in this step.
         """
         if not (trial or self._left.any() or by_ends.any() or by_neighbours.any()):
-            self.news, self.doubted = False, np.zeros_like(convicted)
+            self.news, self.found = False, ()
             return ()
         new = self._between(served, by_ends, by_neighbours, trial)
         if trial:
@@ -117,10 +141,7 @@ class Unsettled:
         known = convicted.copy()
         for liar in found:
             known[liar.worker] = True
-        self.doubted = np.zeros_like(convicted)
-        for pair in self._open(new, known):
-            for worker in pair:
-                self.doubted[worker] = True
+        self.found = tuple(self._open(new, known))
         return found
 
     def uncounted(self, trial: Trial) -> np.ndarray:

@@ -96,8 +96,8 @@ class Finding:
         told = {
             "fences": f"{sent} outside the fences over link {self.link}: {measured} (1 is on the fence)",
             "sums": f"{sent} over link {self.link} whose deviations have added up: {measured} (1 is the limit)",
-            "later alarms": f"{sent} over link {self.link} that were conspicuous before later alarms: {measured} "
-            "(1 is on the fence)",
+            "later alarms": f"{sent} over link {self.link}, inside the fences, to which alarms behind them are traced "
+            f"back: {measured} (1 is on the fence)",
         }[self.cause]
         return f"{told}, micro-batches {list(self.micro_batches)}{self._in_its_favour()}"
 
@@ -206,6 +206,7 @@ class Verdict:
         proofs, differences: what a twin step has shown.
         inexact: who made other bits in it, as another kind of hardware does.
         contradicted: who is convicted because it contradicts too many.
+        unsettled: two by two, of whom one must be bad by what this step has shown, and nobody can tell which.
         cleared: suspects that a twin step has cleared.
         isolated: bool [S, R], who is kept where columns are lost, unproved (``isolation.py``), after this step.
         wiring: int64 [S, C], of the next step; None where nobody deals.
@@ -236,6 +237,7 @@ class Verdict:
     differences: tuple[Difference, ...] = ()
     inexact: tuple[Worker, ...] = ()
     contradicted: tuple[Contradicted, ...] = ()
+    unsettled: tuple[tuple[Worker, Worker], ...] = ()
     cleared: tuple[Worker, ...] = ()
     isolated: np.ndarray = field(default_factory=lambda: NOBODY)
     wiring: np.ndarray | None = None

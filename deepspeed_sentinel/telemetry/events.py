@@ -173,7 +173,10 @@ class Suspicion(_OfWorker, kind="suspicion"):
 
     Attributes:
         stage, replica: who.
+        why: what was seen, in words; empty where it is not known.
     """
+
+    why: str = ""
 
 
 @dataclass(frozen=True)

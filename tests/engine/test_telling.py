@@ -129,7 +129,7 @@ def test_a_suspect_is_told_once_and_what_will_become_of_it(telling, log, tmp_pat
     for _ in range(3):
         telling.verdict(blamed())
     (told,) = [line for line in log.messages if "SUSPECT" in line]
-    assert told.endswith("the next twin step tries it, which comes soon")
+    assert told.endswith("messages that it sent are in alarm; the next twin step tries it, which comes soon")
     log.clear()
     telling_of(tmp_path, conviction="statistics").verdict(blamed())
     (told,) = [line for line in log.messages if "SUSPECT" in line]

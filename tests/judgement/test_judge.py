@@ -147,7 +147,7 @@ def test_an_alarm_is_traced_back_to_the_message_that_stayed_just_inside_its_fenc
 
         verdict = world.step(tampered)
         assert {finding.worker for finding in verdict.findings} == {Worker(1, 2)}
-        assert "conspicuous before later alarms" in str(verdict.findings[0])
+        assert "to which alarms behind them are traced back" in str(verdict.findings[0])
         assert "outside" not in str(verdict.findings[0])
         assert verdict.excluded.tolist() == [False, False, True]
     assert not world.judge.record.strikes.any()

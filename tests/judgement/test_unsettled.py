@@ -12,7 +12,7 @@ from synthetic import World
 from deepspeed_sentinel.evidence.step import Twins
 from deepspeed_sentinel.evidence.table import NAMES
 from deepspeed_sentinel.judgement.doubts import Doubts
-from deepspeed_sentinel.judgement.unsettled import Unsettled
+from deepspeed_sentinel.judgement.unsettled import Contradicted, Unsettled
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Mesh, Worker, identity
 from deepspeed_sentinel.response.dealing import Dealer
 
@@ -132,6 +132,22 @@ def test_the_worked_example_of_the_docstring():
     (found,) = steps.step(wiring, about_next)
     assert found.worker == (1, 0) and found.partners == ((2, 0), (2, 1))
     assert not steps.unsettled.pairs(steps.convicted) and not steps.unsettled.doubted.any(), "settled by its conviction"
+
+
+@pytest.mark.parametrize(
+    ("partners", "seen"),
+    [
+        ([(1, 1), (1, 2)], "given the same micro-batches, {0} made something else than {1} and {2}"),
+        ([(2, 0), (2, 1)], "{0} reports other contents of messages over link 1 than {1} and {2}"),
+        ([(0, 0), (0, 2)], "{0} reports other contents of messages over link 0 than {1} and {2}"),
+        ([(3, 0), (3, 1)], "{0} reports other numbers of what entered and left stage 2 than {1} and {2}"),
+    ],
+)
+def test_a_proof_says_what_was_seen_of_whom_and_where(partners, seen):
+    worker, partners = Worker(1, 0), tuple(Worker(*one) for one in partners)
+    told = str(Contradicted(worker, partners))
+    assert told.startswith(f"PROVED: {seen.format(worker, *partners)}. Each time one of the two must be bad")
+    assert told.endswith(f"that many workers of stage {partners[0].stage} cannot be: so it is {worker}")
 
 
 def test_the_same_partner_again_convicts_nobody():

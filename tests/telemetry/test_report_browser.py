@@ -14,6 +14,7 @@ from deepspeed_sentinel.__main__ import main
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
+RUNS = ("clean", "attacked", "guarded")  # in this order, as the demo writes them
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)} is installed")
 
 # Before all else of the page, and behind it: what goes wrong, and what a hand would do.
@@ -39,6 +40,7 @@ for (let at = 0; at < image.length; at += 4) pixels.add(image[at] * 65536 + imag
 const out = document.createElement('pre');
 out.id = 'probe';
 out.textContent = JSON.stringify({ wrong, told: [...told], whole, zoomed, wheeled, height, fewer, colours: pixels.size,
+  losses: [...document.querySelectorAll('#losses span')].map((one) => one.textContent),
   inner: innerWidth, wide: document.documentElement.scrollWidth, stolen: window.stolen });
 document.body.append(out);
 </script></body>"""
@@ -51,8 +53,10 @@ def browse(page, *options):
 
 @pytest.fixture
 def page(recorded, tmp_path):
-    out = tmp_path / "report.html"
-    assert main(["report", str(recorded()), "--html", str(out)]) == 0
+    out, losses = tmp_path / "report.html", tmp_path / "progress.jsonl"
+    told = [{"run": run, "step": step, "loss": 4.0 - step / 10} for run in RUNS for step in range(34)]
+    losses.write_text("\n".join(map(json.dumps, told)))
+    assert main(["report", str(recorded()), "--html", str(out), "--loss", str(losses)]) == 0
     return out
 
 
@@ -65,6 +69,7 @@ def test_the_page_works_at(page, width):
     assert probe["wrong"] == [] and probe["inner"] == width
     assert probe["wide"] <= width, "nothing has to be moved sideways"
     assert probe["colours"] > 20
+    assert probe["losses"] == [f"loss of {run}" for run in RUNS]
     (convicted,) = [one for one in probe["told"] if "conviction" in one]
     name, step, score, *_ = convicted.splitlines()
     assert name.startswith("stage 1, replica 2 (rank 5, node-03, cuda:3") and step == "step 32"

@@ -9,8 +9,8 @@ import pytest
 from deepspeed_sentinel.telemetry.report.digest import _since, digest
 from deepspeed_sentinel.telemetry.report.heat import FENCE, heat, level
 from deepspeed_sentinel.telemetry.report.losses import find_loss, read_loss
-from deepspeed_sentinel.telemetry.report.page import spans
 from deepspeed_sentinel.telemetry.report.reading import read_run
+from deepspeed_sentinel.telemetry.report.words import spans
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_loss_of_the_trainer_is_found_and_counts_finished_steps(tmp_path):
     assert find_loss(folder) is None
     state = {"log_history": [{"step": 1, "loss": 4.0}, {"step": 2, "eval_runtime": 1}, {"step": 3, "loss": None}]}
     (tmp_path / "out" / "checkpoint-9" / "trainer_state.json").write_text(json.dumps(state))
-    assert read_loss(find_loss(folder)) == [[0, 4.0]]
+    assert read_loss(find_loss(folder)) == {"": [[0, 4.0]]}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,24 @@ def test_loss_of_the_trainer_is_found_and_counts_finished_steps(tmp_path):
 )
 def test_loss_tables(tmp_path, name, text, samples, read):
     (tmp_path / name).write_text(text)
-    assert read_loss(tmp_path / name, samples) == read
+    assert read_loss(tmp_path / name, samples) == {"": read}
+
+
+def test_the_losses_of_several_runs_in_one_file_are_kept_apart(tmp_path):
+    """As the demo writes them, one run after the other."""
+    path = tmp_path / "progress.jsonl"
+    lines = [
+        {"kind": kind, "run": run, "step": step, "loss": loss}
+        for run, loss in (("clean", 4.0), ("attacked", 9.0), ("guarded", 5.0))
+        for kind, step in (("run_start", None), ("step", 0), ("step", 1))
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert read_loss(path) == {
+        "clean": [[0, 4.0], [1, 4.0]], "attacked": [[0, 9.0], [1, 9.0]], "guarded": [[0, 5.0], [1, 5.0]],
+    }  # fmt: skip
+    path.write_text("\n".join(json.dumps({"run": run, "step": 0, "loss": 1.0}) for run in range(9)))
+    with pytest.raises(ValueError, match="9 runs"):
+        read_loss(path)
 
 
 def test_a_table_without_a_loss_says_what_to_give(tmp_path):

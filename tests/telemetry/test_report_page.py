@@ -21,10 +21,10 @@ HOSTILE = "</script><script>stolen()</script>\"'><img src=x onerror=stolen()>{{ 
 OUTSIDE = ("src", "href", "srcset", "action", "data", "poster", "background")
 
 
-def page_of(folder, loss=()):
+def page_of(folder, loss=None):
     run = read_run(folder)
     document = digest(run)
-    return render(document, heat(run, document["run"]["first_step"], document["run"]["last_step"]), list(loss))
+    return render(document, heat(run, document["run"]["first_step"], document["run"]["last_step"]), loss or {})
 
 
 class Tags(HTMLParser):
@@ -69,7 +69,7 @@ def hostile(recorded):
 
 
 def test_the_page_loads_nothing_from_anywhere(recorded):
-    page = page_of(recorded(), [[0, 4.0], [1, 3.0]])
+    page = page_of(recorded(), {"": [[0, 4.0], [1, 3.0]]})
     assert re.findall(r"https?://|//[a-z]|@import|url\(", page) == []
     assert [tag for tag, attributes in tags_of(page).seen if set(attributes) & set(OUTSIDE)] == []
     assert "default-src 'none'" in page
@@ -165,7 +165,7 @@ def test_the_page_is_written_where_asked_with_the_loss(recorded, tmp_path, capsy
     (tmp_path / "loss.csv").write_text("step,loss\n0,4.25\n1,4.0\n")
     assert main(["report", str(folder), "--html", str(out), "--loss", str(tmp_path / "loss.csv")]) == 0
     assert f"Written to {out}" in capsys.readouterr().err
-    assert json.loads(tags_of(out.read_text()).data[0])["loss"] == [[0, 4.25], [1, 4.0]]
+    assert json.loads(tags_of(out.read_text()).data[0])["loss"] == [["", [[0, 4.25], [1, 4.0]]]]
 
 
 def test_without_jinja2_the_error_says_how_to_install_it(recorded, tmp_path, capsys, monkeypatch):

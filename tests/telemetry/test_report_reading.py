@@ -31,7 +31,7 @@ def read(tmp_path):
         document = digest(run)
         json.dumps(document, allow_nan=False)
         # Whatever was let through, a page can be made of it.
-        render(document, heat(run, document["run"]["first_step"], document["run"]["last_step"]), [])
+        render(document, heat(run, document["run"]["first_step"], document["run"]["last_step"]), {})
         return run
 
     return write_and_read

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         document = digest(files)
         if args.html:
             loss_file = args.loss or find_loss(files.folder)
-            loss = read_loss(loss_file, args.samples_a_step) if loss_file else []
+            loss = read_loss(loss_file, args.samples_a_step) if loss_file else {}
             scores = heat(files, document["run"]["first_step"], document["run"]["last_step"])
             args.html.parent.mkdir(parents=True, exist_ok=True)
             args.html.write_text(render(document, scores, loss), encoding="utf-8", errors="replace")

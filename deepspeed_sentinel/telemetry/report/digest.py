@@ -17,7 +17,7 @@ _PASTED = re.compile(r"--exclude=[A-Za-z0-9._:,@-]+")  # nothing that a shell wo
 _HOST_LINE = re.compile(r"[A-Za-z0-9._:-]+ slots=\d+")
 _LAUNCHERS = {
     "deepspeed": ("DeepSpeed's launcher, without the bad slots alone", "deepspeed {} ..."),
-    "slurm": ("SLURM, which leaves out whole hosts, and with them GPUs that nothing is known against", "sbatch {} ..."),
+    "slurm": ("SLURM, which leaves out whole hosts", "sbatch {} ..."),
 }
 _GAP = 5  # steps without an alarm after which one before is no part of what followed
 _TROUBLE = ("proofs", "unequal_weights", "disputes", "alarmed_steps")
@@ -136,7 +136,7 @@ def _deals(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
-    """What to do: "advice", sentences, and "lines" to paste, each with what it is for."""
+    """What to do: "advice", sentences, and "lines" to paste, each with what it is for and a "note" beside it."""
     advice = [*_out_of_service(shown), *_watched(shown)]
     if any(event["kind"] == "dispute" for event in run.events) and not advice:
         advice.append("Check both ends of the disputed links and what lies between them")
@@ -153,7 +153,11 @@ def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[
         said = exclude.get(name)
         if isinstance(said, str) and said:
             if _PASTED.fullmatch(said):
-                lines.append({"for": launcher, "text": form.format(said)})
+                note = exclude.get(f"{name}_note")
+                note = note if isinstance(note, str) else ""
+                # The note says of which hosts what else goes; the launcher's own words are for where there is none.
+                what_for = launcher.partition(",")[0] if note else launcher
+                lines.append({"for": what_for, "text": form.format(said), "note": note})
             else:
                 notes.append(
                     f"the line for {name} in exclude.json is not shown: it has characters that a shell acts on"
@@ -162,7 +166,7 @@ def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[
     hosts = [line for line in hosts if isinstance(line, str)] if isinstance(hosts, list) else []
     if hosts and lines:
         fit = [line for line in hosts if _HOST_LINE.fullmatch(line)]
-        lines.append({"for": "a hostfile, without the hosts above, whole", "text": "\n".join(fit)})
+        lines.append({"for": "a hostfile, which leaves out whole hosts", "text": "\n".join(fit), "note": ""})
     if not exclude and any(one["state"] == "convicted" for one in shown):
         notes.append("exclude.json is not there, or is of a later run: there are no lines to start again without them")
     left = exclude.get("replicas_left")
@@ -206,7 +210,7 @@ def _devices(run: RunFiles) -> list[dict[str, Any]]:
             where = places[-1] if places else {}
             rows.append({"device": key, "host": str(where.get("host", "")), "slot": where.get("slot"), **counts,
                          "trouble": one["total"].get("trouble", 0)})  # fmt: skip
-    return sorted(rows, key=lambda row: [-row[name] for name in _TROUBLE])[:50]
+    return sorted(rows, key=lambda row: [-row[name] for name in _TROUBLE])
 
 
 def _sentences(document: dict[str, Any]) -> list[str]:
@@ -222,8 +226,8 @@ def _sentences(document: dict[str, Any]) -> list[str]:
     by = {state: [one for one in workers if one["state"] == state] for state in ("convicted", "proved", "suspect")}
     if by["convicted"]:
         one, further = by["convicted"][0], len(by["convicted"]) - 1
-        more = f", {further - 3} more" if further > 3 else ""
-        others = "".join(f", {other['name']} {_conviction(other)}" for other in by["convicted"][1:4])
+        more = f"; and {further - 3} more" if further > 3 else ""
+        others = "".join(f"; {other['name']} was {_conviction(other)}" for other in by["convicted"][1:4])
         second = f"{one['name']} was {_since(one)}{_conviction(one)}{others}{more}."
     elif by["proved"]:
         more = f", and {len(by['proved']) - 1} more" if by["proved"][1:] else ""
@@ -239,7 +243,7 @@ def _sentences(document: dict[str, Any]) -> list[str]:
     else:
         second = "Nothing was found: no alarm, no dispute, no conviction."
     share = f"{cost['column_steps']:,} of {cost['of']:,} column-steps ({100 * cost['share']:.1f} %)"
-    out = f"{share} were left out of the weights"
+    out = f"{share} were left out of the weights, the data of {cost['steps_worth']:.1f} steps"
     lost = document["deals"][-1]["lost"] if document["deals"] else []
     if run["halted"]:
         third = f"{out}, and training was stopped: {run['halted']}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 STATE = "trainer_state.json"
+_MOST_RUNS, _LONGEST = 6, 40  # colours there are, and characters of a name
 
 
 def find_loss(folder: Path) -> Path | None:
@@ -18,8 +19,11 @@ def find_loss(folder: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def read_loss(path: Path, samples_a_step: int = 1) -> list[list[float]]:
-    """[step, loss] pairs, in the order of steps; steps as Sentinel counts them, from 0.
+def read_loss(path: Path, samples_a_step: int = 1) -> dict[str, list[list[float]]]:
+    """[step, loss] pairs of each run, in the order of steps; steps as Sentinel counts them, from 0.
+
+    Rows of several runs in one file have a column ``run`` with its name, as the demo's ``progress.jsonl``; without it
+    all are of one run, "".
 
     Args:
         path: ``trainer_state.json`` (whose steps are finished ones, one more), or CSV with a header or JSON lines, in
@@ -27,7 +31,7 @@ def read_loss(path: Path, samples_a_step: int = 1) -> list[list[float]]:
         samples_a_step: what a step of the file is to be divided by: DeepSpeed's CSV monitor counts samples.
 
     Raises:
-        ValueError: it has no such columns, or no number in them.
+        ValueError: it has no such columns, or no number in them, or more runs than can be told apart.
         OSError: it cannot be read.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -44,14 +48,17 @@ def read_loss(path: Path, samples_a_step: int = 1) -> list[list[float]]:
         rows = [row for row in map(_parsed, text.splitlines()) if row is not None]
     else:
         rows = csv.DictReader(text.splitlines())
-    found = {}
+    found: dict[str, dict[float, float]] = {}
     for row in rows:
         pair = _pair(row)
         if pair:
-            found[pair[0] / samples_a_step - finished] = pair[1]
+            of_run = found.setdefault(str(row.get("run") or "")[:_LONGEST], {})
+            of_run[pair[0] / samples_a_step - finished] = pair[1]
     if not found:
         raise ValueError(f"{path} has no numbers in columns step and loss: give CSV with a header, or JSON lines")
-    return [[step, loss] for step, loss in sorted(found.items())]
+    if len(found) > _MOST_RUNS:
+        raise ValueError(f"{path} holds {len(found)} runs, by its column run: give a file with {_MOST_RUNS} or fewer")
+    return {run: [[step, loss] for step, loss in sorted(pairs.items())] for run, pairs in found.items()}
 
 
 def _parsed(line: str) -> Any:

@@ -8,20 +8,22 @@ from typing import Any
 
 from deepspeed_sentinel.evidence.table import in_words
 from deepspeed_sentinel.telemetry.report.digest import utc
+from deepspeed_sentinel.telemetry.report.words import conviction_in_words, found_of, in_steps, many, number, spans
 
 _TEMPLATE, _STYLE, _SCRIPT = "report.html.j2", "report.css", "report.js"
 _GRAVE = ("convicted", "proved", "suspect", "released")  # these get a card, others a row
 _MOST_DEALS = 5  # beside the first
-_MOST_ROWS = 400  # of the time line and of steps named: a page is for people, events.jsonl has all
+_MOST_ROWS = 400  # of a table: a page is for people, events.jsonl has all
+_MOST_DEVICES = 50
 
 
-def render(document: dict[str, Any], heat: dict[str, Any], loss: list[list[float]]) -> str:
+def render(document: dict[str, Any], heat: dict[str, Any], loss: dict[str, list[list[float]]]) -> str:
     """The page.
 
     Args:
         document: see ``digest.digest``.
         heat: see ``heat.heat``.
-        loss: [step, loss] pairs, or none.
+        loss: of each run, [step, loss] pairs, see ``losses.read_loss``; empty for none.
 
     Raises:
         ImportError: jinja2 is missing.
@@ -38,30 +40,21 @@ def render(document: dict[str, Any], heat: dict[str, Any], loss: list[list[float
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"utc": utc, "number": number, "steps": spans, "duration": duration, "many": many}
-    environment.filters["in_words"] = in_words
+    environment.filters |= {"in_words": in_words, "in_steps": in_steps, "found": found_of, "why": conviction_in_words}
     return environment.get_template(_TEMPLATE).render(
         **document,
         # "settings" and "loss" of a file may hold anything; tojson writes <, > and & so that no script ends early.
-        data={"heat": heat, "loss": loss, "names": _names(document, heat), "states": _states(document)},
+        data={"heat": heat, "loss": list(loss.items()), "names": _names(document, heat), "states": _states(document)},
         grid=_grid(document),
         grave=[one for one in document["workers"] if one["state"] in _GRAVE],
         light=[one for one in document["workers"] if one["state"] not in _GRAVE],
         shown_deals=document["deals"][:1] + document["deals"][1:][-_MOST_DEALS:],
         most_rows=_MOST_ROWS,
+        most_devices=_MOST_DEVICES,
         style=_read(_STYLE),
         script=_read(_SCRIPT),
         effective=json.dumps(document["settings"], indent=1),
     )
-
-
-def number(value: Any) -> str:
-    """Of four digits."""
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
-
-
-def many(count: int, what: str) -> str:
-    """3, "step" -> "3 steps"."""
-    return f"{count:,} {what}{'s'[: count != 1]}"
 
 
 def duration(seconds: float) -> str:
@@ -70,18 +63,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.1f} s"
-
-
-def spans(steps: list[int]) -> str:
-    """[3, 4, 5, 9] -> "3-5, 9"."""
-    found: list[list[int]] = []
-    for step in steps:
-        if found and step <= found[-1][1] + 1:
-            found[-1][1] = step
-        else:
-            found.append([step, step])
-    shown = [f"{low}-{high}" if high > low else str(low) for low, high in found[:12]]
-    return ", ".join(shown) + (f" and {len(found) - 12} more spans" if len(found) > 12 else "")
 
 
 def _read(name: str) -> str:

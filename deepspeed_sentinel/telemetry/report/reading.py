@@ -24,8 +24,9 @@ from deepspeed_sentinel.telemetry.report.fitting import UNREADABLE, fit, place_i
 EVENTS_FILE, LEDGER_FILE, EXCLUDE_FILE = "events.jsonl", "ledger.json", "exclude.json"
 _MOST_WORKERS = 1 << 16
 # What stands for a field that a line of another version lacks. Without a number, such as a stage, nothing can be told.
+NOT_TOLD = "not told"
 _ABSENT: dict[Any, Any] = {
-    str: "not told", bool: None, float: None, types.UnionType: None, list: [], tuple: [], dict: {},
+    str: NOT_TOLD, bool: None, float: None, types.UnionType: None, list: [], tuple: [], dict: {},
 }  # fmt: skip
 _SHAPES = {kind: typing.get_type_hints(shape) for kind, shape in EVENTS.items()}
 

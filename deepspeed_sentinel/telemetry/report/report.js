@@ -4,6 +4,8 @@
   const bytes = (text) => Uint8Array.from(atob(text), (one) => one.charCodeAt(0));
   const levels = bytes(heat.levels), out = bytes(heat.out), rows = heat.stages * heat.replicas;
   const canvas = document.getElementById("map"), tip = document.getElementById("tip"), box = document.getElementById("heat");
+  // Three runs of the demo get the colours that its own pictures have.
+  const runs = loss.map((one) => one[0]), inks = runs.length > 1 ? ["#1b6e3c", "#b3261e", "#2563c9", "#9a5b00", "#7b3294", "#5b6470"] : ["#2563c9"];
   const state = new Map(states), told = new Set(states.map((one) => one[0]));
   let low = heat.first, high = heat.last + 1, only = rows > 48 && told.size > 0, layout = null;
 
@@ -30,7 +32,7 @@
     const height = Math.max(9, Math.min(22, Math.floor(620 / Math.max(1, shown.length))));
     const thin = Math.max(6, Math.min(12, Math.floor(120 / heat.replicas)));
     const outTop = top + shown.length * height + 8 + 4 * (only ? 0 : heat.stages - 1);
-    const lossTop = outTop + thin * heat.replicas + 24, lossHeight = loss.length ? 110 : 0;
+    const lossTop = outTop + thin * heat.replicas + 24, lossHeight = runs.length ? 110 : 0;
     const total = lossTop + (lossHeight ? lossHeight + 20 : 0);
     const ratio = Math.max(2, window.devicePixelRatio || 1);
     canvas.width = width * ratio;
@@ -134,17 +136,19 @@
   }
 
   function curve(pen, x, top, height, label, plot) {
-    const seen = loss.filter(([step]) => step >= low && step < high);
-    if (!seen.length) return;
-    const values = seen.map((one) => one[1]).sort((a, b) => a - b);
+    const seen = loss.map((one) => one[1].filter(([step]) => step >= low && step < high));
+    const values = seen.flat().map((one) => one[1]).sort((a, b) => a - b);
+    if (!values.length) return;
     const least = values[0], most = values[Math.floor(0.99 * (values.length - 1))], span = most - least || 1;
     const y = (value) => top + 6 + (1 - Math.min(1, (value - least) / span)) * (height - 12);
     pen.strokeStyle = "#d9dee5"; pen.lineWidth = 1;
     pen.strokeRect(label, top, plot, height);
-    pen.strokeStyle = "#2563c9"; pen.lineWidth = 1.8;
-    pen.beginPath();
-    seen.forEach(([step, value], index) => pen[index ? "lineTo" : "moveTo"](x(step + 0.5), y(value)));
-    pen.stroke();
+    seen.forEach((pairs, run) => {
+      pen.strokeStyle = inks[run]; pen.lineWidth = 1.8;
+      pen.beginPath();
+      pairs.forEach(([step, value], index) => pen[index ? "lineTo" : "moveTo"](x(step + 0.5), y(value)));
+      pen.stroke();
+    });
     pen.fillStyle = "#5b6470"; pen.textAlign = "right";
     pen.fillText(most.toPrecision(3), label - 6, y(most)); pen.fillText(least.toPrecision(3), label - 6, y(least));
     pen.fillText("loss", label - 6, top + height / 2);
@@ -221,6 +225,12 @@
   canvas.addEventListener("pointerleave", () => { tip.style.display = "none"; dragged = null; });
   window.addEventListener("pointerup", () => { dragged = null; });
   window.addEventListener("resize", draw);
+  if (runs.length > 1) runs.forEach((run, index) => {
+    const key = document.createElement("span"), mark = document.createElement("i");
+    mark.style.background = inks[index];
+    key.append(mark, `loss of ${run || "a run without a name"}`);
+    document.getElementById("losses").append(key);
+  });
   window.addEventListener("beforeprint", () => { document.querySelector("details").open = true; draw(); });
   draw();
 })();

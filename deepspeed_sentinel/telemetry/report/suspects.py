@@ -6,6 +6,12 @@ from typing import Any
 
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.report.reading import RunFiles
+from deepspeed_sentinel.telemetry.report.words import (
+    contradiction_in_words,
+    difference_in_words,
+    suspicion_in_words,
+    weights_in_words,
+)
 
 _SHOWN = 8  # characters of a GPU's uuid, as in the log
 STATES = ("convicted", "proved", "suspect", "released", "alarmed", "disputed", "cleared", "noted")  # the gravest first
@@ -26,6 +32,7 @@ def suspects(run: RunFiles) -> list[dict[str, Any]]:
     "state": see ``STATES``; proved is who was not convicted all the same, such as a worker of the first stage.
     "shown": whether anything was proved. "worst": the alarm with the largest score, as its event has it. "proofs": what
     differed, in which step, and of how many workers most agreed. "audits": what audits of its alarms said, with counts.
+    "suspected": steps, and why. "other": what else was told, in which step, and whether it is a proof.
     """
     found: dict[Worker, dict[str, Any]] = {}
 
@@ -64,12 +71,11 @@ def suspects(run: RunFiles) -> list[dict[str, Any]]:
             for side in (event["at_fault"],) if event["at_fault"] else (event["sender"], event["receiver"]):
                 of(side)["disputes"] += len(event["micro_batches"])
         elif kind == "weights" and event["replica"] is not None and event["replica"] < run.mesh.replicas:
-            other = f"other weights than its stage's replicas in step {step}: {event['action']}"
-            of((event["stage"], event["replica"]))["other"].append(other)
+            _also(of((event["stage"], event["replica"])), step, weights_in_words("it", event["action"]))
         elif kind in ("poisoned", "difference"):
-            what = "handed over other sums" if kind == "poisoned" else f"{event['of']} differ, without a majority,"
+            what = _POISONED if kind == "poisoned" else difference_in_words("it", event)
             for worker in event["workers"]:
-                of(worker)["other"].append(f"{what} in step {step}")
+                _also(of(worker), step, what)
         elif kind == "end":
             for worker in event["convicted"]:
                 one = of(worker)
@@ -101,10 +107,16 @@ def excluded_now(run: RunFiles) -> list[dict[str, Any]]:
 
 
 _OF_ONE = {"alarm", "proof", "contradicted", "suspicion", "cleared", "conviction", "release", "replay", "misfit"}
+_POISONED = "it handed over other sums than most when gradients were reduced, and the step was not applied"
 _OTHER = {
-    "replay": "made two things of the same when it computed step {step} twice: proved",
-    "misfit": "told its stage in step {step} a mean that its messages cannot have",
+    "replay": "it computed the step twice and made different things of the same",
+    "misfit": "it told its stage a mean that its messages cannot have, which counted for nothing",
 }
+
+
+def _also(one: dict[str, Any], step: int, text: str, proved: bool = False) -> None:
+    one["shown"] |= proved
+    one["other"].append({"step": step, "text": text, "proved": proved})
 
 
 def _told(one: dict[str, Any], event: dict[str, Any]) -> None:
@@ -115,18 +127,19 @@ def _told(one: dict[str, Any], event: dict[str, Any]) -> None:
         one["shown"] = True
         one["proofs"].append({name: event[name] for name in ("step", "of", "micro_batches", "agreeing", "compared")})
     elif kind == "contradicted":
-        one["shown"] = True
-        one["other"].append(f"contradicts {len(event['partners'])} workers of one stage in step {step}: proved")
-    elif kind in ("suspicion", "cleared"):
-        one["suspected" if kind == "suspicion" else "cleared"].append(step)
+        worker = Worker(event["stage"], event["replica"])
+        _also(one, step, contradiction_in_words(worker, event["partners"]), proved=True)
+    elif kind == "suspicion":
+        one["suspected"].append({"step": step, "why": suspicion_in_words(event)})
+    elif kind == "cleared":
+        one["cleared"].append(step)
     elif kind == "conviction":
         by_proof = one["shown"] if event["proved"] is None else event["proved"]
         one["convicted"], one["released"] = {"step": step, "proved": by_proof, "why": event["why"]}, None
     elif kind == "release":
         one["released"] = step
     else:
-        one["shown"] |= kind == "replay"
-        one["other"].append(_OTHER[kind].format(step=step))
+        _also(one, step, _OTHER[kind], proved=kind == "replay")
 
 
 def _alarm(one: dict[str, Any], event: dict[str, Any]) -> None:
@@ -155,7 +168,7 @@ def _state(one: dict[str, Any]) -> str:
         return "convicted" if one["released"] is None else "released"
     if one["shown"]:
         return "proved"
-    if one["suspected"] and max(one["suspected"]) > max(one["cleared"], default=-1):
+    if max((said["step"] for said in one["suspected"]), default=-1) > max(one["cleared"], default=-1):
         return "suspect"
     if one["cleared"]:
         return "cleared"

@@ -9,7 +9,7 @@ import unicodedata
 from typing import Any, NamedTuple
 
 from deepspeed_sentinel.evidence.table import in_words
-from deepspeed_sentinel.telemetry.report.page import number, spans
+from deepspeed_sentinel.telemetry.report.words import found_of, in_steps, many, number
 
 _COLOURS = {"convicted": "bold red", "proved": "bold red", "suspect": "yellow", "cleared": "cyan", "released": "cyan"}
 _HEADS = ("state", "worker", "what was found")
@@ -51,12 +51,14 @@ def lines_of(document: dict[str, Any]) -> list[Line]:
     lines += [Line(one, 2) for one in todo["advice"] or ["nothing"]]
     for line in todo["lines"]:
         lines += [Line(f"{line['for']}:", 2), *(Line(one, 4, paste=True) for one in line["text"].splitlines())]
+        lines += [Line(line["note"], 4)] if line["note"] else []
     if document["disputes"]:
         lines += [Line(""), Line("Disputes:")]
         for one in document["disputes"][:_MOST]:
             about = f", about {one['about']}" if one["about"] else ""
             pair = f"link {one['link']}, {one['direction']}: {one['sender']} and {one['receiver']}{about}"
-            lines.append(Line(f"{pair}, {one['messages']} messages, steps {spans(one['steps'])}", 2))
+            lines.append(Line(f"{pair}, {many(one['messages'], 'message')}, {in_steps(one['steps'])}", 2))
+        lines += [Line(one, 2) for one in _rest(document["disputes"])]
     if document["notes"]:
         lines += [Line(""), Line("Notes:"), *(Line(note, 2) for note in document["notes"])]
     return [line._replace(text=printable(line.text)) for line in lines]
@@ -71,25 +73,20 @@ def rows_of(document: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
             found.append(
                 f"convicted {'before this run' if convicted['step'] is None else 'in step ' + str(convicted['step'])}"
             )
-        found += [f"proof in step {proof['step']}: {_OF.get(proof['of'], proof['of'])}" for proof in one["proofs"][:3]]
+        found += [f"{label} {text}" for label, text in found_of(one)]
         if one["alarms"]:
-            steps = f"step{'s'[: len(one['alarm_steps']) > 1]} {spans(one['alarm_steps'])}"
-            found.append(f"{one['alarms']} messages in alarm, in {steps}")
+            found.append(f"{many(one['alarms'], 'message')} in alarm, {in_steps(one['alarm_steps'])}")
         if worst is not None:
             measured = f"{in_words(worst['statistic'])} = {number(worst['value'])}"
             found.append(
                 f"worst in step {worst['step']}: {measured}, score {number(worst['score'])} (1 is on the fence)"
             )
-        found += one["other"][:3]
         rows.append((printable(one["state"]), printable(one["name"]), list(map(printable, found))))
     return rows
 
 
-_OF = {
-    "forward": "other activations than its stage made of the same",
-    "backward": "other gradients of activations than its stage made of the same",
-    "gradients": "other gradients of weights than its stage made of the same",
-}
+def _rest(every: list[Any]) -> list[str]:
+    return [f"and {len(every) - _MOST} more: --html or --json has all"] if len(every) > _MOST else []
 
 
 def show(document: dict[str, Any]) -> None:
@@ -98,7 +95,7 @@ def show(document: dict[str, Any]) -> None:
     if importlib.util.find_spec("rich") is None:
         plain = [" | ".join((state, worker, "; ".join(found))) for state, worker, found in rows]
         shown = [one for line in lines for one in line.wrapped(shutil.get_terminal_size().columns)]
-        print("\n".join([*shown, "", *([" | ".join(_HEADS), *plain] if rows else [])]))
+        print("\n".join([*shown, "", *([" | ".join(_HEADS), *plain] if rows else []), *_rest(document["workers"])]))
         return
     from rich.console import Console
     from rich.table import Table
@@ -117,13 +114,13 @@ def show(document: dict[str, Any]) -> None:
         widest = console.width // 3
         rows = [(state, _short(worker, widest), found) for state, worker, found in rows]
         longest = max(len(word) for _, worker, _ in rows for word in worker.split())
-        table.add_column(_HEADS[1], overflow="fold", min_width=min(longest, widest))
+        table.add_column(_HEADS[1], overflow="fold", min_width=min(longest, widest), max_width=max(longest, widest))
         table.add_column(_HEADS[2], overflow="fold", min_width=widest)
         for state, worker, found in rows:
             table.add_row(Text(state, style=_COLOURS.get(state, "")), Text(worker), Text("\n".join(found)))
         console.print(table)
-    if len(document["workers"]) > _MOST:
-        console.print(f"and {len(document['workers']) - _MOST} more: --html or --json has all")
+    for one in _rest(document["workers"]):
+        console.print(one)
 
 
 def _short(worker: str, most: int) -> str:
