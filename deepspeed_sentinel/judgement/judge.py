@@ -202,6 +202,7 @@ class Judge:
             differences=trial.differences if trial else (),
             inexact=trial.inexact if trial else (),
             contradicted=tuple(one for one in settled.contradicted if changes.convicted[one.worker]),
+            unsettled=self.unsettled.between,
             cleared=workers_of(changes.cleared),
             isolated=self.isolation.isolated.copy(),
             action=self.settings.action,

@@ -71,7 +71,8 @@ class Unsettled:
         memory: steps for which it is remembered.
 
     Attributes:
-        doubted: bool [S, R], between whom something was unsettled in the last step.
+        between: each two between whom something came to be unsettled in the last step.
+        doubted: bool [S, R], who is one of these.
         news: whether any of it was not remembered before.
     """
 
@@ -81,6 +82,7 @@ class Unsettled:
         # [d, s, r, q]: for how many steps to remember what is between (s, r) and (s + d, q)
         self._left = np.zeros((_REACH, mesh.stages, mesh.replicas, mesh.replicas), np.int64)
         self._alike = np.zeros(mesh.stages, bool)
+        self.between: tuple[tuple[Worker, Worker], ...] = ()
         self.doubted = np.zeros((mesh.stages, mesh.replicas), bool)
         self.news = False
 
@@ -105,7 +107,7 @@ class Unsettled:
             workers of middle stages that contradict too many, without those convicted that did not in this step.
         """
         if not (trial or self._left.any() or by_ends.any() or by_neighbours.any()):
-            self.news, self.doubted = False, np.zeros_like(convicted)
+            self.news, self.between, self.doubted = False, (), np.zeros_like(convicted)
             return ()
         new = self._between(served, by_ends, by_neighbours, trial)
         if trial:
@@ -117,8 +119,9 @@ class Unsettled:
         known = convicted.copy()
         for liar in found:
             known[liar.worker] = True
+        self.between = tuple(self._open(new, known))
         self.doubted = np.zeros_like(convicted)
-        for pair in self._open(new, known):
+        for pair in self.between:
             for worker in pair:
                 self.doubted[worker] = True
         return found

@@ -206,6 +206,7 @@ class Verdict:
         proofs, differences: what a twin step has shown.
         inexact: who made other bits in it, as another kind of hardware does.
         contradicted: who is convicted because it contradicts too many.
+        unsettled: each two of whom this step shows that one is bad, and not which (``unsettled.py``); both are suspects.
         cleared: suspects that a twin step has cleared.
         isolated: bool [S, R], who is kept where columns are lost, unproved (``isolation.py``), after this step.
         wiring: int64 [S, C], of the next step; None where nobody deals.
@@ -236,6 +237,7 @@ class Verdict:
     differences: tuple[Difference, ...] = ()
     inexact: tuple[Worker, ...] = ()
     contradicted: tuple[Contradicted, ...] = ()
+    unsettled: tuple[tuple[Worker, Worker], ...] = ()
     cleared: tuple[Worker, ...] = ()
     isolated: np.ndarray = field(default_factory=lambda: NOBODY)
     wiring: np.ndarray | None = None

@@ -173,7 +173,10 @@ class Suspicion(_OfWorker, kind="suspicion"):
 
     Attributes:
         stage, replica: who.
+        why: the evidence, in words.
     """
+
+    why: str
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from deepspeed_sentinel.telemetry.book import COLUMNS
 from deepspeed_sentinel.telemetry.events import Event
 from deepspeed_sentinel.telemetry.exclusion import proved, reason
 from deepspeed_sentinel.telemetry.standing import Above, Standing
+from deepspeed_sentinel.telemetry.suspicion import suspicion
 from deepspeed_sentinel.telemetry.who import Who
 
 
@@ -69,7 +70,7 @@ def verdict_events(
     if verdict.excluded.any():
         yield events.Excluded(np.flatnonzero(verdict.excluded).tolist())
     for worker in workers_of(verdict.suspects & ~suspected):
-        yield events.Suspicion(*worker)
+        yield events.Suspicion(*worker, why=who.fill(suspicion(verdict, worker)))
     if verdict.twins:
         yield events.TwinStep(workers_of(verdict.suspects), verdict.inexact)
     for proof in verdict.proofs:
