@@ -63,12 +63,13 @@ class Difference:
     def __str__(self) -> str:
         what = "gradients of their weights" if self.direction is None else f"{DIRECTIONS[self.direction]} messages"
         workers = ", ".join(map(str, self.workers))
-        return "given the same micro-batches, " + (
-            f"{workers} say that they made the same {what}, those behind them that they received different ones, and "
-            "no majority tells who is wrong"
-            if self.as_received
-            else f"{workers} made different {what}, and no majority tells who is wrong"
-        )
+        if self.as_received:
+            told = f"{workers} say that they made the same {what}, those behind them that they received different ones"
+        elif len(self.workers) == 1:
+            told = f"{workers} made other {what} than those of its stage that could be compared with it"
+        else:
+            told = f"{workers} made different {what}"
+        return f"given the same micro-batches, {told}, and no majority tells who is wrong"
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ _OF_ONE_STATISTIC = {
 # By how many stages two workers are apart of whom one is bad.
 _AT_ODDS = (
     "given the same, it and {others} made different things, and no majority tells who is wrong",
-    "it and {others} report different things of what crossed between them, and one of the two is wrong",
-    "it and {others} report different things of the worker between them, and one of the two is wrong",
+    "it and {others} report different things of what crossed between them, and nobody can tell who is wrong",
+    "it and {others} report different things of the worker between them, and nobody can tell who is wrong",
 )
 
 
