@@ -70,14 +70,25 @@ def columns_without(workers: list[list[int]], wiring: list[list[int]]) -> list[i
     ]
 
 
+class _Told:
+    """Reads the story of the guarded run (``story.py``) on."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def new(self, state: DemoState) -> list[tuple[int, str]]:
+        """Steps and lines that were not read yet."""
+        guards = state.runs["guarded"].step_guard
+        new, self._steps = guards[self._steps :], len(guards)
+        return [(guard["step"], line) for guard in new if guard for line in guard["told"]]
+
+
 class PlainView:
     """One line whenever something worth reading happened; for logs and pipes. Steps are counted from 0."""
 
     def __init__(self, options: DemoOptions, every: int = 10) -> None:
         self.options, self.every = options, every
-        self._message, self._shown, self._ended, self._guards = "", dict.fromkeys(RUNS, 0), set[str](), 0
-        self._convicted: list[list[int]] = []
-        self._wiring: list[list[int]] | None = None
+        self._message, self._shown, self._ended, self._told = "", dict.fromkeys(RUNS, 0), set[str](), _Told()
 
     def __enter__(self) -> PlainView:
         return self
@@ -90,7 +101,8 @@ class PlainView:
         if state.message != self._message:
             self._message = state.message
             print(self._message, flush=True)
-        self._guard(state.runs["guarded"])
+        for step, line in self._told.new(state):
+            print(f"  step {step}: {line}", flush=True)
         for name, run in state.runs.items():
             while self._shown[name] + self.every <= len(run.losses):
                 self._shown[name] += self.every
@@ -103,45 +115,19 @@ class PlainView:
                 shown = "not finite" if run.final_loss is None else f"{run.final_loss:.3f}"
                 print(f"{TITLES[name]}: held-out loss {shown}", flush=True)
 
-    def _guard(self, run: RunState) -> None:
-        for guard in filter(None, run.step_guard[self._guards :]):
-            if self._wiring not in (None, guard["wiring"]):
-                moves = ", ".join(
-                    f"stage {stage} replica {now} to column {column}"
-                    for stage, rows in enumerate(zip(self._wiring, guard["wiring"], strict=True))
-                    for column, (before, now) in enumerate(zip(*rows, strict=True))
-                    if before != now
-                )
-                print(f"  step {guard['step']}: COLUMNS DEALT ANEW: {moves}", flush=True)
-            self._wiring = guard["wiring"]
-            if guard["twins"]:
-                print(f"  step {guard['step']}: TWIN STEP: all columns get the same data and are compared", flush=True)
-            # A convicted worker that goes on raises an alarm in every step.
-            blamed = [worker for worker in guard["blamed"] if worker not in self._convicted]
-            if blamed:
-                workers = ", ".join(f"stage {stage} replica {replica}" for stage, replica in blamed)
-                print(
-                    f"  step {guard['step']}: ALARM {workers}; columns left out: {guard['excluded']}",
-                    flush=True,
-                )
-            for worker in guard["convicted"]:
-                if worker not in self._convicted:
-                    self._convicted.append(worker)
-                    print(f"  step {guard['step']}: CONVICTED stage {worker[0]} replica {worker[1]}", flush=True)
-            if guard["skip"]:
-                print(f"  step {guard['step']}: SKIPPED, no weight changes: {_why_skipped(guard)}", flush=True)
-        self._guards = len(run.step_guard)
-
 
 class LiveView:
-    """The picture: a progress bar and loss curve for each run, the mesh as Sentinel sees it, and totals."""
+    """The picture: a progress bar and loss curve for each run, the mesh as Sentinel sees it, and totals.
+
+    Above it stands the story of the guarded run.
+    """
 
     def __init__(self, options: DemoOptions) -> None:
         from rich.live import Live
 
         self.options = options
         self._begin = time.monotonic()
-        self._state = DemoState()
+        self._state, self._told = DemoState(), _Told()
         self._live = Live(get_renderable=self.render, refresh_per_second=5)
 
     def __enter__(self) -> LiveView:
@@ -152,8 +138,15 @@ class LiveView:
         self._live.__exit__(*error)
 
     def update(self, state: DemoState) -> None:
-        """Show ``state`` from the next refresh on."""
+        """Show ``state`` from the next refresh on, and above the picture what is new of the story."""
+        from rich.table import Table
+        from rich.text import Text
+
         self._state = state
+        for step, line in self._told.new(state):
+            row = Table.grid(padding=(0, 1))
+            row.add_row(Text(f"step {step}:"), Text(line))
+            self._live.console.print(row)
 
     def render(self) -> Any:
         """The whole picture."""
@@ -246,12 +239,6 @@ class LiveView:
         facts.add_row("[dim]columns dealt anew in step[/]", ", ".join(map(str, totals["dealt"])) or "none")
         facts.add_row("[dim]columns that go on[/]", f"[bold]{totals['going_on']} of {options.replicas}[/]")
         return facts
-
-
-def _why_skipped(guard: dict[str, Any]) -> str:
-    if len(guard["excluded"]) == len(guard["wiring"][0]):
-        return "every column is left out"
-    return "not every message could be judged"
 
 
 def _cell(guard: dict[str, Any] | None, convicted: list[list[int]], stage: int, column: int) -> str:

@@ -25,12 +25,13 @@ from deepspeed_sentinel import attach, corpus, initialize
 from deepspeed_sentinel.demo import model
 from deepspeed_sentinel.demo.options import RUNS, DemoOptions
 from deepspeed_sentinel.demo.progress import Writer, finite
+from deepspeed_sentinel.demo.story import Story
 
 _MESSAGES = {
     "clean": "Run 1: plain DeepSpeed, nobody tampers",
     "overhead": "Measuring overhead: more steps of run 1, Sentinel attached and detached in turn",
-    "attacked": "Run 2: bad workers tamper, nobody guards",
-    "guarded": "Run 3: bad workers tamper, Sentinel guards",
+    "attacked": "Run 2: bad workers tamper from step {start} on, nobody guards",
+    "guarded": "Run 3: bad workers tamper from step {start} on, Sentinel guards; steps are counted from 0",
 }
 
 
@@ -94,12 +95,12 @@ class Trainer:
     def run(self, name: str) -> None:
         """One whole run: "clean", "attacked" or "guarded"."""
         self.report("run_start", run=name)
-        self.report("message", text=_MESSAGES[name])
+        self.report("message", text=_MESSAGES[name].format(start=self.options.start_step))
         engine = build_engine(self.options, None if name == "clean" else self.options.sentinel_block(name))
-        data = self.data(engine, held_out=False)
+        data, story = self.data(engine, held_out=False), Story()
         for step in range(self.options.steps):
             loss, seconds = self.step(engine, data)
-            extra = {"guard": guard_facts(engine.sentinel)} if name == "guarded" else {}
+            extra = {"guard": guard_facts(engine.sentinel, story)} if name == "guarded" else {}
             self.report("step", run=name, step=step, loss=finite(loss), seconds=seconds, **extra)
         counts = {}
         if name != "clean":
@@ -132,8 +133,8 @@ class Trainer:
                     handle.detach()
 
 
-def guard_facts(sentinel: Any) -> dict[str, Any]:
-    """What the live view shows of the step, as plain data; "wiring" [S, C] is the one that its messages went by."""
+def guard_facts(sentinel: Any, story: Story) -> dict[str, Any]:
+    """What the terminal shows of the step, as plain data; "wiring" [S, C] is the one that its messages went by."""
     verdict = sentinel.last_verdict
     if verdict is None:
         return {}
@@ -152,6 +153,7 @@ def guard_facts(sentinel: Any) -> dict[str, Any]:
         "skip": bool(verdict.skip),
         "twins": bool(verdict.twins),
         "wiring": sentinel.gate.columns.wiring.tolist(),
+        "told": story.step(verdict, sentinel.gate.columns.wiring),
     }
 
 

@@ -140,7 +140,9 @@ def test_a_suspect_is_told_once_and_what_will_become_of_it(telling, log, tmp_pat
 def test_a_suspect_that_is_trusted_is_no_candidate(telling, log):
     telling.verdict(replace(quiet(), suspects=marked(Worker(0, 1))))
     (told,) = log.messages
-    assert "SUSPECT: stage 0, replica 1 (rank 1, node-0, cpu): " in told and "; first and last stage are trusted" in told
+    assert (
+        "SUSPECT: stage 0, replica 1 (rank 1, node-0, cpu): " in told and "; first and last stage are trusted" in told
+    )
 
 
 OTHER = Worker(1, 0)

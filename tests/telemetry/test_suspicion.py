@@ -102,4 +102,6 @@ def test_who_made_other_things_of_the_same_is_named_though_another_is_left_out_f
     verdict = world.step(digests=marks, twins=twins)
     assert verdict.suspects[other] and [difference.workers for difference in verdict.differences] == [(one,)]
     assert f"given the same, it and {one} made different things" in suspicion(verdict, other)
-    assert str(verdict.differences[0]).startswith(f"given the same micro-batches, {one} made other forward messages than")
+    assert str(verdict.differences[0]).startswith(
+        f"given the same micro-batches, {one} made other forward messages than"
+    )
