@@ -8,8 +8,8 @@ from deepspeed_sentinel.mesh import Mesh
 JUDGING = "judging begins: what leaves the fences is an alarm from here on"
 _OBSERVES = ": what is found is reported, nothing is kept out of the weights and no run is stopped"
 _FEW_REPLICAS = {
-    1: "1 replica: there is nothing to compare with, so statistics are reported and nothing follows from them, but from "
-    "what is not finite, disputed, or should have been passed on unchanged",
+    1: "1 replica: there is nothing to compare with, so statistics are reported and count against nobody; what is not "
+    "finite, disputed, or should have been passed on unchanged does",
     2: "2 replicas: there is no majority, so only a replica that changes while the other does not is blamed, and "
     "slow drift by one cannot be seen",
 }

@@ -206,7 +206,7 @@ class Verdict:
         proofs, differences: what a twin step has shown.
         inexact: who made other bits in it, as another kind of hardware does.
         contradicted: who is convicted because it contradicts too many.
-        unsettled: each two of whom this step shows that one is bad, and not which (``unsettled.py``); both are suspects.
+        unsettled: each two of whom this step shows that one is bad, and not which (``unsettled.py``); both are tried.
         cleared: suspects that a twin step has cleared.
         isolated: bool [S, R], who is kept where columns are lost, unproved (``isolation.py``), after this step.
         wiring: int64 [S, C], of the next step; None where nobody deals.

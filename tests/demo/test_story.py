@@ -63,7 +63,8 @@ def test_a_run_is_told_from_the_alarm_to_how_it_goes_on():
         [
             f"ALARM stage 1 replica 2 ({score}): scores, of which 1 is on the fence",
             "LEFT OUT of the weights: column 2; columns 0, 1 go on",
-            f"SUSPECT stage 1 replica 2: its forward messages over link 1 lie outside the fences (energy, score {score})",
+            "SUSPECT stage 1 replica 2: its forward messages over link 1 lie outside the fences "
+            f"(energy, score {score})",
         ],
         [
             "DEALT ANEW stage 1: replica 0 to column 2, replica 2 to column 0",
