@@ -23,16 +23,10 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from deepspeed_sentinel import attach, corpus, initialize
 from deepspeed_sentinel.demo import model
+from deepspeed_sentinel.demo.live import MESSAGES
 from deepspeed_sentinel.demo.options import RUNS, DemoOptions
 from deepspeed_sentinel.demo.progress import Writer, finite
 from deepspeed_sentinel.demo.story import Story
-
-_MESSAGES = {
-    "clean": "Run 1: plain DeepSpeed, nobody tampers",
-    "overhead": "Measuring overhead: more steps of run 1, Sentinel attached and detached in turn",
-    "attacked": "Run 2: bad workers tamper from step {start} on, nobody guards",
-    "guarded": "Run 3: bad workers tamper from step {start} on, Sentinel guards; steps are counted from 0",
-}
 
 
 def engine_config(options: DemoOptions) -> dict[str, Any]:
@@ -95,7 +89,7 @@ class Trainer:
     def run(self, name: str) -> None:
         """One whole run: "clean", "attacked" or "guarded"."""
         self.report("run_start", run=name)
-        self.report("message", text=_MESSAGES[name].format(start=self.options.start_step))
+        self.report("message", text=MESSAGES[name].format(start=self.options.start_step))
         engine = build_engine(self.options, None if name == "clean" else self.options.sentinel_block(name))
         data, story = self.data(engine, held_out=False), Story()
         for step in range(self.options.steps):
@@ -121,7 +115,7 @@ class Trainer:
         Alternating cancels what else happens on the machine. A block's first step is not timed: attaching and
         the first message of each shape allocate.
         """
-        self.report("message", text=_MESSAGES["overhead"])
+        self.report("message", text=MESSAGES["overhead"])
         for _ in range(self.options.overhead_rounds):
             for guarded in (True, False):
                 handle = attach(engine, self.options.sentinel_block("overhead")) if guarded else None

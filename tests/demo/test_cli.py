@@ -169,8 +169,8 @@ def shown_of(state, width=170):
     """What the live view writes above its picture, and the picture."""
     from rich.console import Console
 
-    picture = live.LiveView(DemoOptions())
-    console = picture._live.console = Console(width=width, record=True, file=io.StringIO())
+    console = Console(width=width, record=True, file=io.StringIO())
+    picture = live.LiveView(DemoOptions(), console)
     picture.update(state)
     picture.update(state)
     above = console.export_text()
@@ -197,12 +197,25 @@ def test_picture_shows_who_serves_which_column_and_what_goes_on(state):
     shown = picture_of(state)
     assert "20/60" in shown
     assert "column 0 OUT" in shown and "column 1 OUT" not in shown and "column 2 OUT" not in shown
-    (row,) = (line for line in shown.splitlines() if "stage 1 " in line and "CONV." in line and "r1" in line)
+    (row,) = (line for line in shown.splitlines() if line.startswith("│  stage 1 "))
     assert row.index("r2 9.0 CONV.") < row.index("r1 0.2") < row.index("r0 0.2"), "the attacker serves column 0 now"
     assert "2 of 3" in shown
     assert re.search(r"steps skipped.*\b40\b", shown)
-    assert "stage 1 replica 2, in step 42 (first alarm: 40)" in shown
-    assert "stage 2 replica 0, in step 43 (first alarm: 40)" in shown
+    assert "stage 1 replica 2, step 42 (alarm: 40)" in shown
+    assert "stage 2 replica 0, step 43 (alarm: 40)" in shown
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_picture_is_whole_however_wide_the_terminal(state, width):
+    losses = [3.25 + step / 1000 for step in range(60)]
+    for name in ("clean", "attacked"):
+        state.runs[name] = RunState(losses=losses, seconds=[0.5] * 60, started=True, ended=True, final_loss=2.701)
+    state.message = live.MESSAGES["guarded"].format(start=30)
+    shown = shown_of(state, width)[1]
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= width
+    for text in (*live.TITLES.values(), "3.309", "2.701", "column 0 OUT", "column 1", "column 2", state.message):
+        assert text in shown, text
+    assert len(shown.splitlines()) <= 24, "a terminal's usual height"
 
 
 def test_picture_stands_before_the_guarded_run_begins():
