@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import time
-from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepspeed_sentinel.demo.options import RUNS, DemoOptions
 from deepspeed_sentinel.demo.progress import DemoState, RunState
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TITLES = {
     "clean": "1 clean, plain DeepSpeed",
     "attacked": "2 attacked, no guard",
     "guarded": "3 attacked, guarded",
 }
+# What the job says of itself, in no more than fits below the picture on a narrow terminal.
+MESSAGES = {
+    "clean": "Run 1: plain DeepSpeed, nobody tampers",
+    "overhead": "Run 1: timing more steps, with and without Sentinel in turn",
+    "attacked": "Run 2: tampering from step {start} on, nobody guards (first step is 0)",
+    "guarded": "Run 3: tampering from step {start} on, Sentinel guards (first step is 0)",
+}
+_WIDE = 130  # columns of a terminal from which on all has room side by side
 _COLOURS = {"clean": "green", "attacked": "red", "guarded": "blue"}
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -38,10 +48,9 @@ def sparkline(losses: list[float | None], width: int) -> str:
 
 
 def guard_totals(run: RunState) -> dict[str, Any]:
-    """Running totals of the guarded run: steps with an alarm or a column left out, who is convicted, what was dealt.
+    """Totals of the guarded run: who is convicted, and how many columns go on.
 
-    "found_in" and "convicted_in" hold the first step for each worker, "dealt" the steps that other columns began with,
-    "skipped" those in which no weight changed.
+    "found_in" and "convicted_in" hold the first step for each worker, "skipped" those in which no weight changed.
     """
     guards = [guard for guard in run.step_guard if guard]
     found, convicted = (
@@ -49,13 +58,10 @@ def guard_totals(run: RunState) -> dict[str, Any]:
         for what in ("blamed", "convicted")
     )
     return {
-        "alarmed_steps": sum(bool(guard["blamed"]) for guard in guards),
-        "excluded_steps": sum(bool(guard["excluded"]) for guard in guards),
         "skipped": [guard["step"] for guard in guards if guard["skip"]],
         "convicted": guards[-1]["convicted"] if guards else [],
         "found_in": found,
         "convicted_in": convicted,
-        "dealt": [now["step"] for before, now in pairwise(guards) if before["wiring"] != now["wiring"]],
         "going_on": len(columns_without(guards[-1]["convicted"], guards[-1]["wiring"])) if guards else None,
         "last": guards[-1] if guards else None,
     }
@@ -70,14 +76,25 @@ def columns_without(workers: list[list[int]], wiring: list[list[int]]) -> list[i
     ]
 
 
+class _Told:
+    """Reads the story of the guarded run (``story.py``) on."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def new(self, state: DemoState) -> list[tuple[int, str]]:
+        """Steps and lines that were not read yet."""
+        guards = state.runs["guarded"].step_guard
+        new, self._steps = guards[self._steps :], len(guards)
+        return [(guard["step"], line) for guard in new if guard for line in guard["told"]]
+
+
 class PlainView:
     """One line whenever something worth reading happened; for logs and pipes. Steps are counted from 0."""
 
     def __init__(self, options: DemoOptions, every: int = 10) -> None:
         self.options, self.every = options, every
-        self._message, self._shown, self._ended, self._guards = "", dict.fromkeys(RUNS, 0), set[str](), 0
-        self._convicted: list[list[int]] = []
-        self._wiring: list[list[int]] | None = None
+        self._message, self._shown, self._ended, self._told = "", dict.fromkeys(RUNS, 0), set[str](), _Told()
 
     def __enter__(self) -> PlainView:
         return self
@@ -90,7 +107,8 @@ class PlainView:
         if state.message != self._message:
             self._message = state.message
             print(self._message, flush=True)
-        self._guard(state.runs["guarded"])
+        for step, line in self._told.new(state):
+            print(f"  step {step}: {line}", flush=True)
         for name, run in state.runs.items():
             while self._shown[name] + self.every <= len(run.losses):
                 self._shown[name] += self.every
@@ -103,46 +121,20 @@ class PlainView:
                 shown = "not finite" if run.final_loss is None else f"{run.final_loss:.3f}"
                 print(f"{TITLES[name]}: held-out loss {shown}", flush=True)
 
-    def _guard(self, run: RunState) -> None:
-        for guard in filter(None, run.step_guard[self._guards :]):
-            if self._wiring not in (None, guard["wiring"]):
-                moves = ", ".join(
-                    f"stage {stage} replica {now} to column {column}"
-                    for stage, rows in enumerate(zip(self._wiring, guard["wiring"], strict=True))
-                    for column, (before, now) in enumerate(zip(*rows, strict=True))
-                    if before != now
-                )
-                print(f"  step {guard['step']}: COLUMNS DEALT ANEW: {moves}", flush=True)
-            self._wiring = guard["wiring"]
-            if guard["twins"]:
-                print(f"  step {guard['step']}: TWIN STEP: all columns get the same data and are compared", flush=True)
-            # A convicted worker that goes on raises an alarm in every step.
-            blamed = [worker for worker in guard["blamed"] if worker not in self._convicted]
-            if blamed:
-                workers = ", ".join(f"stage {stage} replica {replica}" for stage, replica in blamed)
-                print(
-                    f"  step {guard['step']}: ALARM {workers}; columns left out: {guard['excluded']}",
-                    flush=True,
-                )
-            for worker in guard["convicted"]:
-                if worker not in self._convicted:
-                    self._convicted.append(worker)
-                    print(f"  step {guard['step']}: CONVICTED stage {worker[0]} replica {worker[1]}", flush=True)
-            if guard["skip"]:
-                print(f"  step {guard['step']}: SKIPPED, no weight changes: {_why_skipped(guard)}", flush=True)
-        self._guards = len(run.step_guard)
-
 
 class LiveView:
-    """The picture: a progress bar and loss curve for each run, the mesh as Sentinel sees it, and totals."""
+    """The picture: a progress bar and loss curve for each run, the mesh as Sentinel sees it, and totals.
 
-    def __init__(self, options: DemoOptions) -> None:
+    Above it stands the story of the guarded run.
+    """
+
+    def __init__(self, options: DemoOptions, console: Console) -> None:
         from rich.live import Live
 
-        self.options = options
+        self.options, self._console = options, console
         self._begin = time.monotonic()
-        self._state = DemoState()
-        self._live = Live(get_renderable=self.render, refresh_per_second=5)
+        self._state, self._told = DemoState(), _Told()
+        self._live = Live(console=console, get_renderable=self.render, refresh_per_second=5)
 
     def __enter__(self) -> LiveView:
         self._live.__enter__()
@@ -152,8 +144,15 @@ class LiveView:
         self._live.__exit__(*error)
 
     def update(self, state: DemoState) -> None:
-        """Show ``state`` from the next refresh on."""
+        """Show ``state`` from the next refresh on, and above the picture what is new of the story."""
+        from rich.table import Table
+        from rich.text import Text
+
         self._state = state
+        for step, line in self._told.new(state):
+            row = Table.grid(padding=(0, 1))
+            row.add_row(Text(f"step {step}:"), Text(line))
+            self._console.print(row)
 
     def render(self) -> Any:
         """The whole picture."""
@@ -162,16 +161,17 @@ class LiveView:
 
         seconds = int(time.monotonic() - self._begin)
         options = self.options
-        head = (
-            f"a Llama learns Python's source on {options.stages} stages x {options.replicas} replicas = "
-            f"{options.workers} processes ({options.device})"
-        )
+        head = f"{options.stages} stages x {options.replicas} replicas = {options.workers} processes ({options.device})"
         return Panel(
             Group(self._runs(), "", self._guard()),
             title=f"[bold]deepspeed-sentinel demo[/]  {head}",
             subtitle=f"{self._state.message}   {seconds // 60}:{seconds % 60:02d}",
-            padding=(1, 2),
+            padding=(0, 2),
         )
+
+    @property
+    def _wide(self) -> bool:
+        return self._console.width >= _WIDE
 
     def _runs(self) -> Any:
         from rich.progress_bar import ProgressBar
@@ -189,25 +189,30 @@ class LiveView:
             final = "" if not run.ended else "NaN" if run.final_loss is None else f"{run.final_loss:.3f}"
             table.add_row(
                 f"[{colour}]{TITLES[name]}[/]",
-                ProgressBar(total=self.options.steps, completed=done, width=20, complete_style=_COLOURS[name],
-                            finished_style=_COLOURS[name]),
-                f"{done}/{self.options.steps}", loss, f"[{colour}]{sparkline(run.losses, 24)}[/]",
+                ProgressBar(total=self.options.steps, completed=done, width=20 if self._wide else 8,
+                            complete_style=_COLOURS[name], finished_style=_COLOURS[name]),
+                f"{done}/{self.options.steps}", loss,
+                f"[{colour}]{sparkline(run.losses, 24 if self._wide else 11)}[/]",
                 f"[bold]{final}[/]",
             )  # fmt: skip
         return table
 
     def _guard(self) -> Any:
+        from rich.console import Group
         from rich.table import Table
 
         totals = guard_totals(self._state.runs["guarded"])
+        mesh, facts = self._mesh(totals["last"], totals["convicted"]), self._facts(totals)
+        if not self._wide:
+            return Group(mesh, facts)
         grid = Table(box=None, pad_edge=False, padding=(0, 4, 0, 0), show_header=False)
-        grid.add_row(self._mesh(totals["last"], totals["convicted"]), self._facts(totals))
+        grid.add_row(mesh, facts)
         return grid
 
     def _mesh(self, guard: dict[str, Any] | None, convicted: list[list[int]]) -> Any:
         from rich.table import Table
 
-        mesh = Table(title="who serves which column (r: replica), with its worst score; 1 = fence",
+        mesh = Table(title="replica by column, with its worst score (1: fence)",
                      title_style="dim", title_justify="left", box=None, header_style="dim", pad_edge=False)  # fmt: skip
         columns = range(self.options.replicas)
         wiring = guard["wiring"] if guard else [list(columns)] * self.options.stages
@@ -227,31 +232,22 @@ class LiveView:
         attackers = " and ".join(f"stage {stage} replica {replica}" for stage, replica in options.attackers)
         fault = f"{options.attack} {arguments}, {options.direction}, from step {options.start_step}"
         facts = Table(box=None, show_header=False, pad_edge=False)
-        facts.add_row("[dim]attack (the guard does not know)[/]", f"{attackers}\n{fault}")
+        facts.add_row("[dim]attack (unknown to the guard)[/]", f"{attackers}\n{fault}")
         if guard is None:
             facts.add_row("[dim]guard[/]", "starts with run 3")
             return facts
         doing = "[yellow]warming up[/]" if guard["warming_up"] else "[green]watching[/]"
         facts.add_row("[dim]guard[/]", "[cyan]twin step: same data for all[/]" if guard["twins"] else doing)
-        facts.add_row("[dim]steps with an alarm[/]", str(totals["alarmed_steps"]))
-        facts.add_row("[dim]column left out of this step[/]", ", ".join(map(str, guard["excluded"])) or "none")
-        facts.add_row("[dim]steps with a column left out[/]", str(totals["excluded_steps"]))
-        facts.add_row("[dim]steps skipped, all columns out[/]", ", ".join(map(str, totals["skipped"])) or "none")
+        facts.add_row("[dim]columns out of this step[/]", ", ".join(map(str, guard["excluded"])) or "none")
+        facts.add_row("[dim]steps skipped, all out[/]", ", ".join(map(str, totals["skipped"])) or "none")
         convicted = "\n".join(
-            f"stage {stage} replica {replica}, in step {totals['convicted_in'][stage, replica]}"
-            f" (first alarm: {totals['found_in'].get((stage, replica), 'none')})"
+            f"stage {stage} replica {replica}, step {totals['convicted_in'][stage, replica]}"
+            f" (alarm: {totals['found_in'].get((stage, replica), 'none')})"
             for stage, replica in totals["convicted"]
         )
         facts.add_row("[dim]convicted[/]", f"[bold red]{convicted}[/]" if convicted else "nobody")
-        facts.add_row("[dim]columns dealt anew in step[/]", ", ".join(map(str, totals["dealt"])) or "none")
         facts.add_row("[dim]columns that go on[/]", f"[bold]{totals['going_on']} of {options.replicas}[/]")
         return facts
-
-
-def _why_skipped(guard: dict[str, Any]) -> str:
-    if len(guard["excluded"]) == len(guard["wiring"][0]):
-        return "every column is left out"
-    return "not every message could be judged"
 
 
 def _cell(guard: dict[str, Any] | None, convicted: list[list[int]], stage: int, column: int) -> str:
@@ -275,4 +271,5 @@ def view(options: DemoOptions) -> LiveView | PlainView:
     """The live picture on a terminal, else plain lines."""
     from rich.console import Console
 
-    return LiveView(options) if Console().is_terminal else PlainView(options)
+    console = Console()
+    return LiveView(options, console) if console.is_terminal else PlainView(options)

@@ -23,15 +23,10 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from deepspeed_sentinel import attach, corpus, initialize
 from deepspeed_sentinel.demo import model
+from deepspeed_sentinel.demo.live import MESSAGES
 from deepspeed_sentinel.demo.options import RUNS, DemoOptions
 from deepspeed_sentinel.demo.progress import Writer, finite
-
-_MESSAGES = {
-    "clean": "Run 1: plain DeepSpeed, nobody tampers",
-    "overhead": "Measuring overhead: more steps of run 1, Sentinel attached and detached in turn",
-    "attacked": "Run 2: bad workers tamper, nobody guards",
-    "guarded": "Run 3: bad workers tamper, Sentinel guards",
-}
+from deepspeed_sentinel.demo.story import Story
 
 
 def engine_config(options: DemoOptions) -> dict[str, Any]:
@@ -94,12 +89,12 @@ class Trainer:
     def run(self, name: str) -> None:
         """One whole run: "clean", "attacked" or "guarded"."""
         self.report("run_start", run=name)
-        self.report("message", text=_MESSAGES[name])
+        self.report("message", text=MESSAGES[name].format(start=self.options.start_step))
         engine = build_engine(self.options, None if name == "clean" else self.options.sentinel_block(name))
-        data = self.data(engine, held_out=False)
+        data, story = self.data(engine, held_out=False), Story()
         for step in range(self.options.steps):
             loss, seconds = self.step(engine, data)
-            extra = {"guard": guard_facts(engine.sentinel)} if name == "guarded" else {}
+            extra = {"guard": guard_facts(engine.sentinel, story)} if name == "guarded" else {}
             self.report("step", run=name, step=step, loss=finite(loss), seconds=seconds, **extra)
         counts = {}
         if name != "clean":
@@ -120,7 +115,7 @@ class Trainer:
         Alternating cancels what else happens on the machine. A block's first step is not timed: attaching and
         the first message of each shape allocate.
         """
-        self.report("message", text=_MESSAGES["overhead"])
+        self.report("message", text=MESSAGES["overhead"])
         for _ in range(self.options.overhead_rounds):
             for guarded in (True, False):
                 handle = attach(engine, self.options.sentinel_block("overhead")) if guarded else None
@@ -132,8 +127,8 @@ class Trainer:
                     handle.detach()
 
 
-def guard_facts(sentinel: Any) -> dict[str, Any]:
-    """What the live view shows of the step, as plain data; "wiring" [S, C] is the one that its messages went by."""
+def guard_facts(sentinel: Any, story: Story) -> dict[str, Any]:
+    """What the terminal shows of the step, as plain data; "wiring" [S, C] is the one that its messages went by."""
     verdict = sentinel.last_verdict
     if verdict is None:
         return {}
@@ -152,6 +147,7 @@ def guard_facts(sentinel: Any) -> dict[str, Any]:
         "skip": bool(verdict.skip),
         "twins": bool(verdict.twins),
         "wiring": sentinel.gate.columns.wiring.tolist(),
+        "told": story.step(verdict, sentinel.gate.columns.wiring),
     }
 
 

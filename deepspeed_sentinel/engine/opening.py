@@ -1,4 +1,4 @@
-"""The two lines with which a guarded run begins: that it is guarded and what stays unseen, and when judging begins."""
+"""The two lines with which a watched run begins: what is done and what stays unseen, and when judging begins."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.mesh import Mesh
 
 JUDGING = "judging begins: what leaves the fences is an alarm from here on"
+_OBSERVES = ": what is found is reported, nothing is kept out of the weights and no run is stopped"
 _FEW_REPLICAS = {
-    1: "1 replica: there is nothing to compare with, so statistics are reported and exclude nothing; what is not "
-    "finite, disputed, or should have been passed on unchanged still does",
-    2: "2 replicas: there is no majority, so only a replica that changes while the other does not is left out, and "
+    1: "1 replica: there is nothing to compare with, so statistics are reported and count against nobody; what is not "
+    "finite, disputed, or should have been passed on unchanged does",
+    2: "2 replicas: there is no majority, so only a replica that changes while the other does not is blamed, and "
     "slow drift by one cannot be seen",
 }
 
 
-def guarding(config: SentinelConfig, mesh: Mesh) -> str:
-    """What is guarded and how, and what is not seen.
+def opening(config: SentinelConfig, mesh: Mesh) -> str:
+    """What is guarded, or only watched, and how, and what is not seen.
 
     Args:
         config: the settings in effect.
         mesh: the mesh watched.
     """
+    observes = config.action == "observe"
     parts = [
-        f"guarding {mesh.stages} stages x {mesh.replicas} replicas, action {config.action!r}, wiring "
-        f"{config.wiring!r}, conviction by {config.convicts_by(mesh)}",
+        f"{'watching' if observes else 'guarding'} {mesh.stages} stages x {mesh.replicas} replicas, action "
+        f"{config.action!r}{_OBSERVES if observes else ''}, wiring {config.wiring!r}, conviction by "
+        f"{config.convicts_by(mesh)}",
         f"judging begins after {config.warmup_steps} clean steps",
         *([_FEW_REPLICAS[mesh.replicas]] if mesh.replicas in _FEW_REPLICAS else []),
         _twins(config, mesh),

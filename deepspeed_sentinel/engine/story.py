@@ -9,6 +9,7 @@ on doing is told once, then counted.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -20,9 +21,11 @@ from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker, workers_of
 from deepspeed_sentinel.telemetry.exclusion import FILE, reason
-from deepspeed_sentinel.telemetry.findings import why_suspected
+from deepspeed_sentinel.telemetry.suspicion import suspicion
 from deepspeed_sentinel.telemetry.who import Who
 
+# What somebody has to act on; the rest is a warning.
+_LEVELS = {"CONVICTED": logging.ERROR, "NOW": logging.ERROR, "HALT": logging.CRITICAL}
 _Told = Proof | Contradicted | Difference | Finding | Dispute
 _NEXT = {
     "observe": 'Nothing is done about it ("action": "observe").',
@@ -53,10 +56,10 @@ class Story:
         config: the settings.
         mesh: the mesh.
         who: names the workers.
-        say: gets a step and a line.
+        say: gets a step, a line and its level of logging.
     """
 
-    def __init__(self, config: SentinelConfig, mesh: Mesh, who: Who, say: Callable[[int, str], None]) -> None:
+    def __init__(self, config: SentinelConfig, mesh: Mesh, who: Who, say: Callable[[int, str, int], None]) -> None:
         self._mesh, self._who, self._say = mesh, who, say
         self.go_by(config)
         self.suspects = np.zeros((mesh.stages, mesh.replicas), bool)
@@ -73,7 +76,7 @@ class Story:
     def step(self, verdict: Verdict) -> None:
         """Tell what one step came to."""
         for line in self._lines(verdict):
-            self._say(verdict.step, line)
+            self._say(verdict.step, line, _LEVELS.get(line.partition(":")[0], logging.WARNING))
         self.suspects, self.isolated = verdict.suspects.copy(), verdict.isolated.copy()
         self.steps += 1
 
@@ -84,8 +87,7 @@ class Story:
             yield from self._unless_convicted(dispute, f"DISPUTE: {dispute}", verdict)
         yield from self._left_out(verdict)
         for worker in workers_of(verdict.suspects & ~self.suspects):
-            why = why_suspected(verdict, worker)
-            yield f"SUSPECT: {worker}; {f'{why}; ' if why else ''}{self._trial(worker)}"
+            yield f"SUSPECT: {worker}: {suspicion(verdict, worker)}; {self._trial(worker)}"
         shown: tuple[_Told, ...] = (*verdict.proofs, *verdict.contradicted, *verdict.differences)
         for one in shown:
             yield from self._unless_convicted(one, str(one), verdict)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.engine.controlfile import FILE as CONTROL_FILE
-from deepspeed_sentinel.engine.opening import JUDGING, guarding
+from deepspeed_sentinel.engine.opening import JUDGING, opening
 from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.engine.requests import Decision
 from deepspeed_sentinel.engine.story import Story
@@ -97,7 +97,7 @@ class Telling:
         self._voice.event(step, events.Start(shape, config.model_dump(mode="json"), bool(config.inject)))
         if not self._first:
             return
-        self._voice.note(guarding(config, mesh))
+        self._voice.note(opening(config, mesh))
         for injection in config.inject:
             arguments = f" {injection.arguments}" if injection.arguments else ""
             self._voice.note(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable
 from typing import TypeVar
@@ -46,13 +47,13 @@ class Voice:
                 'write to, or set "events": "none".'
             )
 
-    def note(self, text: str) -> None:
-        """A line."""
-        console.say(self._who.fill(text))
+    def note(self, text: str, level: int = logging.WARNING) -> None:
+        """A line, at a level of logging."""
+        console.say(self._who.fill(text), level)
 
-    def of_step(self, step: int, text: str) -> None:
+    def of_step(self, step: int, text: str, level: int = logging.WARNING) -> None:
         """A line about a step."""
-        self.note(f"step {step}: {text}")
+        self.note(f"step {step}: {text}", level)
 
     def once(self, kind: str, text: str) -> None:
         """A line of a kind of which one is enough."""

@@ -4,8 +4,8 @@ A step's own median is believed where those who tamper cannot be its side. Fewer
 n = floor((R - 1) / 2), and more than 2 n columns must be left to set it, of those that nothing spoilt before: with five
 replicas all five, for two bad among three that are left are most of them. Otherwise, and always with one replica, the
 centre is that of recent steps. Training may turn meanwhile. Where more than half of all columns lie beyond the same
-fence around the recent centre, one of them at least is honest, so training did it, and the step's own median holds. Once
-clean messages of such a step are learnt, the steps before it are no longer recent.
+fence around the recent centre, one of them at least is honest, so training did it, and the step's own median holds.
+Once clean messages of such a step are learnt, the steps before it are no longer recent.
 
 ``held.py`` asks for the centres of a step, ``fences.py`` has them learnt. Axes are [statistic, link, column,
 micro-batch], where the links of both directions stand in a row.

@@ -67,15 +67,16 @@ class Contradicted:
         )
 
 
-def at_odds(worker: Worker, partners: Sequence[Worker]) -> str:
-    """What is unsettled between a worker and each of some others, all of one stage, in words."""
+def at_odds(worker: Worker, partners: Sequence[Worker], name: str = "") -> str:
+    """What is unsettled between a worker, called by a name if there is one, and each of some others of one stage."""
+    name = name or str(worker)
     others = " and ".join(map(str, partners))
     near, far = sorted((worker.stage, partners[0].stage))
     if near == far:
-        return f"given the same micro-batches, {worker} made something else than {others}"
+        return f"given the same micro-batches, {name} made something else than {others}"
     if far == near + 1:
-        return f"{worker} reports other contents of messages over link {near} than {others}"
-    return f"{worker} reports other numbers of what entered and left stage {near + 1} than {others}"
+        return f"{name} reports other contents of messages over link {near} than {others}"
+    return f"{name} reports other numbers of what entered and left stage {near + 1} than {others}"
 
 
 class Unsettled:

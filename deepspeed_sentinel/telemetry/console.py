@@ -10,10 +10,10 @@ from contextlib import contextmanager
 _logger = logging.getLogger("DeepSpeed")
 
 
-def say(text: str) -> None:
-    """One line of Sentinel's. It is a warning, since DeepSpeed hides what is less."""
+def say(text: str, level: int = logging.WARNING) -> None:
+    """One line of Sentinel's. It is a warning at least, since DeepSpeed's logger and its handler hide what is less."""
     with _beside_bars():
-        _logger.warning(f"[sentinel] {text}", stacklevel=2)
+        _logger.log(level, f"[sentinel] {text}", stacklevel=2)
 
 
 @contextmanager

@@ -173,10 +173,10 @@ class Suspicion(_OfWorker, kind="suspicion"):
 
     Attributes:
         stage, replica: who.
-        why: what was seen, in words; empty where it is not known.
+        why: the evidence, in words.
     """
 
-    why: str = ""
+    why: str
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from deepspeed_sentinel.evidence.weights import Comparison, Division
-from deepspeed_sentinel.judgement.unsettled import at_odds
 from deepspeed_sentinel.judgement.verdict import NOBODY, Verdict
-from deepspeed_sentinel.mesh import DIRECTIONS, Worker, columns_of, workers_of
+from deepspeed_sentinel.mesh import DIRECTIONS, columns_of, workers_of
 from deepspeed_sentinel.telemetry import events
 from deepspeed_sentinel.telemetry.book import COLUMNS
 from deepspeed_sentinel.telemetry.events import Event
 from deepspeed_sentinel.telemetry.exclusion import proved, reason
 from deepspeed_sentinel.telemetry.standing import Above, Standing
+from deepspeed_sentinel.telemetry.suspicion import suspicion
 from deepspeed_sentinel.telemetry.who import Who
 
 
@@ -70,7 +70,7 @@ def verdict_events(
     if verdict.excluded.any():
         yield events.Excluded(np.flatnonzero(verdict.excluded).tolist())
     for worker in workers_of(verdict.suspects & ~suspected):
-        yield events.Suspicion(*worker, why=who.fill(why_suspected(verdict, worker)))
+        yield events.Suspicion(*worker, why=who.fill(suspicion(verdict, worker)))
     if verdict.twins:
         yield events.TwinStep(workers_of(verdict.suspects), verdict.inexact)
     for proof in verdict.proofs:
@@ -99,28 +99,6 @@ def verdict_events(
         yield events.Skipped()
     if verdict.halt:
         yield events.Halt(who.fill(verdict.halt))
-
-
-def why_suspected(verdict: Verdict, worker: Worker) -> str:
-    """Why a worker is a suspect from the step of a verdict on, in words; empty where nothing of it says so."""
-    told = []
-    causes = {one.cause for one in verdict.findings if one.worker == worker and one.strikes}
-    if causes == {"later alarms"}:
-        told.append("alarms are traced back to messages that it sent")
-    elif causes:
-        told.append("messages that it sent are in alarm")
-    if any(one.struck == worker for one in verdict.disputed):
-        told.append("it gave an audit a false statement")
-    partners: dict[int, list[Worker]] = {}
-    for pair in verdict.unsettled:
-        if worker in pair:
-            (other,) = (one for one in pair if one != worker)
-            partners.setdefault(other.stage, []).append(other)
-    seen = [at_odds(worker, of_stage).replace(str(worker), "it") for of_stage in partners.values()]
-    told += [f"{one}, and one of the two must be bad" for one in seen]
-    if worker in verdict.released:
-        told.append("its conviction is lifted, and it is on probation")
-    return "; ".join(told)
 
 
 def wiring_event(before: np.ndarray, wiring: np.ndarray) -> events.Dealt:

@@ -1,6 +1,7 @@
 """The command line: bad input ends at once with what is allowed; the view says what happens."""
 
 import argparse
+import io
 import re
 
 import pytest
@@ -94,7 +95,7 @@ PACKED = [[0, 1, 2], [2, 1, 0], [0, 1, 2], [0, 1, 2]]
 SCORES = [[0.5, 0.4, 0.3], [0.2, 0.2, 9.0], [7.0, None, 0.4], [0.1, 0.1, 0.1]]
 
 
-def guard(step, wiring, blamed=(), excluded=(), convicted=(), twins=False, skip=False):
+def guard(step, wiring, blamed=(), excluded=(), convicted=(), twins=False, skip=False, told=()):
     return {
         "step": step,
         "warming_up": False,
@@ -105,14 +106,15 @@ def guard(step, wiring, blamed=(), excluded=(), convicted=(), twins=False, skip=
         "skip": skip,
         "twins": twins,
         "wiring": wiring,
+        "told": list(told),
     }
 
 
 GUARDS = [
     {},
     guard(39, OWN),
-    guard(40, OWN, [(1, 2), (2, 0)], [0, 1, 2], skip=True),
-    guard(41, PACKED, [(1, 2), (2, 0)], [0]),
+    guard(40, OWN, [(1, 2), (2, 0)], [0, 1, 2], skip=True, told=["ALARM of two", "SKIPPED"]),
+    guard(41, PACKED, [(1, 2), (2, 0)], [0], told=["DEALT ANEW"]),
     guard(42, PACKED, [], [0], [(1, 2)], twins=True),
     guard(43, PACKED, [(1, 2)], [0], [(1, 2), (2, 0)]),
 ]
@@ -126,25 +128,20 @@ def state():
     return state
 
 
-def test_lines_tell_once_of_alarms_deals_and_convictions(state, capsys):
+def test_lines_tell_the_story_once(state, capsys):
     with live.PlainView(DemoOptions()) as plain:
         plain.update(state)
         plain.update(state)
-    text = capsys.readouterr().out
-    assert text.count("step 40: ALARM stage 1 replica 2, stage 2 replica 0; columns left out: [0, 1, 2]") == 1
-    assert text.count("step 40: SKIPPED, no weight changes: every column is left out") == 1
-    assert text.count("SKIPPED") == 1
-    assert text.index("step 42: TWIN STEP") < text.index("step 42: CONVICTED")
-    assert text.count("DEALT ANEW") == 1
-    assert "step 41: COLUMNS DEALT ANEW: stage 1 replica 2 to column 0, stage 1 replica 0 to column 2" in text
-    assert text.count("step 42: CONVICTED stage 1 replica 2") == 1
-    assert text.count("step 43: CONVICTED stage 2 replica 0") == 1
-    assert "step 43: ALARM" not in text, "a convicted worker's alarms are no news"
+    story = [line for line in capsys.readouterr().out.splitlines() if "step 4" in line]
+    assert story == ["  step 40: ALARM of two", "  step 40: SKIPPED", "  step 41: DEALT ANEW"]
 
 
 def test_lines_tell_what_happens_in_the_order_in_which_it_does(capsys):
     """All of a stream that comes in one piece, as it does where the machine is busy."""
-    first, later = guard(0, OWN, [(1, 2)], [2]), [guard(step, OWN) for step in range(1, 10)]
+    first, later = (
+        guard(0, OWN, told=["ALARM stage 1 replica 2", "LEFT OUT"]),
+        [guard(step, OWN) for step in range(1, 10)],
+    )
     steps = [{"kind": "step", "loss": 3.0, "seconds": 0.5, "run": "guarded", "guard": one} for one in (first, *later)]
     stream = [
         {"kind": "message", "text": "Run 3"},
@@ -159,7 +156,8 @@ def test_lines_tell_what_happens_in_the_order_in_which_it_does(capsys):
     told = capsys.readouterr().out.splitlines()
     assert told == [
         "Run 3",
-        "  step 0: ALARM stage 1 replica 2; columns left out: [2]",
+        "  step 0: ALARM stage 1 replica 2",
+        "  step 0: LEFT OUT",
         "3 attacked, guarded: 10 of 60 steps done, training loss 3.000",
         "Run 3: held-out",
         "3 attacked, guarded: held-out loss 2.500",
@@ -167,26 +165,57 @@ def test_lines_tell_what_happens_in_the_order_in_which_it_does(capsys):
     ]
 
 
-def picture_of(state):
+def shown_of(state, width=170):
+    """What the live view writes above its picture, and the picture."""
     from rich.console import Console
 
-    picture = live.LiveView(DemoOptions())
+    console = Console(width=width, record=True, file=io.StringIO())
+    picture = live.LiveView(DemoOptions(), console)
     picture.update(state)
-    console = Console(width=170, record=True)
+    picture.update(state)
+    above = console.export_text()
     console.print(picture.render())
-    return console.export_text()
+    return above, console.export_text()
+
+
+def picture_of(state):
+    return shown_of(state)[1]
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_above_the_picture_stands_the_story_once_however_wide_the_terminal(state, width):
+    long = "SUSPECT stage 2 replica 2: " + " ".join(["word"] * 20)
+    state.runs["guarded"].step_guard = [*GUARDS, guard(44, PACKED, told=[long])]
+    above, picture = shown_of(state, width)
+    first, second, third, *rest = [line.rstrip() for line in above.splitlines()]
+    assert [first, second, third] == ["step 40: ALARM of two", "step 40: SKIPPED", "step 41: DEALT ANEW"]
+    assert rest[0].startswith("step 44: SUSPECT") and all(line.startswith(" " * 9) for line in rest[1:])
+    assert max(map(len, picture.splitlines())) <= width
 
 
 def test_picture_shows_who_serves_which_column_and_what_goes_on(state):
     shown = picture_of(state)
     assert "20/60" in shown
     assert "column 0 OUT" in shown and "column 1 OUT" not in shown and "column 2 OUT" not in shown
-    (row,) = (line for line in shown.splitlines() if "stage 1 " in line and "CONV." in line and "r1" in line)
+    (row,) = (line for line in shown.splitlines() if line.startswith("│  stage 1 "))
     assert row.index("r2 9.0 CONV.") < row.index("r1 0.2") < row.index("r0 0.2"), "the attacker serves column 0 now"
     assert "2 of 3" in shown
     assert re.search(r"steps skipped.*\b40\b", shown)
-    assert "stage 1 replica 2, in step 42 (first alarm: 40)" in shown
-    assert "stage 2 replica 0, in step 43 (first alarm: 40)" in shown
+    assert "stage 1 replica 2, step 42 (alarm: 40)" in shown
+    assert "stage 2 replica 0, step 43 (alarm: 40)" in shown
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_picture_is_whole_however_wide_the_terminal(state, width):
+    losses = [3.25 + step / 1000 for step in range(60)]
+    for name in ("clean", "attacked"):
+        state.runs[name] = RunState(losses=losses, seconds=[0.5] * 60, started=True, ended=True, final_loss=2.701)
+    state.message = live.MESSAGES["guarded"].format(start=30)
+    shown = shown_of(state, width)[1]
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= width
+    for text in (*live.TITLES.values(), "3.309", "2.701", "column 0 OUT", "column 1", "column 2", state.message):
+        assert text in shown, text
+    assert len(shown.splitlines()) <= 24, "a terminal's usual height"
 
 
 def test_picture_stands_before_the_guarded_run_begins():

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
 from synthetic import World
 
 from deepspeed_sentinel.config import SentinelConfig
-from deepspeed_sentinel.engine.opening import guarding
+from deepspeed_sentinel.engine.opening import opening
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.mesh import Mesh
 from deepspeed_sentinel.telemetry.devices import NOBODY
@@ -30,7 +30,7 @@ def log(caplog):
 
 
 def line(mesh, **block):
-    return guarding(SentinelConfig.parse({"enabled": True, **block}).of_mesh(mesh), mesh)
+    return opening(SentinelConfig.parse({"enabled": True, **block}).of_mesh(mesh), mesh)
 
 
 def test_the_line_has_what_is_guarded_and_what_is_not_seen():
@@ -38,6 +38,19 @@ def test_the_line_has_what_is_guarded_and_what_is_not_seen():
     assert told.startswith("guarding 4 stages x 3 replicas, action 'quarantine', wiring 'heal', conviction by proof; ")
     assert "judging begins after 7 clean steps" in told
     assert 'goes unseen without them: "twins": {"every": 100} finds it for 0.67 % of the data' in told
+
+
+def test_who_only_observes_guards_nothing_and_says_so():
+    told = line(Mesh(4, 3), action="observe")
+    assert told.startswith("watching 4 stages x 3 replicas, action 'observe': what is found is reported, ")
+    assert "nothing is kept out of the weights and no run is stopped" in told and "guarding" not in told
+    few = line(Mesh(4, 1), action="observe") + line(Mesh(4, 2), action="observe")
+    assert "left out" not in few and "exclude" not in few
+
+
+@pytest.mark.parametrize("action", ["exclude", "quarantine", "halt"])
+def test_what_keeps_things_out_guards(action):
+    assert line(Mesh(4, 3), action=action).startswith(f"guarding 4 stages x 3 replicas, action {action!r}, wiring ")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def test_a_story_is_told_in_the_order_in_which_it_happens(telling, log):
     telling.verdict(attacked([CULPRIT], newly=[CULPRIT]))
     assert words(log) == ["ALARM", "LEFT OUT", "SUSPECT", "PROVED", "CONVICTED", "NOW"]
     assert all(record.getMessage().startswith(f"[sentinel] step {blamed().step}: ") for record in log.records)
-    assert all(record.levelno == logging.WARNING for record in log.records), "DeepSpeed hides what is less"
+    levels = [record.levelno for record in log.records]
+    assert levels == [logging.WARNING] * 4 + [logging.ERROR] * 2, "DeepSpeed hides what is less than a warning"
 
 
 def test_every_line_names_rank_host_and_device(telling, log):
@@ -129,7 +130,7 @@ def test_a_suspect_is_told_once_and_what_will_become_of_it(telling, log, tmp_pat
     for _ in range(3):
         telling.verdict(blamed())
     (told,) = [line for line in log.messages if "SUSPECT" in line]
-    assert told.endswith("messages that it sent are in alarm; the next twin step tries it, which comes soon")
+    assert told.endswith("; the next twin step tries it, which comes soon")
     log.clear()
     telling_of(tmp_path, conviction="statistics").verdict(blamed())
     (told,) = [line for line in log.messages if "SUSPECT" in line]
@@ -139,7 +140,41 @@ def test_a_suspect_is_told_once_and_what_will_become_of_it(telling, log, tmp_pat
 def test_a_suspect_that_is_trusted_is_no_candidate(telling, log):
     telling.verdict(replace(quiet(), suspects=marked(Worker(0, 1))))
     (told,) = log.messages
-    assert "stage 0, replica 1 (rank 1, node-0, cpu); first and last stage are trusted" in told
+    assert (
+        "SUSPECT: stage 0, replica 1 (rank 1, node-0, cpu): " in told and "; first and last stage are trusted" in told
+    )
+
+
+OTHER = Worker(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "why"),
+    [
+        (blamed(), f"{NAME}: its forward messages over link 1 lie outside the fences (energy, score "),
+        (
+            replace(quiet(), suspects=marked(CULPRIT), twins=True, unsettled=((OTHER, CULPRIT),)),
+            f"{NAME}: given the same micro-batches, it made something else than stage 1, replica 0 (rank 3",
+        ),
+        (
+            replace(quiet(), suspects=marked(CULPRIT), unsettled=((CULPRIT, Worker(2, 0)),)),
+            f"{NAME}: it reports other contents of messages over link 1 than stage 2, replica 0 (rank 6",
+        ),
+        (
+            replace(quiet(), suspects=marked(CULPRIT), unsettled=((CULPRIT, Worker(3, 0)),)),
+            f"{NAME}: it reports other numbers of what entered and left stage 2 than stage 3, replica 0 (rank 9",
+        ),
+        (replace(quiet(), suspects=marked(CULPRIT), released=(CULPRIT,)), f"{NAME}: its conviction ran out"),
+        (replace(quiet(), suspects=marked(CULPRIT)), f"{NAME}: it was one in the state that was taken over"),
+    ],
+)
+def test_whatever_makes_a_suspect_its_line_says_why(telling, log, tmp_path, verdict, why):
+    telling.verdict(verdict)
+    (told,) = [line for line in log.messages if "SUSPECT" in line]
+    assert f"SUSPECT: {why}" in told and told.endswith("; the next twin step tries it, which comes soon")
+    events = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    (event,) = [event for event in events if event["kind"] == "suspicion"]
+    assert event["why"] in told and event["why"]
 
 
 def test_what_a_convicted_worker_goes_on_doing_is_told_once_then_counted(telling, log, tmp_path):
@@ -221,6 +256,7 @@ def test_who_rounds_otherwise_is_told_of_once_and_in_the_event_of_each_such_step
 def test_a_halt_is_a_line_before_anything_is_written_for_it(telling, log):
     telling.verdict(replace(attacked([CULPRIT], newly=[CULPRIT]), halt=f"{CULPRIT} convicted"))
     assert log.messages[-1] == f"[sentinel] step {blamed().step}: HALT: {NAME} convicted"
+    assert log.records[-1].levelno == logging.CRITICAL
 
 
 def test_a_conviction_that_does_not_hold_for_the_machine_that_is_there_now_names_both(telling, log, tmp_path):

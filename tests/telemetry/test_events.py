@@ -109,32 +109,6 @@ def test_alarms_only():
     assert kinds == ["alarm", "excluded", "suspicion"]
 
 
-OTHERS = (Worker(1, 0), Worker(2, 1))
-
-
-@pytest.mark.parametrize(
-    ("more", "why"),
-    [
-        ({}, ["messages that it sent are in alarm"]),
-        ({"findings": ()}, [""]),
-        ({"findings": (replace(blamed().findings[0], cause="later alarms"),)}, ["alarms are traced back to messages"]),
-        ({"findings": (), "released": (CULPRIT,)}, ["its conviction is lifted, and it is on probation"]),
-        (
-            {"findings": (), "unsettled": tuple((min(CULPRIT, one), max(CULPRIT, one)) for one in OTHERS)},
-            [
-                "given the same micro-batches, it made something else than stage 1, replica 0 (rank 3",
-                "it reports other contents of messages over link 1 than stage 2, replica 1 (rank 7",
-                "and one of the two must be bad",
-            ],
-        ),
-    ],
-)
-def test_a_suspicion_says_what_was_seen(more, why):
-    told = [event for event in verdict_events(replace(blamed(), **more), False, NONE, WHO) if event.kind == "suspicion"]
-    assert len(told) == 1 and all(part in told[0].why for part in why)
-    assert "worker (stage" not in told[0].why and bool(told[0].why) == any(why)
-
-
 def test_a_proof_is_told_before_the_conviction_that_follows_from_it():
     proof = Proof(CULPRIT, 2, FORWARD, (0,), 2, 3, trusted=False)
     verdict = replace(blamed(), twins=True, proofs=(proof,), newly_convicted=(CULPRIT,))

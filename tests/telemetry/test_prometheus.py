@@ -124,7 +124,7 @@ def test_what_cannot_be_opened_is_named(tmp_path):
     [
         ({"port": 0}, ["sentinel.prometheus.port", "0", "greater than or equal to 1"]),
         ({"port": 70000}, ["sentinel.prometheus.port", "70000", "65535"]),
-        ({"textfile": "sentinel.txt"}, ["sentinel.prometheus.textfile", "'sentinel.txt'", r"\.prom$"]),
+        ({"textfile": "sentinel.txt"}, ["sentinel.prometheus.textfile", '"sentinel.txt"', r"\.prom$"]),
         ({"host": "0.0.0.0"}, ["sentinel.prometheus.host", "unknown key"]),
     ],
 )
