@@ -96,7 +96,8 @@ class Story:
         if not out:
             yield "ALL COLUMNS COUNT again"
         else:
-            yield f"LEFT OUT of the weights: {_columns(out)}{f'; {_columns(left)} go on' if left else ''}"
+            rest = f"; {_columns(left)} {'go' if len(left) > 1 else 'goes'} on" if left else ""
+            yield f"LEFT OUT of the weights: {_columns(out)}{rest}"
 
 
 def _moves(before: np.ndarray | None, wiring: np.ndarray) -> str:

@@ -94,6 +94,7 @@ def test_a_step_of_which_nothing_is_left_says_why_it_is_skipped():
     assert told(quiet(excluded=out(0, 1, 2), skip=True))[0] == "LEFT OUT of the weights: columns 0, 1, 2"
     assert told(quiet(skip=True)) == ["SKIPPED, no weight changes: not every message could be judged"]
     assert told(quiet(excluded=out(1)), quiet()) == ["ALL COLUMNS COUNT again"]
+    assert told(quiet(excluded=out(0, 1))) == ["LEFT OUT of the weights: columns 0, 1; column 2 goes on"]
 
 
 def test_who_is_undecided_or_at_odds_is_told_with_whom():
