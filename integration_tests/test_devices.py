@@ -80,7 +80,7 @@ def test_a_proof_is_kept_by_device_and_named_when_the_next_run_starts_on_it(of_t
     assert proofs(first) >= 1 and proofs(second) == 0
     assert named(folder / "logs") == [("proof", SLOT, [[1, 2]])]
     said = of_three.job.stderr[0] + of_three.job.stdout[0]
-    assert f"PROVED BEFORE to make something else than its peers of the same: device cpu:{socket.gethostname()}" in said
+    assert f"PROVED BEFORE to have done or reported something wrong: device cpu:{socket.gethostname()}" in said
     assert said.count("PROVED BEFORE") == 1
     totals = known(folder / "logs")
     assert sorted(totals) == list(range(9))

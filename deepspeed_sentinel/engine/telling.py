@@ -237,7 +237,7 @@ class Telling:
         why = (
             "more alarms than its peers, which convicts nobody"
             if isinstance(what, Above)
-            else "PROVED BEFORE to make something else than its peers of the same"
+            else "PROVED BEFORE to have done or reported something wrong"
         )
         self._voice.of_step(step, f"{why}: {what}")
         self._voice.event(step, device_event(what))

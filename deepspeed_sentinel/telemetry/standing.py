@@ -23,7 +23,7 @@ class Standing:
         judged: messages judged.
         alarmed_steps: those of the steps with an alarm.
         alarms, disputes: messages that told against it; messages in disputes of which it was one side.
-        proofs: how often an exact comparison proved that it computed something else.
+        proofs: steps in which it was proved bad, by an exact comparison or by several partners.
         unequal_weights: how often its weights were others than its replicas'.
         first, last: when something was counted, in seconds since 1970.
         trouble: when there was last an alarm, a dispute, a proof or unequal weights; 0 for never.

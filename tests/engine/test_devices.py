@@ -23,6 +23,7 @@ from deepspeed_sentinel.engine.devices import WRITE_SECONDS, DeviceRecord, gathe
 from deepspeed_sentinel.engine.reduction import Poisoned
 from deepspeed_sentinel.engine.telling import Telling
 from deepspeed_sentinel.judgement.trial import Proof
+from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.telemetry.devices import Device, to_bytes
 from deepspeed_sentinel.telemetry.who import Who
@@ -102,11 +103,22 @@ def test_a_proof_is_in_the_file_at_once_and_named_when_a_run_starts_on_the_devic
 
     other = Run(tmp_path, places=[5, *range(20, 31)])
     assert other.events() == [("proof", KEY, [[0, 0]])]
-    assert f"step 0: PROVED BEFORE to make something else than its peers of the same: device {KEY}" in said[0]
+    assert f"step 0: PROVED BEFORE to have done or reported something wrong: device {KEY}" in said[0]
     other.end()
     elsewhere = Run(tmp_path, places=range(20, 32))
     elsewhere.end()
     assert len(said) == 1
+
+
+def test_who_was_proved_by_several_partners_is_named_too(said, honest, tmp_path):
+    """It reports falsely, or makes other things: its machine is no better than one that an exact comparison found."""
+    first = Run(tmp_path)
+    partners = (Worker(CULPRIT.stage + 1, 0), Worker(CULPRIT.stage + 1, 1))
+    first.step(replace(honest[0], contradicted=(Contradicted(CULPRIT, partners),)))
+    assert known_of(tmp_path)[KEY]["total"]["proofs"] == 1
+    first.end()
+    Run(tmp_path, places=[5, *range(20, 31)]).end()
+    assert f"PROVED BEFORE to have done or reported something wrong: device {KEY}" in said[0]
 
 
 def test_reductions_and_weights_are_counted(said, honest, tmp_path):
