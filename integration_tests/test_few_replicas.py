@@ -78,6 +78,6 @@ def test_a_change_of_data_in_all_replicas_stops_nothing(runs):
 def test_it_says_what_it_cannot_decide(runs):
     said = {
         1: "1 replica: there is nothing to compare with",
-        2: "only a replica that changes while the other does not is left out",
+        2: "only a replica that changes while the other does not is blamed",
     }
     assert said[runs.replicas] in runs.job.stderr[0] + runs.job.stdout[0]
