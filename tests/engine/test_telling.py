@@ -153,6 +153,14 @@ OTHER = Worker(1, 0)
     [
         (blamed(), f"{NAME}: its forward messages over link 1 lie outside the fences (energy, score "),
         (
+            replace(blamed(), findings=(replace(blamed().findings[0], cause="sums"),)),
+            f"{NAME}: deviations of its forward messages over link 1 have added up (energy, score ",
+        ),
+        (
+            replace(blamed(), findings=(replace(blamed().findings[0], cause="later alarms"),)),
+            f"{NAME}: alarms behind it are traced back to its forward messages over link 1 (energy, score ",
+        ),
+        (
             replace(quiet(), suspects=marked(CULPRIT), twins=True, unsettled=((OTHER, CULPRIT),)),
             f"{NAME}: given the same micro-batches, it made something else than stage 1, replica 0 (rank 3",
         ),
