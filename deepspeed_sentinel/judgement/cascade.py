@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from deepspeed_sentinel.judgement.blame import followers
-from deepspeed_sentinel.judgement.centre import certain
+from deepspeed_sentinel.judgement.centre import Centre
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.held import Held
 
@@ -32,8 +32,7 @@ def hold_against_fences(
         sound: bool [2, L, C, M], those of them that no convicted worker had a hand in.
     """
     doubtful = np.zeros(sound.shape[:2], bool)
-    replicas = fences.mesh.replicas
-    eligible = first = _chosen(replicas, sound, whole, whole)
+    eligible = first = _chosen(fences.centre, sound, whole, whole)
     for _ in range(_PASSES):
         held.measure(eligible, doubtful)
         alarms = (held.largest > 1.0) | surely
@@ -41,7 +40,7 @@ def hold_against_fences(
         cascade = followers(spoilt)
         if eligible is first and not spoilt.any():
             break
-        narrowed = _chosen(replicas, sound & ~cascade, whole & ~cascade, whole)
+        narrowed = _chosen(fences.centre, sound & ~cascade, whole & ~cascade, whole)
         if np.array_equal(narrowed, eligible):
             left, in_alarm = (np.count_nonzero(which.any(-1), axis=-1) for which in (narrowed, narrowed & alarms))
             widened = doubtful | ((2 * in_alarm >= left) & (in_alarm > 0) & fences.has_majority)
@@ -52,7 +51,7 @@ def hold_against_fences(
     return cascade
 
 
-def _chosen(replicas: int, best: np.ndarray, good: np.ndarray, last: np.ndarray) -> np.ndarray:
+def _chosen(centre: Centre, best: np.ndarray, good: np.ndarray, last: np.ndarray) -> np.ndarray:
     """Which of these messages (bool [2, L, C, M]) set the centre of each link.
 
     The best or else the good, if the bad cannot be most of them; otherwise the first of the three that holds any.
@@ -63,5 +62,5 @@ def _chosen(replicas: int, best: np.ndarray, good: np.ndarray, last: np.ndarray)
     for choice in (last, good, best):
         result = np.where(choice.any(axis=(2, 3), keepdims=True), choice, result)
     for choice in (good, best):
-        result = np.where(certain(choice, replicas)[..., None, None], choice, result)
+        result = np.where(centre.certain(choice)[..., None, None], choice, result)
     return result

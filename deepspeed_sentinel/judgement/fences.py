@@ -74,7 +74,7 @@ class Fences:
         self._residuals = Window(self._rows, window, (0.25, 0.75), seed)
         self.reach = np.full(self._rows, np.nan)
         self._range = np.full(self._rows, np.nan)  # the IQR, but in a full window it grows by GROWTH at most
-        self.centre = Centre(mesh, self._rows, window)
+        self.centre = Centre(mesh, self._rows)
         self.usual = Usual((*self._rows, mesh.replicas))
         self.past = Past((*self._rows, mesh.replicas))
 
@@ -96,9 +96,9 @@ class Fences:
         low, high = self._residuals.quantiles
         return np.asarray(np.maximum(high - low, self._floors))
 
-    def begin(self) -> None:
-        """Before the messages of a step are held against what was learnt."""
-        self.centre.begin(self.learnt_steps, self._residuals.quantiles, self.reach)
+    def begin(self, convicted: np.ndarray) -> None:
+        """Before the messages of a step are held against what was learnt, those of convicted workers bool [2, L, C]."""
+        self.centre.begin(self.learnt_steps == 0, convicted, self._residuals.quantiles, self.reach)
 
     def known(self, links: slice) -> np.ndarray:
         """Where there is a fence, bool [K, N], of some of the links of both directions in a row."""
@@ -151,16 +151,25 @@ class Fences:
             if not clean.all():
                 return  # what is left of a pair is measured from the middle between the two
         if self.has_majority:
-            behind = self.centre.behind
-            centre = self.centre.followed(_medians(residuals, clean, behind), self.reach)
+            centre = self.centre.followed(residuals, clean, self.reach)
         else:
-            everywhere = np.ones(2 * self.mesh.links, bool)
-            centre = _medians(comparable, clean, everywhere).reshape(self._rows)
-        self.centre.learn(centre, self.learnt_steps, np.asarray(clean.any((-2, -1))))
+            centre = _medians(comparable, clean).reshape(self._rows)
+        self.centre.learn(centre, np.asarray(clean.any((-2, -1))))
         if self.compares_replicas:
             self.usual.learn(residuals, followed, within, unlike, self.reach)
         of_link = (*self._rows, -1)
         self._renew(*self._residuals.learn(residuals.reshape(of_link), step, clean.reshape(of_link[1:])))
+
+    def learn_truth(self, comparable: np.ndarray, right: np.ndarray, source: int) -> None:
+        """Follow where a twin step has shown training to be; of how far honest messages lie apart it shows nothing.
+
+        Args:
+            comparable: float64 [K, 2, L, C, M].
+            right: bool [2, L, C, M], messages that are the truth.
+            source: the column whose data all have.
+        """
+        if self.has_majority:
+            self.centre.learn_truth(comparable - self.usual.level[..., source, None, None], right)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         parts = {"usual": self.usual.state_dict(), "past": self.past.state_dict()}
@@ -211,11 +220,10 @@ class Fences:
         self.reach[..., links] = np.maximum(self.multiplier * self._range[..., links], tail_reach)
 
 
-def _medians(values: np.ndarray, chosen: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Of those of a link's messages (bool [2, L, C, M]), float64 [K, 2 L]; NaN of links that are not wanted."""
+def _medians(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Of those of a link's messages (bool [2, L, C, M]), float64 [K, 2 L]."""
     values, chosen = in_a_row(values), in_a_row(chosen, 0)
     result = np.full(values.shape[:2], np.nan)
     for links in pieces(values):
-        if wanted[links].any():
-            result[:, links] = of_samples(median, values[:, links], chosen[links])
+        result[:, links] = of_samples(median, values[:, links], chosen[links])
     return result

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepspeed_sentinel.judgement.centre import certain, more_than, of_samples
+from deepspeed_sentinel.judgement.centre import more_than, of_samples
 from deepspeed_sentinel.judgement.fences import Fences
 from deepspeed_sentinel.judgement.pieces import in_a_row, pieces
 from deepspeed_sentinel.judgement.robust import median, shortest_interval
@@ -31,6 +31,7 @@ class Held:
         surely: bool [hard rows, 2, L, C, M], alarms that need no fence.
         hard: bool [K], rows without a fence.
         room: float64 [C], by how much the fences of a column are wider.
+        convicted: bool [2, L, C], messages of convicted workers.
         warming_up: there are no fences yet.
 
     Attributes:
@@ -46,6 +47,7 @@ class Held:
         surely: np.ndarray,
         hard: np.ndarray,
         room: np.ndarray,
+        convicted: np.ndarray,
         warming_up: bool,
     ) -> None:
         self._fences, self._replicas = fences, fences.mesh.replicas
@@ -60,7 +62,7 @@ class Held:
         self._largest = np.zeros(self._compared.shape[1:])
         self._scores: np.ndarray | None = None
         self.largest = self._largest
-        fences.begin()
+        fences.begin(convicted)
 
     def measure(self, eligible: np.ndarray, doubtful: np.ndarray) -> None:
         """Work out residuals and scores.
@@ -69,7 +71,7 @@ class Held:
             eligible: bool [2, L, C, M], messages that may set the centre.
             doubtful: bool [2, L], links where they are not to be believed in this step.
         """
-        believed = in_a_row(certain(eligible, self._replicas) & ~doubtful, 0)
+        believed = in_a_row(self._fences.centre.certain(eligible) & ~doubtful, 0)
         eligible = in_a_row(eligible, 0)
         stale = np.ones_like(believed)
         if self._looked_at:

@@ -1,7 +1,8 @@
 """The judge: evidence of a step in, verdict out. The same evidence and state give the same verdict, bit for bit.
 
 In a twin step all columns have the same data, and what a majority of a stage makes of it decides (``proof.py``).
-Statistics speak where nothing could be compared, and nothing is learnt: the others' messages are no example.
+Statistics speak where nothing could be compared, and nothing is learnt but where training is (``centre.py``): the
+others' messages are no example.
 
 The combination rule: a message is an alarm if any one of its statistics lies outside that statistic's own fence, or if
 the deviations of its sender in any one statistic have added up to the limit. The statistics share the permitted rate
@@ -176,6 +177,8 @@ class Judge:
         # In a skipped step no weight changes, and nothing has to be learnt.
         self.clean_links &= not (unjudged or skip or twins)
         self._measuring.learn(heard, measured, self.clean_links, suspected, judged.content, evidence.step)
+        if twins and trial and not unjudged:
+            self.fences.learn_truth(heard.compared, trial.right & heard.whole, twins.source)
 
         return Verdict(
             step=evidence.step,

@@ -108,16 +108,17 @@ class Measuring:
         """
         twins = evidence.twins is not None
         whole = sound = heard.whole
-        serving = np.take_along_axis(convicted, evidence.served, 1)
+        sent_by_convicted = sent_by(np.take_along_axis(convicted, evidence.served, 1))
         # Of two, each is all that the other can be held against.
-        if self.fences.has_majority and serving.any():
-            by_convicted = np.broadcast_to(sent_by(serving)[..., None], whole.shape)
+        if self.fences.has_majority and sent_by_convicted.any():
+            by_convicted = np.broadcast_to(sent_by_convicted[..., None], whole.shape)
             sound = whole & ~by_convicted & ~followers(by_convicted)
         if self.fences.compares_replicas and not twins:
             self.content.step(heard.compared, whole, self.fences.iqr)
         by_row = heard.by_row
         firm = np.logical_or.reduce(by_row, axis=0)
-        held = Held(self.fences, heard.compared, by_row, self._table.hard, self.content.room, warming_up)
+        room, hard = self.content.room, self._table.hard
+        held = Held(self.fences, heard.compared, by_row, hard, room, sent_by_convicted, warming_up)
         cascade = hold_against_fences(held, self.fences, firm, whole, sound)
         turned = self.fences.centre.end_turns() & ~self._table.hard[:, None, None]
         within = np.ones(held.residuals.shape[:-1], bool)

@@ -6,7 +6,8 @@ be trusted with it. ``docs/wiring.md`` has the rules and what they cost. With ``
 
 * Nothing moves, not even back, as long as nobody is convicted, isolated, suspected or at odds with another.
 * Convicted and isolated workers are packed into K columns, K the largest number of them in any stage: fewer cannot
-  hold them.
+  hold them. Of these the convicted stand in as few as can hold them alone, since such a column does not count with
+  ``"quarantine"``, and one of isolated workers does.
 * Suspects are spread over T = R - K - (f + 1) other columns (at least one, and such that one without any is left), each
   into one of its own as far as there are so many. A twin step proves the first in each column, while f + 1 columns
   agree. Of one stage no more than T can be tried at once: the others wait where convicted workers stand, taking turns.
@@ -134,9 +135,14 @@ class _Healing:
         replicas = mesh.replicas
         lost = int(np.count_nonzero(doubts.packed, axis=1).max())
         tried = min(max(1, replicas - lost - (replicas - 1) // 2 - 1), replicas - 1 - lost)
-        packed, suspects = (np.take_along_axis(which, before, 1) for which in (doubts.packed, doubts.suspects))
+        self._convicted = doubts.packed if doubts.isolated is None else doubts.packed & ~doubts.isolated
+        packed, suspects, convicted = (
+            np.take_along_axis(which, before, 1) for which in (doubts.packed, doubts.suspects, self._convicted)
+        )
         # Where most of them stand already, and of equals the first.
-        self._lost = _largest(np.count_nonzero(packed, axis=0), lost)
+        needed = int(np.count_nonzero(self._convicted, axis=1).max())
+        self._of_convicted = _largest(np.count_nonzero(convicted, axis=0), needed)
+        self._lost = _largest(np.where(self._of_convicted, len(packed), np.count_nonzero(packed, axis=0)), lost)
         self._tried = _largest(np.where(self._lost, -1, np.count_nonzero(suspects, axis=0)), max(tried, 0))
         # Who is the first to be tried there stays, and others make room: the stage of that suspect, by column.
         self._first = np.where(self._tried & suspects.any(0), np.argmax(suspects, axis=0), -1)
@@ -152,9 +158,11 @@ class _Healing:
         row = np.full(self._mesh.replicas, -1)
         # Suspects leave the lost columns anyway, so those packed take their places there first.
         leaving = self._doubts.suspects[stage, self._before[stage]]
-        self._put_aside(row, stage, np.flatnonzero(self._doubts.packed[stage]), leaving)
+        convicted = self._convicted[stage]
+        self._put_aside(row, stage, np.flatnonzero(convicted), self._of_convicted, leaving)
+        self._put_aside(row, stage, np.flatnonzero(self._doubts.packed[stage] & ~convicted), self._lost, leaving)
         aside = self._waiting(stage, int(np.count_nonzero(self._lost & (row < 0)))) if self._at_odds[stage] else []
-        self._put_aside(row, stage, np.array(aside, np.int64), leaving)
+        self._put_aside(row, stage, np.array(aside, np.int64), self._lost, leaving)
         for replica in self._in_turn(stage, aside):
             column = self._column_of_suspect(row, Worker(stage, replica))
             row[column] = replica
@@ -172,13 +180,15 @@ class _Healing:
         row[row < 0] = rest[~stays]
         return row
 
-    def _put_aside(self, row: np.ndarray, stage: int, replicas: np.ndarray, first: np.ndarray) -> None:
+    def _put_aside(
+        self, row: np.ndarray, stage: int, replicas: np.ndarray, lost: np.ndarray, first: np.ndarray
+    ) -> None:
         """Into lost columns. Who stands in one stays, the others take free ones, these (bool [C]) first."""
         stood = self._stood[stage, replicas]
-        stays = self._lost[stood] & (row[stood] < 0)
+        stays = lost[stood] & (row[stood] < 0)
         row[stood[stays]] = replicas[stays]
         if not stays.all():
-            free = self._lost & (row < 0)
+            free = lost & (row < 0)
             columns = np.concatenate([np.flatnonzero(free & first), np.flatnonzero(free & ~first)])
             row[columns[: np.count_nonzero(~stays)]] = replicas[~stays]
 

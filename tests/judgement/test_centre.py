@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from synthetic import World
 
+from deepspeed_sentinel.evidence.step import Twins
 from deepspeed_sentinel.evidence.table import NAMES, SENT
 from deepspeed_sentinel.mesh import BACKWARD, FORWARD, Worker
 
@@ -129,3 +130,36 @@ def test_what_is_not_finite_in_most_columns_of_a_link_is_no_turn_of_training():
 
     verdict = world.step(broken)
     assert [1, 0] in [list(finding.worker) for finding in verdict.findings if finding.strikes]
+
+
+def test_where_training_went_in_twin_steps_is_no_alarm_afterwards():
+    """Half of the columns are spoilt in all steps, and most steps are twin steps, while what all send grows."""
+    world = World(stages=5, replicas=8, conviction="proof")
+    world.warm_up(40)
+    reach, start = world.judge.fences.reach[ENERGY, FORWARD, 2], world.time
+    bad = [(1, 0), (1, 1), (2, 2), (2, 3)]
+
+    def training(values):
+        values[..., ENERGY] *= np.exp(0.06 * reach * (world.time - start))
+
+    def odd(digests):
+        for link, column in bad:
+            digests[:, FORWARD, link:, column] = digests[:, BACKWARD, :, column] = 1 + column
+
+    def spoilt(values):
+        training(values)
+        for link, column in bad:
+            behind(values, column, link, 50.0)
+
+    def given_the_same(values):
+        values[:] = values[:, :, :, :1]
+        spoilt(values)
+
+    stages, replicas = world.mesh.stages, world.mesh.replicas
+    alike = np.ones((stages, replicas), np.int64)
+    twins = Twins(0, np.ones(replicas, bool), alike, alike.astype(float), 0 * alike)
+    for step in range(40):
+        if step % 6:
+            world.step(given_the_same, digests=odd, twins=twins)
+        else:
+            assert np.flatnonzero(~world.step(spoilt).excluded).tolist() == [4, 5, 6, 7]

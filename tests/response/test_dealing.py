@@ -1,5 +1,7 @@
 """Columns are dealt so that few are lost, and nobody moves who need not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -52,7 +54,10 @@ def situations(draw, apart=True):
     accused = suspects & (generator.random(shape) < 0.5)
     untried = (generator.random(shape) < draw(st.sampled_from([0.0, 0.3]))) & ~(convicted | suspects)
     untried[[0, -1]] = False
-    about = Doubts(convicted, suspects, accused, untried, tuple(dict.fromkeys(pairs)))
+    isolated = (generator.random(shape) < draw(st.sampled_from([0.0, 0.0, 0.1, 0.3]))) & ~(convicted | suspects)
+    isolated[[0, -1]] = False
+    packed = convicted | (isolated & ~suspects.any(1, keepdims=True))
+    about = Doubts(packed, suspects, accused, untried & ~packed, tuple(dict.fromkeys(pairs)), isolated)
     return dealer, about, draw(st.integers(0, 1000))
 
 
@@ -78,9 +83,25 @@ def test_no_dealing_leaves_more_columns_without_convicted_workers(situation):
     """A stage's convicted workers stand in as many columns as there are of them, so none can leave more."""
     dealer, about, step = situation
     wiring = dealer.next(step, about)
-    most = np.count_nonzero(about.packed, axis=1).max()
-    clean = ~by_column(about.packed, wiring).any(0)
-    assert np.count_nonzero(clean) == dealer._mesh.replicas - most
+    for which in (about.packed, about.packed & ~about.isolated):
+        most = np.count_nonzero(which, axis=1).max()
+        without = ~by_column(which, wiring).any(0)
+        assert np.count_nonzero(without) == dealer._mesh.replicas - most
+
+
+@pytest.mark.parametrize(
+    "before", [identity(Mesh(5, 4)), np.array([[0, 1, 2, 3]] + [[3, 2, 1, 0]] * 3 + [[0, 1, 2, 3]])]
+)
+def test_who_is_isolated_costs_no_column_beside_those_of_the_convicted(before):
+    mesh = Mesh(5, 4)
+    dealer = Dealer(mesh)
+    dealer.load_state_dict({"wiring": before})
+    about = doubts(mesh, convicted=[(1, 0), (2, 1), (3, 2)])
+    isolated = np.zeros_like(about.packed)
+    isolated[2, 2] = True
+    wiring = dealer.next(0, replace(about, packed=about.packed | isolated, isolated=isolated))
+    assert np.count_nonzero(by_column(about.packed, wiring).any(0)) == 1
+    assert np.count_nonzero(by_column(about.packed | isolated, wiring).any(0)) == 2
 
 
 @given(situations())
