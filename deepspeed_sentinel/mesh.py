@@ -12,6 +12,7 @@ once. The identity is DeepSpeed's own. First and last stage never move, since th
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import numpy as np
 
 FORWARD, BACKWARD = 0, 1
 DIRECTIONS = ("forward", "backward")
+NAMED = re.compile(r"worker \(stage (\d+), replica (\d+)\)")  # a worker in a text, as ``str`` has it
 
 
 class Worker(NamedTuple):

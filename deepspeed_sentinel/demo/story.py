@@ -9,19 +9,17 @@ it, with numbers, hosts and devices: ``engine/story.py``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 import numpy as np
 
 from deepspeed_sentinel.judgement.verdict import Verdict
-from deepspeed_sentinel.mesh import DIRECTIONS, Worker, columns_of, workers_of
+from deepspeed_sentinel.mesh import DIRECTIONS, NAMED, Worker, columns_of, workers_of
 from deepspeed_sentinel.telemetry.exclusion import proved
 from deepspeed_sentinel.telemetry.suspicion import suspicion
 
 _AFTERWARDS = {"quarantine": ": its column stays out, training goes on"}
-_WORKER = re.compile(r"worker \(stage (\d+), replica (\d+)\)")
 
 
 class Story:
@@ -42,7 +40,7 @@ class Story:
         if self._wiring is None:
             self._wiring = wiring
             self._suspects = self._convicted = np.zeros_like(verdict.suspects)
-        lines = [_WORKER.sub(r"stage \1 replica \2", line) for line in self._lines(verdict, wiring)]
+        lines = [NAMED.sub(r"stage \1 replica \2", line) for line in self._lines(verdict, wiring)]
         self._wiring, self._out = wiring.copy(), np.flatnonzero(verdict.excluded).tolist()
         self._suspects, self._convicted = verdict.suspects.copy(), verdict.convicted.copy()
         return lines

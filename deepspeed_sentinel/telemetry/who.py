@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.mesh import NAMED, Worker
 from deepspeed_sentinel.telemetry.devices import Device
 
-_BARE = re.compile(r"(?:rank \d+ = )?worker \(stage (\d+), replica (\d+)\)")
+_BARE = re.compile(rf"(?:rank \d+ = )?{NAMED.pattern}")
 _SHOWN = 8  # characters of a uuid in a text: enough to find it by; events have all of it
 
 

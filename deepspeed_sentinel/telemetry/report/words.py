@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from deepspeed_sentinel.judgement.unsettled import Contradicted
-from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.mesh import NAMED, Worker
 from deepspeed_sentinel.telemetry.report.reading import NOT_TOLD
 
 MOST = 3  # of one sort; the others are counted
 WHAT = {"forward": "forward messages", "backward": "backward messages", "gradients": "gradients of its weights"}
 _MADE_OF = {"forward": "activations, ", "backward": "gradients of activations, "}
-_BARE = re.compile(r"worker \((stage \d+, replica \d+)\)")
 _HEALED = {
     "healed": "and was given the majority's",
     "unhealed": "and could not be given the majority's",
@@ -129,4 +127,4 @@ def conviction_in_words(one: dict[str, Any]) -> str:
 
 def plain(text: str) -> str:
     """Judgement's "worker (stage 1, replica 2)" as "stage 1, replica 2"."""
-    return _BARE.sub(r"\1", text)
+    return NAMED.sub(r"stage \1, replica \2", text)
