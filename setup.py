@@ -77,7 +77,7 @@ setup(
         "torch>=2.5.1",
         "numpy>=1.26.4",
         "pydantic>=2.9.2",
-        "cryptography>=50.0",
+        "cryptography>=42.0.8",
         # torch for CUDA brings its own triton (2.5.1 pins 3.1.0, 2.13.0 pins 3.7.1), torch for CPU brings none
         'triton>=3.1.0; platform_system == "Linux" and (platform_machine == "x86_64" or platform_machine == "aarch64")',
     ],
