@@ -4,14 +4,17 @@ A step's own median is believed where those who tamper cannot be its side. Fewer
 n = floor((R - 1) / 2), less those of its convicted workers whose columns are left out anyway, and more than 2 n columns
 must be left to set it, of those that nothing spoilt before: with five replicas all five, for two bad among three that
 are left are most of them. Otherwise, and always with one replica, the centre is that of the latest steps. Training may
-turn meanwhile. Where that median and n + 1 columns lie beyond the same fence around it, one of them at least is honest,
-so training did it, and the step's own median holds. Once clean messages of such a step are learnt, the steps before it
-count no longer.
+turn meanwhile. Where more than half of those that set that median lie beyond the same fence around the latest centre,
+and n + 1 columns, one of them at least is honest, so training did it, and the step's own median holds. Once clean
+messages of such a step are learnt, the steps before it count no longer. Of half and half nobody knows which half
+training took along.
 
 Where the latest centre stands in for long it has to follow training. As far as n + 1 clean columns say it goes with
-them, since one of them is honest, and further than that by a tenth of a fence a step:
+them, since one of them is honest, by three tenths of a fence a step at most, for those around a stage may lie about
+what it does; and as the others say by a tenth:
 
-    3 of 8 can be bad; a fence is 10 wide; clean columns lie at 4, 5, 6 and 8 from the centre: it moves by 4
+    3 of 8 can be bad; a fence is 10 wide; clean columns lie at 2, 5, 6 and 8 from the centre: it moves by 2
+    clean columns lie at 4, 5, 6 and 8: it moves by 3
     clean columns lie at 5, 6 and 8: no four are left, so it moves by 1
 
 In a twin step all columns have the data of one, and set no centre among themselves. But what more workers than can be
@@ -33,8 +36,8 @@ from deepspeed_sentinel.judgement.pieces import in_a_row, pieces
 from deepspeed_sentinel.judgement.robust import Ordered, median
 from deepspeed_sentinel.mesh import Mesh
 
-# Where fewer than n + 1 say so, nobody may walk the centre through a fence soon.
-FOLLOWED = 0.1
+# Nobody may walk the centre through a fence soon: how far it follows in a step, where n + 1 say so and where fewer do.
+SAID_BY_MOST, FOLLOWED = 0.3, 0.1
 _LATEST = 3  # steps of which the centre stands in
 _ALONE = 8  # the same, where there is but one replica: what begins is to be seen for some steps
 _SETTLED = 8  # steps after a turn
@@ -125,11 +128,11 @@ class Centre:
             reach: float64 [K, 2, L], of the fences.
         """
         values, chosen, reach = in_a_row(residuals), in_a_row(clean, 0), in_a_row(reach)
-        most = np.where(np.isnan(reach), np.inf, FOLLOWED * reach)
         centre = self._centre.copy()
         for links in pieces(values):
             if (behind := self._behind[:, links]).any():
-                moved = centre[:, links] + self._shift(links, values[:, links], chosen[links], most[:, links])
+                shift = self._shift(links, values[:, links], chosen[links], reach[:, links], FOLLOWED)
+                moved = centre[:, links] + shift
                 centre[:, links] = np.where(behind, moved, centre[:, links])
         return centre.reshape(self._since.shape)
 
@@ -142,17 +145,18 @@ class Centre:
         """
         self._remember(centre, self._turns.reshape(self._since.shape) & clean)
 
-    def learn_truth(self, aligned: np.ndarray, right: np.ndarray) -> None:
+    def learn_truth(self, aligned: np.ndarray, right: np.ndarray, reach: np.ndarray) -> None:
         """Follow what a twin step has shown.
 
         Args:
             aligned: float64 [K, 2, L, C, M], without what is usual of the column whose data all have.
             right: bool [2, L, C, M], messages that are the truth.
+            reach: float64 [K, 2, L], of the fences.
         """
         latest = in_a_row(self._stands_in())
-        values, chosen = in_a_row(aligned) - latest[..., None, None], in_a_row(right, 0)
+        values, chosen, reach = in_a_row(aligned) - latest[..., None, None], in_a_row(right, 0), in_a_row(reach)
         for links in pieces(values):
-            latest[:, links] += self._shift(links, values[:, links], chosen[links], np.zeros(latest[:, links].shape))
+            latest[:, links] += self._shift(links, values[:, links], chosen[links], reach[:, links], 0.0)
         self._remember(latest.reshape(self._since.shape), np.zeros(self._since.shape, bool))
 
     def _most_bad(self, links: slice, chosen: np.ndarray) -> np.ndarray:
@@ -164,21 +168,26 @@ class Centre:
         """The centre of the latest steps, float64 [K, 2, L]."""
         return median(np.where(np.arange(self._steps) < self._since[..., None], self._centres, np.nan))
 
-    def _shift(self, links: slice, residuals: np.ndarray, chosen: np.ndarray, most: np.ndarray) -> np.ndarray:
+    def _shift(
+        self, links: slice, residuals: np.ndarray, chosen: np.ndarray, reach: np.ndarray, share: float
+    ) -> np.ndarray:
         """How far a centre is to follow, float64 [K, N]; NaN where there is nothing to follow.
 
         Args:
             links: which, N.
             residuals: float64 [K, N, C, M].
             chosen: bool [N, C, M], what is to be followed.
-            most: float64 [K, N], how far if fewer than n + 1 columns say so.
+            reach: float64 [K, N], of the fences.
+            share: of it, how far if fewer than n + 1 columns say so.
         """
+        reach = np.where(np.isnan(reach), np.inf, reach)
+        most = share * reach if share else np.zeros_like(reach)
         shift = np.clip(of_samples(median, residuals, chosen), -most, most)
         columns = Ordered.of(median(np.where(chosen, residuals, np.nan)))
         needed = np.broadcast_to(self._most_bad(links, chosen) + 1, columns.count.shape)
         at_least = columns.at(np.maximum(columns.count - needed, 0))
         at_most = columns.at(needed - 1)
-        said = median(np.stack([at_least, shift, at_most], axis=-1))
+        said = median(np.stack([at_least, shift, at_most], axis=-1)).clip(-SAID_BY_MOST * reach, SAID_BY_MOST * reach)
         return np.where(columns.count >= needed, said, shift)
 
     def _remember(self, centre: np.ndarray, turned: np.ndarray) -> None:
@@ -205,7 +214,7 @@ class Centre:
             beyond = values < left[where] if current[where] < left[where] else values > right[where]
             messages = np.count_nonzero(~np.isnan(values), axis=-1)
             columns = np.count_nonzero(2 * np.count_nonzero(beyond, axis=-1) > messages)
-            result[where] = columns > max(bad[where[1]], 1)
+            result[where] = columns > max(bad[where[1]], 1, np.count_nonzero(messages) // 2)
         return result
 
 

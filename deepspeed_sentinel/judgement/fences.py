@@ -169,7 +169,7 @@ class Fences:
             source: the column whose data all have.
         """
         if self.has_majority:
-            self.centre.learn_truth(comparable - self.usual.level[..., source, None, None], right)
+            self.centre.learn_truth(comparable - self.usual.level[..., source, None, None], right, self.reach)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         parts = {"usual": self.usual.state_dict(), "past": self.past.state_dict()}

@@ -163,3 +163,56 @@ def test_where_training_went_in_twin_steps_is_no_alarm_afterwards():
             world.step(given_the_same, digests=odd, twins=twins)
         else:
             assert np.flatnonzero(~world.step(spoilt).excluded).tolist() == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("replicas", [4, 6, 8])
+def test_what_half_of_the_columns_do_is_no_turn_of_training(replicas):
+    """Neighbours of a stage may lie about half of its columns, fewer than half of each; no step would count then."""
+    world = World(stages=5, replicas=replicas, conviction="proof")
+    world.warm_up(40)
+    gain = NAMES.index("transfer_gain")
+    shift = 2.6 * world.judge.fences.reach[gain, FORWARD, 2]
+
+    def lied(values):
+        values[:, FORWARD, 2, : replicas // 2, :, gain] += shift
+
+    for _ in range(4):
+        assert np.flatnonzero(~world.step(lied).excluded).tolist() == list(range(replicas // 2, replicas))
+
+
+def test_nor_is_what_half_of_those_left_do_after_a_conviction():
+    world = World(stages=5, replicas=5, conviction="proof")
+    world.warm_up(40)
+    gain = NAMES.index("transfer_gain")
+    shift = 5.0 * world.judge.fences.reach[gain, FORWARD, 2]
+    alike = np.ones((5, 5), np.int64)
+
+    def odd(digests):
+        digests[:, FORWARD, 2:, 4] = digests[:, BACKWARD, :, 4] = 9
+
+    world.step(digests=odd, twins=Twins(0, np.ones(5, bool), alike, alike.astype(float), 0 * alike))
+    assert np.argwhere(world.judge.record.convicted).tolist() == [[2, 4]]
+
+    def lied(values):
+        values[:, FORWARD, 2, :2, :, gain] += shift
+
+    for _ in range(4):
+        assert np.flatnonzero(~world.step(lied).excluded).tolist() == [2, 3, 4]
+
+
+def test_no_twin_step_moves_what_others_are_measured_from_by_more_than_a_part_of_a_fence():
+    """Those around a stage may lie about what it does, of whatever is right; so may a column whose data are its own."""
+    world = World(stages=5, replicas=8, conviction="proof")
+    world.warm_up(40)
+    gain = NAMES.index("transfer_gain")
+    reach = world.judge.fences.reach[gain, FORWARD, 2]
+    alike = np.ones((5, 8), np.int64)
+
+    def lied(values):
+        values[:] = values[:, :, :, :1]
+        values[:, FORWARD, 2, :, :, gain] += 3.0 * reach
+
+    before = world.judge.fences.centre.state_dict()["centres"][gain, FORWARD, 2, 0]
+    world.step(lied, twins=Twins(0, np.ones(8, bool), alike, alike.astype(float), 0 * alike))
+    after = world.judge.fences.centre.state_dict()["centres"][gain, FORWARD, 2, 0]
+    assert 0.1 * reach < after - before < 0.35 * reach
