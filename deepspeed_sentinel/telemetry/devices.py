@@ -81,6 +81,10 @@ class Device:
             return f"gpu:{self.uuid}"
         return f"pci:{self.host}/{self.pci}" if self.pci else f"cpu:{self.host}/{self.slot}"
 
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.uuid or self.pci or self.name.startswith("cuda"))
+
     def is_another(self, other: Device) -> bool:
         """Whether the two are known to be different devices, by the most lasting name that both have."""
         if not (self.host and other.host):

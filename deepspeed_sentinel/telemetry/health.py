@@ -32,7 +32,6 @@ def health_event(
         now: seconds since 1970.
         run_id: of the run.
     """
-    on_gpu = bool(device.uuid or device.pci or device.name.startswith("cuda"))
     entities = [
         *([{"entityType": "GPU_UUID", "entityValue": place.gpu}] if place.gpu else []),
         # Torch tells the domain in eight digits, agents in four.
@@ -42,12 +41,12 @@ def health_event(
     return {
         "version": _VERSION,
         "agent": AGENT,
-        "componentClass": "GPU" if on_gpu else "CPU",
+        "componentClass": "GPU" if device.on_gpu else "CPU",
         "checkName": CHECK,
         "isFatal": conviction.proved,
         "isHealthy": False,
         "message": f"{place} convicted in step {step}: {conviction.why}",
-        "recommendedAction": "RUN_DCGMEUD" if on_gpu else "CONTACT_SUPPORT",
+        "recommendedAction": "RUN_DCGMEUD" if device.on_gpu else "CONTACT_SUPPORT",
         "errorCode": ["SENTINEL_PROVED" if conviction.proved else "SENTINEL_STRIKES"],
         "entitiesImpacted": entities,
         "metadata": {name: str(value) for name, value in metadata.items()},
