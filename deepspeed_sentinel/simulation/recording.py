@@ -18,7 +18,8 @@ from deepspeed_sentinel.telemetry.devices import Device
 from deepspeed_sentinel.telemetry.eventlog import EventLog
 from deepspeed_sentinel.telemetry.exclusion import FILE, Convict, exclusions, proved, reason, write_exclusions
 from deepspeed_sentinel.telemetry.findings import verdict_events, wiring_event
-from deepspeed_sentinel.telemetry.ledger import Ledger, step_counts
+from deepspeed_sentinel.telemetry.ledger import DRILL_FILE, Ledger, step_counts
+from deepspeed_sentinel.telemetry.ledger import FILE as LEDGER_FILE
 from deepspeed_sentinel.telemetry.who import Who
 
 _SLOTS = 8
@@ -46,7 +47,8 @@ class Recorder:
         ]
         self._who = Who(ranks, self._devices)
         self._log = EventLog(str(folder), secrets.token_hex(8), self._who)
-        self._ledger = Ledger(folder / "ledger.json", self._devices)
+        self._injected = simulation.attackers is not None
+        self._ledger = Ledger(folder / (DRILL_FILE if self._injected else LEDGER_FILE), self._devices)
         self._convicts: dict[Worker, Convict] = {}
         self._counts = dict.fromkeys(
             ("judged_messages", "alarms", "disputes", "excluded_column_steps", "skipped_steps"), 0
@@ -54,7 +56,6 @@ class Recorder:
         self._steps = 0
         shape = {"stages": mesh.stages, "replicas": mesh.replicas}
         config = simulation.config.model_dump(mode="json")
-        self._injected = simulation.attackers is not None
         self._log.write(0, events.Start(shape, config, self._injected))
 
     def step(self, verdict: Verdict) -> None:
