@@ -68,7 +68,8 @@ class Convictions:
         for worker in new:
             why = self._who.fill(reason(verdict, worker))
             place, device = self._who(worker), self._who.device(worker)
-            self._known[worker] = Convict(place, device, verdict.step, why, proved(verdict, worker), observed)
+            shown = proved(verdict, worker)
+            self._known[worker] = Convict(place, device, verdict.step, why, shown, observed, self._injected)
         return bool(new)
 
     @property

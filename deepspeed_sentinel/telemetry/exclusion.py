@@ -51,6 +51,7 @@ class Convict:
         why: in words.
         proved: by exact comparison or contradiction, or by statistics alone; None where that is not known.
         observed: it was convicted while nothing was kept out of the weights.
+        injected: while faults were injected on purpose, in this run or in the one that it goes on from.
     """
 
     place: Place
@@ -59,6 +60,7 @@ class Convict:
     why: str
     proved: bool | None = None
     observed: bool = False
+    injected: bool = False
 
     @property
     def worker(self) -> Worker:
@@ -84,6 +86,7 @@ def saved(convicts: Sequence[Convict]) -> list[dict[str, Any]]:
             "why": one.why,
             "proved": one.proved,
             "observed": one.observed,
+            "injected": one.injected,
         }
         for one in convicts
     ]
@@ -97,12 +100,12 @@ def read_saved(said: Any) -> dict[Worker, Convict]:
             worker, step = Worker(*map(_whole, one["worker"])), one["step"]
             step = None if step is None else _whole(step)
             device, why = Device(**one["device"]), one["why"]
-            # States of before these were told have neither.
-            proved, observed = one.get("proved"), one.get("observed", False)
-            if not (isinstance(why, str) and isinstance(proved, bool | None) and isinstance(observed, bool)):
+            # States of before these were told have none of them.
+            proved, observed, injected = one.get("proved"), one.get("observed", False), one.get("injected", False)
+            if not isinstance(why, str) or {type(proved), type(observed), type(injected)} - {bool, type(None)}:
                 raise TypeError(one)
             place = place_of(worker, _whole(one["rank"]), device)
-            found[worker] = Convict(place, device, step, why, proved, observed)
+            found[worker] = Convict(place, device, step, why, proved, bool(observed), bool(injected))
         except (TypeError, ValueError, LookupError):
             continue
     return found
@@ -170,7 +173,9 @@ def exclusions(
         injected: faults are injected on purpose. Lines are then there to be tried.
     """
     again = {one.device.key for one in convicts if not injected}
-    surely = {one.device.key for one in convicts if not injected and one.in_lines}
+    # Whom a drill convicted stays so where a run goes on from its checkpoint, and is no reason to do without a machine.
+    out = [one for one in convicts if one.in_lines and (injected or not one.injected)]
+    surely = {one.device.key for one in out if not injected}
     kept = [
         {**one, "earlier": True}
         for one in earlier
@@ -178,7 +183,6 @@ def exclusions(
     ]
     everywhere = Counter(device.host for of_stage in devices for device in of_stage if device.host)
     bad: dict[str, list[int]] = {}
-    out = [one for one in convicts if one.in_lines]
     for host, slot in sorted(
         {
             *((one.device.host, one.device.slot) for one in out),
@@ -197,8 +201,8 @@ def exclusions(
             "step": one.step,
             "why": one.why,
             "proved": one.proved,
-            "injected": injected,
-            "in_lines": one.in_lines,
+            "injected": injected or one.injected,
+            "in_lines": one in out,
             **_doubted(one.device, devices),
         }
         for one in convicts
@@ -230,7 +234,10 @@ def _about(workers: Sequence[Mapping[str, Any]], injected: bool) -> list[str]:
     told = []
     if unknown := sum(not one["host"] for one in workers):
         told.append(f"Which machine {unknown} of the convicted runs on is not known")
-    if any(one["host"] and not one.get("in_lines", True) for one in workers):
+    left = [one for one in workers if one["host"] and not one.get("in_lines", True)]
+    if any(one.get("injected") for one in left):
+        told.append("Whom a drill convicted, from whose checkpoint this run goes on, the lines do not leave out")
+    if any(not one.get("injected") for one in left):
         told.append(
             "Who has in_lines false was convicted by statistics alone while nothing was kept out of the weights: an "
             "honest worker beside a fault looks the same, so look into it, and the lines do not leave it out"

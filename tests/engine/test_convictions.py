@@ -98,10 +98,15 @@ def test_the_file_of_a_drill_says_so(run):
     convict(run)
     written = json.loads(run.convictions.write().read_text())
     assert written["injected"] and written["workers"][0]["injected"]
+    resumed = of(run, DEVICES)
+    resumed.load_state_dict(run.convictions.state_dict())
+    told = json.loads(resumed.write().read_text())
+    assert [(one["injected"], one["in_lines"]) for one in told["workers"]] == [(True, False)]
+    assert told["hosts"] == [] and not told["injected"] and "Whom a drill convicted" in told["note"]
     run.convictions = of(run, DEVICES)
-    run.convicted[CULPRIT] = False
     convict(run)
-    assert [one["injected"] for one in json.loads(run.convictions.write().read_text())["workers"]] == [False]
+    told = json.loads(run.convictions.write().read_text())
+    assert [(one["injected"], one["in_lines"]) for one in told["workers"]] == [(False, True)]
 
 
 def test_the_end_of_a_run_is_written_after_the_script_has_ended_its_process_group(run):
@@ -214,7 +219,7 @@ def test_no_machine_is_named_where_it_is_not_known_which_it_was(run):
         [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 10**40, "why": ""}],
         [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": 7}],
         [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": "", "proved": "no"}],
-        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": "", "observed": None}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": "", "observed": 1}],
         [np.zeros(3)],
     ],
 )
