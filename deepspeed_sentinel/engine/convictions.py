@@ -62,14 +62,14 @@ class Convictions:
             verdict: of a step.
             observed: nothing is kept out of the weights.
         """
-        told = (one.worker for one in (*verdict.proofs, *verdict.contradicted))
-        later = [worker for worker in dict.fromkeys(told) if worker in self._known and not self._known[worker].proved]
-        new = [*verdict.newly_convicted, *(worker for worker in later if worker not in verdict.newly_convicted)]
+        shown = [*(one.worker for one in verdict.proofs), *(one.worker for one in verdict.contradicted)]
+        later = [worker for worker in shown if worker in self._known and not self._known[worker].proved]
+        new = dict.fromkeys((*verdict.newly_convicted, *later))
         for worker in new:
             why = self._who.fill(reason(verdict, worker))
             place, device = self._who(worker), self._who.device(worker)
-            shown = proved(verdict, worker)
-            self._known[worker] = Convict(place, device, verdict.step, why, shown, observed, self._injected)
+            by_proof = proved(verdict, worker)
+            self._known[worker] = Convict(place, device, verdict.step, why, by_proof, observed, self._injected)
         return bool(new)
 
     @property
