@@ -1,5 +1,6 @@
 """The ledger of devices in live runs: what was proved of a device is known wherever a later run meets it again.
 
+Faults are injected, so it is a drill's ledger, and the runs that are to know of it are drills whose fault never begins.
 All processes are of one host and have no GPU, so a device is the host's name and the process's number there.
 """
 
@@ -19,6 +20,7 @@ from integration_tests.scenario import Scenario
 START, STEPS = 1, 4
 BASE = Scenario(name="first", steps=STEPS, micro_batches=1, hidden=16, lengths=(16,))
 FAULT = {"stage": 1, "replica": 2, "attack": "low_precision", "start_step": START}
+NEVER = {"stage": 1, "replica": 0, "attack": "low_precision", "start_step": 10**6}
 SLOT = 5  # the process of worker (1, 2) where each stage has three replicas; of worker (2, 1) where it has two
 
 
@@ -27,9 +29,9 @@ def block(folder: Path, name: str, **more: Any) -> dict[str, Any]:
     return {"enabled": True, "output_dir": str(folder / name), **quick, **more}
 
 
-def known(folder: Path) -> dict[int, dict[str, Any]]:
+def known(folder: Path, file: str = "drill_ledger.json") -> dict[int, dict[str, Any]]:
     """What the file says of each process of this host."""
-    devices = json.loads((folder / "ledger.json").read_text())["devices"]
+    devices = json.loads((folder / file).read_text())["devices"]
     host = socket.gethostname()
     return {places["places"][0]["slot"]: places["total"] for key, places in devices.items() if host in key}
 
@@ -54,7 +56,8 @@ def of_three(folder):
             sentinel=block(folder, "logs", inject=[FAULT]),
             save={"directory": str(folder / "checkpoint"), "after_step": STEPS},
         ),
-        BASE.with_(name="second", steps=1, sentinel=block(folder, "logs")),
+        BASE.with_(name="second", steps=1, sentinel=block(folder, "logs", inject=[NEVER])),
+        BASE.with_(name="real", steps=1, sentinel=block(folder, "logs")),
         BASE.with_(
             name="observed",
             steps=2,
@@ -67,7 +70,8 @@ def of_three(folder):
 @pytest.fixture(scope="module")
 def of_two(of_three, folder):
     loads = {"directory": str(folder / "checkpoint")}
-    scenarios = [BASE.with_(name="moved", steps=STEPS + 2, sentinel=block(folder, "moved"), load=loads)]
+    moved = block(folder, "moved", inject=[NEVER])
+    scenarios = [BASE.with_(name="moved", steps=STEPS + 2, sentinel=moved, load=loads)]
     return run_scenarios(scenarios, 3, 2, folder=folder / "two", timeout=400)
 
 
@@ -85,6 +89,7 @@ def test_a_proof_is_kept_by_device_and_named_when_the_next_run_starts_on_it(of_t
     totals = known(folder / "logs")
     assert sorted(totals) == list(range(9))
     assert [totals[slot]["proofs"] for slot in range(9)] == [proofs(first) * (slot == SLOT) for slot in range(9)]
+    assert not any(one["proofs"] for one in known(folder / "logs", "ledger.json").values()), "of a run without faults"
     assert totals[0]["steps"] == sum(verdict["judged"] > 0 for verdict in first.verdicts) > 0
 
 
@@ -97,8 +102,8 @@ def test_report_only_counts_alike(of_three, folder):
 def test_the_first_stages_file_alone_holds_the_ledger_and_nothing_but_numbers(of_three, folder):
     files = sorted((folder / "checkpoint").rglob("mp_rank_*model_states.pt"))
     states = [torch.load(file, map_location="cpu", weights_only=False)["deepspeed_sentinel"] for file in files]
-    assert ["ledger" in state for state in states] == [True, False, False]
-    assert states[0]["ledger"]["json"].dtype == torch.uint8
+    assert ["drill_ledger" in state for state in states] == [True, False, False]
+    assert states[0]["drill_ledger"]["json"].dtype == torch.uint8
 
 
 def test_in_another_mesh_the_checkpoint_tells_of_the_device_where_it_is_now(of_three, of_two, folder):

@@ -56,8 +56,8 @@ def test_the_run_says_which_machine_to_leave_out(runs):
     _, _, folder = runs
     told = json.loads((folder / "logs" / "exclude.json").read_text())
     assert [(one["stage"], one["replica"], one["rank"], one["slot"]) for one in told["workers"]] == [(1, 2, 5, SLOT)]
-    assert told["deepspeed"] == f"--exclude={told['workers'][0]['host']}:{SLOT}"
-    assert told["replicas_left"] == 2
+    assert told["deepspeed"] == "--num_gpus=6", "of one host without GPUs, where slots are numbers of processes"
+    assert (told["replicas_left"], told["processes"]) == (2, 6) and told["injected"] and told["workers"][0]["proved"]
 
 
 def test_with_one_replica_fewer_it_starts_from_the_weights_that_it_had(runs):

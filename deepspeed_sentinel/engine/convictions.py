@@ -16,6 +16,7 @@ from deepspeed_sentinel.telemetry.exclusion import (
     FILE,
     Convict,
     exclusions,
+    proved,
     read_earlier,
     read_saved,
     reason,
@@ -33,21 +34,43 @@ class Convictions:
         who: names the workers.
         convicted: bool [S, R], as of now.
         step: the engine's global step.
+        injected: faults are injected on purpose.
     """
 
-    def __init__(self, folder: str, who: Who, convicted: Callable[[], np.ndarray], *, step: Callable[[], int]) -> None:
-        self._path = Path(folder) / FILE
+    def __init__(
+        self,
+        folder: str,
+        who: Who,
+        convicted: Callable[[], np.ndarray],
+        *,
+        step: Callable[[], int],
+        injected: bool = False,
+    ) -> None:
+        self._path, self._injected = Path(folder) / FILE, injected
         self._who, self._convicted, self._step = who, convicted, step
         # Asked now, since a script may end its process group before the run's end is told.
         self._first = dist.get_rank() == 0
         self._known: dict[Worker, Convict] = {}
         self._earlier: list[dict[str, Any]] | None = None  # once this run has written the file
 
-    def take(self, verdict: Verdict) -> None:
-        """Remember why somebody is convicted, and on which machine it was."""
-        for worker in verdict.newly_convicted:
+    def take(self, verdict: Verdict, observed: bool = False) -> bool:
+        """Remember why somebody is convicted, and on which machine it was. Whether there was anything new.
+
+        Whom statistics alone have convicted may be proved later on.
+
+        Args:
+            verdict: of a step.
+            observed: nothing is kept out of the weights.
+        """
+        shown = [*(one.worker for one in verdict.proofs), *(one.worker for one in verdict.contradicted)]
+        later = [worker for worker in shown if worker in self._known and not self._known[worker].proved]
+        new = dict.fromkeys((*verdict.newly_convicted, *later))
+        for worker in new:
             why = self._who.fill(reason(verdict, worker))
-            self._known[worker] = Convict(self._who(worker), self._who.device(worker), verdict.step, why)
+            place, device = self._who(worker), self._who.device(worker)
+            by_proof = proved(verdict, worker)
+            self._known[worker] = Convict(place, device, verdict.step, why, by_proof, observed, self._injected)
+        return bool(new)
 
     @property
     def convicts(self) -> tuple[Convict, ...]:
@@ -88,6 +111,6 @@ class Convictions:
         if not self._first or (self._earlier is None and not convicts):
             return None
         earlier = read_earlier(self._path) if self._earlier is None else self._earlier
-        write_exclusions(self._path, exclusions(convicts, self._who.devices, self._step(), earlier))
+        write_exclusions(self._path, exclusions(convicts, self._who.devices, self._step(), earlier, self._injected))
         self._earlier = earlier
         return self._path

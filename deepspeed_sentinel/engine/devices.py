@@ -27,10 +27,10 @@ from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.telemetry.devices import Device, own_device, read_gathered, to_bytes
-from deepspeed_sentinel.telemetry.ledger import Ledger, step_counts
+from deepspeed_sentinel.telemetry.ledger import DRILL_FILE, FILE, Ledger, step_counts
 
 WRITE_SECONDS = 300.0
-KEY = "ledger"
+KEY, DRILL_KEY = "ledger", "drill_ledger"
 
 
 def gather_devices(
@@ -53,7 +53,8 @@ class DeviceRecord:
         ledger: on rank 0; None on others.
 
     Args:
-        config: whose ``output_dir`` the file is in; with ``events`` "none" there is no file.
+        config: whose ``output_dir`` the file is in; with ``events`` "none" there is no file. While faults are injected
+            it is a drill's, and so is what checkpoints hold.
         devices: [S][R], the device of each worker.
         control: gathers of all ranks.
         telling: says what is known of devices.
@@ -76,6 +77,7 @@ class DeviceRecord:
     ) -> None:
         self._telling, self._step, self._clock = telling, step, clock
         self._shape = (len(devices), len(devices[0]))
+        self._key = DRILL_KEY if config.inject else KEY
         self._due = clock() + WRITE_SECONDS
         self._found: set[tuple[str, Worker]] = set()  # in this run: "proof" or "weights"
         self._named: set[tuple[str, str]] = set()
@@ -138,7 +140,7 @@ class DeviceRecord:
 
     def state_dict(self) -> dict[str, Any]:
         """For rank 0's checkpoint: all that is known, under one key. Nothing on other ranks."""
-        return {KEY: to_tensors(self.ledger.state_dict())} if self.ledger else {}
+        return {self._key: to_tensors(self.ledger.state_dict())} if self.ledger else {}
 
     def load_state_dict(self, state: Any) -> None:
         """Add what a checkpoint knows, and name whom it makes known.
@@ -146,19 +148,20 @@ class DeviceRecord:
         Args:
             state: Sentinel's of a checkpoint, or what is there in its place.
         """
-        known = state.get(KEY) if isinstance(state, Mapping) else None
+        known = state.get(self._key) if isinstance(state, Mapping) else None
         if self.ledger and isinstance(known, Mapping):
             self.ledger.load_state_dict(known)
             self._name()
 
     def _open(self, config: SentinelConfig, devices: tuple[tuple[Device, ...], ...], control: Control) -> Ledger | None:
         """Only rank 0 has one, but all ranks must fail together when it cannot."""
-        path = None if config.events == "none" else Path(config.output_dir) / "ledger.json"
+        file = DRILL_FILE if config.inject else FILE
+        path = None if config.events == "none" else Path(config.output_dir) / file
         ledger, problem = opened(control, (lambda: Ledger(path, devices)) if dist.get_rank() == 0 else None)
         if problem:
             raise ValueError(
                 f"sentinel.output_dir: cannot keep a ledger of devices in {config.output_dir!r}: {problem}. Name a "
-                'folder in which rank 0 can read and write ledger.json, or set "events": "none".'
+                f'folder in which rank 0 can read and write {file}, or set "events": "none".'
             )
         return ledger
 

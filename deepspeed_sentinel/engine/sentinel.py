@@ -148,7 +148,11 @@ class Sentinel:
             ends=not self._lenient,
         )
         self._convictions = Convictions(
-            config.output_dir, self.who, lambda: self.gate.judge.record.convicted, step=lambda: engine.global_steps
+            config.output_dir,
+            self.who,
+            lambda: self.gate.judge.record.convicted,
+            step=lambda: engine.global_steps,
+            injected=bool(config.inject),
         )
         self._wrap()
         self._telling.start(engine.global_steps)
@@ -312,8 +316,7 @@ class Sentinel:
         unequal = self.comparison.unequal_in(verdict.step)
         self.devices.step(verdict, self.gate.columns.wiring, self.last_poisoned, unequal)
         self._sinks.step(verdict, self.counts)
-        if verdict.newly_convicted:
-            self._convictions.take(verdict)
+        if self._convictions.take(verdict, observed=self._lenient):
             # Now, since nobody knows how the run will end.
             self._telling.exclusions(self.write_exclusions)
         if verdict.halt:

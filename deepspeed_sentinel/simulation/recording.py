@@ -16,9 +16,10 @@ from deepspeed_sentinel.simulation.run import Simulation
 from deepspeed_sentinel.telemetry import events
 from deepspeed_sentinel.telemetry.devices import Device
 from deepspeed_sentinel.telemetry.eventlog import EventLog
-from deepspeed_sentinel.telemetry.exclusion import FILE, Convict, exclusions, reason, write_exclusions
+from deepspeed_sentinel.telemetry.exclusion import FILE, Convict, exclusions, proved, reason, write_exclusions
 from deepspeed_sentinel.telemetry.findings import verdict_events, wiring_event
-from deepspeed_sentinel.telemetry.ledger import Ledger, step_counts
+from deepspeed_sentinel.telemetry.ledger import DRILL_FILE, Ledger, step_counts
+from deepspeed_sentinel.telemetry.ledger import FILE as LEDGER_FILE
 from deepspeed_sentinel.telemetry.who import Who
 
 _SLOTS = 8
@@ -46,7 +47,8 @@ class Recorder:
         ]
         self._who = Who(ranks, self._devices)
         self._log = EventLog(str(folder), secrets.token_hex(8), self._who)
-        self._ledger = Ledger(folder / "ledger.json", self._devices)
+        self._injected = simulation.attackers is not None
+        self._ledger = Ledger(folder / (DRILL_FILE if self._injected else LEDGER_FILE), self._devices)
         self._convicts: dict[Worker, Convict] = {}
         self._counts = dict.fromkeys(
             ("judged_messages", "alarms", "disputes", "excluded_column_steps", "skipped_steps"), 0
@@ -54,7 +56,7 @@ class Recorder:
         self._steps = 0
         shape = {"stages": mesh.stages, "replicas": mesh.replicas}
         config = simulation.config.model_dump(mode="json")
-        self._log.write(0, events.Start(shape, config, simulation.attackers is not None))
+        self._log.write(0, events.Start(shape, config, self._injected))
 
     def step(self, verdict: Verdict) -> None:
         """Write what one step came to."""
@@ -67,7 +69,8 @@ class Recorder:
         self._ledger.record(**counts, proofs=proofs, unequal_weights=np.zeros_like(proofs))
         for worker in verdict.newly_convicted:
             why = self._who.fill(reason(verdict, worker))
-            self._convicts[worker] = Convict(self._who(worker), self._who.device(worker), verdict.step, why)
+            place, device = self._who(worker), self._who.device(worker)
+            self._convicts[worker] = Convict(place, device, verdict.step, why, proved(verdict, worker))
         for worker in verdict.released:
             self._convicts.pop(worker, None)
         self._suspects, self._isolated = verdict.suspects.copy(), verdict.isolated.copy()
@@ -90,5 +93,6 @@ class Recorder:
         self._log.close()
         self._ledger.write()
         if self._convicts:
-            what = exclusions(tuple(self._convicts.values()), self._devices, self._steps)
+            convicts = tuple(self._convicts.values())
+            what = exclusions(convicts, self._devices, self._steps, injected=self._injected)
             write_exclusions(self._folder / FILE, what)

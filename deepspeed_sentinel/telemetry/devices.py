@@ -1,8 +1,8 @@
 """Which piece of hardware a worker runs on: what it says of itself, how that travels, and by which name it is kept.
 
-A rank is a number of one launch; what fails is a device. Of each worker its host, its slot (the local rank), its GPU's
-uuid and PCI address, and what torch calls it there, are gathered when a run starts, as ``BYTES`` bytes of a fixed
-layout. A device is kept by the most lasting name that it has:
+A rank is a number of one launch; what fails is a device. Of each worker its host, its slot (the local rank, or the
+number that its launcher chose), its GPU's uuid and PCI address, and what torch calls it there, are gathered when a run
+starts, as ``BYTES`` bytes of a fixed layout. A device is kept by the most lasting name that it has:
 
     gpu:<uuid>            a GPU, in whichever host and under whichever rank
     pci:<host>/<address>  a GPU of which torch tells no uuid
@@ -18,7 +18,7 @@ import re
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,8 @@ class Device:
 
     Attributes:
         host: its host's name, of at most 128 characters; empty only where the worker gave no name that can be.
-        slot: its place among the processes of that host, from 0.
+        slot: its place among the processes of that host, from 0; where its launcher has chosen some of the host's
+            places, the number that it chose.
         uuid: of its GPU, as nvidia-smi has it without "GPU-"; at most 64 characters, empty without one.
         pci: address of its GPU, "domain:bus:device" in hexadecimal digits; at most 32 characters, empty without one.
         name: what torch calls the device there, such as "cuda:3" or "cpu"; at most 32 characters.
@@ -81,6 +82,10 @@ class Device:
             return f"gpu:{self.uuid}"
         return f"pci:{self.host}/{self.pci}" if self.pci else f"cpu:{self.host}/{self.slot}"
 
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.uuid or self.pci or self.name.startswith("cuda"))
+
     def is_another(self, other: Device) -> bool:
         """Whether the two are known to be different devices, by the most lasting name that both have."""
         if not (self.host and other.host):
@@ -104,14 +109,27 @@ def own_device(device: torch.device, slot: int | None = None) -> Device:
 
     Args:
         device: that it computes on.
-        slot: its local rank; None takes ``LOCAL_RANK`` of the environment, or 0.
+        slot: its place on its host; None takes what the environment says, or 0.
     """
-    if slot is None:
-        said = os.environ.get("LOCAL_RANK", "0")
-        slot = int(said) if said.isdecimal() else 0
+    slot = _slot(os.environ) if slot is None else slot
     uuid, pci = _gpu(device) if device.type == "cuda" else ("", "")
     host, name = _fit(socket.gethostname(), _HOST) or "host", _fit(str(device), _NAME)
     return Device(host, min(slot, _MOST_SLOTS - 1), uuid, pci, name)
+
+
+def _slot(environment: Mapping[str, str]) -> int:
+    """The local rank; or, where a launcher has given one device to each process of the host, the number of ours.
+
+    DeepSpeed started with ``--include=node-1:0,2`` numbers two processes 0 and 1, and the second one is on slot 2:
+    under its local rank a later run would leave out another.
+    """
+    said = environment.get("LOCAL_RANK", "0")
+    rank = int(said) if said.isdecimal() else 0
+    here = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE", "")  # torchrun's, DeepSpeed's
+    chosen = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if here != str(len(chosen)) or rank >= len(chosen) or not all(map(str.isdecimal, chosen)):
+        return rank
+    return int(chosen[rank])
 
 
 def to_bytes(device: Device) -> np.ndarray:

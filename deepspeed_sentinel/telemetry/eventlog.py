@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed_sentinel.mesh import Worker
-from deepspeed_sentinel.telemetry.events import SCHEMA_VERSION, Conviction, Event
+from deepspeed_sentinel.telemetry.events import SCHEMA_VERSION, Conviction, Event, Start
 from deepspeed_sentinel.telemetry.health import health_event
 from deepspeed_sentinel.telemetry.who import Who
 
@@ -37,6 +37,7 @@ class EventLog:
         self._run_id, self._who, self._clock = run_id, who, clock
         self._file = (path / EVENTS_FILE).open("a", encoding="utf-8")
         self._health = path / HEALTH_FILE
+        self._injecting = False
 
     def write(self, step: int, event: Event) -> None:
         """Append one.
@@ -47,9 +48,12 @@ class EventLog:
         now = round(self._clock(), 3)
         self._file.write(strict_json(record(step, event, now, self._run_id, self._who)) + "\n")
         self._file.flush()
-        if isinstance(event, Conviction):
+        if isinstance(event, Start):
+            self._injecting = event.injecting
+        elif isinstance(event, Conviction):
             worker = Worker(event.stage, event.replica)
-            told = health_event(event, self._who(worker), self._who.device(worker), step, now, self._run_id)
+            place, device = self._who(worker), self._who.device(worker)
+            told = health_event(event, place, device, step, now, self._run_id, self._injecting)
             with self._health.open("a", encoding="utf-8") as health:
                 health.write(strict_json(told) + "\n")
 

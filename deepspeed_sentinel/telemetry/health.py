@@ -18,11 +18,12 @@ _VERSION = 1
 
 
 def health_event(
-    conviction: Conviction, place: Place, device: Device, step: int, now: float, run_id: str
+    conviction: Conviction, place: Place, device: Device, step: int, now: float, run_id: str, injected: bool = False
 ) -> dict[str, Any]:
     """The record of one conviction.
 
-    ``isFatal``, on which agents cordon a node, is true only of what was proved. There is never one with ``isHealthy``:
+    ``isFatal``, on which agents cordon a node, is true only of what was proved, and of nothing in a drill, which asks
+    for no action either. There is never one with ``isHealthy``:
     that a worker did nothing more for some steps says little of its device.
 
     Args:
@@ -31,23 +32,26 @@ def health_event(
         step: in which it was convicted.
         now: seconds since 1970.
         run_id: of the run.
+        injected: faults are injected on purpose.
     """
-    on_gpu = bool(device.uuid or device.pci or device.name.startswith("cuda"))
     entities = [
         *([{"entityType": "GPU_UUID", "entityValue": place.gpu}] if place.gpu else []),
         # Torch tells the domain in eight digits, agents in four.
         *([{"entityType": "PCI", "entityValue": device.pci.removeprefix("0000")}] if device.pci else []),
     ]
     metadata = {"run_id": run_id, "step": step, "stage": place.stage, "replica": place.replica, "rank": place.rank}
+    metadata |= {"proved": str(conviction.proved).lower(), "injected": str(injected).lower()}
+    action = "NONE" if injected else "RUN_DCGMEUD" if device.on_gpu else "CONTACT_SUPPORT"
+    purpose = "DRILL, faults were injected on purpose: " if injected else ""
     return {
         "version": _VERSION,
         "agent": AGENT,
-        "componentClass": "GPU" if on_gpu else "CPU",
+        "componentClass": "GPU" if device.on_gpu else "CPU",
         "checkName": CHECK,
-        "isFatal": conviction.proved,
+        "isFatal": conviction.proved and not injected,
         "isHealthy": False,
-        "message": f"{place} convicted in step {step}: {conviction.why}",
-        "recommendedAction": "RUN_DCGMEUD" if on_gpu else "CONTACT_SUPPORT",
+        "message": f"{purpose}{place} convicted in step {step}: {conviction.why}",
+        "recommendedAction": action,
         "errorCode": ["SENTINEL_PROVED" if conviction.proved else "SENTINEL_STRIKES"],
         "entitiesImpacted": entities,
         "metadata": {name: str(value) for name, value in metadata.items()},

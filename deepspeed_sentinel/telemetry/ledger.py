@@ -5,7 +5,8 @@ rank 0 keeps by device (``devices.py``) what the verdicts said of the worker tha
 ``ledger.json`` beside the events (``bookfile.py``), in a form that merges without counting anything twice
 (``book.py``). People read it: a device with a proof behind it is named when a run starts on it, and one that is in
 alarm more often than its peers (``rates.py``) is reported (``standing.py``). No verdict depends on it: what a device is
-called is its own word.
+called is its own word. What is found while faults are injected on purpose says nothing of a device: a drill has a
+ledger of its own, ``drill_ledger.json``, in checkpoints too.
 
     engine, at attach     own_device -> to_bytes -> gathered -> read_gathered -> Ledger -> named(), told()
             each step     record(**step_counts(verdict, served), proofs=..., unequal_weights=...)
@@ -32,6 +33,7 @@ from deepspeed_sentinel.telemetry.bookfile import BookFile, LockBusy, from_text,
 from deepspeed_sentinel.telemetry.devices import UNNAMED, Device, keys_of
 from deepspeed_sentinel.telemetry.standing import Above, Standing, place_of
 
+FILE, DRILL_FILE = "ledger.json", "drill_ledger.json"
 _TROUBLE_FROM = COUNTS.index("alarms")  # this count and those after it are trouble
 
 

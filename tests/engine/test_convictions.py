@@ -1,11 +1,17 @@
 """The file that says how to start without the convicted."""
 
 import json
+import sys
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
+from synthetic import blamed
 
 from deepspeed_sentinel.engine.convictions import Convictions
 from deepspeed_sentinel.judgement.trial import Proof
@@ -27,15 +33,20 @@ def run(tmp_path, one_rank):
     return run
 
 
-def of(run, devices):
+def of(run, devices, **more):
     who = Who(np.arange(6).reshape(3, 2), devices)
-    return Convictions(str(run.file.parent), who, lambda: run.convicted, step=lambda: run.step)
+    return Convictions(str(run.file.parent), who, lambda: run.convicted, step=lambda: run.step, **more)
 
 
-def convict(run):
+def verdict(newly_convicted=(CULPRIT,), proofs=(PROOF,), findings=(), step=6):
+    return SimpleNamespace(
+        newly_convicted=newly_convicted, step=step, proofs=proofs, contradicted=(), findings=findings
+    )
+
+
+def convict(run, **more):
     run.convicted[CULPRIT] = True
-    verdict = SimpleNamespace(newly_convicted=(CULPRIT,), step=6, proofs=(PROOF,), contradicted=(), findings=())
-    run.convictions.take(verdict)
+    assert run.convictions.take(verdict(), **more)
 
 
 def test_a_conviction_is_written_with_its_reason_and_taken_back_with_it(run):
@@ -49,6 +60,53 @@ def test_a_conviction_is_written_with_its_reason_and_taken_back_with_it(run):
     run.convicted[CULPRIT] = False
     run.convictions.write()
     assert json.loads(run.file.read_text())["workers"] == [], "it was released"
+
+
+def finding():
+    return next(one for one in blamed().findings if one.worker == Worker(1, 2))
+
+
+def test_whom_statistics_alone_convict_while_nothing_is_kept_out_no_line_leaves_out_until_it_is_proved(run):
+    """The demo's run without a guard: the honest worker behind the fault is outside of the fences too."""
+    run.convicted[CULPRIT] = True
+    by_statistics = verdict(proofs=(), findings=(replace(finding(), worker=CULPRIT),))
+    assert run.convictions.take(by_statistics, observed=True)
+    written = json.loads(run.convictions.write().read_text())
+    (worker,) = written["workers"]
+    assert (worker["proved"], worker["in_lines"]) == (False, False)
+    assert written["hosts"] == [] and written["deepspeed"] == written["slurm"] == ""
+
+    resumed = of(run, DEVICES)
+    resumed.load_state_dict(run.convictions.state_dict())
+    assert resumed.convicts == run.convictions.convicts and not resumed.convicts[0].in_lines
+    assert not resumed.take(verdict((), (), step=8), observed=True)
+    assert resumed.take(verdict((), step=9), observed=True)
+    assert (resumed.convicts[0].proved, resumed.convicts[0].step) == (True, 9)
+    assert json.loads(resumed.write().read_text())["hosts"] == ["node-1"]
+    assert not resumed.take(verdict((), step=10), observed=True), "it is known"
+
+
+def test_a_state_from_before_this_was_told_is_taken_over():
+    (one,) = read_saved(
+        [{"worker": [1, 0], "rank": 2, "device": {"host": "a", "slot": 0}, "step": 1, "why": ""}]
+    ).values()
+    assert one.proved is None and one.in_lines
+
+
+def test_the_file_of_a_drill_says_so(run):
+    run.convictions = of(run, DEVICES, injected=True)
+    convict(run)
+    written = json.loads(run.convictions.write().read_text())
+    assert written["injected"] and written["workers"][0]["injected"]
+    resumed = of(run, DEVICES)
+    resumed.load_state_dict(run.convictions.state_dict())
+    told = json.loads(resumed.write().read_text())
+    assert [(one["injected"], one["in_lines"]) for one in told["workers"]] == [(True, False)]
+    assert told["hosts"] == [] and not told["injected"] and "Whom a drill convicted" in told["note"]
+    run.convictions = of(run, DEVICES)
+    convict(run)
+    told = json.loads(run.convictions.write().read_text())
+    assert [(one["injected"], one["in_lines"]) for one in told["workers"]] == [(False, True)]
 
 
 def test_the_end_of_a_run_is_written_after_the_script_has_ended_its_process_group(run):
@@ -69,7 +127,7 @@ def test_what_an_earlier_run_left_stays_beside_what_this_one_adds(run, tmp_path)
     run.convictions.write()
     run.convictions.write()
     written = json.loads(run.file.read_text())
-    assert written["hosts"] == ["node-1", "node-3"] and written["deepspeed"] == "--exclude=node-1:0@node-3:0"
+    assert written["hosts"] == ["node-1", "node-3"] and written["slurm"] == "--exclude=node-1,node-3"
     assert [worker.get("earlier", False) for worker in written["workers"]] == [False, True]
 
 
@@ -160,6 +218,8 @@ def test_no_machine_is_named_where_it_is_not_known_which_it_was(run):
         [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": float("nan"), "why": ""}],
         [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 10**40, "why": ""}],
         [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": 7}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": "", "proved": "no"}],
+        [{"worker": [1, 2], "rank": 1, "device": {"host": "a", "slot": 0}, "step": 1, "why": "", "observed": 1}],
         [np.zeros(3)],
     ],
 )

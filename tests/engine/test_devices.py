@@ -110,6 +110,26 @@ def test_a_proof_is_in_the_file_at_once_and_named_when_a_run_starts_on_the_devic
     assert len(said) == 1
 
 
+DRILL = {"inject": [{"stage": 1, "replica": 2, "attack": "scaling"}]}
+
+
+def test_a_drill_says_nothing_of_a_device(said, honest, tmp_path):
+    """Neither in the folder of a run nor in a checkpoint; drills know of each other."""
+    drill = Run(tmp_path, **DRILL)
+    drill.step(proving(honest[0]))
+    state = drill.record.state_dict()
+    drill.end()
+    assert sorted(path.name for path in tmp_path.glob("*ledger.json")) == ["drill_ledger.json"]
+    real = Run(tmp_path)
+    real.record.load_state_dict(state)
+    real.step(honest[1])
+    real.end()
+    assert not said and not real.events() and known_of(tmp_path)[KEY]["total"]["proofs"] == 0
+    again = Run(tmp_path, **DRILL)
+    assert again.events() == [("proof", KEY, [[1, 2]])] and len(said) == 1
+    again.end()
+
+
 def test_who_was_proved_by_several_partners_is_named_too(said, honest, tmp_path):
     """It reports falsely, or makes other things: its machine is no better than one that an exact comparison found."""
     first = Run(tmp_path)

@@ -145,12 +145,29 @@ def test_a_conviction_is_also_a_record_for_health_agents(log, tmp_path):
             {"entityType": "GPU_UUID", "entityValue": f"GPU-{UUID}"},
             {"entityType": "PCI", "entityValue": "0000:1b:00"},
         ],
-        "metadata": {"run_id": "run-1", "step": "31", "stage": "1", "replica": "2", "rank": "5"},
+        "metadata": {
+            "run_id": "run-1",
+            "step": "31",
+            "stage": "1",
+            "replica": "2",
+            "rank": "5",
+            "proved": "true",
+            "injected": "false",
+        },
         "generatedTimestamp": "2023-11-14T22:13:20.123Z",
         "nodeName": "node-03",
     }
     assert on_cpu["componentClass"] == "CPU" and on_cpu["entitiesImpacted"] == []
     assert (on_cpu["isFatal"], on_cpu["errorCode"], on_cpu["nodeName"]) == (False, ["SENTINEL_STRIKES"], "node-2")
+
+
+def test_a_record_of_a_drill_cordons_no_node(log, tmp_path):
+    log.write(0, Start({"stages": 4, "replicas": 3}, {}, True))
+    log.write(31, Conviction(1, 2, "it was proved", proved=True))
+    (told,) = lines(tmp_path / "new" / "folder" / "health.jsonl")
+    assert (told["isFatal"], told["recommendedAction"]) == (False, "NONE")
+    assert told["metadata"]["injected"] == told["metadata"]["proved"] == "true"
+    assert told["message"].startswith("DRILL, faults were injected on purpose: stage 1, replica 2")
 
 
 def test_only_convictions_are_told_to_health_agents(log, tmp_path):

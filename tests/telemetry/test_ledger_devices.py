@@ -83,6 +83,27 @@ def test_this_process_without_a_gpu(monkeypatch):
     assert own_device(torch.device("cpu")).slot == 0
 
 
+@pytest.mark.parametrize("told_by", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize(
+    ("chosen", "here", "slot"),
+    [
+        ("0,2,3", "3", 2),
+        ("3", "4", 1),
+        ("0,1,2,3", "3", 1),
+        ("GPU-8f3c,GPU-9a1b,GPU-11aa", "3", 1),
+        ("", "1", 1),
+        ("0,2,3", "", 1),
+    ],
+)
+def test_a_slot_is_the_one_that_the_launcher_chose(monkeypatch, told_by, chosen, here, slot):
+    """As DeepSpeed does for --include and --exclude; not where each process sees its own alone, or there are more."""
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("LOCAL_RANK", "1"), ("CUDA_VISIBLE_DEVICES", chosen), (told_by, here)):
+        monkeypatch.setenv(name, value)
+    assert own_device(torch.device("cpu")).slot == slot
+
+
 @pytest.mark.parametrize(
     ("properties", "uuid", "pci"),
     [

@@ -6,11 +6,16 @@ from base64 import b64decode
 import numpy as np
 import pytest
 
+from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.telemetry.devices import Device
+from deepspeed_sentinel.telemetry.exclusion import Convict, exclusions
 from deepspeed_sentinel.telemetry.report.digest import _since, digest
 from deepspeed_sentinel.telemetry.report.heat import FENCE, heat, level
 from deepspeed_sentinel.telemetry.report.losses import find_loss, read_loss
 from deepspeed_sentinel.telemetry.report.reading import read_run
+from deepspeed_sentinel.telemetry.report.starting import lines_to_start
 from deepspeed_sentinel.telemetry.report.words import spans
+from deepspeed_sentinel.telemetry.who import Who
 
 
 @pytest.fixture
@@ -59,18 +64,53 @@ def test_the_cost_and_who_served_which_column(document):
 def test_what_to_do_has_lines_to_paste(document):
     todo = document["todo"]
     assert todo["advice"][0].startswith("Take node-03, slot 3, out of service and test GPU-1a2b3c4d-64d7")
-    assert [line["text"] for line in todo["lines"]][:2] == [
-        "deepspeed --exclude=node-03:3 ...", "sbatch --exclude=node-03 ...",
-    ]  # fmt: skip
-    assert "bad slots alone" in todo["lines"][0]["for"] and "whole hosts" in todo["lines"][1]["for"]
-    assert "node-0 slots=3" in todo["lines"][2]["text"] and "node-03" not in todo["lines"][2]["text"]
+    assert [line["text"] for line in todo["lines"]] == [
+        "deepspeed --hostfile=hosts.left --include=node-0:0,1,2@node-1:0,1@node-2:0,1,2 ...",
+        "node-0 slots=3\nnode-1 slots=2\nnode-2 slots=3",
+        "torchrun --nnodes=3 --nproc_per_node=3 ...",
+        "torchrun --nnodes=3 --nproc_per_node=2 ...",
+        "sbatch --exclude=node-03 ...",
+    ]
+    first, hostfile, *_, slurm = todo["lines"]
+    assert "these slots alone" in first["for"] and "hosts.left" in hostfile["for"] and "whole hosts" in slurm["for"]
+    assert first["note"].startswith("Start 8 processes (4 stages x 2 replicas). node-3 slots 0,1,2 stay idle")
+    assert [line["for"] for line in todo["lines"][2:4]] == ["torchrun, on node-0, node-2", "torchrun, on node-1"]
+
+
+def test_what_to_do_on_one_host_needs_no_hostfile():
+    devices = [[Device("vm", 2 * stage + replica, name="cuda:0") for replica in range(2)] for stage in range(2)]
+    where = Who(np.arange(4).reshape(2, 2), devices)(Worker(1, 0))
+    told = exclusions([Convict(where, devices[1][0], 3, "it did", True)], devices, 5)
+    notes: list[str] = []
+    lines = lines_to_start(told, notes, True)["lines"]
+    assert [line["text"] for line in lines] == [
+        "deepspeed --include=localhost:0,1 ...",
+        "CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node=2 ...",
+        "sbatch --exclude=vm ...",
+    ]
+    assert "Start 2 processes" in lines[0]["note"] and not notes
+
+
+def test_whom_statistics_convict_while_nothing_is_kept_out_is_looked_into(recorded):
+    document = digest(read_run(recorded(action="observe")))
+    (advice,) = document["todo"]["advice"]
+    assert advice.startswith("Look into stage 1, replica 2 (rank 5, node-03") and "by statistics alone" in advice
+    assert document["todo"]["lines"] == [] and document["todo"]["replicas_left"] is None
+    assert any("in_lines false" in note for note in document["notes"])
+
+
+def test_a_drill_asks_for_nothing(recorded):
+    todo = digest(read_run(recorded(injecting=True)))["todo"]
+    assert todo["advice"][0].startswith("Nothing: faults were injected on purpose") and "Take" in todo["advice"][1]
+    assert "injected on purpose" in todo["lines"][0]["note"]
 
 
 @pytest.mark.parametrize("host", ["a;rm -rf ~", "$(id)", "a b", "`id`", "a\nb", "x' || y"])
 def test_no_line_to_paste_has_what_a_shell_acts_on(recorded, host):
     folder = recorded()
     path = folder / "exclude.json"
-    said = {**json.loads(path.read_text()), "deepspeed": f"--exclude={host}:1", "slurm": f"--exclude={host}"}
+    said = {**json.loads(path.read_text()), "deepspeed": f"--include={host}:1", "slurm": f"--exclude={host}",
+            "torchrun": {"a": f"torchrun --nproc_per_node=2 {host}"}}  # fmt: skip
     path.write_text(json.dumps({**said, "hostfile": [f"{host} slots=3"]}))
     document = digest(read_run(folder))
     assert document["todo"]["lines"] == [] and sum("a shell acts on" in note for note in document["notes"]) == 2

@@ -79,7 +79,8 @@ def test_the_page_says_what_the_document_says(recorded):
     page = page_of(recorded())
     assert "1 worker convicted: node-03, cuda:3, slot 3" in page
     assert (
-        "deepspeed --exclude=node-03:3 ..." in page
+        "deepspeed --hostfile=hosts.left --include=node-0:0,1,2@node-1:0,1@node-2:0,1,2 ..." in page
+        and "Start 8 processes (4 stages x 2 replicas)" in page
         and "energy (mean square of all values) = " in page
         and "sbatch --exclude=node-03" in page
     )
@@ -143,7 +144,8 @@ def test_the_table_is_there_without_rich_too(recorded, capsys, monkeypatch):
     assert main(["report", str(recorded())]) == 0
     said = capsys.readouterr().out
     assert "convicted | stage 1, replica 2 (rank 5, node-03, cuda:3, GPU-1a2b3c4d) | " in said
-    assert "deepspeed --exclude=node-03:3" in said
+    assert "--include=node-0:0,1,2@node-1:0,1@node-2:0,1,2 ..." in said
+    assert "Start 8 processes (4 stages x 2 replicas)" in said
 
 
 def test_json_is_all_of_it_and_strict(recorded, capsys):

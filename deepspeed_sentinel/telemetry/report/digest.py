@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,14 +10,9 @@ from typing import Any
 from deepspeed_sentinel.telemetry.deals import deals
 from deepspeed_sentinel.telemetry.report.happened import timeline
 from deepspeed_sentinel.telemetry.report.reading import RunFiles
-from deepspeed_sentinel.telemetry.report.suspects import name_of, suspects
+from deepspeed_sentinel.telemetry.report.starting import lines_to_start
+from deepspeed_sentinel.telemetry.report.suspects import excluded_now, name_of, suspects
 
-_PASTED = re.compile(r"--exclude=[A-Za-z0-9._:,@-]+")  # nothing that a shell would act on
-_HOST_LINE = re.compile(r"[A-Za-z0-9._:-]+ slots=\d+")
-_LAUNCHERS = {
-    "deepspeed": ("DeepSpeed's launcher, without the bad slots alone", "deepspeed {} ..."),
-    "slurm": ("SLURM, which leaves out whole hosts", "sbatch {} ..."),
-}
 _GAP = 5  # steps without an alarm after which one before is no part of what followed
 _TROUBLE = ("proofs", "unequal_weights", "disputes", "alarmed_steps")
 
@@ -137,40 +131,55 @@ def _deals(run: RunFiles) -> list[dict[str, Any]]:
 
 def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[str, Any]:
     """What to do: "advice", sentences, and "lines" to paste, each with what it is for and a "note" beside it."""
-    advice = [*_out_of_service(shown), *_watched(shown)]
+    unheeded = _unheeded(run)
+    advice = [
+        *_out_of_service([one for one in shown if (one["stage"], one["replica"]) not in unheeded]),
+        *_looked_into([one for one in shown if (one["stage"], one["replica"]) in unheeded]),
+        *_watched(shown),
+    ]
     if any(event["kind"] == "dispute" for event in run.events) and not advice:
         advice.append("Check both ends of the disputed links and what lies between them")
     grave = {(one["stage"], one["replica"]) for one in shown if one["state"] == "convicted"}
     if any(event["kind"] == "device" and not grave.intersection(event["workers"]) for event in run.events):
         advice.append("Look into the devices listed below: their record over runs is worse than their peers'")
-    exclude, lines = run.exclude, []
-    workers = exclude.get("workers")
-    for left in workers if isinstance(workers, list) else ():
-        if isinstance(left, dict) and left.get("earlier"):
-            where = f"{left.get('host')}, slot {left.get('slot')}"
-            advice.append(f"Keep {where} out of service: convicted in an earlier run. {left.get('why')}")
-    for name, (launcher, form) in _LAUNCHERS.items():
-        said = exclude.get(name)
-        if isinstance(said, str) and said:
-            if _PASTED.fullmatch(said):
-                note = exclude.get(f"{name}_note")
-                note = note if isinstance(note, str) else ""
-                # The note says of which hosts what else goes; the launcher's own words are for where there is none.
-                what_for = launcher.partition(",")[0] if note else launcher
-                lines.append({"for": what_for, "text": form.format(said), "note": note})
-            else:
-                notes.append(
-                    f"the line for {name} in exclude.json is not shown: it has characters that a shell acts on"
-                )
-    hosts = exclude.get("hostfile")
-    hosts = [line for line in hosts if isinstance(line, str)] if isinstance(hosts, list) else []
-    if hosts and lines:
-        fit = [line for line in hosts if _HOST_LINE.fullmatch(line)]
-        lines.append({"for": "a hostfile, which leaves out whole hosts", "text": "\n".join(fit), "note": ""})
-    if not exclude and any(one["state"] == "convicted" for one in shown):
-        notes.append("exclude.json is not there, or is of a later run: there are no lines to start again without them")
-    left = exclude.get("replicas_left")
-    return {"advice": advice, "lines": lines, "replicas_left": left if isinstance(left, int) and lines else None}
+    for left in _earlier(run):
+        where = f"{left.get('host')}, slot {left.get('slot')}"
+        advice.append(f"Keep {where} out of service: convicted in an earlier run. {left.get('why')}")
+    if advice and _injecting(run):
+        advice.insert(0, "Nothing: faults were injected on purpose. In any other run it would be:")
+    return {"advice": advice, **lines_to_start(run.exclude, notes, any(one["state"] == "convicted" for one in shown))}
+
+
+def _injecting(run: RunFiles) -> bool:
+    return any(event["kind"] == "start" and event["injecting"] for event in run.events)
+
+
+def _earlier(run: RunFiles) -> list[dict[str, Any]]:
+    """Entries of ``exclude.json`` whose machines this run did without, or was to."""
+    workers = run.exclude.get("workers")
+    return [
+        one
+        for one in (workers if isinstance(workers, list) else ())
+        if isinstance(one, dict) and one.get("earlier") and one.get("in_lines", True)
+    ]
+
+
+def _unheeded(run: RunFiles) -> set[tuple[int, int]]:
+    """Whom statistics alone have convicted while nothing was kept out of the weights."""
+    found, action = set(), None
+    for event in run.events:
+        if event["kind"] == "start":
+            action = event["config"].get("action")
+        elif event["kind"] == "settings":
+            action = event["action"]
+        elif event["kind"] == "conviction" and event["proved"] is False and action == "observe":
+            found.add((event["stage"], event["replica"]))
+    for one in excluded_now(run):
+        if one.get("in_lines") is False and one.get("proved") is False:
+            found.add((one["stage"], one["replica"]))
+        elif one.get("proved") is True:
+            found.discard((one["stage"], one["replica"]))
+    return found
 
 
 def _out_of_service(shown: list[dict[str, Any]]) -> Iterator[str]:
@@ -185,6 +194,15 @@ def _out_of_service(shown: list[dict[str, Any]]) -> Iterator[str]:
         parts = ", ".join(one["gpu"] for one in convicts if one["gpu"]) or "processor and memory"
         names = f": {convicts[0]['name']}" if len(convicts) == 1 else ""
         yield f"Take {where} out of service and test {parts}{names}"
+
+
+def _looked_into(shown: list[dict[str, Any]]) -> Iterator[str]:
+    for one in shown:
+        if one["state"] == "convicted":
+            yield (
+                f"Look into {one['name']}: convicted by statistics alone while nothing was kept out of the weights. An "
+                "honest worker beside a fault looks the same"
+            )
 
 
 def _watched(shown: list[dict[str, Any]]) -> Iterator[str]:

@@ -19,9 +19,10 @@ from typing import Any
 
 from deepspeed_sentinel.mesh import Mesh, Worker
 from deepspeed_sentinel.telemetry.events import EVENTS, SCHEMA_VERSION, Event
+from deepspeed_sentinel.telemetry.ledger import DRILL_FILE, FILE
 from deepspeed_sentinel.telemetry.report.fitting import UNREADABLE, fit, place_in, whole
 
-EVENTS_FILE, LEDGER_FILE, EXCLUDE_FILE = "events.jsonl", "ledger.json", "exclude.json"
+EVENTS_FILE, EXCLUDE_FILE = "events.jsonl", "exclude.json"
 _MOST_WORKERS = 1 << 16
 # What stands for a field that a line of another version lacks. Without a number, such as a stage, nothing can be told.
 NOT_TOLD = "not told"
@@ -43,7 +44,7 @@ class RunFiles:
         places: where each worker runs, in its own words: fields of ``who.Place``, each a text, a number or None.
         earlier: of the runs before it in the same file, their id, mesh, first and last time, and who was convicted.
         exclude: what ``exclude.json`` holds, or {}; {} too for a run that others followed.
-        devices: of each device in ``ledger.json``, its counts ``total`` and its ``places``.
+        devices: of each device in ``ledger.json``, or of a drill's, its counts ``total`` and its ``places``.
         notes: what could not be read, in words.
     """
 
@@ -89,6 +90,7 @@ def read_run(folder: Path, run_id: str | None = None) -> RunFiles:
     order = list(runs)
     mesh = _mesh_of(runs[chosen], notes)
     events = list(_fitting(runs[chosen], mesh, notes))
+    drill = any(event["kind"] == "start" and event["injecting"] for event in events)
     return RunFiles(
         folder,
         chosen,
@@ -97,7 +99,7 @@ def read_run(folder: Path, run_id: str | None = None) -> RunFiles:
         _places(events),
         [_earlier(one, runs[one]) for one in order[: order.index(chosen)]],
         _json_object(folder / EXCLUDE_FILE, notes) if chosen == order[-1] else {},
-        _devices(_json_object(folder / LEDGER_FILE, notes)),
+        _devices(_json_object(folder / (DRILL_FILE if drill else FILE), notes)),
         notes,
     )
 

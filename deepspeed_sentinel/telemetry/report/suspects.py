@@ -85,7 +85,9 @@ def suspects(run: RunFiles) -> list[dict[str, Any]]:
         if one["host"] is None:
             one["host"], one["local_rank"] = str(said.get("host") or "") or None, said.get("slot")
         if one["released"] is None and one["convicted"] in (None, _BEFORE):
-            one["convicted"] = {"step": said.get("step"), "proved": None, "why": str(said.get("why"))}
+            proved = said.get("proved")
+            proved = proved if isinstance(proved, bool) else None
+            one["convicted"] = {"step": said.get("step"), "proved": proved, "why": str(said.get("why"))}
     for one in found.values():
         one["state"] = _state(one)
     return sorted(found.values(), key=lambda one: (STATES.index(one["state"]), -one["alarms"], one["stage"]))
