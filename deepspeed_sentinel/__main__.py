@@ -123,6 +123,10 @@ def _run(arguments: list[str], from_launcher: list[str]) -> int:
     parser.add_argument("script", help="training script that calls deepspeed.initialize")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     parsed = parser.parse_args(arguments)
+    script = Path(parsed.script)
+    if not (script.is_file() or (script / "__main__.py").is_file()):
+        print(f"run: {parsed.script}: there is no such file", file=sys.stderr)
+        return 2
 
     from deepspeed_sentinel.engine.launch import install
 
@@ -155,7 +159,9 @@ def _check(path: str) -> int:
     if config.enabled and str(stage) in ("2", "3"):  # DeepSpeed takes a number in quotes too
         print(f"{path}: {_NO_PIPELINE.format(json.dumps(stage))}", file=sys.stderr)
         return 1
-    print(f"{path}: valid. Settings (* given, others default; null follows from the mesh):")
+    how = 'set "enabled" to true' if "enabled" in block else 'add "enabled": true to the block'
+    off = "" if config.enabled else f", but switched off: {how}, or sentinel stays off"
+    print(f"{path}: valid{off}. Settings (* given, others default; null follows from the mesh):")
     for name, value in config.model_dump(mode="json").items():
         print(f" {'*' if name in block else ' '} {name} = {json.dumps(value)}")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 from collections.abc import Iterable, Mapping
@@ -119,6 +120,7 @@ class SentinelConfig(BaseModel):
     twins: TwinsConfig = Field(
         default_factory=lambda: TwinsConfig.model_validate({}),
         description="twin steps: all columns are given the same micro-batches",
+        examples=[{"every": 100}],
     )
     strikes: int = Field(3, ge=1, description="strikes that convict a worker, where strikes do")
     strike_window: int = Field(20, ge=1, description="steps within which those strikes must fall")
@@ -150,6 +152,7 @@ class SentinelConfig(BaseModel):
     prometheus: PrometheusConfig = Field(
         default_factory=lambda: PrometheusConfig.model_validate({}),
         description="numbers for Prometheus; none without a port or a text file",
+        examples=[{"port": 9400}],
     )
     seed: int | None = Field(
         None,
@@ -158,7 +161,10 @@ class SentinelConfig(BaseModel):
         "exactly, and lets everybody who reads it foresee which tokens are looked at",
     )
     inject: tuple[Injection, ...] = Field(
-        (), strict=False, description="faults to inject: for red-team runs and drills only"
+        (),
+        strict=False,
+        description="faults to inject: for red-team runs and drills only",
+        examples=[[{"stage": 1, "replica": 2, "attack": "scaling"}]],
     )
 
     @model_validator(mode="before")
@@ -269,18 +275,47 @@ def _fields(model: type[BaseModel], where: tuple[int | str, ...]) -> Iterable[st
     return model.model_fields
 
 
+# Pydantic's names of them, whose own texts show classes of ours.
+_SHAPES = {"model_type": "an object", "tuple_type": "a list"}
+
+
+def _example(model: type[BaseModel], where: tuple[int | str, ...]) -> Any:
+    """Of the value that stands there; an entry of a list is its example's first."""
+    name, *entry = where
+    (example,) = model.model_fields[str(name)].examples or [None]
+    return example[0] if entry else example
+
+
 def _json(value: Any) -> str:
     """A value as the config has it; what JSON cannot hold as Python shows it."""
     return json.dumps(value, default=repr, ensure_ascii=False)
 
 
+def _by_value(error: ValidationError) -> Iterable[dict[str, Any]]:
+    """Its mistakes, of which pydantic tells one for each kind that a value may be of, as one of each value."""
+    found: dict[tuple[int | str, ...], dict[str, Any]] = {}
+    for each in error.errors(include_url=False):
+        mistake: dict[str, Any] = {**each}
+        if mistake["loc"][-1:] == ("int",) or "literal[" in str(mistake["loc"][-1:]):
+            mistake["loc"] = mistake["loc"][:-1]
+        first = found.setdefault(mistake["loc"], mistake)
+        if first is not mistake:
+            first["msg"] += mistake["msg"].replace("Input should be", " or")
+    return found.values()
+
+
 def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     lines = [f'Invalid "{BLOCK}" block in the DeepSpeed config:']
-    for mistake in error.errors(include_url=False):
+    for mistake in _by_value(error):
         key = ".".join(str(part) for part in (BLOCK, *mistake["loc"]))
         if mistake["type"] == "extra_forbidden":
-            allowed = ", ".join(_fields(model, mistake["loc"][:-1]))
-            lines.append(f"  {key}: unknown key (value {_json(mistake['input'])}); allowed: {allowed}")
+            allowed = list(_fields(model, mistake["loc"][:-1]))
+            near = difflib.get_close_matches(str(mistake["loc"][-1]), allowed, n=1)
+            which = f'did you mean "{near[0]}"?' if near else f"allowed: {', '.join(allowed)}"
+            lines.append(f"  {key}: unknown key (value {_json(mistake['input'])}); {which}")
+        elif mistake["type"] in _SHAPES:
+            such = f"must be {_SHAPES[mistake['type']]} such as {_json(_example(model, mistake['loc']))}"
+            lines.append(f"  {key}: got {_json(mistake['input'])}; {such}")
         elif mistake["type"] == "value_error":
             lines.append(f"  {key}: {mistake['msg'].removeprefix('Value error, ')}")
         else:

@@ -1,9 +1,11 @@
-"""The exit code of a script that Sentinel stops, for launchers and schedulers; see docs/failures.md."""
+"""How a script ends that Sentinel stops or refuses; of the exit code, see docs/failures.md."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from deepspeed_sentinel.errors import SentinelHalt
@@ -29,6 +31,25 @@ def ends_with(code: int) -> None:
         raise SystemExit(code)
 
     sys.excepthook = hook
+
+
+@contextmanager
+def refused_once(rank: int) -> Iterator[None]:
+    """What every rank refuses, settings for one, has its traceback on rank 0 alone: if it ends another, in one line."""
+    try:
+        yield
+    except ValueError as refused:
+        before = sys.excepthook
+
+        def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            if error is not told:
+                return before(kind, error, trace)
+            print(f"[sentinel] rank {rank}: {' '.join(str(error).split())}", file=sys.stderr)
+
+        told = refused
+        if rank:
+            sys.excepthook = hook
+        raise
 
 
 def _flush() -> None:

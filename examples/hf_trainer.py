@@ -17,9 +17,11 @@ Any argument of transformers.TrainingArguments can be added, e.g. --max_steps 20
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -50,6 +52,7 @@ class ScriptArguments:
     tokenizer: str | None = field(default=None, metadata={"help": "name or folder; by default the model's"})
     dataset: str | None = field(default=None, metadata={"help": "name for datasets.load_dataset, with a text column"})
     dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
+    workers: int | None = field(default=None, metadata={"help": "processes a node that tokenise it, the first time"})
     text: str | None = field(default=None, metadata={"help": "a text file to train on"})
     sequence: int = field(default=128, metadata={"help": "tokens a row"})
 
@@ -64,19 +67,14 @@ class Report(SentinelCallback):
 
 
 def texts(options: ScriptArguments) -> list[str]:
-    """The texts to train on; by default Python's own sources, which are on every machine."""
-    if options.dataset:
-        from datasets import load_dataset  # pip install datasets
-
-        rows = load_dataset(options.dataset, options.dataset_config, split="train")
-        return [text for text in rows["text"] if text.strip()]
+    """The texts to train on without a data set; by default Python's own sources, which are on every machine."""
     if options.text:
         return [Path(options.text).read_text(encoding="utf-8")]
     sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:FILES]
     return [path.read_text(encoding="utf-8", errors="replace") for path in sources]
 
 
-def small_tokenizer(corpus: list[str]) -> PreTrainedTokenizerBase:
+def small_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerBase:
     """A byte-level BPE learnt from the texts; the same on every process."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -91,13 +89,34 @@ def small_tokenizer(corpus: list[str]) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def rows(corpus: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[dict[str, list[int]]]:
-    """All texts one after the other, cut into rows of equal length."""
+def rows(corpus: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, list[list[int]]]:
+    """All texts one after the other, cut into rows of equal length; what is left at the end is dropped."""
     ids: list[int] = []
-    for text in corpus:
+    for text in filter(str.strip, corpus):
         ids += [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    for start in range(0, len(ids) - length + 1, length):
-        yield {"input_ids": ids[start : start + length]}
+    return {"input_ids": [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]}
+
+
+def data_set(options: ScriptArguments, args: TrainingArguments) -> Any:
+    """A data set of the hub or of a folder; one process of a node fetches it, the others find it in the cache."""
+    from datasets import load_dataset  # pip install datasets
+
+    with args.main_process_first():
+        return load_dataset(options.dataset, options.dataset_config, split="train")
+
+
+def rows_on_disk(
+    corpus: Any, tokenizer: PreTrainedTokenizerBase, options: ScriptArguments, args: TrainingArguments
+) -> Any:
+    """``rows`` of every thousand texts, in a file that one process of a node makes and all map into their memory."""
+    with args.main_process_first():
+        return corpus.map(
+            partial(rows, tokenizer=tokenizer, length=options.sequence),
+            input_columns="text",
+            batched=True,
+            remove_columns=corpus.column_names,
+            num_proc=options.workers,
+        )
 
 
 def main() -> None:
@@ -130,12 +149,13 @@ def main() -> None:
     )
     options, args = parser.parse_args_into_dataclasses()
 
-    corpus = texts(options)
+    corpus = data_set(options, args) if options.dataset else None
+    some = texts(options) if corpus is None else corpus[:1000]["text"]
     if options.tokenizer or options.model:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     else:
-        tokenizer = small_tokenizer(corpus)
+        tokenizer = small_tokenizer(some)
     model: str | PreTrainedConfig
     if options.model:
         model = options.model
@@ -154,14 +174,19 @@ def main() -> None:
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
         )
-    data = list(rows(corpus, tokenizer, options.sequence))
-    held_out = max(1, min(64, len(data) // 10))
+    if corpus is None:
+        data = [{"input_ids": ids} for ids in rows(some, tokenizer, options.sequence)["input_ids"]]
+    else:
+        data = rows_on_disk(corpus, tokenizer, options, args)
+    few = max(1, min(64, len(data) // 10))
+    parts = range(few), range(few, len(data))
+    held_out, train = ([data[at] for at in part] if corpus is None else data.select(part) for part in parts)
 
     trainer = SentinelTrainer(
         model,
         args,
-        train_dataset=data[held_out:],
-        eval_dataset=data[:held_out],
+        train_dataset=train,
+        eval_dataset=held_out,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
         callbacks=[Report()],

@@ -43,7 +43,7 @@ def test_the_flag_and_the_script_together_attach_once(cases):
 REFUSED = {
     "twice": "already has a sentinel attached, with other settings; detach it first",
     "no_settings": 'put "sentinel": {"enabled": true} into the DeepSpeed config',
-    "unknown_key": "sentinel.warmup: unknown key (value 3); allowed: enabled, action, ",
+    "unknown_key": 'sentinel.warmup: unknown key (value 3); did you mean "warmup_steps"?',
     "outside_mesh": "stage 7, replica 0 is not in the mesh; allowed are stages 0 to 1 and replicas 0 to 1",
     "unwritable": "sentinel.output_dir: cannot write to",
     "one_stage": "sentinel needs at least 2 pipeline stages, got 1",

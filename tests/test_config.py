@@ -19,7 +19,15 @@ def test_enabled_is_enough_and_the_default_is_off():
 @pytest.mark.parametrize(
     ("block", "said"),
     [
-        ({"warmup": 5}, ["sentinel.warmup", "unknown key", "warmup_steps"]),
+        ({"warmup": 5}, ["sentinel.warmup", "unknown key", 'did you mean "warmup_steps"?']),
+        ({"acton": "halt"}, ['sentinel.acton: unknown key (value "halt"); did you mean "action"?']),
+        ({"xyz": 1}, ["sentinel.xyz: unknown key (value 1); allowed: enabled, action, "]),
+        ({"twins": {"evry": 5}}, ['sentinel.twins.evry: unknown key (value 5); did you mean "every"?']),
+        ({"twins": 100}, ['sentinel.twins: got 100; must be an object such as {"every": 100}']),
+        ({"twins": {"columns": "x"}}, ["sentinel.twins.columns: got \"x\"; Input should be 'all' or a valid integer"]),
+        ({"prometheus": True}, ['sentinel.prometheus: got true; must be an object such as {"port": 9400}']),
+        ({"inject": FAULT}, ['must be a list such as [{"stage": 1, "replica": 2, "attack": "scaling"}]']),
+        ({"inject": [5]}, ['inject.0: got 5; must be an object such as {"stage": 1, "replica": 2, "attack": ']),
         ({"enabled": "yes"}, ["sentinel.enabled", '"yes"', "boolean"]),
         ({"action": "ban"}, ["sentinel.action", '"ban"', "'observe', 'exclude', 'quarantine' or 'halt'"]),
         ({"warmup_steps": 1}, ["sentinel.warmup_steps", "1", "greater than or equal to 2"]),
@@ -89,6 +97,21 @@ def test_with_another_action_all_that_follows_from_it_is_another(tmp_path):
             heals.with_action(action, Mesh(4, 3))
 
 
+@pytest.mark.parametrize("block", [name for name, one in SentinelConfig.model_fields.items() if one.examples])
+def test_what_is_given_as_an_example_is_right(block):
+    (example,) = SentinelConfig.model_fields[block].examples
+    SentinelConfig.parse({block: example} if block != "prometheus" else {})
+
+
+def test_no_mistake_is_told_with_the_name_of_a_class_of_ours():
+    for name in SentinelConfig.model_fields:
+        for value in (object(), 3.25, [3], {"a": 1}):
+            try:
+                SentinelConfig.parse({name: value})
+            except ValueError as error:
+                assert "Config" not in str(error) and "Injection" not in str(error) and "tuple" not in str(error)
+
+
 def test_every_mistake_is_listed_at_once():
     with pytest.raises(ValueError) as error:
         SentinelConfig.parse({"action": "ban", "strikes": 0, "typo": 1})
@@ -155,7 +178,8 @@ def test_check_reads_what_deepspeed_reads(tmp_path, capsys):
         ('{"sentinel": {"strikes": {"a": 1}}}', 'got {"a": 1}'),
         ('{"sentinel": true}', "got true."),
         ('{"sentinel": {"enabled": null}}', "got null; "),
-        ('{"sentinel": {"twins": {"evry": 5}}}', "allowed: on_suspicion, every, replay, columns"),
+        ('{"sentinel": {"twins": {"evry": 5}}}', 'did you mean "every"?'),
+        ('{"sentinel": {"twins": {"x": 5}}}', "allowed: on_suspicion, every, replay, columns"),
         ("{", "Bad key name"),
         (None, "No such file"),
     ],
@@ -194,11 +218,34 @@ def test_what_can_be_seen_of_a_file_without_running_it_is_checked(tmp_path):
             SentinelConfig.parse({"inject": [{"stage": 1, "replica": 0, "attack": name}]})
 
 
+@pytest.mark.parametrize(
+    ("block", "how"),
+    [({}, 'add "enabled": true to the block'), ({"enabled": False, "action": "halt"}, 'set "enabled" to true')],
+)
+def test_check_says_when_it_is_switched_off(tmp_path, capsys, block, how):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"sentinel": block}))
+    assert main(["check", str(path)]) == 0
+    assert f"{path}: valid, but switched off: {how}" in capsys.readouterr().out
+    path.write_text(json.dumps({"sentinel": {**block, "enabled": True}}))
+    assert main(["check", str(path)]) == 0
+    assert f"{path}: valid. Settings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nothing.py", "."])
+def test_run_says_in_a_line_that_there_is_no_such_script(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", name]) == 2
+    assert capsys.readouterr().err == f"run: {name}: there is no such file\n"
+
+
 def test_check_says_when_there_is_no_block(tmp_path, capsys):
     path = tmp_path / "ds.json"
-    path.write_text("{}")
-    assert main(["check", str(path)]) == 0
-    assert "stays off" in capsys.readouterr().out
+    for text in ("{}", "", '{"sentinel": null}'):
+        path.write_text(text)
+        assert main(["check", str(path)]) == 0
+        said = capsys.readouterr().out
+        assert "stays off" in said and "valid" not in said
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -18,6 +19,7 @@ from deepspeed_sentinel import __version__
 from deepspeed_sentinel.attacks.base import apply_attack, build_attack
 from deepspeed_sentinel.attacks.context import AttackContext
 from deepspeed_sentinel.compat import tomllib
+from deepspeed_sentinel.simulation.cli import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -185,3 +187,17 @@ def test_the_attack_of_the_page_on_extending_is_one(tmp_path):
     )
     tampered = apply_attack(attack, torch.ones(2, 8), where)
     assert tampered.tolist() == [[0.5, 0.5, 1, 1, 1, 1, 1, 1]] * 2
+
+
+def test_what_the_page_on_extending_shows_of_a_simulation_is_what_the_command_prints():
+    shown = [body.splitlines() for language, body in blocks(ROOT / "docs/extending.md") if language == "text"]
+    whole: dict[str, Any] = {
+        "malicious": [[1, 2]], "convicted": [[1, 2]], "false_convictions": 0, "false_alarms": 0,
+        "false_alarm_rate": 0.0, "loss": {}, "seconds": 9.0, "details": {"seconds_a_step": 0.1, "guard": "on"},
+    }  # fmt: skip
+    unseen = {"convicted": [], "f1": 0.0, "precision": None, "recall": 0.0, "judged_messages": 960,
+              "detection_steps_mean": None, "detection_steps_max": None}  # fmt: skip
+    proved = {"f1": 1.0, "precision": 1.0, "recall": 1.0, "judged_messages": 912,
+              "detection_steps_mean": 1.0, "detection_steps_max": 1}  # fmt: skip
+    printed = [summary({**whole, **one}).splitlines() for one in (unseen, proved)]
+    assert shown == [lines[: len(of_page)] for lines, of_page in zip(printed, shown, strict=True)]

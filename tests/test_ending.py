@@ -33,6 +33,36 @@ def test_the_exit_code_says_that_it_was_halted(end, code, said):
     assert said in done.stderr and "exit handlers ran" in done.stdout
 
 
+REFUSES = """
+import sys
+from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.ending import refused_once
+with refused_once({rank}):
+    SentinelConfig.parse({{"acton": 1}})
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_what_every_rank_refuses_has_one_traceback(rank):
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSES.format(rank=rank)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and ("Traceback" in done.stderr) == (rank == 0)
+    assert 'sentinel.acton: unknown key (value 1); did you mean "action"?' in done.stderr
+    if rank:
+        (line,) = done.stderr.splitlines()
+        assert line.startswith('[sentinel] rank 3: Invalid "sentinel" block')
+
+
+def test_another_error_than_what_was_refused_has_its_traceback():
+    script = REFUSES.format(rank=3).replace("with", "try:\n  with", 1).replace("    Sent", "      Sent")
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}except ValueError:\n  raise KeyError('mine')"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" in done.stderr and "KeyError: 'mine'" in done.stderr
+
+
 @pytest.mark.parametrize("broken", ["stdout", "stderr"])
 def test_a_full_disk_behind_the_log_does_not_change_the_code(broken):
     """Python itself ends with 120 where it cannot write out what was printed."""

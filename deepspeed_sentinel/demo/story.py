@@ -55,8 +55,8 @@ class Story:
             if self._is_news(finding.worker):
                 scores[finding.worker] = max(finding.score, scores.get(finding.worker, 0.0))
         if scores:
-            told = ", ".join(f"{worker} ({_score(score)})" for worker, score in scores.items())
-            yield f"ALARM {told}: scores, of which 1 is on the fence"
+            told = ", ".join(f"{worker} score {_score(score)}" for worker, score in scores.items())
+            yield f"ALARM {told} (fence at 1)"
         for dispute in verdict.disputed:
             if self._is_news(dispute.sender) and self._is_news(dispute.receiver):
                 yield f"DISPUTE {dispute.sender} and {dispute.receiver} report different things"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import deepspeed
+import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from deepspeed_sentinel import flag
 from deepspeed_sentinel.config import SentinelConfig
+from deepspeed_sentinel.ending import refused_once
 from deepspeed_sentinel.engine.sentinel import Sentinel
 
 
@@ -38,9 +41,10 @@ def attach(engine: Any, config: SentinelConfig | Mapping[str, Any] | None = None
             raise ValueError(
                 'no settings: pass config, or put "sentinel": {"enabled": true} into the DeepSpeed config.'
             )
-    parsed = SentinelConfig.parse(config)
-    there = getattr(engine, "sentinel", None)
-    return there if isinstance(there, Sentinel) and there.has(parsed) else Sentinel(engine, parsed)
+    with _refused_once():
+        parsed = SentinelConfig.parse(config)
+        there = getattr(engine, "sentinel", None)
+        return there if isinstance(there, Sentinel) and there.has(parsed) else Sentinel(engine, parsed)
 
 
 @functools.wraps(deepspeed.initialize)
@@ -51,14 +55,21 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     """
     result = deepspeed.initialize(*args, **kwargs)
     block = flag.block_of(result[0])
-    if block is not None and SentinelConfig.parse(block).enabled:
+    with _refused_once():
+        wanted = block is not None and SentinelConfig.parse(block).enabled
+    if wanted:
         attach(result[0], block)
     return result
 
 
+def _refused_once() -> AbstractContextManager[None]:
+    return refused_once(dist.get_rank() if dist.is_initialized() else 0)
+
+
 def follow(engine: Any, block: Any) -> None:
     """Do what a block in the config of a script that knows nothing of Sentinel says, or say why not."""
-    config = SentinelConfig.parse(block)
+    with _refused_once():
+        config = SentinelConfig.parse(block)
     if not config.enabled:
         if "enabled" not in block:
             flag.say('not guarding: the "sentinel" block has no "enabled": true')

@@ -1,7 +1,7 @@
 """What the steps of a run come to, as lines of the log, in the order in which things happen.
 
-    ALARM or DISPUTE -> LEFT OUT -> SUSPECT -> PROVED -> CONVICTED, with its evidence -> NOW, what to do -> ISOLATED
-    -> HALT
+    ALARM or DISPUTE -> LEFT OUT -> SUSPECT -> PROVED -> CONVICTED, by what was told above -> NOW, what to do
+    -> ISOLATED -> HALT
 
 A column that stays left out is not told again before that changes, nor is who is isolated. What a convicted worker goes
 on doing is told once, then counted.
@@ -51,6 +51,7 @@ class Story:
         suspects, isolated: bool [S, R], as of the last one.
         steps: how many there were.
         since: alarms, disputes and proofs of each convicted worker that were not told.
+        steps_since: in how many steps there were any.
 
     Args:
         config: the settings.
@@ -68,6 +69,7 @@ class Story:
         self._inexact: set[Worker] = set()
         self.steps = 0
         self.since: Counter[Worker] = Counter()
+        self.steps_since: Counter[Worker] = Counter()
 
     def go_by(self, config: SentinelConfig) -> None:
         """Tell of settings that are others from the next step on."""
@@ -75,9 +77,11 @@ class Story:
 
     def step(self, verdict: Verdict) -> None:
         """Tell what one step came to."""
+        before = self.since.copy()
         for line in self._lines(verdict):
             self._say(verdict.step, line, _LEVELS.get(line.partition(":")[0], logging.WARNING))
         self.suspects, self.isolated = verdict.suspects.copy(), verdict.isolated.copy()
+        self.steps_since.update((self.since - before).keys())
         self.steps += 1
 
     def _lines(self, verdict: Verdict) -> Iterator[str]:
@@ -98,7 +102,7 @@ class Story:
         for worker in verdict.cleared:
             yield f"CLEARED: {worker}; given the same, it does what its stage does"
         for worker in verdict.newly_convicted:
-            yield f"CONVICTED: {worker}. {reason(verdict, worker)}"
+            yield f"CONVICTED: {worker}{self._why(verdict, worker)}"
             yield f"NOW: {self._what_now(worker)}"
         for worker in verdict.released:
             yield f"RELEASED: {worker}, on probation"
@@ -112,6 +116,15 @@ class Story:
             yield "gradients overflow in most replicas of a stage, step skipped"
         if verdict.halt:
             yield f"HALT: {verdict.halt}"
+
+    def _why(self, verdict: Verdict, worker: Worker) -> str:
+        """By what it is convicted; what a line of the same step has told is not told again."""
+        why = reason(verdict, worker)
+        if why in map(str, (*verdict.proofs, *verdict.contradicted)):
+            return ", PROVED above"
+        if why in map(str, verdict.findings):
+            return ", by strikes: the last is the ALARM above"
+        return f". {why}"
 
     def _left_out(self, verdict: Verdict) -> Iterator[str]:
         out = tuple(np.flatnonzero(verdict.excluded).tolist())

@@ -22,6 +22,7 @@ from deepspeed_sentinel.telemetry import events
 from deepspeed_sentinel.telemetry.eventlog import EVENTS_FILE
 from deepspeed_sentinel.telemetry.exclusion import FILE, Convict
 from deepspeed_sentinel.telemetry.findings import device_event, verdict_events, weights_events, wiring_event
+from deepspeed_sentinel.telemetry.report.words import many
 from deepspeed_sentinel.telemetry.standing import Above, Standing
 from deepspeed_sentinel.telemetry.who import Who
 
@@ -80,14 +81,18 @@ class Telling:
         totals = {"steps": story.steps, **counts}
         self._voice.event(step, events.End(totals, tuple(convicted), [[*worker, count] for worker, count in since]))
         for worker, count in since:
-            self._voice.note(f"{worker}: {count} alarms, disputes and proofs since it was convicted")
+            what = "alarms, disputes and proofs" if count > 1 else "alarm, dispute or proof"
+            steps = many(story.steps_since[worker], "step")
+            self._voice.note(f"{worker}: {count:,} {what} in {steps} since it was convicted")
         names = ", ".join(map(str, convicted)) or "nobody"
-        files = f"{self._config.output_dir}/{EVENTS_FILE}" if self._config.events != "none" else "events were not kept"
+        kept = self._config.events != "none"
+        files = f"Events: {self._config.output_dir}/{EVENTS_FILE}" if kept else "Events were not kept"
         without = f"; to start without them: {self._config.output_dir}/{FILE}" if convicted else ""
         self._voice.note(
-            f"END at step {step}: {story.steps} steps and {counts['judged_messages']} messages judged, "
-            f"{counts['alarms']} alarms, {counts['disputes']} disputes, {counts['excluded_column_steps']} "
-            f"column-steps left out, {counts['skipped_steps']} steps skipped. Convicted: {names}{without}. {files}"
+            f"END at step {step}: {many(story.steps, 'step')} and {many(counts['judged_messages'], 'message')} judged, "
+            f"{many(counts['alarms'], 'message')} in alarm, {many(counts['disputes'], 'dispute')}, "
+            f"{many(counts['excluded_column_steps'], 'column-step')} left out, "
+            f"{many(counts['skipped_steps'], 'step')} skipped. Convicted: {names}{without}. {files}"
         )
 
     def start(self, step: int) -> None:

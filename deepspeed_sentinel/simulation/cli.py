@@ -18,6 +18,7 @@ from deepspeed_sentinel.config_file import load_block
 from deepspeed_sentinel.simulation.options import SimulationOptions
 from deepspeed_sentinel.simulation.processes import one_thread_pool, run_alone
 from deepspeed_sentinel.simulation.sizes import SIZES
+from deepspeed_sentinel.telemetry.report.words import many
 
 if TYPE_CHECKING:
     from deepspeed_sentinel.judgement.verdict import Verdict
@@ -165,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"Result written to {out.absolute()}{elsewhere}")
     if args.events:
         folder = args.events.absolute()
-        print(f"Events written to {folder}: report {folder} shows them")
+        print(f"Events written to {folder}: deepspeed-sentinel report {folder} shows them")
     return 0
 
 
@@ -294,7 +295,7 @@ def summary(document: dict[str, Any]) -> str:
         return missing if value is None else format(value, form)
 
     malicious, convicted = len(document["malicious"]), len(document["convicted"])
-    who = f"{malicious} malicious workers" if malicious else "nobody tampered"
+    who = many(malicious, "malicious worker") if malicious else "nobody tampered"
     lines = [f"{who}, {convicted} convicted"]
     if document["details"]["guard"] == "off":
         lines = [f"{who}; not judged, since the guard is off"]
@@ -304,12 +305,12 @@ def summary(document: dict[str, Any]) -> str:
             f"{shown(document['precision'])}, recall {shown(document['recall'])}"
         )
         first, most = document["detection_steps_mean"], document["detection_steps_max"]
-        took = "none" if first is None else f"{first:.1f} steps after they began on average, at most {most}"
-        lines.append(f"malicious workers' first alarms: {took}")
+        took = "none" if first is None else f"{first:.1f} steps after it began on average, at most {most}"
+        lines.append(f"first alarm of a malicious worker: {took}")
     rate = document["false_alarm_rate"]
     if document["details"]["guard"] != "off":
-        alarms = "" if rate is None else f", {document['false_alarms']} false alarms ({rate:.2%})"
-        lines.append(f"{document['judged_messages']} messages judged{alarms}")
+        alarms = "" if rate is None else f", {many(document['false_alarms'], 'false alarm')} ({rate:.2%})"
+        lines.append(f"{many(document['judged_messages'], 'message')} judged{alarms}")
     names = {"attacked": "attacked (no guard)"}
     losses = (f"{names.get(name, name)} {shown(value, missing='not run')}" for name, value in document["loss"].items())
     lines += [

@@ -58,6 +58,9 @@ class Simulation:
             "twins": {"every": options.twins_every},
             **options.sentinel,
             **({"wiring": options.wiring} if options.wiring else {}),
+            # What its events say of it: whether it is judged is the options' to say, and they have every step.
+            "enabled": options.guard == "on",
+            "events": "steps",
         }
         self.config = SentinelConfig.parse(settings).of_mesh(self.mesh)
         self.dealer = Dealer.of(self.config, self.mesh)

@@ -12,7 +12,7 @@ from deepspeed_sentinel.telemetry.cells import Cells
 from deepspeed_sentinel.telemetry.deals import Deal
 
 COUNTS, OUT, CONVICTED = "#a9dcc8", "#8b8b8b", "black"
-NUMBERS = "a number is the replica that serves; ringed: it has just come to this column"
+NUMBERS = "a number is the replica that serves; ringed: it has just come to this column; grey: out in most steps"
 TABLES = 5  # deals that fit beside one another
 _WHOLE = 8  # stages up to which a table has all of them
 
@@ -26,6 +26,7 @@ class Table:
         wiring: int64 [S, C].
         moved: bool [S, C], who serves another column than in the deal before.
         out: bool [C], columns left out in most of these steps.
+        none: the steps in which no column counted.
     """
 
     first: int
@@ -33,6 +34,7 @@ class Table:
     wiring: np.ndarray
     moved: np.ndarray
     out: np.ndarray
+    none: tuple[int, ...]
 
 
 def tables_of(dealt: Sequence[Deal], cells: Cells) -> list[Table]:
@@ -40,9 +42,11 @@ def tables_of(dealt: Sequence[Deal], cells: Cells) -> list[Table]:
     ends = [*(deal.step - 1 for deal in dealt[1:]), cells.last]
     found = []
     for before, deal, end in zip([dealt[0], *dealt], dealt, ends, strict=False):
-        steps = cells.out[max(0, deal.step - cells.first) : max(0, end + 1 - cells.first)]
+        begin = max(deal.step, cells.first)
+        steps = cells.out[begin - cells.first : max(0, end + 1 - cells.first)]
+        none = tuple((begin + np.flatnonzero(steps.all(1))).tolist())
         out = np.asarray(2 * steps.sum(0) > len(steps))
-        found.append(Table(deal.step, end, deal.wiring, deal.wiring != before.wiring, out))
+        found.append(Table(deal.step, end, deal.wiring, deal.wiring != before.wiring, out, none))
     return [*found[:1], *found[max(1, len(found) - TABLES + 1) :]]
 
 
@@ -88,6 +92,10 @@ def draw_table(
     axes.set_yticks(np.arange(len(shown)) + 0.5, [f"stage {stage}" for stage in shown] if names else [])
     axes.tick_params(length=0, labelsize=9)
     axes.tick_params(axis="x", labelsize=size)
+    if table.none and not table.out.all():
+        seldom = f"step {table.none[0]}" if len(table.none) == 1 else f"{len(table.none)} steps"
+        below = {"xytext": (0, -2.6 * size - 3), "textcoords": "offset points", "ha": "center", "va": "top"}
+        axes.annotate(f"all out in {seldom}", (0.5, 0), xycoords="axes fraction", fontsize=9, **below)
     if names:
         axes.text(-0.1, len(shown) + 0.12, "column ", ha="right", va="top", fontsize=9)
     axes.spines[:].set_visible(False)

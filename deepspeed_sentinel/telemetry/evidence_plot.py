@@ -253,7 +253,7 @@ def _keys(cells: Cells, convicted: Sequence[Convicted], dealt: Sequence[Deal]) -
         why = "warm-up, or nothing to judge" if (cells.warming_up & unsaid).any() else "nothing to judge"
         keys.append(_patch(f"no score: {why}", facecolor="white", edgecolor=GREY, linewidth=0.8))
     if convicted:
-        text = "convicted: framed from then on" + ", black in the tables" * bool(dealt[1:])
+        text = "convicted: framed from then on" + ", black in all tables" * bool(dealt[1:])
         keys.append(_patch(text, facecolor="white", edgecolor=CONVICTED, linewidth=2.2))
     keys.append(_patch("column counts", color=COUNTS))
     if cells.out.any():

@@ -61,7 +61,7 @@ def test_a_run_is_told_from_the_alarm_to_how_it_goes_on():
     assert [story.step(*step) for step in steps] == [
         [],
         [
-            f"ALARM stage 1 replica 2 ({score}): scores, of which 1 is on the fence",
+            f"ALARM stage 1 replica 2 score {score} (fence at 1)",
             "LEFT OUT of the weights: column 2; columns 0, 1 go on",
             "SUSPECT stage 1 replica 2: its forward messages over link 1 lie outside the fences "
             f"(energy, score {score})",
@@ -123,4 +123,4 @@ def test_who_is_undecided_or_at_odds_is_told_with_whom():
 @pytest.mark.parametrize(("score", "shown"), [(np.inf, "over 999"), (1.26, "1.26"), (249.4, "249")])
 def test_scores_are_short(score, shown):
     verdict = replace(blamed(), findings=(replace(blamed().findings[0], score=score),))
-    assert f"ALARM stage 1 replica 2 ({shown}):" in told(verdict)[0]
+    assert f"ALARM stage 1 replica 2 score {shown} (fence at 1)" in told(verdict)[0]

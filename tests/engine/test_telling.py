@@ -99,12 +99,21 @@ def test_every_line_names_rank_host_and_device(telling, log):
     assert "worker (stage" not in log.text
 
 
-def test_a_conviction_has_its_evidence_and_what_to_do_now(telling, log, tmp_path):
+def test_a_conviction_points_to_its_evidence_and_says_what_to_do_now(telling, log, tmp_path):
     telling.verdict(attacked([CULPRIT], newly=[CULPRIT]))
-    conviction, now = log.messages[-2:]
-    assert f"{NAME}. PROVED: given the same micro-batches" in conviction and "2 of 3 workers of its" in conviction
+    proof, conviction, now = log.messages[-3:]
+    assert f"PROVED: given the same micro-batches, {NAME}" in proof and "2 of 3 workers of its" in proof
+    assert conviction.endswith(f"CONVICTED: {NAME}, PROVED above"), "it stands right above"
     assert "training goes on without it. Take node-03, slot 2 out of service" in now
     assert f"and test GPU-{UUID}; {tmp_path}/exclude.json says how" in now
+
+
+def test_a_conviction_without_a_line_of_its_own_in_that_step_says_why(telling, log):
+    telling.verdict(replace(blamed(), convicted=marked(CULPRIT), newly_convicted=(CULPRIT,)))
+    assert any(line.endswith(f"CONVICTED: {NAME}, by strikes: the last is the ALARM above") for line in log.messages)
+    log.clear()
+    telling.verdict(replace(quiet([CULPRIT]), newly_convicted=(CULPRIT,)))
+    assert f"CONVICTED: {NAME}. its weights, a reduction or a step computed twice were others than" in log.text
 
 
 @pytest.mark.parametrize(
@@ -197,7 +206,8 @@ def test_what_a_convicted_worker_goes_on_doing_is_told_once_then_counted(telling
     number = 3 * (len(first.findings) + 1)
     names = ("judged_messages", "alarms", "disputes", "excluded_column_steps", "skipped_steps")
     telling.end(34, dict.fromkeys(names, 7), [CULPRIT])
-    assert f"{NAME}: {number} alarms, disputes and proofs since it was convicted" in log.messages[1]
+    assert f"{NAME}: {number} alarms, disputes and proofs in 3 steps since it was convicted" in log.messages[1]
+    assert "7 messages in alarm, 7 disputes, 7 column-steps left out, 7 steps skipped. " in log.messages[2]
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert sum(event["kind"] == "proof" for event in events) == 4, "events have them all"
     assert events[-1]["kind"] == "end" and events[-1]["since_conviction"] == [[1, 2, number]]
@@ -213,8 +223,8 @@ def test_a_run_ends_with_a_summary(telling, log, tmp_path):
     telling.end(4, counts, [CULPRIT])
     nobody, somebody = log.messages
     assert nobody.startswith(
-        "[sentinel] END at step 4: 4 steps and 480 messages judged, 2 alarms, 1 disputes, 3 column-steps left out, "
-        "0 steps skipped. Convicted: nobody. "
+        "[sentinel] END at step 4: 4 steps and 480 messages judged, 2 messages in alarm, 1 dispute, "
+        f"3 column-steps left out, 0 steps skipped. Convicted: nobody. Events: {tmp_path}/events.jsonl"
     )
     assert f"Convicted: {NAME}; to start without them: {tmp_path}/exclude.json" in somebody
     end = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()][-1]

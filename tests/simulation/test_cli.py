@@ -97,18 +97,20 @@ NOBODY = {"malicious": [], "convicted": [], "f1": None, "precision": None, "reca
 
 def test_the_summary_says_what_was_not_run():
     assert "held-out loss: clean 4.000, attacked (no guard) not run, guarded 4.100" in summary(RESULT)
-    assert "1 malicious workers, 1 convicted, 0 of them wrongly: F1 1.000" in summary(RESULT)
+    assert "1 malicious worker, 1 convicted, 0 of them wrongly: F1 1.000" in summary(RESULT)
     unfound = {**RESULT, "convicted": [], "f1": 0.0, "precision": None, **dict.fromkeys(list(NOBODY)[5:])}
     assert "F1 0.000, precision undefined" in summary(unfound)
-    assert "malicious workers' first alarms: none" in summary(unfound)
+    assert "first alarm of a malicious worker: none" in summary(unfound)
     honest = summary({**RESULT, **NOBODY})
     assert "nobody tampered, 0 convicted" in honest and "F1" not in honest and "first alarm" not in honest
     assert not {"-", "None"} & set(honest.replace(",", " ").split())
+    one_each = summary({**RESULT, "judged_messages": 1, "false_alarms": 1, "false_alarm_rate": 1.0})
+    assert "\n1 message judged, 1 false alarm (100.00%)\n" in one_each
     unguarded = summary({
         **RESULT, "convicted": [], "judged_messages": 0, "false_alarm_rate": None, "details": {**RESULT["details"],
         "guard": "off"}, "loss": {"clean": 4.0, "attacked": 5.0, "guarded": None},
     })  # fmt: skip
-    assert "1 malicious workers; not judged, since the guard is off" in unguarded and "guarded not run" in unguarded
+    assert "1 malicious worker; not judged, since the guard is off" in unguarded and "guarded not run" in unguarded
     assert "F1" not in unguarded and "messages" not in unguarded
 
 
@@ -117,7 +119,7 @@ def test_a_run_says_where_it_wrote(tmp_path, capsys, monkeypatch):
     assert main([*RUN, "--no-clean", "--events", "logs"]) == 0
     said = capsys.readouterr().out
     assert f"Result written to {tmp_path / 'result.json'}" in said and "--out FILE writes it elsewhere" in said
-    assert f"Events written to {tmp_path / 'logs'}: report {tmp_path / 'logs'} shows them" in said
+    assert f"Events written to {tmp_path / 'logs'}: deepspeed-sentinel report {tmp_path / 'logs'} shows them" in said
     assert main([*RUN, "--no-clean", "--out", "mine.json"]) == 0
     said = capsys.readouterr().out
     assert f"Result written to {tmp_path / 'mine.json'}" in said and "elsewhere" not in said

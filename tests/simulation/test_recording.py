@@ -41,6 +41,8 @@ def test_what_is_written_is_what_happened(attacked):
     assert Worker(1, 2) in end["convicted"] and document["workers"][0]["host"] == "simulated-0"
     assert document["run"]["injecting"] and "--exclude=simulated-0" in document["todo"]["lines"][-1]["text"]
     assert any(one["proofs"] for one in document["devices"])
+    config = document["settings"]
+    assert config["enabled"] and config["events"] == "steps", "as what is written here would be by a live run"
 
 
 def test_the_command_records_and_reports(tmp_path, capsys):

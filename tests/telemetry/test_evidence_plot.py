@@ -73,8 +73,8 @@ def test_one_legend_explains_what_there_is_and_nothing_else(drawn):
     for words in ("ALARM", "behind such a worker", "contradicts", "twin step", "no score: warm-up", "convicted: framed",
                   "column counts", "left out of the step", "skipped", "dealt anew"):  # fmt: skip
         assert words in every
-    assert "in the tables" in every
-    assert "in the tables" not in " | ".join(keys_of(drawn(*FOUND, TWINS, conviction(5, 1, 2)))), "there are none"
+    assert "in all tables" in every
+    assert "in all tables" not in " | ".join(keys_of(drawn(*FOUND, TWINS, conviction(5, 1, 2)))), "there are none"
 
 
 def test_no_colour_means_two_things(drawn):
@@ -180,6 +180,15 @@ def test_tables_show_each_deal_the_convicted_and_the_columns_left_out(drawn):
     for axes, place in ((first, 5), (last, 3)):
         colours = [to_hex(cell.get_facecolor()[0]) for cell in axes.collections]
         assert [at for at, colour in enumerate(colours) if colour == "#000000"] == [place], "stage 1, replica 2"
+
+
+def test_a_table_says_in_which_of_its_steps_no_column_counted(drawn):
+    said = [[text for text in words_of(axes) if "all out" in text] for axes in tables_of(drawn(*EVERYTHING))]
+    assert said == [["all out in step 4"], []], "most of the steps from 0 to 5 counted"
+    twice = [step(number, excluded=[0, 1, 2] if number in (2, 4) else []) for number in range(8)]
+    assert "all out in 2 steps" in words_of(tables_of(drawn(*twice, PACKED))[0])
+    always = [step(number, excluded=[0, 1, 2] if number > 5 else []) for number in range(8)]
+    assert not any("all out" in text for text in words_of(tables_of(drawn(*always, PACKED))[1])), "each says so"
 
 
 def test_only_the_last_deals_are_shown_beside_the_first(drawn):

@@ -183,3 +183,22 @@ def test_who_differed_from_whom_is_said_in_plain_words(said):
     assert difference.startswith(
         "DIFFERENT: given the same micro-batches, stage 2, replica 0 made other forward messages"
     )
+
+
+@pytest.mark.parametrize(
+    ("alarm", "clause"),
+    [
+        ({"score": 9.0}, ""),
+        ({"score": 0.7826, "cause": "later alarms"}, "; inside the fence, but alarms behind it are traced back to it"),
+        ({"score": 0.4, "cause": "sums"}, "; an alarm by deviations that have added up"),
+        ({"score": 9.0, "overflow": True}, "; loss scaling may explain it"),
+    ],
+)
+def test_why_an_alarm_is_one_stands_beside_its_score_everywhere(said, alarm, clause):
+    _, shown = said({**ALARM, "step": 30, **alarm})
+    score = f"score {alarm['score']:.4g}"
+    page, *terminals = shown
+    assert f"{score} {clause}" in page
+    for terminal in terminals:
+        assert f"{score} (1 is on the fence){clause}" in terminal
+        assert clause or f"{score} (1 is on the fence);" not in terminal

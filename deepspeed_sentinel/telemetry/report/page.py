@@ -8,7 +8,15 @@ from typing import Any
 
 from deepspeed_sentinel.evidence.table import in_words
 from deepspeed_sentinel.telemetry.report.digest import utc
-from deepspeed_sentinel.telemetry.report.words import conviction_in_words, found_of, in_steps, many, number, spans
+from deepspeed_sentinel.telemetry.report.words import (
+    conviction_in_words,
+    found_of,
+    in_steps,
+    many,
+    number,
+    spans,
+    why_alarm,
+)
 
 _TEMPLATE, _STYLE, _SCRIPT = "report.html.j2", "report.css", "report.js"
 _GRAVE = ("convicted", "proved", "suspect", "released")  # these get a card, others a row
@@ -41,6 +49,7 @@ def render(document: dict[str, Any], heat: dict[str, Any], loss: dict[str, list[
     )  # fmt: skip
     environment.filters |= {"utc": utc, "number": number, "steps": spans, "duration": duration, "many": many}
     environment.filters |= {"in_words": in_words, "in_steps": in_steps, "found": found_of, "why": conviction_in_words}
+    environment.filters["why_alarm"] = why_alarm
     return environment.get_template(_TEMPLATE).render(
         **document,
         # "settings" and "loss" of a file may hold anything; tojson writes <, > and & so that no script ends early.

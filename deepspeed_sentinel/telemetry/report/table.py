@@ -9,7 +9,7 @@ import unicodedata
 from typing import Any, NamedTuple
 
 from deepspeed_sentinel.evidence.table import in_words
-from deepspeed_sentinel.telemetry.report.words import found_of, in_steps, many, number
+from deepspeed_sentinel.telemetry.report.words import found_of, in_steps, many, number, why_alarm
 
 _COLOURS = {"convicted": "bold red", "proved": "bold red", "suspect": "yellow", "cleared": "cyan", "released": "cyan"}
 _HEADS = ("state", "worker", "what was found")
@@ -78,9 +78,8 @@ def rows_of(document: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
             found.append(f"{many(one['alarms'], 'message')} in alarm, {in_steps(one['alarm_steps'])}")
         if worst is not None:
             measured = f"{in_words(worst['statistic'])} = {number(worst['value'])}"
-            found.append(
-                f"worst in step {worst['step']}: {measured}, score {number(worst['score'])} (1 is on the fence)"
-            )
+            score = f"score {number(worst['score'])} (1 is on the fence)"
+            found.append(f"worst in step {worst['step']}: {measured}, {score}{why_alarm(worst)}")
         rows.append((printable(one["state"]), printable(one["name"]), list(map(printable, found))))
     return rows
 

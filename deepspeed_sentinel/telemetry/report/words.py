@@ -12,6 +12,10 @@ from deepspeed_sentinel.telemetry.report.reading import NOT_TOLD
 MOST = 3  # of one sort; the others are counted
 WHAT = {"forward": "forward messages", "backward": "backward messages", "gradients": "gradients of its weights"}
 _MADE_OF = {"forward": "activations, ", "backward": "gradients of activations, "}
+_BY_CAUSE = {
+    "sums": "; an alarm by deviations that have added up",
+    "later alarms": "; inside the fence, but alarms behind it are traced back to it",
+}
 _HEALED = {
     "healed": "and was given the majority's",
     "unhealed": "and could not be given the majority's",
@@ -84,6 +88,12 @@ def proof_in_words(proof: dict[str, Any]) -> str:
     which = f" ({_MADE_OF.get(proof['of'], '')}micro-batches {batches})" if batches else ""
     compared = f"{proof['agreeing']} of {proof['compared']} compared workers of its stage"
     return f"given the same micro-batches, it made other {WHAT.get(proof['of'], proof['of'])}{which} than {compared}"
+
+
+def why_alarm(alarm: dict[str, Any]) -> str:
+    """What has to be said beside an alarm's score, or nothing."""
+    excuse = "; loss scaling may explain it" if alarm["overflow"] else ""
+    return _BY_CAUSE.get(alarm["cause"], "") + excuse
 
 
 def contradiction_in_words(worker: Worker, partners: Sequence[Worker]) -> str:
