@@ -20,7 +20,7 @@ from deepspeed_sentinel.judgement.trial import Difference, Proof
 from deepspeed_sentinel.judgement.unsettled import Contradicted
 from deepspeed_sentinel.judgement.verdict import Dispute, Finding, Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker, workers_of
-from deepspeed_sentinel.telemetry.exclusion import FILE, reason
+from deepspeed_sentinel.telemetry.exclusion import FILE, proved, reason
 from deepspeed_sentinel.telemetry.suspicion import suspicion
 from deepspeed_sentinel.telemetry.who import Who
 
@@ -37,6 +37,9 @@ _INEXACT = (
     "made other bits of the same than most of its stage, on hardware or with settings of another kind, as it says. Its "
     "messages are held to theirs by statistics alone and its gradients by their norm, and twin steps go on without its "
     "column; that is told once"
+)
+_UNSURE = (
+    "statistics alone convict here, and where nothing is left out they can name an honest worker behind a real fault"
 )
 _ISOLATED = (
     "Somebody keeps columns out and cannot be proved, and these are the fewest who would explain it: they are dealt "
@@ -103,7 +106,7 @@ class Story:
             yield f"CLEARED: {worker}; given the same, it does what its stage does"
         for worker in verdict.newly_convicted:
             yield f"CONVICTED: {worker}{self._why(verdict, worker)}"
-            yield f"NOW: {self._what_now(worker)}"
+            yield f"NOW: {self._what_now(worker, proved(verdict, worker))}"
         for worker in verdict.released:
             yield f"RELEASED: {worker}, on probation"
         if (isolated := workers_of(verdict.isolated)) != workers_of(self.isolated):
@@ -141,13 +144,16 @@ class Story:
             return f"{self._config.strikes} strikes within {self._config.strike_window} steps convict"
         return f"the next twin step tries it{', which comes soon' if self._config.tries_suspects else ''}"
 
-    def _what_now(self, worker: Worker) -> str:
-        place = self._who(worker)
+    def _what_now(self, worker: Worker, proved: bool) -> str:
+        place, file = self._who(worker), f"{self._config.output_dir}/{FILE}"
         machine = f"{place.host}, slot {place.local_rank}" if place.host else "its machine"
-        return (
-            f"{_NEXT.get(self._config.action or '', '')} Take {machine} out of service and test "
-            f"{place.gpu or 'its processor and memory'}; {self._config.output_dir}/{FILE} says how to start without it"
-        ).lstrip()
+        next_steps = _NEXT.get(self._config.action or "", "")
+        if self._config.inject:
+            return f"{next_steps} Faults are injected, so {machine} has nothing to answer for; {file} is as in earnest"
+        if self._config.action == "observe" and not proved:
+            return f"{next_steps} Look into {machine}: {_UNSURE}, and no line of {file} leaves it out"
+        part = place.gpu or "its processor and memory"
+        return f"{next_steps} Take {machine} out of service and test {part}; {file} says how to start without it"
 
     def _unless_convicted(self, told: _Told, line: str, verdict: Verdict) -> Iterator[str]:
         known = _convicted_before(told, verdict)

@@ -87,7 +87,7 @@ class Telling:
         names = ", ".join(map(str, convicted)) or "nobody"
         kept = self._config.events != "none"
         files = f"Events: {self._config.output_dir}/{EVENTS_FILE}" if kept else "Events were not kept"
-        without = f"; to start without them: {self._config.output_dir}/{FILE}" if convicted else ""
+        without = f"; how to start again: {self._config.output_dir}/{FILE}" if convicted else ""
         self._voice.note(
             f"END at step {step}: {many(story.steps, 'step')} and {many(counts['judged_messages'], 'message')} judged, "
             f"{many(counts['alarms'], 'message')} in alarm, {many(counts['disputes'], 'dispute')}, "

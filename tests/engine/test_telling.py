@@ -124,6 +124,20 @@ def test_what_follows_a_conviction_is_what_the_action_says(tmp_path, one_rank, l
     assert said in log.records[-1].getMessage()
 
 
+def test_whom_statistics_alone_convict_where_nothing_is_left_out_is_to_be_looked_into(tmp_path, one_rank, log):
+    telling = telling_of(tmp_path, action="observe")
+    telling.verdict(replace(blamed(), convicted=marked(CULPRIT), newly_convicted=(CULPRIT,)))
+    assert "Look into node-03, slot 2: statistics alone" in log.messages[-1] and "Take" not in log.messages[-1]
+    telling.verdict(attacked([CULPRIT], newly=[CULPRIT]))
+    assert "Take node-03, slot 2 out of service" in log.messages[-1]
+
+
+def test_a_drill_sends_nobody_to_a_machine(tmp_path, one_rank, log):
+    fault = {"stage": 1, "replica": 2, "attack": "constant", "start_step": 0}
+    telling_of(tmp_path, inject=[fault]).verdict(attacked([CULPRIT], newly=[CULPRIT]))
+    assert "Faults are injected, so node-03, slot 2 has nothing to answer for" in log.messages[-1]
+
+
 def test_a_column_that_stays_out_is_told_when_that_changes(telling, log):
     for verdict in (blamed(), blamed(), quiet(), quiet()):
         telling.verdict(verdict)
@@ -226,7 +240,7 @@ def test_a_run_ends_with_a_summary(telling, log, tmp_path):
         "[sentinel] END at step 4: 4 steps and 480 messages judged, 2 messages in alarm, 1 dispute, "
         f"3 column-steps left out, 0 steps skipped. Convicted: nobody. Events: {tmp_path}/events.jsonl"
     )
-    assert f"Convicted: {NAME}; to start without them: {tmp_path}/exclude.json" in somebody
+    assert f"Convicted: {NAME}; how to start again: {tmp_path}/exclude.json" in somebody
     end = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()][-1]
     assert end["counts"] == {"steps": 4, **counts} and end["convicted"] == [[1, 2]] and end["who"][0]["rank"] == 5
 
