@@ -26,8 +26,9 @@ from deepspeed_sentinel.engine.voice import opened
 from deepspeed_sentinel.evidence.control import Control
 from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import Worker
+from deepspeed_sentinel.telemetry.book import DRILL_FILE, FILE
 from deepspeed_sentinel.telemetry.devices import Device, own_device, read_gathered, to_bytes
-from deepspeed_sentinel.telemetry.ledger import DRILL_FILE, FILE, Ledger, step_counts
+from deepspeed_sentinel.telemetry.ledger import Ledger, step_counts
 
 WRITE_SECONDS = 300.0
 KEY, DRILL_KEY = "ledger", "drill_ledger"

@@ -14,12 +14,13 @@ from deepspeed_sentinel.judgement.verdict import Verdict
 from deepspeed_sentinel.mesh import Worker
 from deepspeed_sentinel.simulation.run import Simulation
 from deepspeed_sentinel.telemetry import events
+from deepspeed_sentinel.telemetry.book import DRILL_FILE
+from deepspeed_sentinel.telemetry.book import FILE as LEDGER_FILE
 from deepspeed_sentinel.telemetry.devices import Device
 from deepspeed_sentinel.telemetry.eventlog import EventLog
 from deepspeed_sentinel.telemetry.exclusion import FILE, Convict, exclusions, proved, reason, write_exclusions
 from deepspeed_sentinel.telemetry.findings import verdict_events, wiring_event
-from deepspeed_sentinel.telemetry.ledger import DRILL_FILE, Ledger, step_counts
-from deepspeed_sentinel.telemetry.ledger import FILE as LEDGER_FILE
+from deepspeed_sentinel.telemetry.ledger import Ledger, step_counts
 from deepspeed_sentinel.telemetry.who import Who
 
 _SLOTS = 8

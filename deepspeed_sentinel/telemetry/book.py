@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+FILE, DRILL_FILE = "ledger.json", "drill_ledger.json"  # of runs, and of drills
 COUNTS = ("steps", "judged", "alarmed_steps", "alarms", "disputes", "proofs", "unequal_weights")
 TIMES = ("first", "last", "trouble")  # seconds since 1970
 COLUMNS = COUNTS + TIMES

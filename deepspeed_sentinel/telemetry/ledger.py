@@ -33,7 +33,6 @@ from deepspeed_sentinel.telemetry.bookfile import BookFile, LockBusy, from_text,
 from deepspeed_sentinel.telemetry.devices import UNNAMED, Device, keys_of
 from deepspeed_sentinel.telemetry.standing import Above, Standing, place_of
 
-FILE, DRILL_FILE = "ledger.json", "drill_ledger.json"
 _TROUBLE_FROM = COUNTS.index("alarms")  # this count and those after it are trouble
 
 

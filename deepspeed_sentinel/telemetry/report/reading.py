@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed_sentinel.mesh import Mesh, Worker
+from deepspeed_sentinel.telemetry.book import DRILL_FILE, FILE
 from deepspeed_sentinel.telemetry.events import EVENTS, SCHEMA_VERSION, Event
-from deepspeed_sentinel.telemetry.ledger import DRILL_FILE, FILE
 from deepspeed_sentinel.telemetry.report.fitting import UNREADABLE, fit, place_in, whole
 
 EVENTS_FILE, EXCLUDE_FILE = "events.jsonl", "exclude.json"
