@@ -235,9 +235,9 @@ def _about(workers: Sequence[Mapping[str, Any]], injected: bool) -> list[str]:
     if unknown := sum(not one["host"] for one in workers):
         told.append(f"Which machine {unknown} of the convicted runs on is not known")
     left = [one for one in workers if one["host"] and not one.get("in_lines", True)]
-    if any(one.get("injected") for one in left):
+    if not injected and any(one.get("injected") for one in left):
         told.append("Whom a drill convicted, from whose checkpoint this run goes on, the lines do not leave out")
-    if any(not one.get("injected") for one in left):
+    if any(injected or not one.get("injected") for one in left):
         told.append(
             "Who has in_lines false was convicted by statistics alone while nothing was kept out of the weights: an "
             "honest worker beside a fault looks the same, so look into it, and the lines do not leave it out"

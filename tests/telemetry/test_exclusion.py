@@ -191,6 +191,8 @@ def test_who_is_convicted_by_statistics_while_nothing_is_kept_out_is_no_reason_t
     both = exclusions([suspicion, convict(1, 0)], DEVICES, step=60)
     assert both["hosts"] == ["node-1", "node-2"][: 1 + proved]
     assert exclusions([replace(suspicion, observed=False)], DEVICES, step=60)["hosts"] == ["node-2"], "it was acted on"
+    drill = exclusions([replace(suspicion, injected=True)], DEVICES, step=60, injected=True)
+    assert ("by statistics alone" in drill["note"]) == (not proved) and "checkpoint" not in drill["note"]
 
 
 def test_a_drill_speaks_against_no_machine(tmp_path):
