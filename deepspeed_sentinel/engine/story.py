@@ -106,7 +106,7 @@ class Story:
             yield f"CLEARED: {worker}; given the same, it does what its stage does"
         for worker in verdict.newly_convicted:
             yield f"CONVICTED: {worker}{self._why(verdict, worker)}"
-            yield f"NOW: {self._what_now(worker, proved(verdict, worker))}"
+            yield f"NOW: {self._what_now(worker, proved(verdict, worker)).lstrip()}"
         for worker in verdict.released:
             yield f"RELEASED: {worker}, on probation"
         if (isolated := workers_of(verdict.isolated)) != workers_of(self.isolated):

@@ -9,7 +9,7 @@ from typing import Any
 
 from deepspeed_sentinel.telemetry.deals import deals
 from deepspeed_sentinel.telemetry.report.happened import timeline
-from deepspeed_sentinel.telemetry.report.reading import RunFiles
+from deepspeed_sentinel.telemetry.report.reading import RunFiles, injecting
 from deepspeed_sentinel.telemetry.report.starting import lines_to_start
 from deepspeed_sentinel.telemetry.report.suspects import excluded_now, name_of, suspects
 
@@ -145,13 +145,9 @@ def _todo(run: RunFiles, shown: list[dict[str, Any]], notes: list[str]) -> dict[
     for left in _earlier(run):
         where = f"{left.get('host')}, slot {left.get('slot')}"
         advice.append(f"Keep {where} out of service: convicted in an earlier run. {left.get('why')}")
-    if advice and _injecting(run):
+    if advice and injecting(run.events):
         advice.insert(0, "Nothing: faults were injected on purpose. In any other run it would be:")
     return {"advice": advice, **lines_to_start(run.exclude, notes, any(one["state"] == "convicted" for one in shown))}
-
-
-def _injecting(run: RunFiles) -> bool:
-    return any(event["kind"] == "start" and event["injecting"] for event in run.events)
 
 
 def _earlier(run: RunFiles) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import math
 import types
 import typing
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,6 @@ def read_run(folder: Path, run_id: str | None = None) -> RunFiles:
     order = list(runs)
     mesh = _mesh_of(runs[chosen], notes)
     events = list(_fitting(runs[chosen], mesh, notes))
-    drill = any(event["kind"] == "start" and event["injecting"] for event in events)
     return RunFiles(
         folder,
         chosen,
@@ -99,9 +98,14 @@ def read_run(folder: Path, run_id: str | None = None) -> RunFiles:
         _places(events),
         [_earlier(one, runs[one]) for one in order[: order.index(chosen)]],
         _json_object(folder / EXCLUDE_FILE, notes) if chosen == order[-1] else {},
-        _devices(_json_object(folder / (DRILL_FILE if drill else FILE), notes)),
+        _devices(_json_object(folder / (DRILL_FILE if injecting(events) else FILE), notes)),
         notes,
     )
+
+
+def injecting(events: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether faults were injected on purpose, as the events of a run say."""
+    return any(event["kind"] == "start" and event["injecting"] for event in events)
 
 
 def _objects(path: Path, notes: list[str]) -> list[dict[str, Any]]:
