@@ -46,6 +46,7 @@ class Simulation:
 
     Attributes:
         stages: the model, stage by stage.
+        left_out: columns that count in no step, of a run without guard: what a run that lost them is compared with.
     """
 
     def __init__(self, options: SimulationOptions, riders: Sequence[Attackers] = ()) -> None:
@@ -83,6 +84,7 @@ class Simulation:
         self.verifiers = Verifiers(self.mesh, decays, options.seed, "paper" in (options.evidence, options.procedure))
         self.tally = Tally(self.mesh)
         self.guarded = options.guard == "on"
+        self.left_out: tuple[int, ...] = ()
         self._weights = weights_of(self.stages)
         self._stage_of = [index for index, stage in enumerate(self.stages) for _ in stage.parameters()]
         rate = options.size.learning_rate
@@ -115,18 +117,20 @@ class Simulation:
         self._twins = self._draw_twins()
         if self._twins is not None:
             ids, labels = self._given(ids), self._given(labels)
-        everybody = np.zeros(self.mesh.replicas, bool)
+        never = np.zeros(self.mesh.replicas, bool)
+        never[list(self.left_out)] = True
+        assert not never.any() or not (self.guarded or self.attackers), "only of a clean run"
         self.verifiers.begin_step(self.step_index, self._met(before), twins=self._twins is not None)
         if self.attackers is not None:
             self.attackers.begin_step(self.judge.record.suspicion > 0)
-        passed = self._compute(ids, labels, everybody, again=False)
+        passed = self._compute(ids, labels, never, again=False)
         if self.attackers is not None and self.attackers.needs.alters_gradients:
             gradients = self.attackers.tamper_gradients(self.step_index, self._served, passed.gradients, self._stage_of)
             passed = replace(passed, gradients=gradients)
         verdict = self._judge(passed) if self.guarded else None
-        excluded = everybody if verdict is None else verdict.excluded
+        excluded = never if verdict is None else verdict.excluded
         losses_CM = passed.losses_CM
-        if excluded.any() and not excluded.all():
+        if verdict is not None and excluded.any() and not excluded.all():
             if passed.gradients:
                 losses_CM = losses_CM[torch.from_numpy(~excluded).to(losses_CM.device)]
             else:
