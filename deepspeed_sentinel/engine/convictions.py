@@ -62,8 +62,7 @@ class Convictions:
             verdict: of a step.
             observed: nothing is kept out of the weights.
         """
-        shown = [*(one.worker for one in verdict.proofs), *(one.worker for one in verdict.contradicted)]
-        later = [worker for worker in shown if worker in self._known and not self._known[worker].proved]
+        later = [worker for worker in verdict.proved if worker in self._known and not self._known[worker].proved]
         new = dict.fromkeys((*verdict.newly_convicted, *later))
         for worker in new:
             why = self._who.fill(reason(verdict, worker))

@@ -106,8 +106,7 @@ class DeviceRecord:
         if not self.ledger:
             return
         self._convicted = verdict.convicted
-        proved = {proof.worker for proof in verdict.proofs} | {one.worker for one in verdict.contradicted}
-        proved |= set(poisoned.named if poisoned else ())
+        proved = {*verdict.proved, *(poisoned.named if poisoned else ())}
         self.ledger.record(
             **step_counts(verdict, served), proofs=self._marked(proved), unequal_weights=self._marked(unequal)
         )

@@ -243,6 +243,11 @@ class Verdict:
     wiring: np.ndarray | None = None
     action: str = ""
 
+    @property
+    def proved(self) -> tuple[Worker, ...]:
+        """Whom this step shows to be bad by more than statistics, in messages: by comparison or by contradiction."""
+        return (*(one.worker for one in self.proofs), *(one.worker for one in self.contradicted))
+
     def digest(self) -> int:
         """A checksum of everything that ranks must agree on: all that is decided, and scores on a coarse grid.
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "judgement"))
-from synthetic import blamed
+from synthetic import World, blamed
 
 from deepspeed_sentinel.engine.convictions import Convictions
 from deepspeed_sentinel.judgement.trial import Proof
@@ -39,9 +39,7 @@ def of(run, devices, **more):
 
 
 def verdict(newly_convicted=(CULPRIT,), proofs=(PROOF,), findings=(), step=6):
-    return SimpleNamespace(
-        newly_convicted=newly_convicted, step=step, proofs=proofs, contradicted=(), findings=findings
-    )
+    return replace(World().step(), step=step, newly_convicted=newly_convicted, proofs=proofs, findings=findings)
 
 
 def convict(run, **more):
