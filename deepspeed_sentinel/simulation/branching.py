@@ -19,7 +19,7 @@ from deepspeed_sentinel.simulation.options import SimulationOptions, trunk_of
 from deepspeed_sentinel.simulation.paper import PaperJudge
 from deepspeed_sentinel.simulation.run import Simulation
 
-_PARTS = ("judge", "dealer", "verifiers", "tally", "step_index", "seconds", "losses", "_served")
+_PARTS = ("judge", "dealer", "verifiers", "tally", "step_index", "seconds", "losses", "served")
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.evidence.step import Twins
 from deepspeed_sentinel.judgement.judge import Judge, JudgeSettings
 from deepspeed_sentinel.judgement.verdict import Verdict
-from deepspeed_sentinel.mesh import FORWARD
 from deepspeed_sentinel.response.dealing import Dealer
 from deepspeed_sentinel.response.twins import Draw, draw
 from deepspeed_sentinel.simulation.attackers import Attackers, Part, attackers_of, draw_attackers
@@ -27,7 +25,9 @@ from deepspeed_sentinel.simulation.model import build_stages
 from deepspeed_sentinel.simulation.options import SimulationOptions
 from deepspeed_sentinel.simulation.paper import PaperJudge
 from deepspeed_sentinel.simulation.pipeline import Pass, held_out_loss, train_pass, weights_of
-from deepspeed_sentinel.simulation.weights import WeightHistory, backward_from
+from deepspeed_sentinel.simulation.result import result_of
+from deepspeed_sentinel.simulation.watched import WatchedLinks
+from deepspeed_sentinel.simulation.weights import WeightHistory
 
 _LEARNING_RATE_WARMUP = 10
 _CLIP = 1.0
@@ -47,6 +47,7 @@ class Simulation:
     Attributes:
         stages: the model, stage by stage.
         left_out: columns that count in no step, of a run without guard: what a run that lost them is compared with.
+        served: int [S, C], who serves which column in this step.
     """
 
     def __init__(self, options: SimulationOptions, riders: Sequence[Attackers] = ()) -> None:
@@ -65,7 +66,7 @@ class Simulation:
         }
         self.config = SentinelConfig.parse(settings).of_mesh(self.mesh)
         self.dealer = Dealer.of(self.config, self.mesh)
-        self._served = self.dealer.wiring
+        self.served = self.dealer.wiring
         self.stages = build_stages(options)
         self.step_index = 0
         self._text = Text(options)
@@ -112,7 +113,7 @@ class Simulation:
     def step(self) -> Verdict | None:
         """Train one step; the verdict, or None without a guard."""
         begin = time.perf_counter()
-        before, self._served = self._served, self.dealer.wiring
+        before, self.served = self.served, self.dealer.wiring
         ids, labels = self._text.next_step()
         self._twins = self._draw_twins()
         if self._twins is not None:
@@ -125,7 +126,7 @@ class Simulation:
             self.attackers.begin_step(self.judge.record.suspicion > 0)
         passed = self._compute(ids, labels, never, again=False)
         if self.attackers is not None and self.attackers.needs.alters_gradients:
-            gradients = self.attackers.tamper_gradients(self.step_index, self._served, passed.gradients, self._stage_of)
+            gradients = self.attackers.tamper_gradients(self.step_index, self.served, passed.gradients, self._stage_of)
             passed = replace(passed, gradients=gradients)
         verdict = self._judge(passed) if self.guarded else None
         excluded = never if verdict is None else verdict.excluded
@@ -147,9 +148,9 @@ class Simulation:
         wiring = self.dealer.next(self.step_index, self.judge.doubts)
         if verdict is not None:
             verdict = replace(verdict, wiring=wiring)
-            acted = self._acted_first()
+            acted = self.acted_first()
             altered = self.attackers.altered if self.attackers else ()
-            self.tally.add(verdict, self._served, acted >= 0, altered)
+            self.tally.add(verdict, self.served, acted >= 0, altered)
         self.step_index += 1
         self.seconds["step"] += time.perf_counter() - begin
         return verdict
@@ -158,7 +159,7 @@ class Simulation:
         """Train all steps; the contents of ``result.json``, in which only this run's own loss is set."""
         while self.step_index < self.options.steps and not self._all_found():
             each_step(self.step())
-        return self.result(self.held_out_loss(), self.seconds["step"])
+        return result_of(self)
 
     def _all_found(self) -> bool:
         """Whether all who tamper were convicted ``stop_after`` steps ago."""
@@ -176,54 +177,11 @@ class Simulation:
         """Loss on held-out text, in nats a token."""
         return held_out_loss(self.stages, *self._text.held_out(), at_once=16)
 
-    def result(self, loss: float, seconds: float) -> dict[str, Any]:
-        options = self.options
-        kind = "clean" if self.attackers is None and not self.guarded else "guarded" if self.guarded else "attacked"
-        return {
-            "mesh": {"stages": self.mesh.stages, "replicas": self.mesh.replicas},
-            "attack": {
-                "name": options.attack,
-                "arguments": options.attack_arguments,
-                "direction": options.direction,
-                "malicious_share": options.malicious,
-                "start": options.start,
-            },
-            **self.tally.result(self._acted_first()),
-            "loss": {"clean": None, "attacked": None, "guarded": None, kind: finite(loss)},
-            "seconds": seconds,
-            "details": {
-                "steps": self.step_index,
-                "seed": options.seed,
-                "model": options.model,
-                "moe": options.moe,
-                "parameters": sum(weight.numel() for stage in self.stages for weight in stage.parameters()),
-                "tokens_per_message": options.micro_batch_size * options.sequence,
-                "micro_batches": options.micro_batches,
-                "verifier": options.verifier,
-                "evidence": options.evidence,
-                "procedure": options.procedure,
-                "guard": options.guard,
-                "messages": self.tally.messages(),
-                "wiring": self.config.wiring,
-                "change": options.change,
-                "change_at": options.change_at,
-                "skipped_steps": self.tally.skipped_steps,
-                "excluded_columns": self.tally.excluded_columns,
-                "until_healed": self.tally.until_healed,
-                "disputes": self.tally.disputes,
-                "twin_steps": self.tally.twin_steps,
-                "proofs": self.tally.proofs,
-                "cleared": self.tally.cleared,
-                "seconds_a_step": self.seconds["step"] / max(self.step_index, 1),
-                "judge_seconds_a_step": self.seconds["judge"] / max(self.step_index, 1),
-            },
-        }
-
     def _met(self, before: np.ndarray) -> np.ndarray | None:
         """Pairs of workers that stand beside a stage now and did not in the last step, bool [S, C]."""
         if self.config.wiring == "shuffle":
             return None
-        moved, met = self._served != before, np.zeros(before.shape, bool)
+        moved, met = self.served != before, np.zeros(before.shape, bool)
         met[1:-1] = moved[:-2] | moved[2:]
         return met
 
@@ -232,7 +190,8 @@ class Simulation:
         jumped = self.options.change == "rate" and self.step_index + 1 >= self.options.change_at
         return _RATE_JUMP if jumped else 1.0
 
-    def _acted_first(self) -> np.ndarray:
+    def acted_first(self) -> np.ndarray:
+        """The first step in which each worker tampered, int [S, R]; -1 for never."""
         if self.attackers is None:
             return np.full((self.mesh.stages, self.mesh.replicas), -1)
         return self.attackers.acted_first
@@ -256,7 +215,7 @@ class Simulation:
             micro_batches = range(first, min(first + at_once, self.options.micro_batches))
             part = Part(tuple(columns.tolist()), tuple(micro_batches), again)
             chosen = slice(micro_batches.start, micro_batches.stop)
-            links = _WatchedLinks(self, part)
+            links = WatchedLinks(self, part)
             apart = self._apart and not again
             passes.append(train_pass(self.stages, ids[:, chosen], labels[:, chosen], links, apart))
         by_column = tuple(
@@ -301,14 +260,14 @@ class Simulation:
             for stage, gradient in zip(self._stage_of, gradients, strict=True):
                 if gradient is not None:
                     marks[stage] = zlib.crc32(gradient.cpu().contiguous().view(torch.uint8).numpy().data, marks[stage])
-            marks_SR[np.arange(self.mesh.stages), self._served[:, column]] = np.array(marks) + 1
+            marks_SR[np.arange(self.mesh.stages), self.served[:, column]] = np.array(marks) + 1
         # One process computes all, so there is one kind of hardware, and nothing is held by norms.
         alike = np.zeros_like(marks_SR)
         return Twins(self._twins.source, self._twins.given, marks_SR, alike.astype(np.float64), alike)
 
     def _judge(self, passed: Pass) -> Verdict:
         begin = time.perf_counter()
-        evidence = self.verifiers.evidence(self.step_index, self._served, self._told_of_twins(passed))
+        evidence = self.verifiers.evidence(self.step_index, self.served, self._told_of_twins(passed))
         if self.config.wiring == "shuffle":
             evidence = replace(evidence, renewed=None)
         verdict = self.judge.step(evidence)
@@ -326,75 +285,6 @@ class Simulation:
         self.schedule.step()
 
 
-class _WatchedLinks:
-    """What stands on the links in one pass: attackers before, verifiers behind."""
-
-    def __init__(self, simulation: Simulation, part: Part) -> None:
-        self._simulation = simulation
-        self._part = part
-        # Only attackers that compute again need what entered their stage forward.
-        self._keeps = simulation.attackers is not None and simulation.attackers.needs.simulator_only
-        self._entered_forward: dict[int, torch.Tensor] = {}
-
-    def cross(
-        self, direction: int, link: int, sent_CMBTD: torch.Tensor, entered_CMBTD: torch.Tensor | None
-    ) -> torch.Tensor:
-        simulation, part = self._simulation, self._part
-        sender = simulation.mesh.sender_stage(direction, link)
-        if self._keeps and direction == FORWARD and entered_CMBTD is not None:
-            self._entered_forward[sender] = entered_CMBTD
-        crossed = sent_CMBTD
-        for rider in simulation.riders:
-            rider.tamper(
-                direction, sender, simulation.step_index, part, simulation._served, sent_CMBTD, entered_CMBTD, None
-            )
-        if simulation.attackers is not None and entered_CMBTD is not None:
-            crossed = simulation.attackers.tamper(
-                direction, sender, simulation.step_index, part, simulation._served, sent_CMBTD, entered_CMBTD,
-                _Anew(simulation, self._entered_forward, entered_CMBTD),
-            )  # fmt: skip
-        if simulation.guarded and not part.again:
-            simulation.verifiers.observe(direction, link, *self._reported(direction, link, sent_CMBTD, crossed))
-        return crossed
-
-    def _reported(
-        self, direction: int, link: int, honest: torch.Tensor, crossed: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """On what senders and receivers report: what crossed, unless receivers are asked and lie."""
-        simulation, part = self._simulation, self._part
-        attackers = simulation.attackers
-        if attackers is None or simulation.options.verifier == "trusted":
-            return crossed, crossed
-        step, served = simulation.step_index, simulation._served
-        sender = simulation.mesh.sender_stage(direction, link)
-        receiver = simulation.mesh.receiver_stage(direction, link)
-        claimed = attackers.false_reports(direction, receiver, step, part, served, crossed)
-        vouched_CM = attackers.vouched(sender, receiver, direction, step, part, served).to(crossed.device)
-        if not vouched_CM.any():
-            return crossed, claimed
-        vouched = vouched_CM[:, :, None, None, None]
-        return torch.where(vouched, honest, crossed), torch.where(vouched, honest, claimed)
-
-
-@dataclass(frozen=True)
-class _Anew:
-    """What attackers on one link may have computed anew; see ``attackers.Anew``."""
-
-    simulation: Simulation
-    entered_forward: dict[int, torch.Tensor]
-    entered_CMBTD: torch.Tensor
-
-    def with_old_weights(self, direction: int, stage: int, at: tuple[int, int], k: int) -> torch.Tensor | None:
-        gradient = None if direction == FORWARD else self.entered_CMBTD[at]
-        return self.simulation.history.recompute(direction, stage, self.stored(stage, at), gradient, k)
-
-    def stored(self, stage: int, at: tuple[int, int]) -> torch.Tensor:
-        return self.entered_forward[stage][at]
-
-    def backward_from(self, stage: int, at: tuple[int, int], stored_BTD: torch.Tensor) -> torch.Tensor:
-        return backward_from(self.simulation.stages[stage], stored_BTD, self.entered_CMBTD[at])
-
-
 def _sum(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     known = [part for part in parts if part is not None]
     if len(known) < 2:
@@ -403,8 +293,3 @@ def _sum(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     for part in known[2:]:
         total += part
     return total
-
-
-def finite(value: float) -> float | None:
-    """``value``, or None where it is not finite: JSON has no NaN."""
-    return float(value) if math.isfinite(value) else None

@@ -86,7 +86,7 @@ def test_the_learning_rate_jumps_and_static_columns_stay(options):
     for _ in range(7):
         rates.append(simulation.optimizer.param_groups[0]["lr"])
         simulation.step()
-        served.append(simulation._served)
+        served.append(simulation.served)
     base = simulation.options.size.learning_rate / 10
     assert rates == pytest.approx([base, 2 * base, 3 * base, 4 * base, 5 * base, 30 * base, 35 * base])
     assert all((one == np.arange(4)).all() for one in served)

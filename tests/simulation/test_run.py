@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepspeed_sentinel.mesh import identity
-from deepspeed_sentinel.simulation import run as runs
+from deepspeed_sentinel.simulation import watched
 from deepspeed_sentinel.simulation import weights as weight_history
 from deepspeed_sentinel.simulation.attackers import Attackers, draw_attackers
 from deepspeed_sentinel.simulation.data import Text
@@ -98,7 +98,7 @@ def test_attackers_are_found_convicted_and_share_a_column_that_is_left_out(optio
     healed = result["details"]["until_healed"]
     assert 0 < healed["lost_columns"] <= result["details"]["excluded_columns"] and healed["steps"] <= 9
     assert result["loss"]["guarded"] == pytest.approx(simulation.held_out_loss())
-    columns = {int(np.flatnonzero(simulation._served[stage] == replica)[0]) for stage, replica in malicious}
+    columns = {int(np.flatnonzero(simulation.served[stage] == replica)[0]) for stage, replica in malicious}
     assert len(columns) == 1 and simulation.step().excluded.nonzero()[0].tolist() == list(columns)
 
 
@@ -175,7 +175,7 @@ def test_stale_weights_compute_what_the_stage_computed_then(options, direction, 
     monkeypatch.setattr(Attackers, "tamper", spy)
     simulation.step()
     stage = 1
-    column = int(np.flatnonzero(simulation.attackers.malicious[stage][simulation._served[stage]])[0])
+    column = int(np.flatnonzero(simulation.attackers.malicious[stage][simulation.served[stage]])[0])
     forward = next(call for call in calls if call[:2] == (0, stage))
     leaf = forward[4][column, 0].requires_grad_()
     made = then[stage](leaf)
@@ -200,7 +200,7 @@ def test_a_stored_bit_alters_the_gradient_that_leaves_and_nothing_else(options, 
         calls.append((simulation.stages.index(stage), stored, gradient, sent))
         return sent
 
-    monkeypatch.setattr(runs, "backward_from", spy)
+    monkeypatch.setattr(watched, "backward_from", spy)
     simulation.step()
     assert len(calls) == 2 * 2 * some.micro_batches, "each attacker twice for each of its gradients"
     for (index, kept, gradient, right), (_, altered, _, wrong) in zip(calls[::2], calls[1::2], strict=True):
