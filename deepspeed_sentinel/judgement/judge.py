@@ -10,14 +10,14 @@ of false alarms equally.
 
 The way of a step, each line a file: what both ends tell is heard (``heard.py``) and measured (``measuring.py``); a
 twin step is tried (``proof.py``); alarms have excuses (``excuses.py``) or a culprit (``blame.py``); the record says who
-is suspected and convicted (``record.py``, ``unsettled.py``, ``isolation.py``); then columns are left out, and what is
+is suspected and convicted (``settling.py``); then columns are left out, and what is
 clean (``clean.py``) is learnt from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,23 +30,20 @@ from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.excuses import Judged
 from deepspeed_sentinel.judgement.halt import halt_reason
 from deepspeed_sentinel.judgement.heard import Heard, Hearing
-from deepspeed_sentinel.judgement.isolation import Isolation, involved
 from deepspeed_sentinel.judgement.measuring import Measuring
 from deepspeed_sentinel.judgement.nothing import Nothing
 from deepspeed_sentinel.judgement.overflow import Explained, Overflow
-from deepspeed_sentinel.judgement.passing import Passing, leaving
-from deepspeed_sentinel.judgement.proof import tried, try_twins
-from deepspeed_sentinel.judgement.record import Changes, Record
+from deepspeed_sentinel.judgement.passing import Passing
+from deepspeed_sentinel.judgement.proof import try_twins
 from deepspeed_sentinel.judgement.replay import Replayed
 from deepspeed_sentinel.judgement.settings import JudgeSettings as JudgeSettings
+from deepspeed_sentinel.judgement.settling import Settling
 from deepspeed_sentinel.judgement.silence import Silence
 from deepspeed_sentinel.judgement.state import problem
 from deepspeed_sentinel.judgement.trial import Trial
-from deepspeed_sentinel.judgement.unsettled import Contradicted, Unsettled
-from deepspeed_sentinel.judgement.verdict import NOBODY, Dispute, Finding, Verdict
+from deepspeed_sentinel.judgement.verdict import NOBODY, Finding, Verdict
 from deepspeed_sentinel.mesh import Mesh, Worker, identity, workers_of
 
-_PATIENCE = 4  # of the time for which a strike makes a suspect: who it was is found out in that
 # what has a state of its own
 _KEPT = (
     *("fences", "content", "cusum", "standing", "record", "unsettled"),
@@ -78,17 +75,9 @@ class Judge:
         self.nothing = Nothing(mesh)
         self.silence = Silence(mesh, parts)
         self._hearing = Hearing(self.table, self.fences, self.passing, self.nothing, self.silence)
-        self.unsettled = Unsettled(mesh, settings.probation_steps)
-        heals = settings.wiring == "heal" and settings.action != "observe"
-        self.isolation = Isolation(mesh, settings.probation_steps, _PATIENCE * settings.strike_window, heals)
-        self.record = Record(
-            mesh,
-            settings.strikes,
-            settings.strike_window,
-            settings.probation_steps,
-            by_proof=settings.conviction == "proof",
-            heals=heals,
-        )
+        self._settling = Settling(mesh, settings)
+        self.record, self.unsettled = self._settling.record, self._settling.unsettled
+        self.isolation = self._settling.isolation
         self.overflow = Overflow(mesh)
         self.skipped_in_a_row = 0
         self._known = np.zeros((mesh.stages, mesh.replicas), bool)  # suspects since the last step that was not skipped
@@ -102,15 +91,7 @@ class Judge:
     @property
     def doubts(self) -> Doubts:
         """What the next wiring is made of, after the last step."""
-        convicted, suspects = self.record.convicted, self.record.suspects
-        suspects[[0, -1]] = False
-        # Trials come first: in a stage with a suspect the places in lost columns are for those that it is compared with
-        # in turn. When all is settled there, who is isolated is packed again.
-        isolated = self.isolation.isolated & ~suspects.any(1, keepdims=True)
-        untried = self.record.untried & ~isolated
-        accused = self.record.accused & suspects
-        pairs = self.unsettled.pairs(convicted)
-        return Doubts(convicted | isolated, suspects, accused, untried, pairs, self.isolation.isolated)
+        return self._settling.doubts
 
     def step(
         self,
@@ -152,7 +133,7 @@ class Judge:
         findings = account.findings(blame, judged, self.fences)
         disputed = account.disputes(blame.disputes & ~differing, heard.contradicted)
         proved = (*proved, *(replayed.inconsistent if replayed else ()))
-        settled = self._settle(evidence, heard, trial, alarms, judged, blame, findings, disputed, proved)
+        settled = self._settling.step(evidence, heard, trial, alarms, judged, blame, findings, disputed, proved)
         changes, suspects = settled.changes, self.record.suspects
         self._measuring.take_for_usual(
             measured.residuals, blame.strikes, changes.cleared, served, of_twins=twins is not None
@@ -242,9 +223,7 @@ class Judge:
         """Hold nothing against a worker, since another machine is in its place. What is known of columns stays."""
         marked = np.zeros((self.mesh.stages, self.mesh.replicas), bool)
         marked[worker] = True
-        self.record.forget(worker)
-        self.unsettled.forget(worker)
-        self.isolation.forget(worker)
+        self._settling.forget(worker)
         self._measuring.forget(marked)
 
     def state_dict(self) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
@@ -292,54 +271,6 @@ class Judge:
             self.isolation.isolated,
         )
 
-    def _settle(
-        self,
-        evidence: Evidence,
-        heard: Heard,
-        trial: Trial | None,
-        alarms: np.ndarray,
-        judged: Judged,
-        blame: Blame,
-        findings: tuple[Finding, ...],
-        disputed: tuple[Dispute, ...],
-        proved: tuple[Worker, ...],
-    ) -> _Settled:
-        """Enter a step into what is known of workers: who is suspected, proved, isolated or cleared after it."""
-        served, facts = evidence.served, heard.facts
-        by_several = self.unsettled.step(
-            served,
-            np.asarray(facts.any(-1)),
-            np.asarray(heard.said.by_neighbours.any(-1)),
-            trial,
-            self.record.convicted,
-        )
-        proved = (*proved, *(one.worker for one in by_several))
-        changes = self.record.update(
-            *entries(self.mesh, findings, disputed),
-            tried(self.mesh, trial, proved) if trial or proved else None,
-            evidence.refused,
-            self.unsettled.doubted,
-            self.isolation.beside(served),
-        )
-        unproved = ((heard.said.by_ends | (alarms & judged.doubted)) & ~facts).any((0, 3))
-        silent = leaving(np.asarray(heard.silent.any(-1))).any(0)
-        between = np.zeros((0, *changes.cleared.shape), bool)
-        if trial:
-            between = np.concatenate([trial.open, self.unsettled.uncounted(trial)])
-        unblamed = (alarms & ~judged.excused).any((0, 1, 3)) & ~(blame.strikes | heard.disputes).any((0, 1, 3))
-        self.isolation.step(
-            served,
-            involved(np.asarray(unproved), np.asarray(silent)),
-            between,
-            np.asarray(unblamed & (evidence.twins is None)),
-            [(one.worker, one.column) for one in findings if one.strikes and one.rests_on_pair],
-            changes.cleared,
-            self.record.convicted,
-            bool((changes.convicted | changes.released).any()),
-        )
-        news = bool(changes.convicted.any() or self.unsettled.news or self.isolation.news)
-        return _Settled(changes, by_several, news)
-
     def _left_out(self, suspected: np.ndarray, convicted: np.ndarray) -> np.ndarray:
         """Columns that do not count in this step, bool [C], of bool [C] and of convicted workers by column, [S, C]."""
         excluded = np.zeros_like(suspected)
@@ -354,18 +285,3 @@ class Judge:
         taught = news or bool((suspects & ~self._known).any())
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if lost and not taught else 0
         self._known = self._known | suspects if lost else suspects
-
-
-@dataclass(frozen=True)
-class _Settled:
-    """What a step has changed in what is known of workers.
-
-    Attributes:
-        changes: of the record.
-        contradicted: who contradicts too many.
-        news: there is something to act on that was not there before, but for new suspects.
-    """
-
-    changes: Changes
-    contradicted: tuple[Contradicted, ...]
-    news: bool
