@@ -24,6 +24,7 @@ VARIANTS = [
     ),
 ]
 MORE = [
+    JUDGED.with_(name="ramped", hook="integration_tests.batch_size:ramp", steps=12),
     SHORT.with_(name="tied", tied=True, gradient_clipping=1.0),
     SHORT.with_(name="fp16_zero1", precision="fp16_zero1"),
     SHORT.with_(name="dynamic", dynamic_shape=True, lengths=(16, 24, 9)),
