@@ -26,6 +26,7 @@ from deepspeed_sentinel.evidence.table import RECEIVED, Rows
 from deepspeed_sentinel.judgement.account import Account, entries
 from deepspeed_sentinel.judgement.blame import Blame
 from deepspeed_sentinel.judgement.clean import clean_links
+from deepspeed_sentinel.judgement.deadlock import Deadlock
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.judgement.excuses import Judged
 from deepspeed_sentinel.judgement.halt import halt_reason
@@ -47,7 +48,7 @@ from deepspeed_sentinel.mesh import Mesh, Worker, identity, workers_of
 # what has a state of its own
 _KEPT = (
     *("fences", "content", "cusum", "standing", "record", "unsettled"),
-    *("isolation", "passing", "nothing", "silence", "overflow"),
+    *("isolation", "passing", "nothing", "silence", "overflow", "deadlock"),
 )
 
 
@@ -79,8 +80,7 @@ class Judge:
         self.record, self.unsettled = self._settling.record, self._settling.unsettled
         self.isolation = self._settling.isolation
         self.overflow = Overflow(mesh)
-        self.skipped_in_a_row = 0
-        self._known = np.zeros((mesh.stages, mesh.replicas), bool)  # suspects since the last step that was not skipped
+        self.deadlock = Deadlock(mesh, (len(self.table), 2, mesh.links), settings)
         self._served = identity(mesh)
         self.clean_links = np.zeros((2, mesh.links, mesh.replicas), bool)
 
@@ -112,6 +112,8 @@ class Judge:
         warming_up, served, twins = self.warming_up, evidence.served, evidence.twins
         heard = self._hearing.step(evidence, warming_up)
         measured = self._measuring.step(heard, evidence, self._served, self.record.convicted, warming_up)
+        if not self.deadlock.excuses:
+            measured = replace(measured, turned=np.zeros_like(measured.turned))
         alarms, scores = measured.alarms, measured.scores
         explained = Explained.nothing(alarms.shape)
         if np.isfinite(overflow_limit):
@@ -150,7 +152,7 @@ class Judge:
         shared = unjudged and self.settings.action != "observe"
         skip = bool(excluded.all()) or shared
         overflow = skip and (shared or bool((alarms & explained.overflow).any()))
-        self._count_skipped(skip and not overflow, suspects, settled.news)
+        lost = skip and not overflow
         self._served = np.array(served, np.int64)
 
         blamed = blame.named & (events | compares)
@@ -159,7 +161,13 @@ class Judge:
         self.clean_links &= not (unjudged or skip or twins)
         self._measuring.learn(heard, measured, self.clean_links, suspected, judged.content, evidence.step)
         if twins and trial and not (unjudged or measured.unlike[twins.source]):
-            self.fences.learn_truth(heard.compared, trial.right & heard.whole, twins.source)
+            truth = self.fences.learn_truth(heard.compared, trial.right & heard.whole, twins.source)
+            self.deadlock.learn_truth(truth & ~self.table.hard[:, None, None])
+        elif not (unjudged or twins):
+            self._measuring.follow(measured, judged.content & lost, judged.turn, self.deadlock.followed)
+        tries = self.settings.tries_suspects and self.record.can_try
+        self.deadlock.end(lost, suspects, settled.news, measured.turned, tries)
+        self.record.at_a_loss = self.deadlock.here
 
         return Verdict(
             step=evidence.step,
@@ -178,7 +186,7 @@ class Judge:
             released=workers_of(changes.released),
             skip=skip,
             overflow=overflow,
-            halt=halt_reason(self.mesh, self.settings, self.record, self.skipped_in_a_row, changes.convicted),
+            halt=halt_reason(self.mesh, self.settings, self.record, self.deadlock.lost, changes.convicted),
             twins=twins is not None,
             alike=np.asarray(np.take_along_axis(trial.same, served, 1)[:, ~excluded].all(1)) if trial else NOBODY,
             suspects=suspects,
@@ -215,7 +223,7 @@ class Judge:
             suspects=self.record.suspects,
             newly_convicted=workers_of(changes.convicted),
             released=workers_of(changes.released),
-            halt=halt_reason(self.mesh, self.settings, self.record, self.skipped_in_a_row, changes.convicted),
+            halt=halt_reason(self.mesh, self.settings, self.record, self.deadlock.lost, changes.convicted),
             isolated=self.isolation.isolated.copy(),
         )
 
@@ -229,8 +237,6 @@ class Judge:
     def state_dict(self) -> dict[str, dict[str, np.ndarray] | np.ndarray]:
         return {
             **{name: getattr(self, name).state_dict() for name in _KEPT},
-            "skipped_in_a_row": np.array(self.skipped_in_a_row),
-            "known": self._known.copy(),
             "served": self._served.copy(),
         }
 
@@ -250,8 +256,8 @@ class Judge:
             raise ValueError(f"the state {found}")
         for name in _KEPT:
             getattr(self, name).load_state_dict(state[name])
-        self.skipped_in_a_row = int(state["skipped_in_a_row"])
-        self._known, self._served = np.array(state["known"]), np.array(state["served"])
+        self._served = np.array(state["served"])
+        self.record.at_a_loss = self.deadlock.here
 
     def _try(self, evidence: Evidence, heard: Heard, explained: Explained) -> Trial | None:
         """What a twin step shows; None if it is none."""
@@ -279,9 +285,3 @@ class Judge:
         if self.settings.action == "quarantine":
             excluded |= convicted.any(0)
         return excluded
-
-    def _count_skipped(self, lost: bool, suspects: np.ndarray, news: bool) -> None:
-        """Count a step as skipped for nothing if it was lost and taught nothing: nobody new is suspected either."""
-        taught = news or bool((suspects & ~self._known).any())
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if lost and not taught else 0
-        self._known = self._known | suspects if lost else suspects

@@ -10,6 +10,7 @@ from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.mesh import Mesh, Worker
 
 _TRIED_AT_FIRST, _TRIED_AT_LEAST, _PATIENCE, _LONG = 0.5, 1.0 / 64.0, 4, 9
+_TRIED_AT_A_LOSS = 0.75
 _HOPELESS = 3  # twin steps in a row that could not be made, after which strikes convict until one can
 # Twin steps in a row in which a stage that is unlike by nature must have made the same before it is taken for alike:
 # what differs now and then, such as sums in an order of their own, is the same most of the time.
@@ -72,6 +73,10 @@ class Record:
             twin step that was blind, and where three twin steps in a row could not be made. Only strikes of such steps
             count for it, in which they were looked into.
         heals: columns are dealt anew, so that who stood behind a convicted worker can be tried.
+
+    Attributes:
+        convicted, on_probation: bool [S, R].
+        at_a_loss: steps are lost and nobody is found (``deadlock.py``), to be set from outside.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Record:
         self.strikes_needed = strikes
         self.probation = probation
         self.by_proof = by_proof
+        self.at_a_loss = False
         self._heals = heals
         shape = (mesh.stages, mesh.replicas)
         self._struck, self._counted, self._doubted, self._untried = (np.zeros((window, *shape), bool) for _ in range(4))
@@ -137,7 +143,16 @@ class Record:
         is not tested. It is a half, and half as much after each four trials in a row that have settled nothing, such as
         where a suspect stands behind bad work in a column that stays what it is. Where all suspects stood beside an
         isolated worker when they were struck, clearing one of them settles nothing either: it will be accused again.
+        Where steps are lost all the same, a twin step costs nothing.
         """
+        return max(self._of_suspects(), _TRIED_AT_A_LOSS if self.at_a_loss else 0.0)
+
+    @property
+    def can_try(self) -> bool:
+        """Whether twin steps were not refused too often in a row."""
+        return self._refused_trials < _HOPELESS
+
+    def _of_suspects(self) -> float:
         suspects = self.suspects
         if not (self._more_to_find or suspects.any() or self.untried.any()):
             return 0.0
@@ -190,7 +205,7 @@ class Record:
         counted = exact.count(self._counted, axis=0)
         guilty = (counted >= self.strikes_needed) | (self.on_probation & struck)
         if self.by_proof:
-            guilty &= self.unlike[:, None] | self._blind | (self._refused_trials >= _HOPELESS)
+            guilty &= self.unlike[:, None] | self._blind | (not self.can_try)
         if cleared.any():
             self._struck[:, cleared] = self._counted[:, cleared] = self._doubted[:, cleared] = False
         self._untried[slot] = False
