@@ -160,7 +160,7 @@ class Judge:
         # In a skipped step no weight changes, and nothing has to be learnt.
         self.clean_links &= not (unjudged or skip or twins)
         self._measuring.learn(heard, measured, self.clean_links, suspected, judged.content, evidence.step)
-        if twins and trial and not (unjudged or measured.unlike[twins.source]):
+        if twins and trial and not (unjudged or measured.alone_unlike(twins.source)):
             truth = self.fences.learn_truth(heard.compared, trial.right & heard.whole, twins.source)
             self.deadlock.learn_truth(truth & ~self.table.hard[:, None, None])
         elif not (unjudged or twins):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepspeed_sentinel.evidence import exact
 from deepspeed_sentinel.evidence.step import Evidence
 from deepspeed_sentinel.evidence.table import Rows
 from deepspeed_sentinel.judgement.blame import followers
@@ -51,6 +52,10 @@ class Measured:
     def alarms(self) -> np.ndarray:
         """bool [2, L, C, M]."""
         return np.asarray((self.scores > 1.0) | self.firm)
+
+    def alone_unlike(self, column: int) -> bool:
+        """Whether a column's content is unlike that of the others, most of which are alike."""
+        return bool(self.unlike[column]) and 2 * int(exact.count(self.unlike)) <= len(self.unlike)
 
     @property
     def sums(self) -> np.ndarray | None:
