@@ -1,15 +1,18 @@
 """What columns without data cost in loss: clean training that goes without some of its columns from one step on.
 
-    python benchmarks/columns_out.py --stages 16 --columns 6,7 --columns 5,6,7
+    python benchmarks/columns_out.py --stages 16 --columns 6,7 --columns 5,6,7 --nudges 1
 
 Nobody tampers and nothing is judged. A run that healed in that step at no price at all would end with the loss of this
-one, so it is what the guarded runs of benchmarks/wiring.toml are to be held against beside their clean run. Each loss
-is added to the list in --out; the steps before --start are trained once.
+one, so it is what the guarded runs of benchmarks/wiring.toml are to be held against beside their clean run. With
+--nudges each is repeated with one weight moved by its last bit in that step: how far apart two runs end that differ in
+rounding alone, as those of two machines do. Each loss is added to the list in --out; the steps before --start are
+trained once.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -42,6 +45,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--columns", type=columns, action="append", required=True, help="which, as 6,7; once for each run"
     )
+    parser.add_argument(
+        "--nudges", type=int, default=0, help="repetitions of each run, each with another weight nudged"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/columns_out.json"))
     arguments = parser.parse_args(argv)
     for left_out in arguments.columns:
@@ -59,23 +65,33 @@ def main(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     after = options.steps - options.start
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-        task = progress.add_task("steps", total=options.start + after * len(arguments.columns))
+        task = progress.add_task("steps", total=options.start + after * len(arguments.columns) * (1 + arguments.nudges))
         simulation = Simulation(options)
         while simulation.step_index < options.start:
             simulation.step()
             progress.advance(task)
         trunk = Trunk.of(simulation, options, {})
-        for left_out in arguments.columns:
+        for left_out, nudge in itertools.product(arguments.columns, range(1 + arguments.nudges)):
             branch = trunk.branch(options)
             branch.left_out = left_out
+            if nudge:
+                move_last_bit(branch, nudge)
             result = branch.run(lambda verdict: progress.advance(task))
             row = {
                 "model": options.model, "stages": options.stages, "replicas": options.replicas, "seed": options.seed,
                 "micro_batches": options.micro_batches, "steps": options.steps, "start": options.start,
-                "columns_out": left_out, "loss": result["loss"]["clean"],
+                "columns_out": left_out, "nudge": nudge, "loss": result["loss"]["clean"],
             }  # fmt: skip
-            progress.print(f"without columns {list(left_out)} from step {options.start} on: loss {row['loss']:.4f}")
+            nudged = f", nudge {nudge}" if nudge else ""
+            progress.print(f"without columns {list(left_out)} from step {options.start} on{nudged}: {row['loss']:.4f}")
             add(arguments.out, row)
+
+
+@torch.no_grad()
+def move_last_bit(simulation: Simulation, nudge: int) -> None:
+    """Move one weight of the first layer by one unit in its last place, another one for each ``nudge``."""
+    weight = next(simulation.stages[0].layers.parameters()).view(-1)
+    weight[nudge] = torch.nextafter(weight[nudge], torch.tensor(torch.inf))
 
 
 def add(path: Path, row: dict[str, object]) -> None:
