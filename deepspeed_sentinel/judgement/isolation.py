@@ -19,9 +19,13 @@ it is n (6 f R + 1). The events of twin steps involve workers of several columns
 
 An alarm for which nobody can be blamed is such an event too, with all of its column involved.
 
-An event is remembered for some steps, and anew whenever somebody isolated for it is involved in another. Events that
-cannot be explained by f a stage come of something else (a broken first stage, more bad workers); the older half of
+An event is remembered for some steps, and anew whenever somebody isolated for it is involved in another. Of more than
+``_EVENTS_A_WORKER`` for each worker the oldest give way, which says nothing about whether they can be explained. Events
+that cannot be explained by f a stage come of something else (a broken first stage, more bad workers); the older half of
 them is forgotten then, and for as many steps none is news.
+
+In a large mesh a search that tries one choice after another does not come to its end. What it leaves is tried by
+exchange of single workers, from who is isolated, so that what one step leaves the next goes on with.
 
 Worked example, 6 stages x 3 replicas, f = 1, columns as DeepSpeed's own. In one step (0, 0) and (1, 0), (1, 1) and
 (2, 1), (2, 2) and (3, 2) report other numbers to a baseline, and no column is left. Stage 0 is trusted, so (1, 0) is
@@ -31,16 +35,20 @@ all three in column 0, and two columns without any.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from deepspeed_sentinel.mesh import Mesh, Worker, columns_of
 
 _LEAST_REPLICAS = 3
-_MOST_EVENTS = 512  # remembered; the oldest give way
-_MOST_TRIES = 500  # of one search; beyond, one more of a stage is allowed, and at last what explains most is taken
+_LEAST_EVENTS, _EVENTS_A_WORKER = 512, 8  # remembered; the oldest of more than the larger of both give way
+_MOST_TRIES = 500  # of one search; beyond, workers are exchanged, as often
+_MOST_LOOKS = 4_000_000  # at workers involved, in one search: fewer tries where each has to look at more
 _DISPUTE, _ALARM = -1, -2
+
+# Its kind, or the stage of who has to be cleared for it to be one; and who is involved, s R + r of each, in order.
+_Event = tuple[int, tuple[int, ...]]
 
 
 class Isolation:
@@ -61,10 +69,9 @@ class Isolation:
         self._mesh = mesh
         self._memory, self._patience = memory, patience
         self._acts = acts and mesh.replicas >= _LEAST_REPLICAS
-        # A row an event: who is involved, bool [N, S R]; its kind, or the stage of who has to be cleared for it to be
-        # one, and steps to remember it, int [N, 2].
-        self._members = np.zeros((0, mesh.stages * mesh.replicas), bool)
-        self._events = np.zeros((0, 2), np.int64)
+        self._events: dict[_Event, int] = {}  # until when each is remembered; the oldest come first
+        self._most = max(_LEAST_EVENTS, _EVENTS_A_WORKER * mesh.stages * mesh.replicas)
+        self._time = 0
         self._unexplained = 0  # steps for which nothing is news
         self.isolated = np.zeros((mesh.stages, mesh.replicas), bool)
         self.news = False
@@ -98,22 +105,24 @@ class Isolation:
         self._unexplained = max(self._unexplained - 1, 0)
         if not (len(self._events) or involved.size or between.size or unblamed.any() or accused or changed):
             return
-        more, fewer = False, changed
-        self._events[:, 1] -= 1
-        for event, column in np.argwhere(involved.any(1)).tolist():
-            more |= self._enter(self._of_column(involved[event, :, column], served[:, column]), _DISPUTE, convicted)
-        for workers in between:
-            more |= self._enter(workers, _DISPUTE, convicted)
+        self._time += 1
+        found = [
+            (_DISPUTE, self._of_column(involved[event, :, column], served[:, column]))
+            for event, column in np.argwhere(involved.any(1)).tolist()
+        ]
+        found += [(_DISPUTE, self._listed(workers)) for workers in between]
         everybody = np.ones(self._mesh.stages, bool)
-        for column in np.flatnonzero(unblamed).tolist():
-            more |= self._enter(self._of_column(everybody, served[:, column]), _ALARM, convicted)
+        found += [
+            (_ALARM, self._of_column(everybody, served[:, column])) for column in np.flatnonzero(unblamed).tolist()
+        ]
         for worker, column in accused:
             beside = np.abs(np.arange(self._mesh.stages) - worker.stage) <= 1
-            self._enter(self._of_column(beside, served[:, column]), worker.stage, convicted)
+            found.append((worker.stage, self._of_column(beside, served[:, column])))
+        more = self._enter(found, set(self._listed(convicted)))
         more |= self._clear(cleared)
-        kept = self._events[:, 1] > 0
-        self._keep(kept)
-        fewer |= not bool(kept.all())
+        number = len(self._events)
+        self._keep(lambda event: self._events[event] > self._time)
+        fewer = changed or len(self._events) < number
         if more or fewer:
             self._explain(convicted, fewer)
 
@@ -136,13 +145,18 @@ class Isolation:
 
     def forget(self, worker: Worker) -> None:
         """Remember no event of a worker, since it is another one than before."""
-        self._keep(~self._members[:, worker.stage * self._mesh.replicas + worker.replica])
+        one = worker.stage * self._mesh.replicas + worker.replica
+        self._keep(lambda event: one not in event[1])
         self.isolated[worker] = False
 
     def state_dict(self) -> dict[str, np.ndarray]:
+        members = np.zeros((len(self._events), self.isolated.size), bool)
+        for row, (_, workers) in enumerate(self._events):
+            members[row, list(workers)] = True
+        events = [(kind, until - self._time) for (kind, _), until in self._events.items()]
         return {
-            "members": self._members.copy(),
-            "events": self._events.copy(),
+            "members": members,
+            "events": np.array(events, np.int64).reshape(-1, 2),
             "unexplained": np.array(self._unexplained),
             "isolated": self.isolated.copy(),
         }
@@ -154,97 +168,124 @@ class Isolation:
         return {"events": (float(_ALARM), float(largest)), "unexplained": (0.0, float(self._memory))}
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
-        number = min(len(state["members"]), len(state["events"]))
-        self._members, self._events = np.array(state["members"])[:number], np.array(state["events"])[:number]
-        self._keep(self._members.any(1) & (self._events[:, 0] < self._mesh.stages))
+        self._time, self._events = 0, {}
+        for members, (kind, steps) in zip(state["members"], state["events"].tolist(), strict=False):
+            if members.any() and kind < self._mesh.stages:
+                self._events[kind, self._listed(members)] = steps
+        self._let_go()
         self._unexplained, self.isolated = int(state["unexplained"]), np.array(state["isolated"])
 
-    def _of_column(self, stages: np.ndarray, served: np.ndarray) -> np.ndarray:
-        """bool [S, R], workers of one column, of some stages (bool [S]), as they served it (int [S])."""
-        workers = np.zeros_like(self.isolated)
-        workers[stages, served[stages]] = True
-        return workers
+    def _listed(self, workers: np.ndarray) -> tuple[int, ...]:
+        """Workers (bool [S, R]) as s R + r, in order."""
+        return tuple(np.flatnonzero(workers).tolist())
 
-    def _enter(self, workers: np.ndarray, kind: int, convicted: np.ndarray) -> bool:
-        """Whether an event of workers (bool [S, R]) has to be explained anew."""
-        workers = workers.copy()
-        workers[[0, -1]] = False
-        if not workers.any() or (workers & convicted).any():
-            return False
-        known = workers & self.isolated
-        if known.any():
-            again = (self._members & known.ravel()).any(1)
-            for of_kind in (_DISPUTE, _ALARM):
-                self._events[again & (self._events[:, 0] == of_kind), 1] = self._steps(of_kind)
-            return False
-        members = workers.reshape(1, -1)
-        same = (self._events[:, 0] == kind) & (self._members == members).all(1)
-        self._keep(~same)
-        self._members = np.concatenate([self._members, members])
-        self._events = np.concatenate([self._events, np.array([[kind, self._steps(kind)]])])
-        if len(self._events) > _MOST_EVENTS:
-            self._forget(np.arange(1))
-        self.news |= kind < 0 and not same.any()
-        return kind < 0
+    def _of_column(self, stages: np.ndarray, served: np.ndarray) -> tuple[int, ...]:
+        """Workers of one column, of some stages (bool [S]), as they served it (int [S])."""
+        where = np.flatnonzero(stages)
+        return tuple((where * self._mesh.replicas + served[where]).tolist())
+
+    def _enter(self, found: Sequence[_Event], convicted: set[int]) -> bool:
+        """Whether the events of a step, each its kind and who is involved, have to be explained anew."""
+        isolated = set(self._listed(self.isolated))
+        middle = range(self._mesh.replicas, self.isolated.size - self._mesh.replicas)
+        more, again = False, set()
+        for kind, involved in found:
+            workers = tuple(one for one in involved if one in middle)
+            if not workers or not convicted.isdisjoint(workers):
+                continue
+            if known := isolated.intersection(workers):
+                again |= known
+                continue
+            # As the newest, if it was remembered.
+            same = self._events.pop((kind, workers), None)
+            self._events[kind, workers] = self._until(kind)
+            self.news |= kind < 0 and same is None
+            more |= kind < 0
+        for kind, workers in self._events if again else ():
+            if kind < 0 and not again.isdisjoint(workers):
+                self._events[kind, workers] = self._until(kind)
+        self._let_go()
+        return more
 
     def _clear(self, cleared: np.ndarray) -> bool:
         """What stands for whether somebody (bool [S, R]) is cleared becomes an event."""
-        stages = self._events[:, 0]
-        found = np.flatnonzero(stages >= 0)
-        of_stage = np.arange(self._mesh.stages)[:, None] == stages[found, None, None]
-        found = found[(self._members[found].reshape(-1, *cleared.shape) & of_stage & cleared).any((1, 2))]
-        self._events[found] = _ALARM, self._steps(_ALARM)
-        self.news |= bool(found.size)
-        return bool(found.size)
+        those, replicas = set(self._listed(cleared)), self._mesh.replicas
+        found = [
+            (kind, workers)
+            for kind, workers in (self._events if those else ())
+            if kind >= 0 and any(one in those and one // replicas == kind for one in workers)
+        ]
+        for kind, workers in found:
+            del self._events[kind, workers]
+            self._events[_ALARM, workers] = self._until(_ALARM)
+        self.news |= bool(found)
+        return bool(found)
 
-    def _steps(self, kind: int) -> int:
-        return self._memory if kind == _DISPUTE else self._patience
+    def _until(self, kind: int) -> int:
+        return self._time + (self._memory if kind == _DISPUTE else self._patience)
 
-    def _forget(self, rows: np.ndarray) -> None:
-        """Some events could not all be true, or are too many."""
-        kept = np.ones(len(self._events), bool)
-        kept[rows] = False
-        self._keep(kept)
-        self._unexplained = self._memory
+    def _keep(self, wanted: Callable[[_Event], bool]) -> None:
+        self._events = {event: until for event, until in self._events.items() if wanted(event)}
 
-    def _keep(self, rows: np.ndarray) -> None:
-        self._members, self._events = self._members[rows], self._events[rows]
+    def _let_go(self) -> None:
+        """The oldest of too many give way. They may well be explained, so what is new stays news."""
+        for event in list(self._events)[: -self._most]:
+            del self._events[event]
 
     def _explain(self, convicted: np.ndarray, fewer: bool) -> None:
         """``fewer`` events, or others convicted, may be explained by fewer of a stage."""
-        self._keep(~(self._members & convicted.ravel()).any(1))
+        gone = set(self._listed(convicted))
+        self._keep(lambda event: gone.isdisjoint(event[1]))
         packed = np.count_nonzero(self.isolated | convicted, axis=1)
+        self.isolated = self.isolated & ~convicted
         found = None
         while found is None:
-            rows = np.flatnonzero(self._events[:, 0] < 0)
-            found = self._smallest(self._listed(rows), convicted, 0 if fewer else int(packed.max()))
+            events = [event for event in self._events if event[0] < 0]
+            found = self._smallest(self._padded(events), convicted, 0 if fewer else int(packed.max()))
             if found is None:
-                self._forget(rows[: (len(rows) + 1) // 2])
+                for event in events[: (len(events) + 1) // 2]:
+                    del self._events[event]
+                self._unexplained = self._memory
         self.isolated = found
         self.news &= not self._unexplained
 
-    def _listed(self, rows: np.ndarray) -> np.ndarray:
-        """int [N, most involved in one], of events the workers involved as s R + r, and S R where there are fewer."""
-        members = self._members[rows]
-        number = np.count_nonzero(members, axis=1)
-        event, worker = np.nonzero(members)
-        result = np.full((len(rows), int(number.max(initial=0))), members.shape[1])
-        result[event, (np.cumsum(members, axis=1) - 1)[event, worker]] = worker
-        return result
+    def _padded(self, events: Sequence[_Event]) -> np.ndarray:
+        """int [N, most involved in one], of events the workers involved, and S R where there are fewer."""
+        most = max((len(workers) for _, workers in events), default=0)
+        rows = [workers + (self.isolated.size,) * (most - len(workers)) for _, workers in events]
+        return np.array(rows, np.int64).reshape(len(events), most)
 
     def _smallest(self, events: np.ndarray, convicted: np.ndarray, least: int) -> np.ndarray | None:
         """bool [S, R], of which each event has one, with those convicted as few of a stage as possible, or None."""
         number = np.count_nonzero(convicted, axis=1)
         least, most = max(int(number.max()), least, bool(len(events))), (self._mesh.replicas - 1) // 2
-        found = None
-        for allowed in range(least, max(least, most) + 1):
-            found, left = self._search(events, allowed - number)
-            if not left:
-                break
+        found, left = self._within(events, least - number)
+        # Often as few as before do. Otherwise by halves, so that there are few searches however many replicas.
+        low, high = least + 1, most if left else least
+        while low <= high:
+            allowed = (low + high) // 2
+            other, more = self._within(events, allowed - number)
+            if left or not more:
+                found, left = other, more
+            if more:
+                low = allowed + 1
+            else:
+                high = allowed - 1
         return found
+
+    def _within(self, events: np.ndarray, room: np.ndarray) -> tuple[np.ndarray | None, int]:
+        """As ``_search``; what that leaves is tried by exchange, from who is isolated and from what it found."""
+        found, left = self._search(events, room)
+        known = self.isolated & (np.cumsum(self.isolated, axis=1) <= room[:, None])
+        for start in [] if found is None else [known, found]:
+            if left:
+                found, left = min((found, left), self._exchange(events, room, start), key=lambda one: one[1])
+        return found, left
 
     def _search(self, events: np.ndarray, room: np.ndarray) -> tuple[np.ndarray | None, int]:
         """Depth first, who is involved in most events first; ``room``, int [S], is how many of each there may be.
+
+        It proves that there is no explanation, or finds one, where few tries do.
 
         Returns:
             who explains most, or None if nobody can explain all, and how many events it leaves.
@@ -254,7 +295,7 @@ class Isolation:
         # Who is in it, and who is not. The last place is for who is missing in an event.
         tries = [(np.zeros(nobody + 1, bool), np.arange(nobody + 1) == nobody)]
         best, left = None, len(events) + 1
-        for _ in range(_MOST_TRIES):
+        for _ in range(_tries(events)):
             if not tries:
                 return None, left
             inside, outside = tries.pop()
@@ -279,6 +320,65 @@ class Isolation:
                 more[options[number]] = less[options[:number]] = True
                 tries.append((more, less))
         return best, left
+
+    def _exchange(self, events: np.ndarray, room: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, int]:
+        """For an event that nobody explains one worker is taken in, and for the next one, until all are explained.
+
+        In a full stage another one gives way. Each event weighs as much as it was often left unexplained, so that what
+        somebody gave way for is not undone at once: who is taken in explains what weighs most, and who gives way is
+        missed least.
+
+        Args:
+            events: int [N, most involved in one], as ``_padded``.
+            room: int [S], how many of each stage there may be.
+            start: bool [S, R], who is inside at first, no more than that.
+
+        Returns:
+            who explains most, bool [S, R], and how many events it leaves.
+        """
+        nobody, replicas = self.isolated.size, self._mesh.replicas
+        inside = np.concatenate([start.ravel(), [False]])
+        weights = np.ones(len(events), np.int64)
+        best, left = start, len(events) + 1
+        for _ in range(_tries(events)):
+            explained_by = np.count_nonzero(inside[events], axis=1)
+            unexplained = explained_by == 0
+            number = int(np.count_nonzero(unexplained))
+            if number < left:
+                best, left = inside[:-1].reshape(start.shape).copy(), number
+            if not left:
+                break
+            weights[unexplained] += 1
+            gained = _weight_of_each(events[unexplained], weights[unexplained], nobody)
+            alone = explained_by == 1
+            missed = _weight_of_each(events[alone], weights[alone], nobody)
+            options = []
+            for one in events[np.argmax(np.where(unexplained, weights, 0))].tolist():
+                if one == nobody or not room[one // replicas]:
+                    continue
+                first = one // replicas * replicas
+                others = first + np.flatnonzero(inside[first : first + replicas])
+                if len(others) < room[one // replicas]:
+                    options.append((-gained[one], one, nobody))
+                else:
+                    other = int(others[np.argmin(missed[others])])
+                    options.append((missed[other] - gained[one], one, other))
+            if not options:
+                break
+            _, one, other = min(options)
+            inside[other], inside[one] = False, True
+        return best, left
+
+
+def _tries(events: np.ndarray) -> int:
+    """How many tries a search has, whose time grows with the events (int [N, most involved in one])."""
+    return min(_MOST_TRIES, 1 + _MOST_LOOKS // max(events.size, 1))
+
+
+def _weight_of_each(events: np.ndarray, weights: np.ndarray, nobody: int) -> np.ndarray:
+    """float64 [S R + 1], what the events (int [N, most]) of each worker weigh (int [N]): whole numbers, so exact."""
+    each = np.broadcast_to(weights[:, None], events.shape)
+    return np.bincount(events.ravel(), each.ravel(), minlength=nobody + 1)
 
 
 def involved(by_ends: np.ndarray, silent: np.ndarray) -> np.ndarray:

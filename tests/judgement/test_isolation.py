@@ -186,6 +186,57 @@ def test_what_fewer_than_half_of_each_stage_cannot_explain_is_forgotten():
     assert news < 10, "what keeps a run from halting does not go on for ever"
 
 
+def silences(steps, generator):
+    """In each column a neighbour of somebody has nothing to say: three with a bad one, and none isolated if possible."""
+
+    def events(served):
+        mesh, columns = steps.mesh, np.arange(steps.mesh.replicas)
+        found = []
+        for column in columns.tolist():
+            threes = [
+                (bool(steps.isolation.isolated[where, served[where, column]].any()), where[0])
+                for where in np.arange(mesh.stages - 2)[:, None] + np.arange(3)
+                if steps.bad[where, served[where, column]].any()
+            ]
+            if threes:
+                pool = [first for seen, first in threes if seen == min(threes)[0]]
+                found.append(np.zeros((mesh.stages, mesh.replicas), bool))
+                first = pool[int(generator.integers(len(pool)))]
+                found[-1][first : first + 3, column] = True
+        return np.array(found, bool).reshape(len(found), mesh.stages, mesh.replicas)
+
+    return events
+
+
+@pytest.mark.parametrize(("size", "number"), [(12, 50), (16, 70)])
+def test_the_most_liars_that_there_may_be_end_in_as_many_columns(size, number):
+    """Hundreds of events are remembered before all are explained, and each skipped step until then brings another."""
+    mesh, generator = Mesh(size, size), np.random.default_rng(0)
+    bad, most = np.zeros((size, size), bool), (size - 1) // 2
+    for stage in range(1, size - 1):
+        bad[stage, generator.permutation(size)[:most]] = True
+    steps = Steps(mesh, bad, memory=200, wiring=drawn(mesh, generator))
+    events, lost = silences(steps, generator), []
+    for _ in range(number):
+        lost.append(steps.step(events))
+        assert lost[-1] < size or steps.isolation.news
+    assert max(lost[-8:]) <= most and not steps.isolation._unexplained
+
+
+def test_of_too_many_events_the_oldest_give_way_and_what_is_new_is_news():
+    mesh, nobody = Mesh(6, 5), np.zeros((6, 5), bool)
+    steps = Steps(mesh, nobody)
+    steps.isolation._most = 3
+    between = [(1, 0), (2, 1), (3, 2), (1, 3), (2, 4)]
+    for one in between:
+        steps.step(pairs(one))
+        assert steps.isolation.news and not steps.isolation._unexplained and len(steps.isolation._events) <= 3
+    other = Steps(mesh, nobody)
+    other.isolation._most = 2
+    other.isolation.load_state_dict(steps.isolation.state_dict())
+    assert list(other.isolation._events) == list(steps.isolation._events)[-2:]
+
+
 @pytest.mark.parametrize(("replicas", "acts"), [(2, True), (1, True), (3, False)])
 def test_where_nothing_is_dealt_nobody_is_isolated(replicas, acts):
     mesh = Mesh(5, replicas)
