@@ -7,8 +7,9 @@ reached. Who lies so is never convicted, and would keep columns out for ever. Bu
 among the few workers *involved* in it, at least one is bad.
 
 So the smallest explanation is looked for: workers, as few of any one stage as possible and never more than f, such that
-each event remembered involves one of them or a convicted one. These are *isolated*: dealt into the columns in which
-convicted workers stand, or would (``Doubts.packed``). An honest one may be among them. It costs nothing but its place.
+each event remembered involves one of them or a convicted one (``explanation.py``). These are *isolated*: dealt into the
+columns in which convicted workers stand, or would (``Doubts.packed``). An honest one may be among them. It costs
+nothing but its place.
 
 Why that is enough, f = (R - 1) // 2 and fewer than half of each stage bad: the bad are an explanation themselves. So
 the smallest takes K columns, K no more than there are bad ones of one stage. An event in another column is of none of
@@ -24,9 +25,6 @@ An event is remembered for some steps, and anew whenever somebody isolated for i
 that cannot be explained by f a stage come of something else (a broken first stage, more bad workers); the older half of
 them is forgotten then, and for as many steps none is news.
 
-In a large mesh a search that tries one choice after another does not come to its end. What it leaves is tried by
-exchange of single workers, from who is isolated, so that what one step leaves the next goes on with.
-
 Worked example, 6 stages x 3 replicas, f = 1, columns as DeepSpeed's own. In one step (0, 0) and (1, 0), (1, 1) and
 (2, 1), (2, 2) and (3, 2) report other numbers to a baseline, and no column is left. Stage 0 is trusted, so (1, 0) is
 isolated; then not (1, 1), which would be two of stage 1, but (2, 1), and for the same reason (3, 2). The next step has
@@ -39,12 +37,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from deepspeed_sentinel.judgement.explanation import smallest_explanation
 from deepspeed_sentinel.mesh import Mesh, Worker, columns_of
 
 _LEAST_REPLICAS = 3
 _LEAST_EVENTS, _EVENTS_A_WORKER = 512, 8  # remembered; the oldest of more than the larger of both give way
-_MOST_TRIES = 500  # of one search; beyond, workers are exchanged, as often
-_MOST_LOOKS = 4_000_000  # at workers involved, in one search: fewer tries where each has to look at more
 _DISPUTE, _ALARM = -1, -2
 
 # Its kind, or the stage of who has to be cleared for it to be one; and who is involved, s R + r of each, in order.
@@ -241,144 +238,14 @@ class Isolation:
         found = None
         while found is None:
             events = [event for event in self._events if event[0] < 0]
-            found = self._smallest(self._padded(events), convicted, 0 if fewer else int(packed.max()))
+            involved = [workers for _, workers in events]
+            found = smallest_explanation(involved, convicted, self.isolated, 0 if fewer else int(packed.max()))
             if found is None:
                 for event in events[: (len(events) + 1) // 2]:
                     del self._events[event]
                 self._unexplained = self._memory
         self.isolated = found
         self.news &= not self._unexplained
-
-    def _padded(self, events: Sequence[_Event]) -> np.ndarray:
-        """int [N, most involved in one], of events the workers involved, and S R where there are fewer."""
-        most = max((len(workers) for _, workers in events), default=0)
-        rows = [workers + (self.isolated.size,) * (most - len(workers)) for _, workers in events]
-        return np.array(rows, np.int64).reshape(len(events), most)
-
-    def _smallest(self, events: np.ndarray, convicted: np.ndarray, least: int) -> np.ndarray | None:
-        """bool [S, R], of which each event has one, with those convicted as few of a stage as possible, or None."""
-        number = np.count_nonzero(convicted, axis=1)
-        least, most = max(int(number.max()), least, bool(len(events))), (self._mesh.replicas - 1) // 2
-        found, left = self._within(events, least - number)
-        # Often as few as before do. Otherwise by halves, so that there are few searches however many replicas.
-        low, high = least + 1, most if left else least
-        while low <= high:
-            allowed = (low + high) // 2
-            other, more = self._within(events, allowed - number)
-            if left or not more:
-                found, left = other, more
-            if more:
-                low = allowed + 1
-            else:
-                high = allowed - 1
-        return found
-
-    def _within(self, events: np.ndarray, room: np.ndarray) -> tuple[np.ndarray | None, int]:
-        """As ``_search``; what that leaves is tried by exchange, from who is isolated and from what it found."""
-        found, left = self._search(events, room)
-        known = self.isolated & (np.cumsum(self.isolated, axis=1) <= room[:, None])
-        for start in [] if found is None else [known, found]:
-            if left:
-                found, left = min((found, left), self._exchange(events, room, start), key=lambda one: one[1])
-        return found, left
-
-    def _search(self, events: np.ndarray, room: np.ndarray) -> tuple[np.ndarray | None, int]:
-        """Depth first, who is involved in most events first; ``room``, int [S], is how many of each there may be.
-
-        It proves that there is no explanation, or finds one, where few tries do.
-
-        Returns:
-            who explains most, or None if nobody can explain all, and how many events it leaves.
-        """
-        nobody = self.isolated.size
-        known = self.isolated.ravel()
-        # Who is in it, and who is not. The last place is for who is missing in an event.
-        tries = [(np.zeros(nobody + 1, bool), np.arange(nobody + 1) == nobody)]
-        best, left = None, len(events) + 1
-        for _ in range(_tries(events)):
-            if not tries:
-                return None, left
-            inside, outside = tries.pop()
-            unexplained = events[~inside[events].any(1)]
-            if len(unexplained) < left:
-                best, left = inside[:-1].reshape(self.isolated.shape), len(unexplained)
-            if not left:
-                break
-            full = np.count_nonzero(inside[:-1].reshape(self.isolated.shape), axis=1) >= room
-            barred = outside.copy()
-            barred[:-1] |= np.broadcast_to(full[:, None], self.isolated.shape).ravel()
-            free = ~barred[unexplained]
-            hardest = int(np.argmin(np.count_nonzero(free, axis=1)))
-            involved = [
-                (-int(np.count_nonzero(unexplained == one)), not known[one], one)
-                for one in unexplained[hardest][free[hardest]].tolist()
-            ]
-            options = [one for _, _, one in sorted(involved)]
-            # Of the first option that holds, those before it are not in it.
-            for number in reversed(range(len(options))):
-                more, less = inside.copy(), outside.copy()
-                more[options[number]] = less[options[:number]] = True
-                tries.append((more, less))
-        return best, left
-
-    def _exchange(self, events: np.ndarray, room: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, int]:
-        """For an event that nobody explains one worker is taken in, and for the next one, until all are explained.
-
-        In a full stage another one gives way. Each event weighs as much as it was often left unexplained, so that what
-        somebody gave way for is not undone at once: who is taken in explains what weighs most, and who gives way is
-        missed least.
-
-        Args:
-            events: int [N, most involved in one], as ``_padded``.
-            room: int [S], how many of each stage there may be.
-            start: bool [S, R], who is inside at first, no more than that.
-
-        Returns:
-            who explains most, bool [S, R], and how many events it leaves.
-        """
-        nobody, replicas = self.isolated.size, self._mesh.replicas
-        inside = np.concatenate([start.ravel(), [False]])
-        weights = np.ones(len(events), np.int64)
-        best, left = start, len(events) + 1
-        for _ in range(_tries(events)):
-            explained_by = np.count_nonzero(inside[events], axis=1)
-            unexplained = explained_by == 0
-            number = int(np.count_nonzero(unexplained))
-            if number < left:
-                best, left = inside[:-1].reshape(start.shape).copy(), number
-            if not left:
-                break
-            weights[unexplained] += 1
-            gained = _weight_of_each(events[unexplained], weights[unexplained], nobody)
-            alone = explained_by == 1
-            missed = _weight_of_each(events[alone], weights[alone], nobody)
-            options = []
-            for one in events[np.argmax(np.where(unexplained, weights, 0))].tolist():
-                if one == nobody or not room[one // replicas]:
-                    continue
-                first = one // replicas * replicas
-                others = first + np.flatnonzero(inside[first : first + replicas])
-                if len(others) < room[one // replicas]:
-                    options.append((-gained[one], one, nobody))
-                else:
-                    other = int(others[np.argmin(missed[others])])
-                    options.append((missed[other] - gained[one], one, other))
-            if not options:
-                break
-            _, one, other = min(options)
-            inside[other], inside[one] = False, True
-        return best, left
-
-
-def _tries(events: np.ndarray) -> int:
-    """How many tries a search has, whose time grows with the events (int [N, most involved in one])."""
-    return min(_MOST_TRIES, 1 + _MOST_LOOKS // max(events.size, 1))
-
-
-def _weight_of_each(events: np.ndarray, weights: np.ndarray, nobody: int) -> np.ndarray:
-    """float64 [S R + 1], what the events (int [N, most]) of each worker weigh (int [N]): whole numbers, so exact."""
-    each = np.broadcast_to(weights[:, None], events.shape)
-    return np.bincount(events.ravel(), each.ravel(), minlength=nobody + 1)
 
 
 def involved(by_ends: np.ndarray, silent: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Another machine in the place of a convicted worker: nothing that was held against the one before is held on."""
 
-import numpy as np
 import pytest
 from synthetic import CULPRIT, World, tamper
 
@@ -49,11 +48,11 @@ def test_what_others_had_unsettled_with_the_one_before_convicts_it_of_nothing(co
 
 def test_nobody_is_isolated_for_what_the_one_before_did(convicted):
     isolation = convicted.judge.isolation
-    of_culprit, of_another = (np.isin(np.arange(12), workers) for workers in ((3 + 2, 6 + 1), (3 + 0, 6 + 1)))
-    isolation._members, isolation._events = np.array([of_culprit, of_another]), np.array([[-1, 9], [-1, 9]])
+    of_culprit, of_another = (-1, (3 + 2, 6 + 1)), (-1, (3 + 0, 6 + 1))
+    isolation._events = {of_culprit: 9, of_another: 9}
     isolation.isolated[CULPRIT] = True
     convicted.judge.forget(CULPRIT)
-    assert np.array_equal(isolation._members, [of_another]) and len(isolation._events) == 1
+    assert list(isolation._events) == [of_another]
     assert not isolation.isolated.any()
 
 

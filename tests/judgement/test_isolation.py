@@ -187,7 +187,7 @@ def test_what_fewer_than_half_of_each_stage_cannot_explain_is_forgotten():
 
 
 def silences(steps, generator):
-    """In each column a neighbour of somebody has nothing to say: three with a bad one, and none isolated if possible."""
+    """In each column a neighbour of somebody has nothing to say: three with a bad one, none isolated if possible."""
 
     def events(served):
         mesh, columns = steps.mesh, np.arange(steps.mesh.replicas)
