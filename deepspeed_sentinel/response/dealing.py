@@ -15,7 +15,7 @@ be trusted with it. ``docs/wiring.md`` has the rules and what they cost. With ``
 * Two workers at odds get other partners. Of two of one stage that a twin step found to differ, one waits where
   convicted workers stand, so that the other is compared with somebody else: rather the one that is not accused, and
   of equals the one that is isolated.
-* Whoever can stay where it is does.
+* Whoever can stay where it is does: with the same doubts, in the same turn, a second deal moves nobody.
 
 Worked example, 5 stages x 4 replicas, (1, 0) and (2, 1) convicted, (3, 2) suspected; K = 1, f = 1, T = 1. Before and
 after, by column, ! convicted, ? suspected:
@@ -29,6 +29,7 @@ after, by column, ! convicted, ? suspected:
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -36,9 +37,13 @@ import numpy as np
 from deepspeed_sentinel.config import SentinelConfig
 from deepspeed_sentinel.judgement.doubts import Doubts
 from deepspeed_sentinel.mesh import Mesh, Worker, check_wiring, columns_of, identity
+from deepspeed_sentinel.response.assignment import cheapest
+from deepspeed_sentinel.response.waiting import NO_SUSPECT, QUEUED, TRIED, kinds_of, waiting
 
 _TURN = 8  # steps for which a suspect waits for others of its stage
 _DRAW = 4  # what else is drawn from the same seed
+# What it costs to try a suspect where others are tried, and to have it elsewhere than where suspects are tried.
+_CROWDED, _WITH_LOST, _ELSEWHERE = 1, 2, 3
 
 
 class Dealer:
@@ -116,153 +121,138 @@ def _drawn(mesh: Mesh, seed: int, step: int) -> np.ndarray:
 
 
 class _Healing:
-    """One deal, row by row in the order of the stages.
+    """One deal: stage after stage as well as it can be, given the others, until none gets any better.
+
+    How good a wiring is hangs on the doubts alone, not on the wiring before. So each change is for the better, they
+    come to an end, and dealing once more changes nothing. Of all that are as good a stage takes one in which fewest
+    move. What counts, each before all that follow:
+
+    * nobody who is convicted, isolated or waits because of another of its stage stands outside of the lost columns,
+    * no suspect stands in the column that is to be left without any,
+    * no two at odds stand in one column,
+    * suspects stand where they are to be tried or to wait (``_places_of_suspects``).
 
     Attributes:
         wiring: int64 [S, C], the new one.
     """
 
     def __init__(self, mesh: Mesh, before: np.ndarray, doubts: Doubts, turn: int) -> None:
-        self._mesh, self._doubts, self._turn = mesh, doubts, turn
         self._before, self._stood = before, columns_of(before)
-        self._apart: dict[Worker, list[Worker]] = {}
-        for one, other in doubts.apart:
-            self._apart.setdefault(one, []).append(other)
-            self._apart.setdefault(other, []).append(one)
-        self._at_odds: list[list[Worker]] = [[] for _ in range(mesh.stages)]
-        for worker in sorted(self._apart):
-            self._at_odds[worker.stage].append(worker)
-        replicas = mesh.replicas
-        lost = int(np.count_nonzero(doubts.packed, axis=1).max())
-        tried = min(max(1, replicas - lost - (replicas - 1) // 2 - 1), replicas - 1 - lost)
-        self._convicted = doubts.packed if doubts.isolated is None else doubts.packed & ~doubts.isolated
-        packed, suspects, convicted = (
-            np.take_along_axis(which, before, 1) for which in (doubts.packed, doubts.suspects, self._convicted)
-        )
+        self._mesh, self._doubts = mesh, doubts
+        convicted = doubts.packed if doubts.isolated is None else doubts.packed & ~doubts.isolated
         # Where most of them stand already, and of equals the first.
-        needed = int(np.count_nonzero(self._convicted, axis=1).max())
-        self._of_convicted = _largest(np.count_nonzero(convicted, axis=0), needed)
-        self._lost = _largest(np.where(self._of_convicted, len(packed), np.count_nonzero(packed, axis=0)), lost)
-        self._tried = _largest(np.where(self._lost, -1, np.count_nonzero(suspects, axis=0)), max(tried, 0))
-        # Who is the first to be tried there stays, and others make room: the stage of that suspect, by column.
-        self._first = np.where(self._tried & suspects.any(0), np.argmax(suspects, axis=0), -1)
-        self._suspects_in = np.zeros(replicas, np.int64)
-        self.wiring = before.copy()
-        concerned = (doubts.packed | doubts.suspects | doubts.untried).any(1)
-        for stage in range(1, mesh.stages - 1):
-            if concerned[stage] or self._at_odds[stage]:
-                self.wiring[stage] = self._row(stage)
+        packed, alone = (np.take_along_axis(of, before, 1).sum(0) for of in (doubts.packed, convicted))
+        lost = int(np.count_nonzero(doubts.packed, axis=1).max())
+        of_convicted = _largest(alone, int(np.count_nonzero(convicted, axis=1).max()))
+        self._lost = _largest(np.where(of_convicted, mesh.stages, packed), lost)
+        left = mesh.replicas - lost  # the last of these is to be without suspects
+        self._places = max(0, min(max(1, left - (mesh.replicas - 1) // 2 - 1), left - 1))
 
-    def _row(self, stage: int) -> np.ndarray:
-        """int64 [C], who of a stage serves which column."""
-        row = np.full(self._mesh.replicas, -1)
-        # Suspects leave the lost columns anyway, so those packed take their places there first.
-        leaving = self._doubts.suspects[stage, self._before[stage]]
-        convicted = self._convicted[stage]
-        self._put_aside(row, stage, np.flatnonzero(convicted), self._of_convicted, leaving)
-        self._put_aside(row, stage, np.flatnonzero(self._doubts.packed[stage] & ~convicted), self._lost, leaving)
-        aside = self._waiting(stage, int(np.count_nonzero(self._lost & (row < 0)))) if self._at_odds[stage] else []
-        self._put_aside(row, stage, np.array(aside, np.int64), self._lost, leaving)
-        for replica in self._in_turn(stage, aside):
-            column = self._column_of_suspect(row, Worker(stage, replica))
-            row[column] = replica
-            self._suspects_in[column] += 1
-        for replica in np.flatnonzero(self._doubts.untried[stage] & self._lost[self._stood[stage]]).tolist():
-            if replica not in row and (free := self._free_to_try(row, stage)).size:
-                row[free[np.argmin(self._suspects_in[free])]] = replica
-        for worker in (worker for worker in self._at_odds[stage] if worker.replica not in row):
-            row[_cheapest(row, self._conflicts(worker), self._moves(worker), self._lost)] = worker.replica
-        waits = np.ones(len(row) + 1, bool)
-        waits[row] = False  # a free column is -1, and marks the one behind the last
-        rest = np.flatnonzero(waits[:-1])
+        odds = _both_ways(doubts.apart)
+        within = odds[:, 0] == odds[:, 2]
+        waits = waiting(doubts, odds[within], lost)
+        self._home = np.where(convicted, 2, doubts.packed | waits)
+        self._may_stand = np.stack([np.ones_like(self._lost), self._lost, of_convicted])
+        beside = lost - np.count_nonzero(self._home, axis=1)
+        self._kind = kinds_of(doubts.suspects & ~waits, self._places, beside, turn)
+        # Suspects that are tried now, and all of them, int64 [2, S, R].
+        self._counted = np.stack([self._kind == TRIED, self._kind != NO_SUSPECT]).astype(np.int64)
+        # Two that are packed both may stand in one column: it is lost anyway.
+        odds = odds[~within & ~(doubts.packed[odds[:, 0], odds[:, 1]] & doubts.packed[odds[:, 2], odds[:, 3]])]
+        self._odds = odds[np.argsort(odds[:, 0], kind="stable")]
+        self._from = np.searchsorted(self._odds[:, 0], np.arange(mesh.stages + 1))
+        self._marked = doubts.packed | doubts.suspects | waits
+        self._marked[odds[:, 0], odds[:, 1]] = True
+
+        self.wiring, self._columns = before.copy(), self._stood.copy()
+        self._in = np.take_along_axis(self._counted, before[None], 2).sum(1)  # these two by column, int64 [2, C]
+        # From behind, so that who is the first to be tried in a column stays there, and others make room.
+        stages = [stage for stage in range(mesh.stages - 2, 0, -1) if self._marked[stage].any()]
+        better = True
+        while better:
+            self._choose()
+            better = any([self._deal(stage) for stage in stages])  # noqa: C419, each of them has its turn
+        self._bring_out()
+
+    def _choose(self) -> None:
+        """Columns to try suspects in, and one for none of them: for this wiring the best choice."""
+        tried, suspects = self._in
+        gain = _ELSEWHERE * tried - _CROWDED * np.maximum(tried - 1, 0)
+        # Of equals the one that most may not stand in anyway, and then the last.
+        barred = self._conflicts(0, len(self._before)).sum(0)
+        order = np.lexsort((-np.arange(len(gain)), -barred, gain, suspects, self._lost))
+        self._without = np.zeros_like(self._lost)
+        self._without[order[0]] = not self._lost[order[0]]
+        self._to_try = _largest(np.where(self._lost | self._without, -1, gain), self._places)
+
+    def _deal(self, stage: int) -> bool:
+        """One stage, given the others. True where it became better."""
+        before = self._before[stage]
+        marked, rest = np.flatnonzero(self._marked[stage]), np.flatnonzero(~self._marked[stage])
+        kind, stood = self._kind[stage, marked], self._stood[stage, marked]
+        tried_in, suspects_in = self._in - self._counted[:, stage, self.wiring[stage]]
+        cost = np.ones((len(marked), len(before)), np.int64) + ~self._marked[stage, before]  # who has to make room
+        cost[np.arange(len(marked)), stood] = 0
+        # The digits of one number: each counts more than all before it can come to. They fit up to 3,000 replicas. At
+        # odds are workers of two stages on either side, so no more than four in a column.
+        digit = 2 * len(before) + 1
+        for what, most in (
+            (self._places_of_suspects(tried_in > 0)[kind], _ELSEWHERE),
+            (self._conflicts(stage, stage + 1)[marked], 4),
+            (self._without & (kind != NO_SUSPECT)[:, None], 1),
+            (~self._may_stand[self._home[stage, marked]], 1),
+        ):
+            cost += digit * what
+            digit *= most * len(before) + 1
+        # Ties go to the first, so to the column of fewest suspects.
+        order = np.argsort(suspects_in, kind="stable")
+        columns = order[cheapest(cost[:, order], np.argsort(order)[stood])]
+        if _sum(cost, columns) == _sum(cost, self._columns[stage, marked]):
+            return False  # as good, and other ties would move them for ever
+        row = np.full(len(before), -1)
+        row[columns] = marked
         stays = row[self._stood[stage, rest]] < 0
         row[self._stood[stage, rest[stays]]] = rest[stays]
         row[row < 0] = rest[~stays]
-        return row
+        self._in[:] = tried_in, suspects_in
+        self._in += self._counted[:, stage, row]
+        self.wiring[stage], self._columns[stage] = row, np.argsort(row)
+        return True
 
-    def _put_aside(
-        self, row: np.ndarray, stage: int, replicas: np.ndarray, lost: np.ndarray, first: np.ndarray
-    ) -> None:
-        """Into lost columns. Who stands in one stays, the others take free ones, these (bool [C]) first."""
-        stood = self._stood[stage, replicas]
-        stays = lost[stood] & (row[stood] < 0)
-        row[stood[stays]] = replicas[stays]
-        if not stays.all():
-            free = lost & (row < 0)
-            columns = np.concatenate([np.flatnonzero(free & first), np.flatnonzero(free & ~first)])
-            row[columns[: np.count_nonzero(~stays)]] = replicas[~stays]
+    def _places_of_suspects(self, crowded: np.ndarray) -> np.ndarray:
+        """What it costs to have one of each kind in each column, int64 [4, C]. Crowded: others are tried there."""
+        cost = np.zeros((4, len(crowded)), np.int64)
+        cost[TRIED] = np.where(self._to_try, _CROWDED * crowded, np.where(self._lost, _WITH_LOST, _ELSEWHERE))
+        cost[QUEUED] = np.where(self._lost, 0, _ELSEWHERE)
+        return cost
 
-    def _waiting(self, stage: int, places: int) -> list[int]:
-        """Of each two of a stage that differed one, as far as there are places: who differed from most first."""
-        accused, suspected = self._doubts.accused[stage], (self._doubts.suspects | self._doubts.untried)[stage]
-        packed, lost = self._doubts.packed[stage], self._lost[self._stood[stage]]
-        isolated = np.zeros_like(packed) if self._doubts.isolated is None else self._doubts.isolated[stage]
-        # Who is packed waits already.
-        pairs = [
-            (one.replica, other.replica)
-            for one in self._at_odds[stage]
-            for other in self._apart[one]
-            if other.stage == stage and one < other and not (packed[one.replica] or packed[other.replica])
-            if suspected[one.replica] or suspected[other.replica]
-        ]
-        waiting: list[int] = []
-        while pairs and len(waiting) < places:
-
-            def worth(replica: int) -> tuple[int, int, bool, bool, bool, bool, int]:
-                mine = [pair for pair in pairs if replica in pair]  # noqa: B023
-                # Rather not the only suspect of the two: it is the one to be tried.
-                better = [pair for pair in mine if not suspected[replica] or suspected[list(pair)].all()]
-                return (
-                    len(better),
-                    len(mine),
-                    not accused[replica],
-                    not suspected[replica],
-                    # What is unproved is of this one, unless the others alone show it too.
-                    bool(isolated[replica]),
-                    bool(lost[replica]),
-                    replica,
-                )
-
-            waiting.append(max({replica for pair in pairs for replica in pair}, key=worth))
-            pairs = [pair for pair in pairs if waiting[-1] not in pair]
-        return waiting
-
-    def _in_turn(self, stage: int, waiting: list[int]) -> list[int]:
-        """The suspects of a stage, in the order in which they choose a column."""
-        suspects = [one for one in np.flatnonzero(self._doubts.suspects[stage]).tolist() if one not in waiting]
-        places = int(np.count_nonzero(self._tried))
-        if len(suspects) > places:
-            turn = self._turn * places % len(suspects)
-            suspects = suspects[turn:] + suspects[:turn]
-        return sorted(suspects[:places], key=lambda one: not self._tried[self._stood[stage, one]]) + suspects[places:]
-
-    def _column_of_suspect(self, row: np.ndarray, worker: Worker) -> int:
-        own = int(self._stood[worker])
-        others = self._suspects_in + (self._first >= worker.stage)
-        others[own] -= self._first[own] == worker.stage
-        crowded = others > 0
-        at_rest = not crowded[own] or crowded[self._tried].all()
-        if worker not in self._apart and row[own] < 0 and self._tried[own] and at_rest:
-            return own
-        clean = ~(self._lost | (self._suspects_in > 0) | (self._first >= 0))
-        last_clean = clean & (np.count_nonzero(clean) == 1)
-        where = np.where(self._tried, 0, np.where(self._lost, 1, 2))
-        return _cheapest(row, last_clean, self._conflicts(worker), where, crowded, self._moves(worker), others)
-
-    def _free_to_try(self, row: np.ndarray, stage: int) -> np.ndarray:
-        """Columns in which somebody may be tried, and of this stage nobody is, int [n]."""
-        return np.flatnonzero(self._tried & (row < 0) & ~self._doubts.untried[stage, self._before[stage]])
-
-    def _conflicts(self, worker: Worker) -> np.ndarray:
-        """How many of those that a worker is to be kept apart from serve each column, as far as that is decided."""
-        conflicts = np.zeros(self._mesh.replicas, np.int64)
-        for other in self._apart.get(worker, ()):
-            if other.stage < worker.stage or self._mesh.is_trusted(other.stage):
-                conflicts[self.wiring[other.stage] == other.replica] += 1
+    def _conflicts(self, stage: int, end: int) -> np.ndarray:
+        """How many that the workers of some stages are to be kept apart from serve each column, int64 [R, C]."""
+        _, replica, other_stage, other = self._odds[self._from[stage] : self._from[end]].T
+        conflicts = np.zeros((self._mesh.replicas, self._mesh.replicas), np.int64)
+        np.add.at(conflicts, (replica, self._columns[other_stage, other]), 1)
         return conflicts
 
-    def _moves(self, worker: Worker) -> np.ndarray:
-        return np.arange(self._mesh.replicas) != self._stood[worker]
+    def _bring_out(self) -> None:
+        """Who was not compared changes places with somebody who may stand anywhere, so nothing gets any worse."""
+        known = self._marked | self._doubts.untried
+        for stage, replica in np.argwhere(self._doubts.untried & ~self._marked).tolist():
+            row = self.wiring[stage]
+            free = np.flatnonzero(self._to_try & ~known[stage, row])
+            column = int(np.flatnonzero(row == replica)[0])
+            if self._lost[column] and free.size:
+                into = free[np.argmin(self._in[1, free])]
+                row[column], row[into] = row[into], replica
+
+
+def _sum(cost: np.ndarray, columns: np.ndarray) -> int:
+    return int(cost[np.arange(len(cost)), columns].sum())
+
+
+def _both_ways(apart: tuple[tuple[Worker, Worker], ...]) -> np.ndarray:
+    """Each two in both orders, int64 [2n, 4]: stage, replica, stage, replica."""
+    odds = np.fromiter(chain.from_iterable(chain.from_iterable(apart)), np.int64, 4 * len(apart)).reshape(-1, 4)
+    return np.concatenate([odds, odds[:, [2, 3, 0, 1]]])
 
 
 def _largest(counts: np.ndarray, number: int) -> np.ndarray:
@@ -270,9 +260,3 @@ def _largest(counts: np.ndarray, number: int) -> np.ndarray:
     chosen = np.zeros(len(counts), bool)
     chosen[np.argsort(-counts, kind="stable")[:number]] = True
     return chosen
-
-
-def _cheapest(row: np.ndarray, *costs: np.ndarray) -> int:
-    """The free column (-1 in ``row``) of the least first cost, among equals of the least second one, and so on."""
-    order = np.lexsort(costs[::-1])
-    return int(order[row[order] < 0][0])

@@ -1,6 +1,8 @@
 """Columns are dealt so that few are lost, and nobody moves who need not."""
 
+import time
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,7 +15,6 @@ from deepspeed_sentinel.mesh import Mesh, Worker, check_wiring, columns_of, iden
 from deepspeed_sentinel.response.dealing import Dealer
 
 SETTINGS = settings(max_examples=60, deadline=None)
-REST = 6
 
 
 def doubts(mesh, convicted=(), suspects=(), apart=(), accused=()):
@@ -51,6 +52,9 @@ def situations(draw, apart=True):
         trusted = mesh.is_trusted(one.stage) and mesh.is_trusted(other.stage)
         if one < other and not trusted:
             pairs.append((one, other))
+    if draw(st.booleans()):  # as in a run: both are suspected, unless they are convicted
+        for worker in (worker for pair in pairs for worker in pair):
+            suspects[worker] = not (convicted[worker] or mesh.is_trusted(worker.stage))
     accused = suspects & (generator.random(shape) < 0.5)
     untried = (generator.random(shape) < draw(st.sampled_from([0.0, 0.3]))) & ~(convicted | suspects)
     untried[[0, -1]] = False
@@ -107,13 +111,68 @@ def test_who_is_isolated_costs_no_column_beside_those_of_the_convicted(before):
 @given(situations())
 @SETTINGS
 def test_it_comes_to_rest(situation):
-    """With the same doubts, in the same turn."""
+    """With the same doubts, in the same turn, the next deal has nothing left to do."""
     dealer, about, step = situation
-    for _ in range(REST):
-        before = dealer.wiring
-        if (dealer.next(step, about) == before).all():
-            return
-    raise AssertionError("it goes on moving workers")
+    dealt = dealer.next(step, about).copy()
+    assert (dealer.next(step, about) == dealt).all()
+
+
+@given(st.integers(4, 7), st.integers(3, 8), st.integers(0, 1 << 30))
+@SETTINGS
+def test_it_comes_to_rest_when_liars_fall_silent(stages, replicas, seed):
+    """At most f of a stage, at odds with those who happened to serve beside them for some steps, from the first on."""
+    mesh, generator = Mesh(stages, replicas), np.random.default_rng(seed)
+    dealer, pairs = Dealer(mesh), set()
+    liars = [
+        Worker(stage, int(replica))
+        for stage in range(1, stages - 1)
+        for replica in generator.permutation(replicas)[: (replicas - 1) // 2]
+    ]
+    about = doubts(mesh)
+    for step in range(int(generator.integers(1, 5))):
+        columns = columns_of(dealer.wiring)
+        for liar in liars:
+            stage = liar.stage + int(generator.choice([-2, -1, 1, 2]))
+            if generator.random() < 0.5 and 0 <= stage < stages:
+                pairs.add(tuple(sorted((liar, Worker(stage, int(dealer.wiring[stage, columns[liar]]))))))
+        suspects = [worker for pair in pairs for worker in pair if not mesh.is_trusted(worker.stage)]
+        about = doubts(mesh, suspects=suspects, apart=sorted(pairs))
+        dealer.next(step, about)
+    rest = dealer.next(0, about).copy()
+    assert all((dealer.next(step, about) == rest).all() for step in range(1, 8))
+
+
+def test_who_is_apart_already_stays_when_others_are_suspected():
+    """A new suspect in one stage moves nobody of stages that have nothing to do with it."""
+    mesh = Mesh(9, 4)
+    dealer, pair = Dealer(mesh), ((1, 2), (2, 2))
+    first = dealer.next(0, doubts(mesh, suspects=pair, apart=[pair])).copy()
+    second = dealer.next(1, doubts(mesh, suspects=[*pair, (6, 3)], apart=[pair]))
+    assert (second[:6] == first[:6]).all()
+
+
+@given(st.integers(4, 8), st.integers(4, 9), st.integers(0, 1 << 30))
+@SETTINGS
+def test_one_that_is_at_odds_with_others_is_parted_from_all_of_them(stages, replicas, seed):
+    """With one of a stage each, so that there is room."""
+    mesh, generator = Mesh(stages, replicas), np.random.default_rng(seed)
+    liar = Worker(int(generator.integers(1, stages - 1)), int(generator.integers(replicas)))
+    near = [stage for stage in range(liar.stage - 2, liar.stage + 3) if 0 <= stage < stages and stage != liar.stage]
+    others = [Worker(stage, int(generator.integers(replicas))) for stage in near]
+    pairs = [tuple(sorted((liar, other))) for other in others]
+    suspects = [worker for worker in (liar, *others) if not mesh.is_trusted(worker.stage)]
+    columns = columns_of(Dealer(mesh).next(0, doubts(mesh, suspects=suspects, apart=pairs)))
+    assert all(columns[one] != columns[other] for one, other in pairs)
+
+
+def test_who_is_at_odds_with_two_stages_stays_apart_from_both():
+    mesh = Mesh(5, 3)
+    dealer, pairs = Dealer(mesh), [((1, 2), (2, 0)), ((1, 2), (3, 2))]
+    about = doubts(mesh, suspects=[(1, 2), (2, 0), (3, 2)], apart=pairs)
+    first = dealer.next(0, about).copy()
+    columns = columns_of(first)
+    assert all(columns[one] != columns[other] for one, other in pairs)
+    assert all((dealer.next(step, about) == first).all() for step in range(1, 8))
 
 
 def test_nothing_moves_without_suspicion_not_even_back():
@@ -239,6 +298,31 @@ def test_of_two_that_differed_one_is_compared_with_another(accused, suspects, wa
     about = doubts(mesh, [(1, 2)], suspects, [((2, 0), (2, 1))], accused)
     lost = by_column(about.packed, dealer.next(0, about)).any(0)
     assert dealer.wiring[2][lost].tolist() == [waits]
+
+
+def test_who_waits_does_not_hang_on_where_it_stands():
+    """Else the two would change places for ever."""
+    mesh = Mesh(5, 3)
+    dealer = Dealer(mesh)
+    about = doubts(mesh, [(1, 2)], [(2, 0), (2, 1)], [((2, 0), (2, 1))])
+    dealer.load_state_dict({"wiring": np.array([[0, 1, 2], [0, 1, 2], [1, 2, 0], [0, 1, 2], [0, 1, 2]])})
+    lost = by_column(about.packed, dealer.next(0, about)).any(0)
+    assert dealer.wiring[2][lost].tolist() == [1]
+
+
+def test_a_deal_of_many_at_odds_takes_no_time():
+    """Seconds if each of them is held against each pair; the bound is far above what it takes."""
+    mesh = Mesh(64, 64)
+    workers = [[Worker(stage, replica) for replica in range(33)] for stage in range(1, 62)]
+    pairs = tuple(pair for stage in workers for pair in combinations(stage, 2))
+    suspects = np.zeros((64, 64), bool)
+    suspects[1:62, :33] = True
+    packed, nobody = np.zeros_like(suspects), np.zeros_like(suspects)
+    packed[62, :31] = True
+    about = Doubts(packed, suspects, suspects, nobody, pairs)
+    begin = time.process_time()
+    Dealer(mesh).next(0, about)
+    assert time.process_time() - begin < 1.0
 
 
 def test_who_differed_from_two_lets_them_be_compared():
