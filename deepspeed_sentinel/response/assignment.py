@@ -12,6 +12,8 @@ Worked example, two that both like place 0 best, of whom the second would lose m
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 _NEVER = np.iinfo(np.int64).max
@@ -36,11 +38,17 @@ def cheapest(cost: np.ndarray, stands: np.ndarray) -> np.ndarray:
     of_place = np.zeros(places, np.int64)
     of_place[place[stays]] = (cost[everybody, stands] - elsewhere.min(1))[stays]
     of_worker = (cost - of_place).min(1)
-    for newcomer in np.flatnonzero(place < 0).tolist():
-        free = np.flatnonzero((cost[newcomer] == of_worker[newcomer] + of_place) & (holder < 0))
-        if free.size:
-            place[newcomer], holder[free[0]] = free[0], newcomer
-            continue
+    newcomers = np.flatnonzero(place < 0)
+    wanting, wanted = np.nonzero((cost[newcomers] == of_worker[newcomers, None] + of_place) & (holder < 0))
+    ends = np.searchsorted(wanting, np.arange(len(newcomers) + 1)).tolist()
+    free, taken = wanted.tolist(), dict[int, int]()
+    for number, (start, end) in enumerate(pairwise(ends)):
+        first = next((one for one in free[start:end] if one not in taken), None)
+        if first is not None:
+            taken[first] = number
+    holder[list(taken)] = newcomers[list(taken.values())]
+    place[holder[list(taken)]] = list(taken)
+    for newcomer in newcomers[place[newcomers] < 0].tolist():
         way = np.full(places, _NEVER)  # to each place, from the newcomer on
         by = np.full(places, -1)  # who would come to it
         far = way.copy()  # the same, and _NEVER where the shortest one is known

@@ -161,6 +161,7 @@ class _Healing:
         odds = odds[~within & ~(doubts.packed[odds[:, 0], odds[:, 1]] & doubts.packed[odds[:, 2], odds[:, 3]])]
         self._odds = odds[np.argsort(odds[:, 0], kind="stable")]
         self._from = np.searchsorted(self._odds[:, 0], np.arange(mesh.stages + 1))
+        self._at_odds = self._from[1:] > self._from[:-1]
         self._marked = doubts.packed | doubts.suspects | waits
         self._marked[odds[:, 0], odds[:, 1]] = True
 
@@ -168,6 +169,12 @@ class _Healing:
         self._in = np.take_along_axis(self._counted, before[None], 2).sum(1)  # these two by column, int64 [2, C]
         # From behind, so that who is the first to be tried in a column stays there, and others make room.
         stages = [stage for stage in range(mesh.stages - 2, 0, -1) if self._marked[stage].any()]
+        # What others do matters to suspects and to those at odds alone.
+        reacts = (self._kind != NO_SUSPECT).any(1) | self._at_odds
+        for stage in stages:
+            if not reacts[stage]:
+                self._pack(stage)
+        stages = [stage for stage in stages if reacts[stage]]
         better = True
         while better:
             self._choose()
@@ -185,17 +192,48 @@ class _Healing:
         self._without[order[0]] = not self._lost[order[0]]
         self._to_try = _largest(np.where(self._lost | self._without, -1, gain), self._places)
 
+    def _pack(self, stage: int) -> None:
+        """A stage in which nobody is suspected or at odds: who may not stand where it does moves, as few as can be."""
+        home, columns = self._home[stage], self._columns[stage].copy()
+        holders, moves = self.wiring[stage], np.zeros(len(home), bool)
+        free = np.ones(len(home), bool)
+        for level in (2, 1):
+            moves |= (home == level) & ~self._may_stand[level, columns]
+            movers = np.flatnonzero(moves & (home == level))
+            # Rather where somebody leaves, or who may stand anywhere makes room.
+            stays = np.where(moves[holders], -1, home[holders])
+            into = np.flatnonzero(self._may_stand[level] & free & (stays < level))
+            into = into[np.argsort(stays[into], kind="stable")][: len(movers)]
+            columns[movers], free[into] = into, False
+            moves[holders[into]] |= home[holders[into]] > 0
+        if moves.any():
+            marked = np.flatnonzero(home)
+            self.wiring[stage] = self._filled(stage, marked, columns[marked])
+            self._columns[stage] = np.argsort(self.wiring[stage])
+
+    def _filled(self, stage: int, marked: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """A row in which these serve these columns, and of the others stays who can."""
+        rest = np.flatnonzero(~np.isin(np.arange(self._mesh.replicas), marked))
+        row = np.full(self._mesh.replicas, -1)
+        row[columns] = marked
+        stays = row[self._stood[stage, rest]] < 0
+        row[self._stood[stage, rest[stays]]] = rest[stays]
+        row[row < 0] = rest[~stays]
+        return row
+
     def _deal(self, stage: int) -> bool:
         """One stage, given the others. True where it became better."""
         before = self._before[stage]
-        marked, rest = np.flatnonzero(self._marked[stage]), np.flatnonzero(~self._marked[stage])
+        marked = np.flatnonzero(self._marked[stage])
         kind, stood = self._kind[stage, marked], self._stood[stage, marked]
         tried_in, suspects_in = self._in - self._counted[:, stage, self.wiring[stage]]
-        cost = np.ones((len(marked), len(before)), np.int64) + ~self._marked[stage, before]  # who has to make room
-        cost[np.arange(len(marked)), stood] = 0
+        everybody = np.arange(len(marked))
+        cost = np.empty((len(marked), len(before)), np.int64)
+        cost[:] = 2 - self._marked[stage, before]  # who moves, and who has to make room
+        cost[everybody, stood] = 0
         # The digits of one number: each counts more than all before it can come to. They fit up to 3,000 replicas. At
         # odds are workers of two stages on either side, so no more than four in a column.
-        digit = 2 * len(before) + 1
+        digit = moves = 2 * len(before) + 1
         for what, most in (
             (self._places_of_suspects(tried_in > 0)[kind], _ELSEWHERE),
             (self._conflicts(stage, stage + 1)[marked], 4),
@@ -204,16 +242,14 @@ class _Healing:
         ):
             cost += digit * what
             digit *= most * len(before) + 1
+        if (cost[everybody, self._columns[stage, marked]] // moves == cost.min(1) // moves).all():
+            return False  # none of them could stand any better
         # Ties go to the first, so to the column of fewest suspects.
         order = np.argsort(suspects_in, kind="stable")
         columns = order[cheapest(cost[:, order], np.argsort(order)[stood])]
         if _sum(cost, columns) == _sum(cost, self._columns[stage, marked]):
             return False  # as good, and other ties would move them for ever
-        row = np.full(len(before), -1)
-        row[columns] = marked
-        stays = row[self._stood[stage, rest]] < 0
-        row[self._stood[stage, rest[stays]]] = rest[stays]
-        row[row < 0] = rest[~stays]
+        row = self._filled(stage, marked, columns)
         self._in[:] = tried_in, suspects_in
         self._in += self._counted[:, stage, row]
         self.wiring[stage], self._columns[stage] = row, np.argsort(row)
