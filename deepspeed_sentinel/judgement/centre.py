@@ -145,8 +145,8 @@ class Centre:
         """
         self._remember(centre, self._turns.reshape(self._since.shape) & clean)
 
-    def learn_truth(self, aligned: np.ndarray, right: np.ndarray, reach: np.ndarray) -> np.ndarray:
-        """Follow what a twin step has shown; where that is beyond the fence around the latest centre, bool [K, 2, L].
+    def learn_truth(self, aligned: np.ndarray, right: np.ndarray, reach: np.ndarray) -> None:
+        """Follow what a twin step has shown.
 
         Args:
             aligned: float64 [K, 2, L, C, M], without what is usual of the column whose data all have.
@@ -154,14 +154,10 @@ class Centre:
             reach: float64 [K, 2, L], of the fences.
         """
         latest = in_a_row(self._stands_in())
-        aligned, chosen, reach = in_a_row(aligned), in_a_row(right, 0), in_a_row(reach)
-        values, turned = aligned - latest[..., None, None], np.zeros(latest.shape, bool)
+        values, chosen, reach = in_a_row(aligned) - latest[..., None, None], in_a_row(right, 0), in_a_row(reach)
         for links in pieces(values):
-            current = of_samples(median, aligned[:, links], chosen[links])
-            turned[:, links] = self._turned(links, aligned[:, links], current, chosen[links])
             latest[:, links] += self._shift(links, values[:, links], chosen[links], reach[:, links], 0.0)
         self._remember(latest.reshape(self._since.shape), np.zeros(self._since.shape, bool))
-        return turned.reshape(self._since.shape)
 
     def _most_bad(self, links: slice, chosen: np.ndarray) -> np.ndarray:
         """How many of the senders of these messages (bool [N, C, M]) can be bad, int [N]."""

@@ -160,20 +160,16 @@ class Fences:
         of_link = (*self._rows, -1)
         self._renew(*self._residuals.learn(residuals.reshape(of_link), step, clean.reshape(of_link[1:])))
 
-    def learn_truth(self, comparable: np.ndarray, right: np.ndarray, source: int) -> np.ndarray:
+    def learn_truth(self, comparable: np.ndarray, right: np.ndarray, source: int) -> None:
         """Follow where a twin step has shown training to be; of how far honest messages lie apart it shows nothing.
 
         Args:
             comparable: float64 [K, 2, L, C, M].
             right: bool [2, L, C, M], messages that are the truth.
             source: the column whose data all have.
-
-        Returns:
-            where it is beyond the fences, bool [K, 2, L].
         """
-        if not self.has_majority:
-            return np.zeros(self._rows, bool)
-        return self.centre.learn_truth(comparable - self.usual.level[..., source, None, None], right, self.reach)
+        if self.has_majority:
+            self.centre.learn_truth(comparable - self.usual.level[..., source, None, None], right, self.reach)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         parts = {"usual": self.usual.state_dict(), "past": self.past.state_dict()}

@@ -80,7 +80,7 @@ class Judge:
         self.record, self.unsettled = self._settling.record, self._settling.unsettled
         self.isolation = self._settling.isolation
         self.overflow = Overflow(mesh)
-        self.deadlock = Deadlock(mesh, (len(self.table), 2, mesh.links), settings)
+        self.deadlock = Deadlock(mesh, settings)
         self._served = identity(mesh)
         self.clean_links = np.zeros((2, mesh.links, mesh.replicas), bool)
 
@@ -161,12 +161,10 @@ class Judge:
         self.clean_links &= not (unjudged or skip or twins)
         self._measuring.learn(heard, measured, self.clean_links, suspected, judged.content, evidence.step)
         if twins and trial and not (unjudged or measured.alone_unlike(twins.source)):
-            truth = self.fences.learn_truth(heard.compared, trial.right & heard.whole, twins.source)
-            self.deadlock.learn_truth(truth & ~self.table.hard[:, None, None])
-        elif not (unjudged or twins):
-            self._measuring.follow(measured, judged.content & lost, judged.turn, self.deadlock.followed)
-        tries = self.settings.tries_suspects and self.record.can_try
-        self.deadlock.end(lost, suspects, settled.news, measured.turned, tries)
+            self.fences.learn_truth(heard.compared, trial.right & heard.whole, twins.source)
+        if lost and not twins:
+            self._measuring.follow(measured, judged.content)
+        self.deadlock.end(lost, suspects, settled.news, bool(self.record.strikes_count.any()))
         self.record.at_a_loss = self.deadlock.here
 
         return Verdict(

@@ -170,22 +170,17 @@ class Measuring:
             heard.compared, measured.residuals, clean_messages, followed, measured.within, measured.unlike, step
         )
 
-    def follow(self, measured: Measured, content: np.ndarray, turn: np.ndarray, turned: np.ndarray) -> None:
-        """Let what is usual of a column follow alarms that are explained, of which nothing else is learnt.
+    def follow(self, measured: Measured, content: np.ndarray) -> None:
+        """In a step that is lost, of which nothing else is learnt, let what is usual of a column follow its content.
 
         Args:
             measured: the step.
-            content: bool [2, L, C, M], alarms that content explains, of a step that is lost as a whole.
-            turn: bool [2, L, C, M], alarms that a turn of training explains.
-            turned: bool [K, 2, L], statistics in which it is known to be one.
+            content: bool [2, L, C, M], alarms that content explains.
         """
-        of_pair = self._table.of_pair[:, None, None, None, None]
-        explained = (content & ~of_pair) | (turn & turned[..., None, None])
-        if self.fences.compares_replicas and explained.any():
-            everywhere = np.ones(measured.within.shape[-1], bool)
-            self.fences.usual.learn(
-                measured.residuals, explained, np.ones_like(measured.within), everywhere, self.fences.reach
-            )
+        followed = content & ~self._table.of_pair[:, None, None, None, None]
+        if self.fences.compares_replicas and followed.any():
+            within, explained = np.ones_like(measured.within), np.ones(measured.within.shape[-1], bool)
+            self.fences.usual.learn(measured.residuals, followed, within, explained, self.fences.reach)
 
     def take_for_usual(
         self, residuals: np.ndarray, strikes: np.ndarray, cleared: np.ndarray, served: np.ndarray, of_twins: bool

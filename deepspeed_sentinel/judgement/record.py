@@ -147,11 +147,6 @@ class Record:
         """
         return max(self._of_suspects(), _TRIED_AT_A_LOSS if self.at_a_loss else 0.0)
 
-    @property
-    def can_try(self) -> bool:
-        """Whether twin steps were not refused too often in a row."""
-        return self._refused_trials < _HOPELESS
-
     def _of_suspects(self) -> float:
         suspects = self.suspects
         if not (self._more_to_find or suspects.any() or self.untried.any()):
@@ -205,7 +200,7 @@ class Record:
         counted = exact.count(self._counted, axis=0)
         guilty = (counted >= self.strikes_needed) | (self.on_probation & struck)
         if self.by_proof:
-            guilty &= self.unlike[:, None] | self._blind | (not self.can_try)
+            guilty &= self.unlike[:, None] | self._blind | (self._refused_trials >= _HOPELESS)
         if cleared.any():
             self._struck[:, cleared] = self._counted[:, cleared] = self._doubted[:, cleared] = False
         self._untried[slot] = False

@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How to judge; the fields are those of the config with the same names."""
+    """How to judge; the fields are those of the config block with the same names."""
 
     action: Literal["observe", "exclude", "quarantine", "halt"]
     warmup_steps: int
@@ -23,4 +23,3 @@ class JudgeSettings:
     seed: int
     min_clean_columns: int = 1
     wiring: Literal["heal", "static", "shuffle"] = "heal"
-    tries_suspects: bool = True

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from synthetic import World
+from synthetic import World, settings
 
 from deepspeed_sentinel.evidence.step import Twins
 from deepspeed_sentinel.evidence.table import NAMES
-from deepspeed_sentinel.judgement.deadlock import PATIENCE
-from deepspeed_sentinel.mesh import FORWARD, columns_of
+from deepspeed_sentinel.judgement.deadlock import PATIENCE, Deadlock
+from deepspeed_sentinel.mesh import FORWARD, Mesh, columns_of
 from deepspeed_sentinel.response.dealing import Dealer
 
 ENERGY, L2, MEAN_ABS, GAIN, STEP, COSINE = (
@@ -18,27 +18,27 @@ AMOUNTS = 2.0, 4.5, 7.0  # fences
 
 
 class Training:
-    """Judge and dealer of a run, with twin steps as they are drawn; honest ones are what the first column makes."""
+    """Judge and dealer of a run, with twin steps as they are drawn; honest work is then what one column makes."""
 
-    def __init__(self, stages, replicas, warm_up=100, tries=True, **how):
+    def __init__(self, stages, replicas, warm_up=100, **how):
         how = {"action": "quarantine", "conviction": "proof", "max_skipped_steps": 10, "probation_steps": 200, **how}
-        self.world = World(stages, replicas, micro_batches=2, tries_suspects=tries, **how)
+        self.world = World(stages, replicas, micro_batches=2, **how)
         self.world.warm_up(warm_up)
-        self.judge, self.dealer, self.tries = self.world.judge, Dealer(self.world.mesh), tries
+        self.judge, self.dealer = self.world.judge, Dealer(self.world.mesh)
         self.generator, self.reach = np.random.default_rng(0), self.judge.fences.reach.copy()
         self.twins = 0
 
     def step(self, change, lie=lambda values, columns: None):
         served, twins = self.dealer.wiring.copy(), None
-        if self.tries and self.generator.random() < self.judge.record.suspicion:
-            alike = np.ones(served.shape, np.int64)
-            twins = Twins(0, np.ones(served.shape[1], bool), alike, np.ones(served.shape), np.zeros_like(alike))
+        if self.generator.random() < self.judge.record.suspicion:
+            alike, source = np.ones(served.shape, np.int64), int(self.generator.integers(served.shape[1]))
+            twins = Twins(source, np.ones(served.shape[1], bool), alike, np.ones(served.shape), np.zeros_like(alike))
             self.twins += 1
 
         def all_of_it(values):
             change(values)
             if twins is not None:
-                values[:] = values[:, :, :, :1]
+                values[:] = values[:, :, :, [twins.source]]
             lie(values, columns_of(served))
 
         verdict = self.world.step(all_of_it, served=served, twins=twins)
@@ -70,12 +70,12 @@ def nothing(values):
 
 @pytest.mark.parametrize(("names", "first_link"), [(MESSAGES, 0), (MESSAGES, 1), (PAIRS, 0)])
 @pytest.mark.parametrize("how", [{}, {"action": "exclude"}, {"conviction": "statistics"}])
-def test_columns_that_turn_by_different_amounts_at_once_train_on(names, first_link, how):
+def test_columns_that_turn_by_different_amounts_at_once_do_not_stop_a_run(names, first_link, how):
     run = Training(5, 3, **how)
     change = run.turns(names, AMOUNTS, first_link)
-    verdicts = [run.step(change) for _ in range(30)]
-    assert sum(verdict.skip for verdict in verdicts) <= 12
-    assert not any(verdict.excluded.any() for verdict in verdicts[-4:])
+    verdicts = [run.step(change) for _ in range(60)]
+    lost = [verdict.skip for verdict in verdicts]
+    assert sum(lost[:30]) <= 24 and sum(lost[-10:]) <= 5
 
 
 @pytest.mark.parametrize("replicas", [4, 5, 8])
@@ -83,13 +83,6 @@ def test_with_more_replicas(replicas):
     run = Training(5, replicas)
     verdicts = [run.step(run.turns(MESSAGES, (2.0, 4.5, 7.0, 9.0, 12.0), 1)) for _ in range(30)]
     assert sum(verdict.skip for verdict in verdicts) <= 3
-
-
-def test_where_nothing_can_be_tried_the_turn_is_believed():
-    run = Training(5, 3, tries=False, conviction="statistics")
-    verdicts = [run.step(run.turns(MESSAGES, AMOUNTS, 1)) for _ in range(30)]
-    assert run.twins == 0 and PATIENCE < sum(verdict.skip for verdict in verdicts) <= 12
-    assert not any(verdict.excluded.any() for verdict in verdicts[-4:])
 
 
 def test_without_a_change_there_is_no_twin_step_for_it():
@@ -138,4 +131,29 @@ def test_a_judge_that_goes_on_from_a_state_decides_alike():
         assert fresh.record.suspicion == run.judge.record.suspicion
         run.world.judge = run.judge = fresh
         run.step(change)
-    assert not run.step(change).skip
+    assert run.twins > 2
+
+
+@pytest.mark.parametrize("replicas", [3, 5])
+def test_a_step_that_counts_now_and_then_is_no_way_out(replicas):
+    """Liars that act in two steps of three, so that never three are lost in a row."""
+    run, liars = Training(6, replicas), dict(LIARS)[replicas]
+
+    def lie(values, columns):
+        if run.world.time % 3:
+            for number, liar in enumerate(liars):
+                for other, name in enumerate((GAIN, STEP)):
+                    reach = run.reach[name, FORWARD, 2] * (12.0 if number % 2 == other else 3.0)
+                    of_column = values[:, FORWARD, 2, columns[liar], :, name]
+                    of_column[:] = shifted(name, of_column, reach)
+
+    assert sum(run.step(nothing, lie).skip for _ in range(90)) <= 40
+
+
+def test_where_strikes_convict_a_turn_stays_an_excuse():
+    """By strikes, or in a stage whose honest replicas do not make the same: honest workers would be convicted."""
+    deadlock, nobody = Deadlock(Mesh(5, 3), settings(max_skipped_steps=10)), np.zeros((5, 3), bool)
+    for strikes_convict, excuses in ((True, True), (False, False), (True, True)):
+        for _ in range(PATIENCE):
+            deadlock.end(True, nobody, news=False, strikes_convict=strikes_convict)
+        assert deadlock.here and deadlock.excuses == excuses
