@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +165,20 @@ def deal_64() -> list[dict[str, float | int]]:
     return results
 
 
+def deal_of_pairs() -> list[dict[str, float | int]]:
+    """Milliseconds of one deal, 64 x 64, where 33 workers of each of some stages are at odds with one another."""
+    mesh, results = Mesh(64, 64), []
+    for stages in (1, 16, 61):
+        places = [[Worker(stage, replica) for replica in range(33)] for stage in range(1, stages + 1)]
+        apart = tuple(pair for of_stage in places for pair in combinations(of_stage, 2))
+        packed, suspects, nobody = (np.zeros((64, 64), bool) for _ in range(3))
+        packed[62, :31] = suspects[1 : stages + 1, :33] = True
+        doubts, begin = Doubts(packed, suspects, suspects, nobody, apart), time.process_time()
+        Dealer(mesh).next(0, doubts)
+        results.append({"stages_with_pairs": stages, "milliseconds": 1e3 * (time.process_time() - begin)})
+    return results
+
+
 def main(arguments: argparse.Namespace) -> None:
     results = []
     for stages, replicas, a_stage in MESHES:
@@ -186,10 +200,16 @@ def main(arguments: argparse.Namespace) -> None:
             f"{mean['partners']:.1f} partners",
             flush=True,
         )
-    deals = deal_64()
-    for deal in deals:
+    deals, of_pairs = deal_64(), deal_of_pairs()
+    for deal in (*deals, *of_pairs):
         print(deal)
-    document = {"what": __doc__, "seeds": arguments.seeds, "healing": results, "dealing_64_x_64": deals}
+    document = {
+        "what": __doc__,
+        "seeds": arguments.seeds,
+        "healing": results,
+        "dealing_64_x_64": deals,
+        "of_pairs": of_pairs,
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
