@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import pytest
 
@@ -44,16 +45,21 @@ def test_a_fault_is_told_of_and_left_out_where_another_replica_shows_it(runs):
     before = [verdict for verdict in run.verdicts if verdict["step"] < START]
     assert not any(verdict["findings"] or verdict["skip"] for verdict in (*runs["turn"][0].verdicts[:RESUMED], *before))
     # In a step in which both replicas are given the same it is exact comparison that tells.
-    named = [[*verdict["proofs"], *(one["worker"] for one in verdict["findings"])] for verdict in attacked(run)]
+    named = [
+        [
+            *verdict["proofs"],
+            *chain.from_iterable(verdict["differences"]),
+            *(one["worker"] for one in verdict["findings"]),
+        ]
+        for verdict in attacked(run)
+    ]
     told = [culprit in workers for workers in named]
     assert told[0]
     if runs.replicas == 1:
         assert not any(verdict["skip"] or any(verdict["excluded"]) for verdict in run.verdicts)
         assert not any(verdict["newly_convicted"] for verdict in run.verdicts)
         return
-    # Of two that differ a second twin step tells nothing new.
-    convicted_at = next(index for index, verdict in enumerate(attacked(run)) if verdict["newly_convicted"])
-    assert all(told[: convicted_at + 1])
+    assert all(told)
     assert all(verdict["excluded"] == [False, True] for verdict in attacked(run))
     assert [verdict["newly_convicted"] for verdict in run.verdicts if verdict["newly_convicted"]] == [[culprit]]
 
